@@ -1,0 +1,74 @@
+//! Names, ports and marks that are part of the contract. One place, so that nothing spells them twice.
+
+/// Outbound capture, in the pod's network namespace.
+pub const PORT_OUTBOUND: u16 = 15001;
+/// Inbound plaintext capture, in the pod's network namespace.
+pub const PORT_INBOUND_PLAINTEXT: u16 = 15006;
+/// HBONE, in the pod's network namespace.
+pub const PORT_HBONE: u16 = 15008;
+/// DNS proxy, in the pod's network namespace.
+pub const PORT_DNS: u16 = 15053;
+/// Admin of the node proxy, on the node's loopback.
+pub const PORT_ADMIN: u16 = 15000;
+/// Metrics of the node proxy.
+pub const PORT_METRICS: u16 = 15020;
+/// Readiness of the node proxy.
+pub const PORT_READINESS: u16 = 15021;
+/// xDS and CA of control, TLS.
+pub const PORT_CONTROL_GRPC: u16 = 15012;
+/// Control's own HTTP, on loopback.
+pub const PORT_CONTROL_HTTP: u16 = 15014;
+
+/// Mark of every socket that the proxy opens in a pod; the capture rules let it pass.
+pub const MARK_PROXY: u32 = 0x539;
+/// Connection mark of the proxy's own connections to the application.
+pub const CONNMARK_PROXY: u32 = 0x111;
+/// Mask of both marks.
+pub const MARK_MASK: u32 = 0xfff;
+/// Source address of kubelet probes, as the node's rules rewrite it.
+pub const PROBE_V4: std::net::Ipv4Addr = std::net::Ipv4Addr::new(169, 254, 7, 127);
+/// The same for IPv6.
+pub const PROBE_V6: std::net::Ipv6Addr =
+    std::net::Ipv6Addr::new(0xfd16, 0x9254, 0x7127, 0x1337, 0xffff, 0xffff, 0xffff, 0xffff);
+
+/// Type URL of `istio.workload.Address`.
+pub const TYPE_ADDRESS: &str = "type.googleapis.com/istio.workload.Address";
+/// Type URL of `istio.security.Authorization`.
+pub const TYPE_AUTHORIZATION: &str = "type.googleapis.com/istio.security.Authorization";
+/// Type URL of [`crate::tulle_workload::WorkloadInfo`].
+pub const TYPE_WORKLOAD_INFO: &str = "type.googleapis.com/tulle.workload.v1alpha1.WorkloadInfo";
+/// Name of the workload extension that carries it.
+pub const EXTENSION_WORKLOAD: &str = "tulle.dev/workload";
+/// Name of the authorization extension that carries the whole L7 policy.
+pub const EXTENSION_L7: &str = "tulle.dev/l7";
+/// Name of the authorization extension that marks a stand-in for an unreadable policy.
+pub const EXTENSION_DENIES_ALL: &str = "tulle.dev/denies-all";
+/// gRPC response header in which a server lists the own types that it serves.
+pub const HEADER_TULLE_TYPES: &str = "x-tulle-types";
+/// Node metadata key with the proxy's version.
+pub const METADATA_TULLE_VERSION: &str = "TULLE_VERSION";
+/// Metadata key of a certificate request made on behalf of a pod.
+pub const METADATA_IMPERSONATED: &str = "ImpersonatedIdentity";
+
+/// Label of namespaces and pods: `enabled` or `disabled`.
+pub const LABEL_MESH: &str = "tulle.dev/mesh";
+/// Istio's label of the same meaning: `ambient` or `none`. Ours wins.
+pub const LABEL_ISTIO_MESH: &str = "istio.io/dataplane-mode";
+/// Label of namespaces: `deny`, `audit` or `allow`.
+pub const LABEL_EGRESS: &str = "tulle.dev/egress";
+/// Annotation with the pod's actual capture state: `enabled` or `pending`.
+pub const ANNOTATION_REDIRECTION: &str = "ambient.istio.io/redirection";
+/// Token claim with the caller's node.
+pub const CLAIM_NODE: &str = "tulle.dev/node";
+/// Audience of tokens.
+pub const TOKEN_AUDIENCE: &str = "istio-ca";
+/// Issuer of `control token`.
+pub const TOKEN_ISSUER: &str = "tulle";
+/// Default trust domain and cluster domain.
+pub const DEFAULT_DOMAIN: &str = "cluster.local";
+/// Default cluster id.
+pub const DEFAULT_CLUSTER: &str = "Kubernetes";
+/// Default root namespace.
+pub const DEFAULT_ROOT_NAMESPACE: &str = "tulle-system";
+/// Service account of the node proxy in the root namespace.
+pub const NODE_SERVICE_ACCOUNT: &str = "ztunnel";
