@@ -1,0 +1,182 @@
+//! rustls' verifier traits on top of `tulle_certs::verify_chain`.
+//!
+//! Names in certificates are never looked at, and SNI is not sent: the only identity is the SPIFFE id, which must be
+//! the single URI of the leaf, so that the identity that is checked is the identity that policy sees.
+
+use std::fmt;
+use std::sync::Arc;
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, PeerIncompatible, SignatureScheme,
+};
+use tulle_certs::{Roots, SpiffeId, Usage, VerifyError, leaf_identity, verify_chain};
+
+/// The peer's certificate is good, but it is somebody else's.
+#[derive(Debug, Clone)]
+pub struct WrongIdentity {
+    /// Who it is.
+    pub proven: SpiffeId,
+    /// Who was expected: identities for a server, `trust domain …` for a client.
+    pub expected: String,
+}
+
+impl fmt::Display for WrongIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the peer proved {}, expected {}", self.proven, self.expected)
+    }
+}
+
+impl std::error::Error for WrongIdentity {}
+
+/// Identity of the peer of an established connection, from the certificates it showed.
+///
+/// # Errors
+/// If there is no certificate or its identity cannot be read; neither can happen after our own verification.
+pub fn peer_identity(certificates: Option<&[CertificateDer<'_>]>) -> Result<SpiffeId, String> {
+    let leaf = certificates.and_then(|chain| chain.first()).ok_or("the peer showed no certificate")?;
+    leaf_identity(leaf).map_err(|error| error.to_string())
+}
+
+fn refuse(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error))))
+}
+
+fn chain_of<'a>(
+    end_entity: &'a CertificateDer<'a>,
+    intermediates: &'a [CertificateDer<'a>],
+) -> Vec<CertificateDer<'a>> {
+    let mut chain = Vec::with_capacity(1 + intermediates.len());
+    chain.push(end_entity.clone());
+    chain.extend_from_slice(intermediates);
+    chain
+}
+
+fn verify(
+    end_entity: &CertificateDer<'_>,
+    intermediates: &[CertificateDer<'_>],
+    roots: &Roots,
+    usage: Usage,
+    now: UnixTime,
+) -> Result<SpiffeId, Error> {
+    verify_chain(&chain_of(end_entity, intermediates), roots, usage, now).map_err(|error: VerifyError| refuse(error))
+}
+
+/// Accepts servers with one of the expected identities.
+#[derive(Debug)]
+pub(super) struct ServerVerifier {
+    roots: Roots,
+    expected: Vec<SpiffeId>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerVerifier {
+    pub(super) fn new(roots: Roots, expected: Vec<SpiffeId>, provider: Arc<CryptoProvider>) -> Self {
+        Self { roots, expected, provider }
+    }
+}
+
+/// Sabotage of test builds: `TULLE_BREAK=tls` accepts every identity that the CA signed.
+fn identity_check_is_broken() -> bool {
+    cfg!(feature = "sabotage") && std::env::var("TULLE_BREAK").is_ok_and(|part| part == "tls")
+}
+
+impl ServerCertVerifier for ServerVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let proven = verify(end_entity, intermediates, &self.roots, Usage::Server, now)?;
+        if self.expected.contains(&proven) || identity_check_is_broken() {
+            return Ok(ServerCertVerified::assertion());
+        }
+        let expected = self.expected.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ");
+        let expected = if expected.is_empty() { "nobody".to_owned() } else { expected };
+        Err(refuse(WrongIdentity { proven, expected }))
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::PeerIncompatible(PeerIncompatible::Tls12NotOfferedOrEnabled))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// Accepts clients of the own trust domain.
+#[derive(Debug)]
+pub(super) struct ClientVerifier {
+    roots: Roots,
+    trust_domain: String,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ClientVerifier {
+    pub(super) fn new(roots: Roots, trust_domain: &str, provider: Arc<CryptoProvider>) -> Self {
+        Self { roots, trust_domain: trust_domain.to_owned(), provider }
+    }
+}
+
+impl ClientCertVerifier for ClientVerifier {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        // Every proxy has one certificate for the identity it acts for; hints would only cost bytes.
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        let proven = verify(end_entity, intermediates, &self.roots, Usage::Client, now)?;
+        if proven.trust_domain() == self.trust_domain {
+            return Ok(ClientCertVerified::assertion());
+        }
+        Err(refuse(WrongIdentity { proven, expected: format!("trust domain {}", self.trust_domain) }))
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::PeerIncompatible(PeerIncompatible::Tls12NotOfferedOrEnabled))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
