@@ -1,1 +1,32 @@
-//! placeholder
+//! What the standard library or tokio could have shipped: sockets in other namespaces, workers, drain, fairness.
+//!
+//! Nothing here knows the word "workload". Everything above may use it.
+
+pub mod drain;
+pub mod netns;
+pub mod pace;
+pub mod sockets;
+pub mod workers;
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// The address with an IPv4-mapped IPv6 address turned into plain IPv4, as every look-up expects it.
+pub fn canonical(addr: SocketAddr) -> SocketAddr {
+    SocketAddr::new(addr.ip().to_canonical(), addr.port())
+}
+
+/// The same for an address without port.
+pub fn canonical_ip(ip: IpAddr) -> IpAddr {
+    ip.to_canonical()
+}
+
+/// Wall clock, seconds since the Unix epoch.
+pub fn unix_now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| i64::try_from(elapsed.as_secs()).unwrap_or(i64::MAX))
+}
+
+/// Wall clock, microseconds since the Unix epoch.
+pub fn unix_now_us() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX))
+}

@@ -1,1 +1,200 @@
-//! placeholder
+//! Copying bytes both ways until both sides are done, and saying exactly how it ended.
+//!
+//! Three pumps (TCP to tunnel, tunnel to TCP, TCP to TCP) and one rule for ending: an end of stream travels as a half
+//! close, a reset as a reset, and a half-closed connection whose other half stays silent for too long is reaped.
+//! An idle connection owns no buffer; a buffer lives from readable to written. Nothing waits on a timer while both
+//! halves are open.
+
+mod pumps;
+
+use std::cell::Cell;
+use std::future::Future;
+use std::pin::pin;
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::{RecvStream, SendStream};
+use tokio::net::TcpStream;
+
+use crate::base::sockets;
+use crate::outcome::{Code, Outcome};
+
+/// Bytes moved, seen from the client. Shared with the record of the connection.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Client to server.
+    pub up: Cell<u64>,
+    /// Server to client.
+    pub down: Cell<u64>,
+}
+
+impl Counts {
+    fn total(&self) -> u64 {
+        self.up.get().wrapping_add(self.down.get())
+    }
+}
+
+/// Limits of a relay.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// How long a half-closed connection may move no byte before it is closed.
+    pub half_open: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        // Long enough for a server that thinks about a request whose client has finished sending.
+        Self { half_open: Duration::from_secs(300) }
+    }
+}
+
+/// How one direction ended when it did not end well.
+#[derive(Debug)]
+enum Break {
+    /// The local TCP peer reset or failed.
+    Tcp(std::io::Error),
+    /// The tunnel stream was reset or failed.
+    Stream(h2::Error),
+}
+
+/// Whether the TCP connection of a tunnel relay is the client or the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TcpSide {
+    /// The captured application connection (source node).
+    Client,
+    /// The connection to the local application (destination node).
+    Server,
+}
+
+/// Relays between a TCP connection and a stream of a tunnel.
+pub async fn tunnel(
+    tcp: TcpStream,
+    mut send: SendStream<Bytes>,
+    mut recv: RecvStream,
+    side: TcpSide,
+    counts: &Counts,
+    limits: Limits,
+) -> Outcome {
+    let (into_tunnel, from_tunnel) = match side {
+        TcpSide::Client => (&counts.up, &counts.down),
+        TcpSide::Server => (&counts.down, &counts.up),
+    };
+    let result = both(
+        pumps::tcp_to_stream(&tcp, &mut send, into_tunnel),
+        pumps::stream_to_tcp(&mut recv, &tcp, from_tunnel),
+        counts,
+        limits,
+    )
+    .await;
+    match result {
+        Ended::Finished => Outcome::ok(),
+        Ended::HalfOpen => {
+            send.send_reset(h2::Reason::CANCEL);
+            sockets::reset(tcp);
+            half_open(limits)
+        }
+        Ended::Broken(Break::Tcp(error)) => {
+            send.send_reset(h2::Reason::CANCEL);
+            sockets::reset(tcp);
+            let code = if side == TcpSide::Client { Code::ClientReset } else { Code::ServerReset };
+            Outcome::new(code, error.to_string())
+        }
+        Ended::Broken(Break::Stream(error)) => {
+            sockets::reset(tcp);
+            stream_outcome(&error, side)
+        }
+    }
+}
+
+/// Relays between two TCP connections, `client` being the one that began.
+pub async fn tcp(client: TcpStream, server: TcpStream, counts: &Counts, limits: Limits) -> Outcome {
+    let result = both(
+        async { pumps::tcp_to_tcp(&client, &server, &counts.up).await.map_err(TcpBreak::up) },
+        async { pumps::tcp_to_tcp(&server, &client, &counts.down).await.map_err(TcpBreak::down) },
+        counts,
+        limits,
+    )
+    .await;
+    match result {
+        Ended::Finished => Outcome::ok(),
+        Ended::HalfOpen => {
+            sockets::reset(client);
+            sockets::reset(server);
+            half_open(limits)
+        }
+        Ended::Broken(TcpBreak { code, error }) => {
+            sockets::reset(client);
+            sockets::reset(server);
+            Outcome::new(code, error.to_string())
+        }
+    }
+}
+
+/// Which of two TCP connections broke.
+struct TcpBreak {
+    code: Code,
+    error: std::io::Error,
+}
+
+impl TcpBreak {
+    fn up(failure: pumps::TcpFailure) -> Self {
+        match failure {
+            pumps::TcpFailure::Read(error) => Self { code: Code::ClientReset, error },
+            pumps::TcpFailure::Write(error) => Self { code: Code::ServerReset, error },
+        }
+    }
+
+    fn down(failure: pumps::TcpFailure) -> Self {
+        match failure {
+            pumps::TcpFailure::Read(error) => Self { code: Code::ServerReset, error },
+            pumps::TcpFailure::Write(error) => Self { code: Code::ClientReset, error },
+        }
+    }
+}
+
+fn half_open(limits: Limits) -> Outcome {
+    Outcome::new(
+        Code::HalfOpen,
+        format!("one half was closed and nothing moved for {} s", limits.half_open.as_secs()),
+    )
+}
+
+fn stream_outcome(error: &h2::Error, side: TcpSide) -> Outcome {
+    let other = if side == TcpSide::Client { Code::ServerReset } else { Code::ClientReset };
+    let code = if error.is_remote() && error.is_reset() { other } else { Code::TunnelFailed };
+    Outcome::new(code, error.to_string())
+}
+
+enum Ended<E> {
+    Finished,
+    HalfOpen,
+    Broken(E),
+}
+
+/// Runs both directions; the first failure ends both.
+async fn both<E>(
+    up: impl Future<Output = Result<(), E>>,
+    down: impl Future<Output = Result<(), E>>,
+    counts: &Counts,
+    limits: Limits,
+) -> Ended<E> {
+    let mut up = pin!(up);
+    let mut down = pin!(down);
+    let up_first = tokio::select! {
+        result = &mut up => match result { Ok(()) => true, Err(error) => return Ended::Broken(error) },
+        result = &mut down => match result { Ok(()) => false, Err(error) => return Ended::Broken(error) },
+    };
+    loop {
+        let before = counts.total();
+        let rest = async { if up_first { down.as_mut().await } else { up.as_mut().await } };
+        match tokio::time::timeout(limits.half_open, rest).await {
+            Ok(Ok(())) => return Ended::Finished,
+            Ok(Err(error)) => return Ended::Broken(error),
+            Err(_) if counts.total() == before => return Ended::HalfOpen,
+            Err(_) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,200 @@
+//! Sockets of one pod: made in its namespace, marked as ours, with every option set before use.
+//!
+//! A few connected-to-be sockets a family are kept ready ([`STASH`]), so that a new connection does not wait for the
+//! namespace thread. Options that listeners pass on to accepted sockets are set on the listener, once.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsRawFd;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use nix::sys::socket::{setsockopt, sockopt};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::TcpStream;
+
+use crate::base::canonical;
+use crate::base::netns::{Netns, NetnsThread};
+
+/// Sockets kept ready for each pod and family. Enough for a burst of connections within one round trip to the
+/// namespace thread; 16 idle sockets are some 32 KB of kernel memory a pod.
+const STASH: usize = 8;
+
+/// Connections waiting to be accepted. The kernel caps it at `net.core.somaxconn`.
+const BACKLOG: i32 = 4096;
+
+/// What every socket gets.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// SO_MARK, so that the capture rules let it pass.
+    pub mark: u32,
+    /// TCP keepalive: idle time, interval and number of probes.
+    pub keepalive: Option<(Duration, Duration, u32)>,
+    /// TCP_USER_TIMEOUT. None: the system's default.
+    pub user_timeout: Option<Duration>,
+    /// SO_REUSEPORT on listeners, so that a successor can listen beside us.
+    pub reuse_port: bool,
+}
+
+impl Options {
+    fn apply(&self, socket: &Socket) -> io::Result<()> {
+        socket.set_mark(self.mark)?;
+        socket.set_tcp_nodelay(true)?;
+        if let Some((time, interval, retries)) = self.keepalive {
+            let keepalive = TcpKeepalive::new().with_time(time).with_interval(interval).with_retries(retries);
+            socket.set_tcp_keepalive(&keepalive)?;
+        }
+        if self.user_timeout.is_some() {
+            socket.set_tcp_user_timeout(self.user_timeout)?;
+        }
+        Ok(())
+    }
+}
+
+/// Opens the sockets of one pod.
+#[derive(Debug)]
+pub struct PodSockets {
+    netns: Netns,
+    thread: NetnsThread,
+    options: Options,
+    /// IPv4 and IPv6.
+    stash: [Mutex<Vec<Socket>>; 2],
+}
+
+impl PodSockets {
+    /// Sockets in `netns`.
+    pub fn new(netns: Netns, thread: NetnsThread, options: Options) -> Self {
+        Self { netns, thread, options, stash: [Mutex::default(), Mutex::default()] }
+    }
+
+    /// The namespace.
+    pub fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
+    /// A socket to connect to `to`'s family with.
+    async fn socket(&self, v6: bool) -> io::Result<Socket> {
+        let stash = &self.stash[usize::from(v6)];
+        if let Some(socket) = stash.lock().unwrap_or_else(PoisonError::into_inner).pop() {
+            return Ok(socket);
+        }
+        let options = self.options.clone();
+        let mut made = self
+            .thread
+            .run(&self.netns, move || (0..STASH).map(|_| new_socket(v6, &options)).collect::<io::Result<Vec<_>>>())
+            .await?;
+        let socket = made.pop().ok_or_else(|| io::Error::other("no socket was made"))?;
+        let mut stash = stash.lock().unwrap_or_else(PoisonError::into_inner);
+        if stash.len() < STASH {
+            stash.append(&mut made);
+        }
+        Ok(socket)
+    }
+
+    /// Connects to `to` from the pod's own address.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub async fn connect(&self, to: SocketAddr) -> io::Result<TcpStream> {
+        let socket = self.socket(to.is_ipv6()).await?;
+        finish_connect(socket, to).await
+    }
+
+    /// Connects to `to` with the source address `from`, which may belong to somebody else (IP_TRANSPARENT): the
+    /// application sees its real client. The port is chosen by the system.
+    ///
+    /// # Errors
+    /// What the system says; `PermissionDenied` without CAP_NET_ADMIN.
+    pub async fn connect_from(&self, from: std::net::IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
+        let socket = self.socket(to.is_ipv6()).await?;
+        if from.is_ipv6() == to.is_ipv6() {
+            if to.is_ipv6() {
+                socket.set_ip_transparent_v6(true)?;
+                socket.set_freebind_v6(true)?;
+            } else {
+                socket.set_ip_transparent_v4(true)?;
+                socket.set_freebind_v4(true)?;
+            }
+            socket.bind(&SocketAddr::new(from, 0).into())?;
+        }
+        finish_connect(socket, to).await
+    }
+
+    /// A listener on all addresses, both families where the system has IPv6.
+    ///
+    /// # Errors
+    /// What the system says; `AddrInUse` if something else in the pod has the port.
+    pub async fn listen(&self, port: u16) -> io::Result<std::net::TcpListener> {
+        let options = self.options.clone();
+        self.thread.run(&self.netns, move || new_listener(port, &options)).await
+    }
+}
+
+fn new_socket(v6: bool, options: &Options) -> io::Result<Socket> {
+    let domain = if v6 { Domain::IPV6 } else { Domain::IPV4 };
+    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    options.apply(&socket)?;
+    // Without it a bound socket takes a port for all destinations at once, and one client has 28,000 connections at most.
+    setsockopt(&socket, sockopt::IpBindAddressNoPort, &true).map_err(io::Error::from)?;
+    Ok(socket)
+}
+
+fn new_listener(port: u16, options: &Options) -> io::Result<std::net::TcpListener> {
+    let v6 = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)).and_then(|socket| {
+        socket.set_only_v6(false)?;
+        bind_listener(socket, SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)), options)
+    });
+    match v6 {
+        Err(error)
+            if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)) =>
+        {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+            bind_listener(socket, SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)), options)
+        }
+        other => other,
+    }
+}
+
+fn bind_listener(socket: Socket, addr: SocketAddr, options: &Options) -> io::Result<std::net::TcpListener> {
+    socket.set_nonblocking(true)?;
+    socket.set_reuse_address(true)?;
+    if options.reuse_port {
+        socket.set_reuse_port(true)?;
+    }
+    options.apply(&socket)?;
+    socket.bind(&addr.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+async fn finish_connect(socket: Socket, to: SocketAddr) -> io::Result<TcpStream> {
+    let stream = match socket.connect(&to.into()) {
+        Ok(()) => return TcpStream::from_std(socket.into()),
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => TcpStream::from_std(socket.into())?,
+        Err(error) => return Err(error),
+    };
+    stream.writable().await?;
+    match stream.take_error()? {
+        Some(error) => Err(error),
+        None => Ok(stream),
+    }
+}
+
+/// Where the client of a redirected connection wanted to go.
+///
+/// # Errors
+/// If the connection was not redirected.
+pub fn original_destination(stream: &TcpStream) -> io::Result<SocketAddr> {
+    let socket = SockRef::from(stream);
+    let v4 = canonical(stream.local_addr()?).is_ipv4();
+    let addr = if v4 { socket.original_dst_v4() } else { socket.original_dst_v6() }?;
+    addr.as_socket().map(canonical).ok_or_else(|| io::Error::other("the original destination is not an address"))
+}
+
+/// Closes `stream` with a reset, so that the other side learns that bytes may be missing.
+pub fn reset(stream: TcpStream) {
+    let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+    debug_assert!(stream.as_raw_fd() >= 0);
+    drop(stream);
+}

@@ -1,0 +1,201 @@
+//! One direction each. A pump returns `Ok` when its source ended and the end was passed on.
+
+use std::cell::Cell;
+use std::future::poll_fn;
+use std::io;
+
+use bytes::{Buf, Bytes, BytesMut};
+use h2::{RecvStream, SendStream};
+use tokio::net::TcpStream;
+
+use crate::base::pace::{TURN, Turn};
+use crate::relay::Break;
+
+/// First read of a burst. Most requests fit; a stream that fills it gets more.
+const SMALL: usize = 4 * 1024;
+
+/// Chunks of a tunnel written to the application with one call.
+const GATHER: usize = 16;
+
+/// Which end of a TCP-to-TCP pump failed.
+#[derive(Debug)]
+pub(super) enum TcpFailure {
+    Read(io::Error),
+    Write(io::Error),
+}
+
+/// How much to read next: doubles while reads fill the buffer, returns to small when they do not.
+struct ReadSize(usize);
+
+impl ReadSize {
+    fn adapt(&mut self, got: usize) {
+        if got >= self.0 {
+            self.0 = (self.0 * 4).min(TURN);
+        } else if got < self.0 / 4 {
+            self.0 = SMALL;
+        }
+    }
+}
+
+/// Waits until `tcp` is readable and reads at most `limit` bytes. `None`: end of stream.
+async fn read_chunk(tcp: &TcpStream, limit: usize) -> io::Result<Option<Bytes>> {
+    loop {
+        // The buffer exists only between readable and handed over: an idle connection owns none.
+        tcp.readable().await?;
+        let mut buffer = BytesMut::with_capacity(limit);
+        match tcp.try_read_buf(&mut bytes::BufMut::limit(&mut buffer, limit)) {
+            Ok(0) => return Ok(None),
+            Ok(_) => return Ok(Some(buffer.freeze())),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Application to tunnel.
+pub(super) async fn tcp_to_stream(
+    tcp: &TcpStream,
+    send: &mut SendStream<Bytes>,
+    count: &Cell<u64>,
+) -> Result<(), Break> {
+    let mut size = ReadSize(SMALL);
+    let mut turn = Turn::default();
+    loop {
+        // Ask for the window only once there is something to send: an idle stream must not hold the tunnel's.
+        tcp.readable().await.map_err(Break::Tcp)?;
+        let window = capacity(send, size.0).await?;
+        let Some(chunk) = read_chunk(tcp, window.min(size.0)).await.map_err(Break::Tcp)? else {
+            send.reserve_capacity(0);
+            return send.send_data(Bytes::new(), true).map_err(Break::Stream);
+        };
+        let bytes = chunk.len();
+        count.set(count.get() + bytes as u64);
+        size.adapt(bytes);
+        send.send_data(chunk, false).map_err(Break::Stream)?;
+        turn.spend(bytes).await;
+    }
+}
+
+/// Waits for at least one byte of window.
+async fn capacity(send: &mut SendStream<Bytes>, wanted: usize) -> Result<usize, Break> {
+    send.reserve_capacity(wanted);
+    loop {
+        let available = send.capacity();
+        if available > 0 {
+            return Ok(available);
+        }
+        match poll_fn(|cx| send.poll_capacity(cx)).await {
+            Some(Ok(0)) => {}
+            Some(Ok(available)) => return Ok(available),
+            Some(Err(error)) => return Err(Break::Stream(error)),
+            None => return Err(Break::Stream(h2::Reason::STREAM_CLOSED.into())),
+        }
+    }
+}
+
+/// Tunnel to application. The window is given back only after the application took the bytes, so that a slow reader
+/// slows its own sender and the memory of a stream stays within its window.
+pub(super) async fn stream_to_tcp(recv: &mut RecvStream, tcp: &TcpStream, count: &Cell<u64>) -> Result<(), Break> {
+    let mut turn = Turn::default();
+    let mut chunks: Vec<Bytes> = Vec::new();
+    loop {
+        let ended = gather(recv, &mut chunks).await?;
+        let bytes: usize = chunks.iter().map(Bytes::len).sum();
+        write_all(tcp, &mut chunks).await.map_err(Break::Tcp)?;
+        chunks.shrink_to(0);
+        count.set(count.get() + bytes as u64);
+        if bytes > 0 {
+            recv.flow_control().release_capacity(bytes).map_err(Break::Stream)?;
+        }
+        if ended {
+            shutdown(tcp).map_err(Break::Tcp)?;
+            return Ok(());
+        }
+        turn.spend(bytes).await;
+    }
+}
+
+/// Waits for one chunk and takes what else is there. True: the stream ended behind them.
+async fn gather(recv: &mut RecvStream, chunks: &mut Vec<Bytes>) -> Result<bool, Break> {
+    let mut bytes = 0;
+    poll_fn(|cx| {
+        loop {
+            match recv.poll_data(cx) {
+                std::task::Poll::Ready(Some(Ok(chunk))) => {
+                    bytes += chunk.len();
+                    if !chunk.is_empty() {
+                        chunks.push(chunk);
+                    }
+                    if chunks.len() >= GATHER || bytes >= TURN {
+                        return std::task::Poll::Ready(Ok(false));
+                    }
+                }
+                std::task::Poll::Ready(Some(Err(error))) if chunks.is_empty() => {
+                    return std::task::Poll::Ready(Err(Break::Stream(error)));
+                }
+                // Deliver what came before the failure; the next call reports it again.
+                std::task::Poll::Ready(Some(Err(_))) => return std::task::Poll::Ready(Ok(false)),
+                std::task::Poll::Ready(None) => return std::task::Poll::Ready(Ok(true)),
+                std::task::Poll::Pending if chunks.is_empty() => return std::task::Poll::Pending,
+                std::task::Poll::Pending => return std::task::Poll::Ready(Ok(false)),
+            }
+        }
+    })
+    .await
+}
+
+/// One TCP connection to another.
+pub(super) async fn tcp_to_tcp(from: &TcpStream, to: &TcpStream, count: &Cell<u64>) -> Result<(), TcpFailure> {
+    let mut size = ReadSize(SMALL);
+    let mut turn = Turn::default();
+    let mut chunks = Vec::with_capacity(1);
+    loop {
+        let Some(chunk) = read_chunk(from, size.0).await.map_err(TcpFailure::Read)? else {
+            return shutdown(to).map_err(TcpFailure::Write);
+        };
+        let bytes = chunk.len();
+        size.adapt(bytes);
+        chunks.push(chunk);
+        write_all(to, &mut chunks).await.map_err(TcpFailure::Write)?;
+        count.set(count.get() + bytes as u64);
+        turn.spend(bytes).await;
+    }
+}
+
+/// Writes all chunks and leaves the list empty.
+async fn write_all(tcp: &TcpStream, chunks: &mut Vec<Bytes>) -> io::Result<()> {
+    let mut first = 0;
+    while first < chunks.len() {
+        let mut slices = [io::IoSlice::new(&[]); GATHER];
+        let mut used = 0;
+        for (slice, chunk) in slices.iter_mut().zip(&chunks[first..]) {
+            *slice = io::IoSlice::new(chunk);
+            used += 1;
+        }
+        match tcp.try_write_vectored(&slices[..used]) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(mut written) => {
+                while written > 0 {
+                    let step = written.min(chunks[first].len());
+                    chunks[first].advance(step);
+                    written -= step;
+                    if chunks[first].is_empty() {
+                        first += 1;
+                    }
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => tcp.writable().await?,
+            Err(error) => return Err(error),
+        }
+    }
+    chunks.clear();
+    Ok(())
+}
+
+/// Passes an end of stream on. A peer that is already gone does not mind.
+fn shutdown(tcp: &TcpStream) -> io::Result<()> {
+    match socket2::SockRef::from(tcp).shutdown(std::net::Shutdown::Write) {
+        Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+        other => other,
+    }
+}
