@@ -1,1 +1,19 @@
+//! Identities of the mesh: SPIFFE ids, certificate requests, chain verification, and the certificate authority.
+//!
+//! Control and node proxy decide with the same code whether an identity may exist and whether a certificate proves
+//! it, so that no string is read in two ways. There is no async code here and, outside of [`ca`], no I/O; the time is
+//! always an argument. All cryptography is aws-lc-rs through rcgen, rustls and webpki.
 
+pub mod ca;
+mod issued;
+mod pem;
+mod request;
+mod roots;
+mod spiffe;
+mod verify;
+
+pub use issued::{Issued, IssuedError};
+pub use request::{CsrError, MAX_CSR_BYTES, ParsedCsr, Request, RequestError, parse_csr, request};
+pub use roots::{MAX_ROOTS, Roots, RootsError};
+pub use spiffe::{SpiffeId, SpiffeIdError};
+pub use verify::{Usage, VerifyError, leaf_identity, verify_chain};

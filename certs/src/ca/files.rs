@@ -1,0 +1,262 @@
+//! The CA directory: `root-cert.pem` (a bundle, its first certificate is ours), `root-key.pem`, `ca-cert.pem` and
+//! `ca-key.pem` (the intermediate), `token-key.pem`.
+//!
+//! Several processes may come first at once (`control serve` twice, `control token`), so everything happens under an
+//! exclusive lock on `.lock`, and files are replaced by rename. An interrupted run leaves at worst a key without its
+//! certificate; the next run completes it. A root that exists is never replaced: that would cut off every node.
+
+use std::fs::File;
+use std::fs::OpenOptions;
+use std::io::ErrorKind;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::path::PathBuf;
+
+use rcgen::{Issuer, KeyPair, PublicKeyData};
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use crate::Roots;
+use crate::ca::{
+    CaError, TokenKey, crypto, new_key, past_half_life, self_signed_root, signed_intermediate,
+};
+use crate::issued;
+
+/// Trusted roots, PEM; may be shown to anybody.
+pub const ROOT_CERT: &str = "root-cert.pem";
+/// The root's key. May be absent while the intermediate is good.
+pub const ROOT_KEY: &str = "root-key.pem";
+/// The intermediate.
+pub const CA_CERT: &str = "ca-cert.pem";
+/// The intermediate's key.
+pub const CA_KEY: &str = "ca-key.pem";
+/// The key that signs tokens.
+pub const TOKEN_KEY: &str = "token-key.pem";
+
+/// Largest file that is read, bytes: a bundle of 64 roots has about 100 KiB.
+const MAX_FILE_BYTES: u64 = 1024 * 1024;
+
+pub(super) struct Loaded {
+    pub(super) roots: Roots,
+    pub(super) intermediate: CertificateDer<'static>,
+    pub(super) intermediate_key: KeyPair,
+    pub(super) token_key: TokenKey,
+}
+
+/// Loads the directory and makes what is missing.
+pub(super) fn open(dir: &Path, now: i64) -> Result<Loaded, CaError> {
+    std::fs::create_dir_all(dir).map_err(|source| io("create", dir, source))?;
+    let _lock = lock(dir)?;
+    let (roots, root_key) = open_root(dir, now)?;
+    let (intermediate, intermediate_key) = open_intermediate(dir, &roots, root_key, now)?;
+    let token_key = open_token_key(dir)?;
+    Ok(Loaded {
+        roots,
+        intermediate,
+        intermediate_key,
+        token_key,
+    })
+}
+
+/// Held until dropped; the kernel releases it if the process dies.
+fn lock(dir: &Path) -> Result<File, CaError> {
+    let path = dir.join(".lock");
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(|source| io("open", &path, source))?;
+    file.lock().map_err(|source| io("lock", &path, source))?;
+    Ok(file)
+}
+
+fn open_root(dir: &Path, now: i64) -> Result<(Roots, Option<KeyPair>), CaError> {
+    let cert_path = dir.join(ROOT_CERT);
+    let key_path = dir.join(ROOT_KEY);
+    let key = read_key(&key_path)?;
+    if let Some(bundle) = read(&cert_path)? {
+        let roots = Roots::from_pem(bundle.as_bytes()).map_err(|source| CaError::Roots {
+            path: cert_path.clone(),
+            source,
+        })?;
+        if let (Some(key), Some(own)) = (&key, roots.certificates().first())
+            && !fits(own, key)
+        {
+            return Err(CaError::Content {
+                path: key_path,
+                reason: format!(
+                    "it is not the key of the first certificate in {ROOT_CERT}; put the certificate of this key first"
+                ),
+            });
+        }
+        return Ok((roots, key));
+    }
+    let key = match key {
+        Some(key) => key,
+        None => {
+            let key = new_key()?;
+            write(&key_path, &key.serialize_pem(), 0o600)?;
+            key
+        }
+    };
+    let certificate = self_signed_root(&key, now)?;
+    write(&cert_path, &certificate.pem(), 0o644)?;
+    let roots = Roots::from_der(vec![certificate.into()]).map_err(|source| CaError::Roots {
+        path: cert_path,
+        source,
+    })?;
+    Ok((roots, Some(key)))
+}
+
+fn open_intermediate(
+    dir: &Path,
+    roots: &Roots,
+    root_key: Option<KeyPair>,
+    now: i64,
+) -> Result<(CertificateDer<'static>, KeyPair), CaError> {
+    let cert_path = dir.join(CA_CERT);
+    let why = match load_intermediate(dir, roots, now)? {
+        Ok((certificate, key, half_over)) if !half_over || root_key.is_none() => {
+            return Ok((certificate, key));
+        }
+        Ok(_) => "is past half of its life".to_owned(),
+        Err(why) => why,
+    };
+    let (Some(root_key), Some(root)) = (root_key, roots.certificates().first()) else {
+        return Err(CaError::NoRootKey {
+            path: cert_path,
+            key: dir.join(ROOT_KEY),
+            why,
+        });
+    };
+    let root_not_after = issued::facts(root).map_err(crypto)?.not_after;
+    let issuer = Issuer::from_ca_cert_der(root, root_key).map_err(crypto)?;
+    let key = new_key()?;
+    let certificate = signed_intermediate(&key, &issuer, root_not_after, now)?;
+    write(&dir.join(CA_KEY), &key.serialize_pem(), 0o600)?;
+    write(&cert_path, &certificate.pem(), 0o644)?;
+    Ok((certificate.into(), key))
+}
+
+/// The stored intermediate, its key, and whether half its life is over; or why there is none to use.
+type Stored = Result<(CertificateDer<'static>, KeyPair, bool), String>;
+
+fn load_intermediate(dir: &Path, roots: &Roots, now: i64) -> Result<Stored, CaError> {
+    let cert_path = dir.join(CA_CERT);
+    let (Some(text), Some(key)) = (read(&cert_path)?, read_key(&dir.join(CA_KEY))?) else {
+        return Ok(Err("or its key is missing".into()));
+    };
+    let certificate =
+        CertificateDer::from_pem_slice(text.as_bytes()).map_err(|error| CaError::Content {
+            path: cert_path.clone(),
+            reason: format!("it has no certificate in PEM: {error:?}"),
+        })?;
+    if !fits(&certificate, &key) {
+        return Ok(Err(format!("does not fit {CA_KEY}")));
+    }
+    if let Err(error) = chains(&certificate, roots, now) {
+        return Ok(Err(format!("is not valid under {ROOT_CERT} ({error})")));
+    }
+    let facts = issued::facts(&certificate).map_err(crypto)?;
+    let half_over = past_half_life(facts.not_before, facts.not_after, now);
+    Ok(Ok((certificate, key, half_over)))
+}
+
+fn open_token_key(dir: &Path) -> Result<TokenKey, CaError> {
+    let path = dir.join(TOKEN_KEY);
+    let key = match read_key(&path)? {
+        Some(key) => key,
+        None => {
+            let key = new_key()?;
+            write(&path, &key.serialize_pem(), 0o600)?;
+            key
+        }
+    };
+    Ok(TokenKey {
+        private_pem: key.serialize_pem(),
+        public_pem: key.public_key_pem(),
+    })
+}
+
+/// One signature and the validity: webpki has no entry point for a CA certificate on its own.
+fn chains(certificate: &CertificateDer<'_>, roots: &Roots, now: i64) -> Result<(), String> {
+    let (_, parsed) = X509Certificate::from_der(certificate).map_err(|e| e.to_string())?;
+    let validity = parsed.validity();
+    if now < validity.not_before.timestamp() || now >= validity.not_after.timestamp() {
+        return Err("it is not valid now".into());
+    }
+    if !parsed.is_ca() {
+        return Err("it is not a CA certificate".into());
+    }
+    let signed_by_root = roots.certificates().iter().any(|root| {
+        X509Certificate::from_der(root)
+            .is_ok_and(|(_, root)| parsed.verify_signature(Some(root.public_key())).is_ok())
+    });
+    if signed_by_root {
+        Ok(())
+    } else {
+        Err("no root signed it".into())
+    }
+}
+
+fn fits(certificate: &CertificateDer<'_>, key: &KeyPair) -> bool {
+    X509Certificate::from_der(certificate)
+        .is_ok_and(|(_, parsed)| *parsed.public_key().subject_public_key.data == *key.der_bytes())
+}
+
+fn read_key(path: &Path) -> Result<Option<KeyPair>, CaError> {
+    let Some(text) = read(path)? else {
+        return Ok(None);
+    };
+    KeyPair::from_pem(&text).map(Some).map_err(|error| CaError::Content {
+        path: path.to_owned(),
+        reason: format!("it is not a PKCS#8 private key in PEM ({error}); restore it, or remove it to have a new one made"),
+    })
+}
+
+fn read(path: &Path) -> Result<Option<String>, CaError> {
+    match std::fs::metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(io("read", path, source)),
+        Ok(meta) if meta.len() > MAX_FILE_BYTES => {
+            return Err(CaError::Content {
+                path: path.to_owned(),
+                reason: format!("it has more than {MAX_FILE_BYTES} bytes"),
+            });
+        }
+        Ok(_) => {}
+    }
+    std::fs::read_to_string(path)
+        .map(Some)
+        .map_err(|source| io("read", path, source))
+}
+
+fn write(path: &Path, text: &str, mode: u32) -> Result<(), CaError> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".tmp");
+    let temporary = path.with_file_name(name);
+    // One left by a run that died may have another mode.
+    let _ = std::fs::remove_file(&temporary);
+    let fail = |source| io("write", &temporary, source);
+    let mut file = OpenOptions::new()
+        .create_new(true)
+        .write(true)
+        .mode(mode)
+        .open(&temporary)
+        .map_err(fail)?;
+    file.write_all(text.as_bytes()).map_err(fail)?;
+    file.sync_all().map_err(fail)?;
+    std::fs::rename(&temporary, path).map_err(|source| io("rename to", path, source))
+}
+
+fn io(action: &'static str, path: &Path, source: std::io::Error) -> CaError {
+    CaError::Io {
+        action,
+        path: PathBuf::from(path),
+        source,
+    }
+}

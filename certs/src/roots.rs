@@ -1,0 +1,126 @@
+//! A bundle of trusted roots, so that a root can be replaced while certificates of the old one still live.
+//!
+//! Every certificate of the bundle is parsed when the bundle is made; a bundle with one unusable root is refused
+//! whole, because silently trusting fewer roots would cut off peers later and far from the cause.
+
+use std::fmt;
+use std::sync::Arc;
+
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::TrustAnchor;
+use rustls_pki_types::pem::PemObject;
+use thiserror::Error;
+
+use crate::pem;
+
+/// Most roots in a bundle. A rotation needs two; federation some more; anything else is a mistake.
+pub const MAX_ROOTS: usize = 64;
+
+/// One or more root certificates. Cheap to clone; equal if the certificates are, in order.
+#[derive(Clone)]
+pub struct Roots(Arc<Inner>);
+
+struct Inner {
+    certificates: Vec<CertificateDer<'static>>,
+    anchors: Vec<TrustAnchor<'static>>,
+}
+
+/// Why a bundle cannot be used.
+#[derive(Debug, Error)]
+pub enum RootsError {
+    /// Nothing in it.
+    #[error("the root bundle has no certificate in PEM")]
+    Empty,
+    /// More than [`MAX_ROOTS`].
+    #[error("the root bundle has more than {MAX_ROOTS} certificates")]
+    TooMany,
+    /// A PEM block is damaged.
+    #[error("certificate {index} of the root bundle is not valid PEM: {reason}")]
+    Pem {
+        /// Counted from 1.
+        index: usize,
+        /// What the PEM reader says.
+        reason: String,
+    },
+    /// A certificate cannot be used as trust anchor.
+    #[error("certificate {index} of the root bundle cannot be used as a root: {reason}")]
+    Anchor {
+        /// Counted from 1.
+        index: usize,
+        /// What webpki says.
+        reason: webpki::Error,
+    },
+}
+
+impl Roots {
+    /// Reads a bundle of one or more PEM certificates; text between the blocks is skipped.
+    pub fn from_pem(bundle: &[u8]) -> Result<Self, RootsError> {
+        let mut certificates = Vec::new();
+        for (index, certificate) in CertificateDer::pem_slice_iter(bundle).enumerate() {
+            if index == MAX_ROOTS {
+                return Err(RootsError::TooMany);
+            }
+            certificates.push(certificate.map_err(|error| RootsError::Pem {
+                index: index + 1,
+                reason: format!("{error:?}"),
+            })?);
+        }
+        Self::from_der(certificates)
+    }
+
+    /// Makes a bundle of certificates that are already decoded.
+    pub fn from_der(certificates: Vec<CertificateDer<'static>>) -> Result<Self, RootsError> {
+        if certificates.is_empty() {
+            return Err(RootsError::Empty);
+        }
+        if certificates.len() > MAX_ROOTS {
+            return Err(RootsError::TooMany);
+        }
+        let mut anchors = Vec::with_capacity(certificates.len());
+        for (index, certificate) in certificates.iter().enumerate() {
+            let anchor = webpki::anchor_from_trusted_cert(certificate).map_err(|reason| {
+                RootsError::Anchor {
+                    index: index + 1,
+                    reason,
+                }
+            })?;
+            anchors.push(anchor.to_owned());
+        }
+        Ok(Self(Arc::new(Inner {
+            certificates,
+            anchors,
+        })))
+    }
+
+    /// The bundle as PEM, in order.
+    pub fn to_pem(&self) -> String {
+        self.certificates()
+            .iter()
+            .map(|certificate| pem::encode("CERTIFICATE", certificate))
+            .collect()
+    }
+
+    /// The certificates, in order.
+    pub fn certificates(&self) -> &[CertificateDer<'static>] {
+        &self.0.certificates
+    }
+
+    /// The same as webpki wants them.
+    pub fn anchors(&self) -> &[TrustAnchor<'static>] {
+        &self.0.anchors
+    }
+}
+
+impl PartialEq for Roots {
+    fn eq(&self, other: &Self) -> bool {
+        self.certificates() == other.certificates()
+    }
+}
+
+impl Eq for Roots {}
+
+impl fmt::Debug for Roots {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Roots({})", self.certificates().len())
+    }
+}

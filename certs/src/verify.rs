@@ -1,0 +1,145 @@
+//! Does this chain prove an identity? webpki decides about signatures, time and usage; this module about the name.
+//!
+//! A leaf with several URI SANs is refused outright: if one reader took the first and another any, the pair could be
+//! played off against each other. The caller compares the identity, or its trust domain, with what it expects.
+
+use std::sync::LazyLock;
+
+use rustls::crypto::WebPkiSupportedAlgorithms;
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::UnixTime;
+use thiserror::Error;
+use webpki::{EndEntityCert, KeyUsage};
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use crate::Roots;
+use crate::SpiffeId;
+
+/// Longest chain that is looked at, certificates. Ours has 2; a deeper PKI rarely more than 4.
+const MAX_CHAIN: usize = 10;
+/// Longest certificate that is looked at, bytes.
+const MAX_CERTIFICATE_BYTES: usize = 64 * 1024;
+
+/// What the peer is on this connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Usage {
+    /// The peer accepted the connection; its certificate must allow serverAuth.
+    Server,
+    /// The peer opened it; its certificate must allow clientAuth.
+    Client,
+}
+
+/// Why a chain proves nothing. Always the peer's fault or that of its CA; retrying helps only for expiry.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum VerifyError {
+    /// No certificate at all.
+    #[error("the peer sent no certificate")]
+    NoCertificate,
+    /// More than ten certificates.
+    #[error("the peer sent a chain of {0} certificates; at most {MAX_CHAIN} are looked at")]
+    ChainTooLong(usize),
+    /// The leaf is not a certificate.
+    #[error("the peer's certificate cannot be read: {0}")]
+    Unreadable(String),
+    /// webpki's verdict: unknown issuer, expired, wrong usage, bad signature.
+    #[error("the peer's certificate is not valid: {0}")]
+    Invalid(webpki::Error),
+    /// The leaf names no URI.
+    #[error(
+        "the peer's certificate names no identity (no URI among its subject alternative names)"
+    )]
+    NoIdentity,
+    /// The leaf names several URIs.
+    #[error("the peer's certificate names {0} URIs; exactly one is allowed")]
+    SeveralIdentities(usize),
+    /// The URI is not a SPIFFE id of a service account.
+    #[error("the peer's certificate names no usable identity: {0}")]
+    BadIdentity(#[from] crate::SpiffeIdError),
+}
+
+/// The identity that a leaf names, unverified. Exactly one URI SAN, and it is a SPIFFE id.
+pub fn leaf_identity(leaf: &CertificateDer<'_>) -> Result<SpiffeId, VerifyError> {
+    if leaf.len() > MAX_CERTIFICATE_BYTES {
+        return Err(VerifyError::Unreadable(format!("{} bytes", leaf.len())));
+    }
+    let (rest, certificate) = X509Certificate::from_der(leaf)
+        .map_err(|error| VerifyError::Unreadable(error.to_string()))?;
+    if !rest.is_empty() {
+        return Err(VerifyError::Unreadable("bytes after its end".into()));
+    }
+    let names = certificate
+        .subject_alternative_name()
+        .map_err(|error| VerifyError::Unreadable(error.to_string()))?;
+    let Some(names) = names else {
+        return Err(VerifyError::NoIdentity);
+    };
+    let uris: Vec<&str> = names
+        .value
+        .general_names
+        .iter()
+        .filter_map(|name| match name {
+            GeneralName::URI(uri) => Some(*uri),
+            _ => None,
+        })
+        .collect();
+    match uris.as_slice() {
+        [] => Err(VerifyError::NoIdentity),
+        [uri] => Ok(uri.parse()?),
+        several => Err(VerifyError::SeveralIdentities(several.len())),
+    }
+}
+
+/// Verifies a chain (leaf first) against the roots, for the usage, at a time; gives the identity it proves.
+pub fn verify_chain(
+    chain: &[CertificateDer<'_>],
+    roots: &Roots,
+    usage: Usage,
+    now: UnixTime,
+) -> Result<SpiffeId, VerifyError> {
+    let Some((leaf, intermediates)) = chain.split_first() else {
+        return Err(VerifyError::NoCertificate);
+    };
+    if chain.len() > MAX_CHAIN {
+        return Err(VerifyError::ChainTooLong(chain.len()));
+    }
+    let end_entity = EndEntityCert::try_from(leaf).map_err(VerifyError::Invalid)?;
+    let usage = match usage {
+        Usage::Server => KeyUsage::server_auth(),
+        Usage::Client => KeyUsage::client_auth(),
+    };
+    end_entity
+        .verify_for_usage(
+            algorithms().all,
+            roots.anchors(),
+            intermediates,
+            now,
+            usage,
+            None,
+            None,
+        )
+        .map_err(VerifyError::Invalid)?;
+    leaf_identity(leaf)
+}
+
+fn algorithms() -> &'static WebPkiSupportedAlgorithms {
+    static ALGORITHMS: LazyLock<WebPkiSupportedAlgorithms> = LazyLock::new(|| {
+        rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms
+    });
+    &ALGORITHMS
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rustls_pki_types::CertificateDer;
+
+    use crate::leaf_identity;
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(der in proptest::collection::vec(any::<u8>(), 0..300)) {
+            prop_assert!(leaf_identity(&CertificateDer::from(der)).is_err());
+        }
+    }
+}
