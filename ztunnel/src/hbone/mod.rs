@@ -1,1 +1,65 @@
-//! placeholder
+//! HBONE: TCP connections as HTTP/2 CONNECT streams over mutual TLS, wire-compatible with Istio's ztunnel.
+//!
+//! The `h2` crate does the framing; this module sets every one of its limits, because a default that fits a web server
+//! is wrong here. Windows differ from the peer's on purpose: with its 4 MiB streams in a 16 MiB connection four stalled
+//! receivers stop the other ninety-six streams. Ours let every stream of a full tunnel stall without touching the rest.
+
+pub mod client;
+pub mod headers;
+pub mod pool;
+pub mod server;
+
+use std::time::Duration;
+
+/// Limits and times of tunnels.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// Receive window of a stream, bytes.
+    pub stream_window: u32,
+    /// Receive window of a tunnel, bytes: at least `stream_window` for each of `max_streams`, so that slow streams
+    /// never stop the others. It bounds what a peer can make us buffer.
+    pub connection_window: u32,
+    /// Largest DATA frame accepted, bytes.
+    pub frame_size: u32,
+    /// Streams that we open on a tunnel before another one is made.
+    pub max_streams: usize,
+    /// How long an unused tunnel stays open.
+    pub idle: Duration,
+    /// TCP connect to the next hop.
+    pub connect_timeout: Duration,
+    /// TLS and HTTP/2 handshake together, either side.
+    pub handshake_timeout: Duration,
+    /// How long a refused port 15008 is tried again: a pod that was just captured opens it a moment later.
+    pub refused_retry: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            stream_window: 1 << 20,
+            connection_window: 128 << 20,
+            frame_size: 1 << 20,
+            max_streams: 100,
+            idle: Duration::from_secs(300),
+            connect_timeout: Duration::from_secs(10),
+            handshake_timeout: Duration::from_secs(10),
+            refused_retry: Duration::from_secs(2),
+        }
+    }
+}
+
+/// Streams that a peer may have open with us at once.
+const SERVER_STREAMS: u32 = 200;
+/// Bytes queued in a stream before the application is slowed down.
+const SEND_BUFFER: usize = 256 * 1024;
+/// Header bytes of a request or response. Ours are a few hundred.
+const HEADER_LIST: u32 = 16 * 1024;
+/// Small DATA frames that may wait unread, in h2's overhead units of up to 256 each: without it a stalled reader of a
+/// chatty database connection makes h2 close the whole tunnel.
+const FRAME_BUDGET: usize = 64 << 20;
+/// Streams that a peer may reset before we have seen them (rapid reset).
+const PENDING_RESETS: usize = 64;
+/// Bytes that rustls may hold encrypted: sixteen records a write instead of four.
+const TLS_BUFFER: usize = 256 * 1024;
+/// Bytes read from a tunnel's socket at once, instead of rustls' one record a call.
+const READ_BUFFER: usize = 64 * 1024;

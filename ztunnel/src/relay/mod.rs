@@ -55,6 +55,8 @@ enum Break {
     Tcp(std::io::Error),
     /// The tunnel stream was reset or failed.
     Stream(h2::Error),
+    /// The other proxy refused the stream.
+    Refused(Outcome),
 }
 
 /// Whether the TCP connection of a tunnel relay is the client or the server.
@@ -66,11 +68,12 @@ pub enum TcpSide {
     Server,
 }
 
-/// Relays between a TCP connection and a stream of a tunnel.
+/// Relays between a TCP connection and a stream of a tunnel. `recv` completes when the other proxy has answered: bytes
+/// of the application are on their way before that, which saves a round trip in every new connection.
 pub async fn tunnel(
     tcp: TcpStream,
     mut send: SendStream<Bytes>,
-    mut recv: RecvStream,
+    recv: impl Future<Output = Result<RecvStream, Outcome>>,
     side: TcpSide,
     counts: &Counts,
     limits: Limits,
@@ -81,7 +84,10 @@ pub async fn tunnel(
     };
     let result = both(
         pumps::tcp_to_stream(&tcp, &mut send, into_tunnel),
-        pumps::stream_to_tcp(&mut recv, &tcp, from_tunnel),
+        async {
+            let mut recv = recv.await.map_err(Break::Refused)?;
+            pumps::stream_to_tcp(&mut recv, &tcp, from_tunnel).await
+        },
         counts,
         limits,
     )
@@ -102,6 +108,11 @@ pub async fn tunnel(
         Ended::Broken(Break::Stream(error)) => {
             sockets::reset(tcp);
             stream_outcome(&error, side)
+        }
+        Ended::Broken(Break::Refused(outcome)) => {
+            send.send_reset(h2::Reason::CANCEL);
+            sockets::reset(tcp);
+            outcome
         }
     }
 }

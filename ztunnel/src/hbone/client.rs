@@ -1,0 +1,181 @@
+//! Opening a tunnel: TCP from the pod's own address, TLS with the expected identity, HTTP/2.
+//!
+//! Every step has a deadline, and every failure an outcome that says which step it was. A refused port is tried again
+//! for a moment (a pod that was just captured opens it a little later); nothing here ever falls back to plaintext.
+
+use std::cell::Cell;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::client::SendRequest;
+use rustls::pki_types::ServerName;
+use tokio::io::BufReader;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_rustls::TlsConnector;
+use tulle_certs::SpiffeId;
+
+use crate::base::pace::Paced;
+use crate::base::sockets::PodSockets;
+use crate::base::workers;
+use crate::hbone::{Config, FRAME_BUDGET, HEADER_LIST, READ_BUFFER, SEND_BUFFER, TLS_BUFFER};
+use crate::outcome::{Code, Outcome, chain};
+use crate::tls::{WorkloadCert, WrongIdentity, peer_identity};
+
+/// What a tunnel is made with.
+#[derive(Clone, Debug)]
+pub struct Dialer {
+    /// The source pod's sockets.
+    pub sockets: Arc<PodSockets>,
+    /// The source's certificate.
+    pub cert: Arc<WorkloadCert>,
+}
+
+/// An open tunnel.
+#[derive(Debug)]
+pub struct Tunnel {
+    send: SendRequest<Bytes>,
+    /// Who the other side proved to be.
+    pub peer: SpiffeId,
+    /// The certificate we showed.
+    pub cert: Arc<WorkloadCert>,
+    /// Our open streams.
+    pub streams: Cell<usize>,
+    /// When the last stream ended.
+    pub idle_since: Cell<Instant>,
+    closed: Rc<Cell<bool>>,
+}
+
+impl Tunnel {
+    /// A handle to open a stream with.
+    pub fn sender(&self) -> SendRequest<Bytes> {
+        self.send.clone()
+    }
+
+    /// Whether new streams have a chance.
+    pub fn is_open(&self) -> bool {
+        !self.closed.get()
+    }
+
+    /// No new streams from now on.
+    pub fn retire(&self) {
+        self.closed.set(true);
+    }
+
+    /// How many streams it takes: our limit or the peer's, which may change at any time.
+    pub fn limit(&self, ours: usize) -> usize {
+        ours.min(self.send.current_max_send_streams())
+    }
+}
+
+/// Opens a tunnel to `address`, whose owner must prove one of `expected`.
+///
+/// # Errors
+/// The step that failed.
+pub async fn connect(
+    dialer: &Dialer,
+    address: SocketAddr,
+    expected: &[SpiffeId],
+    config: Config,
+) -> Result<Tunnel, Outcome> {
+    let tcp = connect_tcp(&dialer.sockets, address, config).await?;
+    let handshake = handshake(tcp, dialer, address, expected, config);
+    timeout(config.handshake_timeout, handshake).await.unwrap_or_else(|_| {
+        let text = format!("{address} did not finish the handshake within {} s", config.handshake_timeout.as_secs());
+        Err(Outcome::new(Code::ConnectTimeout, text))
+    })
+}
+
+async fn connect_tcp(sockets: &PodSockets, address: SocketAddr, config: Config) -> Result<TcpStream, Outcome> {
+    let give_up = Instant::now() + config.refused_retry;
+    let mut pause = Duration::from_millis(20);
+    loop {
+        match timeout(config.connect_timeout, sockets.connect(address)).await {
+            Ok(Ok(tcp)) => return Ok(tcp),
+            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused && Instant::now() + pause < give_up => {
+                sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_millis(250));
+            }
+            Ok(Err(error)) => return Err(Outcome::new(Code::ConnectFailed, format!("tunnel to {address}: {error}"))),
+            Err(_) => {
+                let text = format!(
+                    "tunnel to {address}: no answer within {} s; maybe a firewall or NetworkPolicy drops port {}",
+                    config.connect_timeout.as_secs(),
+                    address.port()
+                );
+                return Err(Outcome::new(Code::ConnectTimeout, text));
+            }
+        }
+    }
+}
+
+async fn handshake(
+    tcp: TcpStream,
+    dialer: &Dialer,
+    address: SocketAddr,
+    expected: &[SpiffeId],
+    config: Config,
+) -> Result<Tunnel, Outcome> {
+    // The name is never sent nor looked at; the verifier knows the expected identities.
+    let name = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into());
+    let transport = Paced::new(BufReader::with_capacity(READ_BUFFER, tcp));
+    let mut tls = TlsConnector::from(dialer.cert.client_config(expected))
+        .connect(name, transport)
+        .await
+        .map_err(|error| tls_outcome(&error, address))?;
+    let session = tls.get_mut().1;
+    session.set_buffer_limit(Some(TLS_BUFFER));
+    let peer = peer_identity(session.peer_certificates())
+        .map_err(|error| Outcome::new(Code::TlsFailed, format!("tunnel to {address}: {error}")))?;
+
+    let (send, connection) = h2::client::Builder::new()
+        .enable_push(false)
+        .initial_window_size(config.stream_window)
+        .initial_connection_window_size(config.connection_window)
+        .max_frame_size(config.frame_size)
+        .max_header_list_size(HEADER_LIST)
+        .max_send_buffer_size(SEND_BUFFER)
+        .data_frame_budget(FRAME_BUDGET)
+        // Until the peer says otherwise.
+        .initial_max_send_streams(config.max_streams)
+        .handshake(tls)
+        .await
+        .map_err(|error| Outcome::new(Code::TunnelFailed, format!("tunnel to {address}: {error}")))?;
+    let closed = Rc::new(Cell::new(false));
+    let flag = closed.clone();
+    workers::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%address, %error, "tunnel ended");
+        }
+        flag.set(true);
+    });
+    Ok(Tunnel {
+        send,
+        peer,
+        cert: dialer.cert.clone(),
+        streams: Cell::new(0),
+        idle_since: Cell::new(Instant::now()),
+        closed,
+    })
+}
+
+/// Sorts a failed handshake: somebody else's certificate, or anything else.
+fn tls_outcome(error: &io::Error, address: SocketAddr) -> Outcome {
+    let wrong = error
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<rustls::Error>())
+        .and_then(|inner| match inner {
+            rustls::Error::InvalidCertificate(rustls::CertificateError::Other(other)) => {
+                other.0.downcast_ref::<WrongIdentity>()
+            }
+            _ => None,
+        });
+    match wrong {
+        Some(wrong) => Outcome::new(Code::WrongIdentity, format!("tunnel to {address}: {wrong}")),
+        None => Outcome::new(Code::TlsFailed, format!("tunnel to {address}: {}", chain(error))),
+    }
+}

@@ -1,0 +1,269 @@
+//! The tunnels of one worker.
+//!
+//! A tunnel is used only for its exact key: source identity, source pod, expected identities and address; a stream can
+//! therefore never ride on somebody else's authentication. Invariants: at most one connection attempt a key is under
+//! way, and everybody who waits for it gets its result; a tunnel whose certificate was renewed, or that said goodbye,
+//! gets no new streams and closes when its last one ends. The next tunnel of a pair is opened in the background when
+//! the best one is [`CROWDED`] full, so that nobody waits for it. Idle tunnels are closed by one task a pool that
+//! sleeps until the next one is due; an idle pool has no task.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use h2::SendStream;
+use h2::client::ResponseFuture;
+use http::Request;
+use tokio::sync::watch;
+use tokio::time::sleep_until;
+use tulle_certs::SpiffeId;
+
+use crate::base::workers;
+use crate::hbone::Config;
+use crate::hbone::client::{Dialer, Tunnel, connect};
+use crate::outcome::{Code, Outcome};
+
+/// Share of a tunnel's streams, in percent, from which on the next tunnel is opened ahead.
+const CROWDED: usize = 80;
+
+/// Tunnels of one key. With 100 streams each it is far more than a pod's connection budget.
+const MOST_TUNNELS: usize = 256;
+
+/// What makes two connections alike enough to share a tunnel.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// Who we are.
+    pub source: SpiffeId,
+    /// Which of our pods (its uid), because the tunnel comes from its address.
+    pub pod: Arc<str>,
+    /// Who the other side may be.
+    pub expected: Arc<[SpiffeId]>,
+    /// Where it is.
+    pub address: SocketAddr,
+}
+
+type Attempt = watch::Receiver<Option<Result<(), Outcome>>>;
+
+#[derive(Default)]
+struct Entry {
+    tunnels: Vec<Rc<Tunnel>>,
+    attempt: Option<Attempt>,
+}
+
+/// The pool. Belongs to one worker.
+pub struct Pool {
+    config: Config,
+    entries: RefCell<HashMap<Key, Entry>>,
+    janitor: Cell<bool>,
+    this: Weak<Self>,
+}
+
+/// A stream that was opened; the other proxy's answer is still to come.
+pub struct Opened {
+    /// The answer.
+    pub response: ResponseFuture,
+    /// Bytes for the other side.
+    pub send: SendStream<Bytes>,
+    /// Keeps the tunnel in use.
+    pub lease: Lease,
+}
+
+/// One stream of a tunnel, until dropped.
+pub struct Lease {
+    tunnel: Rc<Tunnel>,
+    pool: Weak<Pool>,
+}
+
+impl Lease {
+    /// Who the other side proved to be.
+    pub fn peer(&self) -> &SpiffeId {
+        &self.tunnel.peer
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let streams = self.tunnel.streams.get().saturating_sub(1);
+        self.tunnel.streams.set(streams);
+        if streams == 0 {
+            self.tunnel.idle_since.set(tokio::time::Instant::now());
+            if let Some(pool) = self.pool.upgrade() {
+                pool.start_janitor();
+            }
+        }
+    }
+}
+
+impl Pool {
+    /// An empty pool.
+    pub fn new(config: Config) -> Rc<Self> {
+        Rc::new_cyclic(|this| Self {
+            config,
+            entries: RefCell::default(),
+            janitor: Cell::new(false),
+            this: this.clone(),
+        })
+    }
+
+    /// Opens a stream to the key's address, on a new tunnel if need be.
+    ///
+    /// # Errors
+    /// Why there is no tunnel, or that every one failed.
+    pub async fn open(&self, key: &Key, dialer: &Dialer, request: &Request<()>) -> Result<Opened, Outcome> {
+        let mut last = None;
+        // A tunnel may say goodbye between being chosen and being used; a third goodbye in a row is no accident.
+        for _ in 0..3 {
+            let tunnel = self.tunnel(key, dialer).await?;
+            tunnel.streams.set(tunnel.streams.get() + 1);
+            let lease = Lease { tunnel, pool: self.this.clone() };
+            match open_on(&lease.tunnel, request).await {
+                Ok((response, send)) => return Ok(Opened { response, send, lease }),
+                Err(error) => {
+                    lease.tunnel.retire();
+                    last = Some(error);
+                }
+            }
+        }
+        let text = last.map_or_else(String::new, |error| error.to_string());
+        Err(Outcome::new(Code::TunnelFailed, format!("tunnel to {}: {text}", key.address)))
+    }
+
+    /// The least used tunnel of `key`, or a new one.
+    async fn tunnel(&self, key: &Key, dialer: &Dialer) -> Result<Rc<Tunnel>, Outcome> {
+        loop {
+            let mut attempt = {
+                let mut entries = self.entries.borrow_mut();
+                let entry = entries.entry(key.clone()).or_default();
+                entry.tunnels.retain(|tunnel| tunnel.is_open() || tunnel.streams.get() > 0);
+                let best = entry
+                    .tunnels
+                    .iter()
+                    .filter(|tunnel| tunnel.is_open() && Arc::ptr_eq(&tunnel.cert, &dialer.cert))
+                    .min_by_key(|tunnel| tunnel.streams.get())
+                    .filter(|tunnel| tunnel.streams.get() < tunnel.limit(self.config.max_streams))
+                    .cloned();
+                if let Some(tunnel) = best {
+                    let limit = tunnel.limit(self.config.max_streams);
+                    if (tunnel.streams.get() + 1) * 100 >= limit * CROWDED && entry.tunnels.len() < MOST_TUNNELS {
+                        self.attempt(key, dialer, entry);
+                    }
+                    return Ok(tunnel);
+                }
+                if entry.tunnels.len() >= MOST_TUNNELS {
+                    let text = format!("{MOST_TUNNELS} tunnels to {} are full; retry later", key.address);
+                    return Err(Outcome::new(Code::OverBudget, text));
+                }
+                self.attempt(key, dialer, entry)
+            };
+            let result = attempt.wait_for(Option::is_some).await.map(|value| value.clone());
+            match result {
+                Ok(Some(Ok(()))) => {}
+                Ok(Some(Err(outcome))) => return Err(outcome),
+                // The attempt panicked or the pool is being dropped.
+                Ok(None) | Err(_) => return Err(Outcome::new(Code::Internal, "a tunnel attempt was lost")),
+            }
+        }
+    }
+
+    /// The attempt under way, or a new one.
+    fn attempt(&self, key: &Key, dialer: &Dialer, entry: &mut Entry) -> Attempt {
+        if let Some(attempt) = entry.attempt.as_ref().filter(|attempt| attempt.has_changed().is_ok()) {
+            return attempt.clone();
+        }
+        let (done, attempt) = watch::channel(None);
+        entry.attempt = Some(attempt.clone());
+        let (key, dialer, config, pool) = (key.clone(), dialer.clone(), self.config, self.this.clone());
+        workers::spawn(async move {
+            let result = connect(&dialer, key.address, &key.expected, config).await;
+            let Some(pool) = pool.upgrade() else { return };
+            let mut entries = pool.entries.borrow_mut();
+            let result = match (result, entries.get_mut(&key)) {
+                (Ok(tunnel), Some(entry)) => {
+                    entry.tunnels.push(Rc::new(tunnel));
+                    entry.attempt = None;
+                    Ok(())
+                }
+                (Ok(_), None) => Err(Outcome::new(Code::PodRemoved, "the pod went away")),
+                (Err(outcome), entry) => {
+                    if let Some(entry) = entry {
+                        entry.attempt = None;
+                    }
+                    Err(outcome)
+                }
+            };
+            drop(entries);
+            // Nobody may be waiting when the tunnel was opened ahead.
+            let _ = done.send(Some(result));
+            pool.start_janitor();
+        });
+        attempt
+    }
+
+    /// Drops the tunnels of a pod that went away. Their streams have ended or are about to.
+    pub fn forget(&self, pod: &str) {
+        self.entries.borrow_mut().retain(|key, _| &*key.pod != pod);
+    }
+
+    /// Drops every idle tunnel and lets no new stream on the others.
+    pub fn retire_all(&self) {
+        let mut entries = self.entries.borrow_mut();
+        for entry in entries.values() {
+            entry.tunnels.iter().for_each(|tunnel| tunnel.retire());
+        }
+        entries.clear();
+    }
+
+    /// Open tunnels.
+    pub fn tunnels(&self) -> usize {
+        self.entries.borrow().values().map(|entry| entry.tunnels.iter().filter(|tunnel| tunnel.is_open()).count()).sum()
+    }
+
+    fn start_janitor(&self) {
+        if self.janitor.replace(true) {
+            return;
+        }
+        let this = self.this.clone();
+        workers::spawn(async move {
+            loop {
+                let Some(pool) = this.upgrade() else { return };
+                let Some(due) = pool.sweep() else {
+                    pool.janitor.set(false);
+                    return;
+                };
+                drop(pool);
+                sleep_until(due).await;
+            }
+        });
+    }
+
+    /// Closes what has been idle for long enough; when the next one is due.
+    fn sweep(&self) -> Option<tokio::time::Instant> {
+        let now = tokio::time::Instant::now();
+        let mut next: Option<tokio::time::Instant> = None;
+        self.entries.borrow_mut().retain(|_, entry| {
+            entry.tunnels.retain(|tunnel| {
+                if tunnel.streams.get() > 0 {
+                    return true;
+                }
+                let due = tunnel.idle_since.get() + self.config.idle;
+                let keep = tunnel.is_open() && due > now;
+                if keep {
+                    next = Some(next.map_or(due, |next| next.min(due)));
+                } else {
+                    tunnel.retire();
+                }
+                keep
+            });
+            !entry.tunnels.is_empty() || entry.attempt.is_some()
+        });
+        next
+    }
+}
+
+async fn open_on(tunnel: &Tunnel, request: &Request<()>) -> Result<(ResponseFuture, SendStream<Bytes>), h2::Error> {
+    let mut sender = tunnel.sender().ready().await?;
+    sender.send_request(request.clone(), false)
+}

@@ -1,0 +1,79 @@
+//! Serving a tunnel: the HTTP/2 side of an inbound connection after its TLS handshake.
+//!
+//! On drain it says goodbye and goes on accepting what the peer had already sent, until the last stream ends: a stream
+//! that crossed the goodbye on the wire is served, not lost.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::RecvStream;
+use h2::server::SendResponse;
+use http::Request;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::{sleep, timeout};
+
+use crate::base::drain::Drained;
+use crate::hbone::{Config, FRAME_BUDGET, HEADER_LIST, PENDING_RESETS, SEND_BUFFER, SERVER_STREAMS};
+use crate::outcome::{Code, Outcome};
+
+/// A request and the means to answer it.
+pub type Incoming = (Request<RecvStream>, SendResponse<Bytes>);
+
+/// Serves the tunnel until it ends. `handle` gets each stream and must not block. `lifetime` is how long the peer's
+/// certificate is still valid: after that it gets no new streams.
+///
+/// # Errors
+/// Why the tunnel ended, if not in good order.
+pub async fn serve<T>(
+    io: T,
+    config: Config,
+    drained: Drained,
+    lifetime: Duration,
+    mut handle: impl FnMut(Incoming),
+) -> Result<(), Outcome>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let handshake = h2::server::Builder::new()
+        .initial_window_size(config.stream_window)
+        .initial_connection_window_size(config.connection_window)
+        .max_frame_size(config.frame_size)
+        .max_header_list_size(HEADER_LIST)
+        .max_send_buffer_size(SEND_BUFFER)
+        .max_concurrent_streams(SERVER_STREAMS)
+        .max_pending_accept_reset_streams(PENDING_RESETS)
+        .data_frame_budget(FRAME_BUDGET)
+        .handshake(io);
+    let mut connection = timeout(config.handshake_timeout, handshake)
+        .await
+        .map_err(|_| Outcome::new(Code::TunnelFailed, "the peer sent no HTTP/2 preface in time"))?
+        .map_err(|error| Outcome::new(Code::TunnelFailed, error.to_string()))?;
+
+    let mut goodbye = false;
+    let draining = drained.draining();
+    let forced = drained.forced();
+    let expired = sleep(lifetime);
+    tokio::pin!(draining, forced, expired);
+    loop {
+        tokio::select! {
+            stream = connection.accept() => match stream {
+                Some(Ok(stream)) => handle(stream),
+                Some(Err(error)) if error.is_go_away() || error.is_io() => return Ok(()),
+                Some(Err(error)) => return Err(Outcome::new(Code::TunnelFailed, error.to_string())),
+                None => return Ok(()),
+            },
+            () = &mut draining, if !goodbye => {
+                goodbye = true;
+                connection.graceful_shutdown();
+            }
+            () = &mut expired, if !goodbye => {
+                goodbye = true;
+                connection.graceful_shutdown();
+            }
+            () = &mut forced => {
+                connection.abrupt_shutdown(h2::Reason::NO_ERROR);
+                return Ok(());
+            }
+        }
+    }
+}
