@@ -1,1 +1,13 @@
-//! placeholder
+//! Authorization: a pure function from facts and one snapshot to a verdict that names what decided.
+//!
+//! Istio's algebra (DENY before ALLOW; no ALLOW means allow), with the additions that keep it from failing open: a
+//! policy that has not arrived refuses, and a part of a policy that cannot be evaluated counts against the connection.
+//! The same function answers live traffic, the re-check of live connections and `tulle explain`. L7 will be a sibling.
+
+mod l4;
+#[cfg(test)]
+mod reference;
+mod verdict;
+
+pub use l4::{Facts, evaluate, evaluated};
+pub use verdict::{Code, DryRun, Verdict, WouldBe};

@@ -1,1 +1,38 @@
-//! placeholder
+//! What this node knows of the mesh: workloads, services and policies, as one immutable snapshot at a time.
+//!
+//! [`store`] gives two halves. The [`Writer`] cannot be cloned: one task (xDS) applies [`Change`]s to it. Any number of
+//! [`Reader`]s load the newest [`Snapshot`] without a lock, keep it for the length of one decision, and never see half
+//! an update. Building happens off the readers' path and shares everything that did not change, so an update costs what
+//! it touches and not what is known. Not here: protobuf (`xds::decode`), verdicts (`policy`), choice of an endpoint (`lb`).
+//!
+//! Policy never fails open (DESIGN §4, §5), and the store is where that is held:
+//! * a workload that names a policy which is not here is **staged**: its version in force stays, and with none in force it
+//!   is known with [`Workload::policies_pending`], which `policy` answers with a refusal;
+//! * a removed policy stays in force as long as a workload names it;
+//! * a rejected policy leaves its last good version in force, or, if it never had one, a stand-in that denies.
+
+mod cow;
+mod endpoints;
+#[cfg(test)]
+pub mod fixtures;
+mod policy;
+mod service;
+mod snapshot;
+mod store;
+#[cfg(test)]
+mod tests;
+mod versions;
+mod workload;
+
+pub use endpoints::{Candidate, Endpoint, Endpoints, PortTable};
+pub use policy::{Action, Clause, Match, Policy, Rule, Scope, ServiceAccount, StringMatch};
+pub use service::{
+    HealthPolicy, IpFamilies, IpFamily, LoadBalancing, LocalityScope, Mode, Service, ServiceSpec, Visibility,
+};
+pub use snapshot::Snapshot;
+pub use store::{Applied, Change, Reader, Writer, store};
+pub use versions::{LogEntry, VersionLog};
+pub use workload::{
+    AppProtocol, ApplicationTunnel, EgressMode, GatewayAddress, GatewayTarget, Locality, Port, Protocol, Workload,
+    WorkloadType,
+};

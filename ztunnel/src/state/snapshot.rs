@@ -1,0 +1,186 @@
+//! One immutable state of the mesh, and the look-ups that decisions make in it.
+//!
+//! Every look-up is a few hash probes and allocates nothing. Ambiguity is resolved here once, by the peer's rules, so
+//! that all callers agree: which service owns an address for a client, and which of several workloads with one address.
+
+use std::cmp::Reverse;
+use std::hash::BuildHasher;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use crate::state::Policy;
+use crate::state::Scope;
+use crate::state::Service;
+use crate::state::Workload;
+use crate::state::cow::CowMap;
+use crate::state::cow::Groups;
+
+/// See the module's header. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    pub(super) generation: u64,
+    pub(super) addresses_synced: bool,
+    pub(super) policies_synced: bool,
+    pub(super) workloads: CowMap<Arc<str>, Arc<Workload>>,
+    /// Keyed by a hash of (namespace, name), so that a look-up needs no allocated key; groups hold the collisions.
+    pub(super) pods: Groups<u64, Workload>,
+    pub(super) pod_hasher: std::hash::RandomState,
+    /// All networks together; groups are ordered by preference.
+    pub(super) ips: Groups<IpAddr, Workload>,
+    /// By host name; groups hold the namespaces.
+    pub(super) services: Groups<Arc<str>, Service>,
+    pub(super) service_count: usize,
+    pub(super) vips: Groups<IpAddr, Service>,
+    /// Virtual address ranges are rare, and scanned.
+    pub(super) ranges: Arc<Vec<(Arc<str>, IpNet, Arc<Service>)>>,
+    pub(super) policies: CowMap<Arc<str>, Arc<Policy>>,
+    pub(super) global_policies: Arc<[Arc<Policy>]>,
+    pub(super) namespace_policies: CowMap<Arc<str>, Arc<[Arc<Policy>]>>,
+}
+
+impl Snapshot {
+    pub(super) fn empty() -> Self {
+        Self {
+            generation: 0,
+            addresses_synced: false,
+            policies_synced: false,
+            workloads: CowMap::new(),
+            pods: CowMap::new(),
+            pod_hasher: std::hash::RandomState::new(),
+            ips: CowMap::new(),
+            services: CowMap::new(),
+            service_count: 0,
+            vips: CowMap::new(),
+            ranges: Arc::default(),
+            policies: CowMap::new(),
+            global_policies: Arc::from([]),
+            namespace_policies: CowMap::new(),
+        }
+    }
+
+    /// Counted from 1, the first published snapshot; 0 knows nothing.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The first response of both types was applied: what is not here does not exist.
+    pub fn synced(&self) -> bool {
+        self.addresses_synced && self.policies_synced
+    }
+
+    /// The first response with policies was applied. Before, no verdict is possible.
+    pub fn policies_synced(&self) -> bool {
+        self.policies_synced
+    }
+
+    /// A workload by its WDS uid.
+    pub fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
+        self.workloads.get(uid)
+    }
+
+    /// A pod by its name. If several clusters have one of that name, the first uid.
+    pub fn workload_by_pod(&self, namespace: &str, name: &str) -> Option<&Arc<Workload>> {
+        let group = self.pods.group(&self.pod_key(namespace, name));
+        group.iter().find(|workload| *workload.name == *name && *workload.namespace == *namespace)
+    }
+
+    pub(super) fn pod_key(&self, namespace: &str, name: &str) -> u64 {
+        self.pod_hasher.hash_one((namespace, name))
+    }
+
+    /// The workload that owns an address; never one of the host's network. Of several, pods come first, then HBONE.
+    pub fn workload_by_ip(&self, network: &str, ip: IpAddr) -> Option<&Arc<Workload>> {
+        self.ips.group(&ip.to_canonical()).iter().find(|workload| *workload.network == *network)
+    }
+
+    /// The service that owns a virtual address, as a client of `client_namespace` sees it: its own namespace first,
+    /// then canonical ones. An exact address comes before a range, and a longer range before a shorter one.
+    pub fn service_by_vip(&self, network: &str, ip: IpAddr, client_namespace: &str) -> Option<&Arc<Service>> {
+        let ip = ip.to_canonical();
+        let owns = |service: &Service| service.vips.iter().any(|(net, vip)| **net == *network && is_host(vip, ip));
+        let exact = self.vips.group(&ip).iter().filter(|service| owns(service));
+        best_for(client_namespace, exact).or_else(|| {
+            let ranges = self.ranges.iter().filter(|(net, range, service)| {
+                **net == *network && range.contains(&ip) && service.visible_to(client_namespace)
+            });
+            // max_by_key would keep the last of equals.
+            let best = ranges.min_by_key(|(_, range, service)| {
+                (*service.namespace != *client_namespace, Reverse(range.prefix_len()), !service.canonical)
+            });
+            best.map(|(_, _, service)| service)
+        })
+    }
+
+    /// A service by its resource name's halves.
+    pub fn service(&self, namespace: &str, hostname: &str) -> Option<&Arc<Service>> {
+        self.services.group(hostname).iter().find(|service| *service.namespace == *namespace)
+    }
+
+    /// The service that a host name means to a client of `client_namespace`.
+    pub fn service_by_hostname(&self, hostname: &str, client_namespace: &str) -> Option<&Arc<Service>> {
+        best_for(client_namespace, self.services.group(hostname).iter())
+    }
+
+    /// Every workload, in no order.
+    pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.values()
+    }
+
+    /// Every service, in no order.
+    pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
+        self.services.values().flat_map(|group| group.iter())
+    }
+
+    /// Every policy in force, in no order.
+    pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
+        self.policies.values()
+    }
+
+    /// How many workloads, services and policies there are.
+    pub fn counts(&self) -> (usize, usize, usize) {
+        (self.workloads.len(), self.service_count, self.policies.len())
+    }
+
+    /// A policy in force, by `<namespace>/<name>`.
+    pub fn policy(&self, id: &str) -> Option<&Arc<Policy>> {
+        self.policies.get(id)
+    }
+
+    /// The policies that apply to a workload: mesh-wide, of its namespace, and those it names; each once.
+    pub fn policies_for<'a>(&'a self, workload: &'a Workload) -> impl Iterator<Item = &'a Arc<Policy>> {
+        let implied = move |policy: &Policy| match policy.scope {
+            Scope::Global => true,
+            Scope::Namespace => policy.namespace == workload.namespace,
+            Scope::Selector => false,
+        };
+        let named = workload.policies.iter().filter_map(|id| self.policies.get(id));
+        let namespace: &[Arc<Policy>] =
+            self.namespace_policies.get(&workload.namespace).map_or(&[], |policies| &**policies);
+        self.global_policies.iter().chain(namespace).chain(named.filter(move |policy| !implied(policy)))
+    }
+
+    /// A policy that the workload names and that is not here. The store stages such workloads, so there is one only if
+    /// the workload is pending, or older than the snapshot.
+    pub fn missing_policy<'a>(&self, workload: &'a Workload) -> Option<&'a Arc<str>> {
+        workload.policies.iter().find(|id| self.policies.get(*id).is_none())
+    }
+}
+
+/// The order in which services of one address or name are tried; the rest of the ranking depends on the client.
+fn best_for<'a>(client_namespace: &str, services: impl Iterator<Item = &'a Arc<Service>>) -> Option<&'a Arc<Service>> {
+    services
+        .filter(|service| service.visible_to(client_namespace))
+        .min_by_key(|service| (*service.namespace != *client_namespace, !service.canonical))
+}
+
+/// Whether `net` is the single address `ip`.
+pub(super) fn is_host(net: &IpNet, ip: IpAddr) -> bool {
+    net.prefix_len() == net.max_prefix_len() && net.addr() == ip
+}
+
+/// Order of workloads with one address or name: pods, then HBONE, then by uid so that all nodes agree.
+pub(super) fn workload_order(workload: &Workload) -> (bool, bool, Arc<str>) {
+    (!workload.is_pod(), workload.protocol != crate::state::Protocol::Hbone, workload.uid.clone())
+}

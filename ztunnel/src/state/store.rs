@@ -1,0 +1,450 @@
+//! The writer of snapshots: applies changes, stages what is not complete, and publishes.
+//!
+//! Why one writer: order is meaning here (a policy before the workload that names it), and one owner needs no lock. The
+//! writer keeps a working copy and publishes a clone; see `cow` for why both are cheap. Limits: everything held is what
+//! control sent, bounded by its responses, plus the bounded version log.
+
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+
+use arc_swap::ArcSwap;
+use tokio::sync::watch;
+
+use crate::state::Endpoints;
+use crate::state::LogEntry;
+use crate::state::Policy;
+use crate::state::Scope;
+use crate::state::Service;
+use crate::state::ServiceSpec;
+use crate::state::Snapshot;
+use crate::state::VersionLog;
+use crate::state::Workload;
+use crate::state::snapshot::workload_order;
+
+/// One thing that control said.
+#[derive(Clone, Debug)]
+pub enum Change {
+    /// A workload is so.
+    Workload(Arc<Workload>),
+    /// A service is so.
+    Service(Arc<ServiceSpec>),
+    /// A policy is so.
+    Policy(Arc<Policy>),
+    /// A policy cannot be read: this stand-in takes its place unless a good version is held.
+    PolicyRejected(Arc<Policy>),
+    /// The workload or service of this resource name is gone.
+    AddressRemoved(Arc<str>),
+    /// The policy of this resource name is gone.
+    PolicyRemoved(Arc<str>),
+    /// The first response with workloads and services is complete.
+    AddressesSynced,
+    /// The first response with policies is complete.
+    PoliciesSynced,
+}
+
+/// What [`Writer::apply`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Applied {
+    /// Generation in force now.
+    pub generation: u64,
+    /// Whether a new snapshot was published; not if nothing changed.
+    pub published: bool,
+    /// Workloads that wait for policies.
+    pub staged: usize,
+}
+
+/// A new, empty store.
+pub fn store() -> (Writer, Reader) {
+    let next = Snapshot::empty();
+    let (generation, _) = watch::channel(0);
+    let shared = Arc::new(Shared {
+        current: ArcSwap::from_pointee(next.clone()),
+        generation,
+        log: Mutex::new(VersionLog::default()),
+    });
+    let writer = Writer {
+        next,
+        members: HashMap::new(),
+        staged: BTreeMap::new(),
+        users: HashMap::new(),
+        rejected: HashMap::new(),
+        zombies: BTreeSet::new(),
+        touched: BTreeSet::new(),
+        log: BTreeMap::new(),
+        shared: shared.clone(),
+    };
+    (writer, Reader { shared })
+}
+
+#[derive(Debug)]
+struct Shared {
+    current: ArcSwap<Snapshot>,
+    generation: watch::Sender<u64>,
+    log: Mutex<VersionLog>,
+}
+
+/// Loads snapshots. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Reader {
+    shared: Arc<Shared>,
+}
+
+impl Reader {
+    /// The newest snapshot. Keep it for one decision, not longer.
+    pub fn load(&self) -> Arc<Snapshot> {
+        self.shared.current.load_full()
+    }
+
+    /// Tells of every new generation; several may be seen as one.
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.shared.generation.subscribe()
+    }
+
+    /// What took effect when, oldest first.
+    pub fn versions(&self) -> Vec<Arc<LogEntry>> {
+        self.shared.log.lock().unwrap_or_else(PoisonError::into_inner).entries()
+    }
+}
+
+/// Applies changes. There is one.
+#[derive(Debug)]
+pub struct Writer {
+    next: Snapshot,
+    /// Service name to the uids of its endpoints, also for services that are not known yet.
+    members: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
+    /// Newest version of the workloads that wait for a policy.
+    staged: BTreeMap<Arc<str>, Arc<Workload>>,
+    /// Policy name to the uids of the workloads, in force or staged, that name it.
+    users: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
+    /// Versions of policies that could not be read: a workload that wants one of them gets what is in force.
+    rejected: HashMap<Arc<str>, Arc<str>>,
+    /// Removed policies that workloads still name.
+    zombies: BTreeSet<Arc<str>>,
+    /// Services whose endpoints must be prepared again before the next publication.
+    touched: BTreeSet<Arc<str>>,
+    /// What the next publication changes.
+    log: BTreeMap<String, Option<Arc<str>>>,
+    shared: Arc<Shared>,
+}
+
+impl Writer {
+    /// Applies `changes` as one update: readers see all of them or none.
+    pub fn apply(&mut self, changes: impl IntoIterator<Item = Change>, now_unix_us: u64) -> Applied {
+        let was_synced = (self.next.addresses_synced, self.next.policies_synced);
+        let mut policies_changed = false;
+        for change in changes {
+            match change {
+                Change::Workload(workload) => self.offer(workload),
+                Change::Service(spec) => self.put_service(spec),
+                Change::Policy(policy) => {
+                    self.put_policy(policy);
+                    policies_changed = true;
+                }
+                Change::PolicyRejected(stand_in) => {
+                    self.reject_policy(stand_in);
+                    policies_changed = true;
+                }
+                Change::AddressRemoved(name) => self.remove_address(&name),
+                Change::PolicyRemoved(id) => self.remove_policy(&id),
+                Change::AddressesSynced => self.next.addresses_synced = true,
+                Change::PoliciesSynced => self.next.policies_synced = true,
+            }
+        }
+        if policies_changed {
+            self.unstage();
+        }
+        self.bury_zombies();
+        self.rebuild_touched();
+        let synced = (self.next.addresses_synced, self.next.policies_synced);
+        let published = !self.log.is_empty() || synced != was_synced;
+        if published {
+            self.publish(now_unix_us);
+        }
+        Applied { generation: self.next.generation, published, staged: self.staged.len() }
+    }
+
+    fn publish(&mut self, now_unix_us: u64) {
+        self.next.generation += 1;
+        let entry = LogEntry {
+            generation: self.next.generation,
+            applied_unix_us: now_unix_us,
+            resources: std::mem::take(&mut self.log),
+        };
+        self.shared.log.lock().unwrap_or_else(PoisonError::into_inner).push(entry);
+        self.shared.current.store(Arc::new(self.next.clone()));
+        self.shared.generation.send_replace(self.next.generation);
+    }
+
+    // Workloads.
+
+    /// Takes a workload into force, or stages it.
+    fn offer(&mut self, workload: Arc<Workload>) {
+        let uid = workload.uid.clone();
+        let named_before = self.named_by(&uid);
+        self.staged.remove(&uid);
+        if self.is_complete(&workload) {
+            self.put_workload(workload);
+        } else {
+            let in_force = self.next.workloads.get(&uid);
+            // A version in force that was complete stays, if it is of the same pod.
+            let stays = in_force.is_some_and(|old| !old.policies_pending && old.pod_uid == workload.pod_uid);
+            self.staged.insert(uid.clone(), workload.clone());
+            if !stays {
+                let mut pending = Arc::unwrap_or_clone(workload);
+                pending.policies_pending = true;
+                self.put_workload(Arc::new(pending));
+            }
+        }
+        self.index_users(&uid, &named_before);
+    }
+
+    /// Whether every policy that the workload names is here, in the version that it names or another that is as good.
+    fn is_complete(&self, workload: &Workload) -> bool {
+        workload.policies.iter().all(|id| {
+            let Some(held) = self.next.policies.get(id) else { return false };
+            let Some(wanted) = workload.policy_versions.get(id) else { return true };
+            held.version == *wanted || self.rejected.get(id) == Some(wanted)
+        })
+    }
+
+    fn put_workload(&mut self, workload: Arc<Workload>) {
+        let old = self.next.workloads.get(&workload.uid).cloned();
+        if old.as_ref() == Some(&workload) {
+            return;
+        }
+        self.index_workload(old.as_deref(), Some(&workload));
+        self.log.insert(format!("Address/{}", workload.uid), Some(workload.version.clone()));
+        self.next.workloads.insert(workload.uid.clone(), workload);
+    }
+
+    fn remove_workload(&mut self, uid: &str) -> bool {
+        let named_before = self.named_by(uid);
+        self.staged.remove(uid);
+        let Some(old) = self.next.workloads.remove(uid) else { return false };
+        self.index_workload(Some(&old), None);
+        self.log.insert(format!("Address/{uid}"), None);
+        self.index_users(&old.uid, &named_before);
+        true
+    }
+
+    /// Brings every index from `old` to `new` of one workload.
+    fn index_workload(&mut self, old: Option<&Workload>, new: Option<&Arc<Workload>>) {
+        let Some(uid) = old.map(|old| &old.uid).or(new.map(|new| &new.uid)) else { return };
+        let is_old = |workload: &Workload| workload.uid == *uid;
+        let ips_of = |workload: &Workload| match workload.host_network {
+            true => Vec::new(),
+            false => workload.addresses.clone(),
+        };
+        let new_ips = new.map(|new| ips_of(new)).unwrap_or_default();
+        let old_ips = old.map(ips_of).unwrap_or_default();
+        for ip in old_ips.iter().filter(|ip| !new_ips.contains(ip)) {
+            self.next.ips.regroup(ip, is_old, None, workload_order);
+        }
+        for ip in &new_ips {
+            self.next.ips.regroup(ip, is_old, new, workload_order);
+        }
+        let pod_key = |next: &Snapshot, workload: &Workload| next.pod_key(&workload.namespace, &workload.name);
+        if let Some(old) = old {
+            let key = pod_key(&self.next, old);
+            self.next.pods.regroup(&key, is_old, None, workload_order);
+        }
+        if let Some(new) = new.filter(|new| new.is_pod()) {
+            let key = pod_key(&self.next, new);
+            self.next.pods.regroup(&key, is_old, Some(new), workload_order);
+        }
+        for service in old.iter().flat_map(|old| old.services.keys()) {
+            if new.is_some_and(|new| new.services.contains_key(service)) {
+                continue;
+            }
+            if let Some(members) = self.members.get_mut(service) {
+                members.remove(uid);
+                if members.is_empty() {
+                    self.members.remove(service);
+                }
+            }
+            self.touched.insert(service.clone());
+        }
+        for service in new.iter().flat_map(|new| new.services.keys()) {
+            self.members.entry(service.clone()).or_default().insert(uid.clone());
+            self.touched.insert(service.clone());
+        }
+    }
+
+    // Services.
+
+    fn remove_address(&mut self, name: &Arc<str>) {
+        if !self.remove_workload(name)
+            && let Some((namespace, hostname)) = name.split_once('/')
+            && let Some(old) = self.next.service(namespace, hostname).cloned()
+        {
+            self.index_service(Some(&old), None);
+            self.touched.remove(name);
+            self.log.insert(format!("Address/{name}"), None);
+        }
+    }
+
+    fn put_service(&mut self, spec: Arc<ServiceSpec>) {
+        let old = self.next.service(&spec.namespace, &spec.hostname).cloned();
+        if old.as_ref().is_some_and(|old| **old.spec() == *spec) {
+            return;
+        }
+        let key = spec.key();
+        self.log.insert(format!("Address/{key}"), Some(spec.version.clone()));
+        // The endpoints follow at the end of the update, once for all its changes.
+        let new = Arc::new(Service::new(spec, Endpoints::default()));
+        self.index_service(old.as_ref(), Some(&new));
+        self.touched.insert(key.into());
+    }
+
+    /// Brings every index from `old` to `new` of one service.
+    fn index_service(&mut self, old: Option<&Arc<Service>>, new: Option<&Arc<Service>>) {
+        let Some(any) = new.or(old).cloned() else { return };
+        let is_old = |service: &Service| service.namespace == any.namespace && service.hostname == any.hostname;
+        let order = |service: &Service| (service.namespace.clone(), service.hostname.clone());
+        let (new_ips, new_ranges) = new.map(|new| split_vips(new)).unwrap_or_default();
+        let (old_ips, old_ranges) = old.map(|old| split_vips(old)).unwrap_or_default();
+        for ip in old_ips.iter().filter(|ip| !new_ips.contains(ip)) {
+            self.next.vips.regroup(ip, is_old, None, order);
+        }
+        for ip in &new_ips {
+            self.next.vips.regroup(ip, is_old, new, order);
+        }
+        if !old_ranges.is_empty() || !new_ranges.is_empty() {
+            let ranges = Arc::make_mut(&mut self.next.ranges);
+            ranges.retain(|(_, _, service)| !is_old(service));
+            if let Some(new) = new {
+                ranges.extend(new_ranges.iter().map(|(network, range)| (network.clone(), *range, new.clone())));
+            }
+            ranges.sort_by_cached_key(|(network, range, service)| (network.clone(), *range, order(service)));
+        }
+        self.next.services.regroup(&any.hostname, is_old, new, order);
+        self.next.service_count += usize::from(new.is_some());
+        self.next.service_count -= usize::from(old.is_some());
+    }
+
+    fn rebuild_touched(&mut self) {
+        for key in std::mem::take(&mut self.touched) {
+            let Some((namespace, hostname)) = key.split_once('/') else { continue };
+            let Some(old) = self.next.service(namespace, hostname).cloned() else { continue };
+            let uids = self.members.get(&key).into_iter().flatten();
+            let workloads = uids.filter_map(|uid| self.next.workloads.get(uid)).cloned().collect();
+            let endpoints = Endpoints::build(old.spec(), &key, workloads);
+            let new = Arc::new(Service::new(old.spec().clone(), endpoints));
+            self.index_service(Some(&old), Some(&new));
+        }
+    }
+
+    // Policies.
+
+    fn put_policy(&mut self, policy: Arc<Policy>) {
+        self.zombies.remove(&policy.id);
+        self.rejected.remove(&policy.id);
+        self.enforce(policy);
+    }
+
+    fn reject_policy(&mut self, stand_in: Arc<Policy>) {
+        self.rejected.insert(stand_in.id.clone(), stand_in.version.clone());
+        let held = self.next.policies.get(&stand_in.id);
+        if held.is_none_or(|held| held.stand_in.is_some()) {
+            self.zombies.remove(&stand_in.id);
+            self.enforce(stand_in);
+        } else {
+            // A removed policy that came back unreadable is not removed.
+            self.zombies.remove(&stand_in.id);
+        }
+    }
+
+    fn remove_policy(&mut self, id: &Arc<str>) {
+        self.rejected.remove(id);
+        if self.next.policies.get(id).is_some() {
+            self.zombies.insert(id.clone());
+        }
+    }
+
+    fn enforce(&mut self, policy: Arc<Policy>) {
+        let old = self.next.policies.get(&policy.id).cloned();
+        if old.as_ref() == Some(&policy) {
+            return;
+        }
+        self.log.insert(format!("Authorization/{}", policy.id), Some(policy.version.clone()));
+        self.next.policies.insert(policy.id.clone(), policy.clone());
+        self.index_policy(old.as_deref(), Some(&policy));
+    }
+
+    /// Keeps the lists of implied policies.
+    fn index_policy(&mut self, old: Option<&Policy>, new: Option<&Arc<Policy>>) {
+        let Some(id) = old.map(|old| old.id.clone()).or(new.map(|new| new.id.clone())) else { return };
+        let implied = |policy: &Policy| policy.scope != Scope::Selector;
+        for policy in old.into_iter().chain(new.map(|new| &**new)).filter(|policy| implied(policy)) {
+            let list = match policy.scope {
+                Scope::Global => &*self.next.global_policies,
+                _ => self.next.namespace_policies.get(&policy.namespace).map_or(&[][..], |list| &**list),
+            };
+            let mut list: Vec<Arc<Policy>> = list.iter().filter(|other| other.id != id).cloned().collect();
+            list.extend(new.filter(|new| new.scope == policy.scope && new.namespace == policy.namespace).cloned());
+            list.sort_by(|a, b| a.id.cmp(&b.id));
+            match policy.scope {
+                Scope::Global => self.next.global_policies = list.into(),
+                _ => {
+                    self.next.namespace_policies.insert(policy.namespace.clone(), list.into());
+                }
+            }
+        }
+    }
+
+    /// Takes into force what was waiting for a policy that is here now.
+    fn unstage(&mut self) {
+        let ready: Vec<_> = self.staged.values().filter(|workload| self.is_complete(workload)).cloned().collect();
+        for workload in ready {
+            self.offer(workload);
+        }
+    }
+
+    /// Drops removed policies that nobody names any more.
+    fn bury_zombies(&mut self) {
+        let dead: Vec<_> = self.zombies.iter().filter(|id| !self.users.contains_key(*id)).cloned().collect();
+        for id in dead {
+            self.zombies.remove(&id);
+            if let Some(old) = self.next.policies.remove(&id) {
+                self.index_policy(Some(&old), None);
+                self.log.insert(format!("Authorization/{id}"), None);
+            }
+        }
+    }
+
+    /// Policies that a workload names, its versions in force and staged together.
+    fn named_by(&self, uid: &str) -> BTreeSet<Arc<str>> {
+        let versions = [self.next.workloads.get(uid), self.staged.get(uid)];
+        versions.into_iter().flatten().flat_map(|workload| workload.policies.iter().cloned()).collect()
+    }
+
+    /// Brings `users` up to date for one workload that named `before`.
+    fn index_users(&mut self, uid: &Arc<str>, before: &BTreeSet<Arc<str>>) {
+        let now = self.named_by(uid);
+        for id in before.difference(&now) {
+            if let Some(users) = self.users.get_mut(id) {
+                users.remove(uid);
+                if users.is_empty() {
+                    self.users.remove(id);
+                }
+            }
+        }
+        for id in now.difference(before) {
+            self.users.entry(id.clone()).or_default().insert(uid.clone());
+        }
+    }
+}
+
+type Vips = (Vec<IpAddr>, Vec<(Arc<str>, ipnet::IpNet)>);
+
+/// Single addresses, and ranges.
+fn split_vips(service: &ServiceSpec) -> Vips {
+    let (hosts, ranges): (Vec<_>, Vec<_>) =
+        service.vips.iter().cloned().partition(|(_, vip)| vip.prefix_len() == vip.max_prefix_len());
+    (hosts.into_iter().map(|(_, vip)| vip.addr()).collect(), ranges)
+}

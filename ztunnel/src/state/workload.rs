@@ -1,0 +1,215 @@
+//! A workload: a pod or an external endpoint, with everything that a decision about it needs.
+//!
+//! Values are exact types made once by `xds::decode`; nothing in here is parsed again on the data path. Strings are
+//! shared, because thousands of workloads repeat the same namespaces, nodes and zones.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use tulle_certs::SpiffeId;
+
+use crate::state::IpFamily;
+
+/// How a workload is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// Plain TCP to its port.
+    Plain,
+    /// HTTP/2 CONNECT over mutual TLS to port 15008.
+    Hbone,
+}
+
+/// Declared application protocol of a port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AppProtocol {
+    /// Not declared.
+    #[default]
+    Unknown,
+    /// HTTP/1.1.
+    Http11,
+    /// HTTP/2.
+    Http2,
+    /// gRPC.
+    Grpc,
+    /// Bytes.
+    Tcp,
+    /// TLS that the application itself speaks.
+    Tls,
+}
+
+/// One port of a service, or of an endpoint of a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Port {
+    /// Port that clients of the service dial.
+    pub service_port: u16,
+    /// Port of the application. 0 in a service: named, each endpoint says its own.
+    pub target_port: u16,
+    /// Declared protocol.
+    pub app_protocol: AppProtocol,
+}
+
+/// Where a workload runs. Empty: unknown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Locality {
+    /// Region.
+    pub region: Arc<str>,
+    /// Zone.
+    pub zone: Arc<str>,
+    /// Subzone.
+    pub subzone: Arc<str>,
+}
+
+/// Kind of the workload's owner, for telemetry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WorkloadType {
+    /// Deployment.
+    Deployment,
+    /// CronJob.
+    CronJob,
+    /// Pod.
+    Pod,
+    /// Job.
+    Job,
+}
+
+impl WorkloadType {
+    /// The word of the `baggage` key and of labels.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Deployment => "deployment",
+            Self::CronJob => "cronjob",
+            Self::Pod => "pod",
+            Self::Job => "job",
+        }
+    }
+}
+
+/// What may leave the cluster.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EgressMode {
+    /// Everything.
+    #[default]
+    Allow,
+    /// Everything, and each attempt is recorded.
+    Audit,
+    /// Nothing that no EgressPolicy allows.
+    Deny,
+}
+
+/// A gateway or waypoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GatewayAddress {
+    /// Which one.
+    pub target: GatewayTarget,
+    /// Its HBONE port.
+    pub hbone_port: u16,
+}
+
+/// How a gateway is named.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GatewayTarget {
+    /// A service or workload by host name.
+    Hostname {
+        /// Namespace.
+        namespace: Arc<str>,
+        /// Fully qualified host name.
+        hostname: Arc<str>,
+    },
+    /// An address.
+    Address {
+        /// Network of the address.
+        network: Arc<str>,
+        /// The address.
+        ip: IpAddr,
+    },
+}
+
+/// An application behind the proxy that wants the tunnel's metadata.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ApplicationTunnel {
+    /// PROXY protocol version 2 in front of the bytes.
+    pub proxy_protocol: bool,
+    /// Port that overrides the destination's. `None`: not overridden.
+    pub port: Option<u16>,
+}
+
+/// See the module's header. The fields are those of `workload.proto`, which documents units and defaults.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workload {
+    /// WDS uid, `<cluster-id>//Pod/<namespace>/<name>`: unique, and the resource name.
+    pub uid: Arc<str>,
+    /// Version of the resource as control named it. Empty: it has none.
+    pub version: Arc<str>,
+    /// Pod name.
+    pub name: Arc<str>,
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// Addresses, never v4-mapped.
+    pub addresses: Vec<IpAddr>,
+    /// DNS name to resolve where there are no addresses. Empty: none.
+    pub hostname: Arc<str>,
+    /// Network of the addresses.
+    pub network: Arc<str>,
+    /// How it is reached.
+    pub protocol: Protocol,
+    /// What it proves in TLS.
+    pub identity: SpiffeId,
+    /// Node that it runs on. Empty: unknown.
+    pub node: Arc<str>,
+    /// Whether services send it new connections.
+    pub healthy: bool,
+    /// Shares its node's address: never found by address.
+    pub host_network: bool,
+    /// Speaks HBONE itself.
+    pub native_tunnel: bool,
+    /// Services that it is an endpoint of, `<namespace>/<hostname>`, with its ports for them.
+    pub services: BTreeMap<Arc<str>, Vec<Port>>,
+    /// Where it runs.
+    pub locality: Locality,
+    /// Relative weight in balancing. 0: never chosen.
+    pub capacity: u32,
+    /// Selector policies, `<namespace>/<name>`. Namespace-wide and mesh-wide ones are implied.
+    pub policies: Vec<Arc<str>>,
+    /// Content versions of those policies that control had in mind. Absent: any version does.
+    pub policy_versions: BTreeMap<Arc<str>, Arc<str>>,
+    /// Set by the store: one of `policies` has not arrived and no earlier version of the workload was complete.
+    pub policies_pending: bool,
+    /// What may leave the cluster.
+    pub egress: EgressMode,
+    /// `metadata.uid` of the pod. Empty: not said.
+    pub pod_uid: Arc<str>,
+    /// Declared ports of the kubelet's probes.
+    pub probe_ports: Vec<u16>,
+    /// NetworkPolicy peer groups.
+    pub groups: Vec<u32>,
+    /// Canonical service name, for telemetry.
+    pub canonical_name: Arc<str>,
+    /// Canonical revision, for telemetry.
+    pub canonical_revision: Arc<str>,
+    /// Owner's name, for telemetry.
+    pub workload_name: Arc<str>,
+    /// Owner's kind, for telemetry.
+    pub workload_type: WorkloadType,
+    /// Cluster id.
+    pub cluster: Arc<str>,
+    /// Waypoint for traffic addressed to this workload.
+    pub waypoint: Option<GatewayAddress>,
+    /// Gateway to its network.
+    pub network_gateway: Option<GatewayAddress>,
+    /// An application that wants the tunnel's metadata.
+    pub application_tunnel: Option<ApplicationTunnel>,
+}
+
+impl Workload {
+    /// Whether it is a pod, and not an external endpoint or a gateway.
+    pub fn is_pod(&self) -> bool {
+        self.uid.contains("//Pod/")
+    }
+
+    /// The first address of the preferred family, or else the first one. `None`: it has no address at all.
+    pub fn address(&self, prefer: IpFamily) -> Option<IpAddr> {
+        let preferred = self.addresses.iter().find(|ip| IpFamily::of(**ip) == prefer);
+        preferred.or(self.addresses.first()).copied()
+    }
+}
