@@ -1,1 +1,100 @@
-//! placeholder
+//! Redirecting a pod's TCP traffic to the proxy, inside the pod's own network namespace.
+//!
+//! Rules are data ([`rules::Rules`]) rendered to one nftables transaction, so a pod is captured wholly or not at all,
+//! and applying them again is harmless. Whether they work is found out by probing ([`probe`]), never assumed: a pod is
+//! `Captured` only after a connection of its own really arrived at the proxy. The rules outlive the proxy on purpose:
+//! while it is dead, enrolled traffic fails closed.
+//!
+//! Capture is not a fence. A container with CAP_NET_RAW can mark its own packets and walk past these rules; what must
+//! hold against the pod itself is held in the node's namespace.
+
+pub mod pods;
+pub mod preexisting;
+pub mod probe;
+pub mod rules;
+
+use std::io::{self, Write as _};
+use std::process::{Command, Stdio};
+
+use crate::base::netns::{Netns, run_blocking};
+use rules::Rules;
+
+/// Brings the namespace's rules to `rules`, in one transaction.
+///
+/// # Errors
+/// What `nft` or `ip` said; nothing was changed by a failed transaction.
+pub async fn apply(netns: &Netns, rules: Rules) -> io::Result<()> {
+    run_blocking(netns, move || {
+        for family in rules.families() {
+            for step in rules::routes(family) {
+                ip(&step)?;
+            }
+        }
+        nft(&rules.render())
+    })
+    .await
+}
+
+/// Removes everything that [`apply`] made.
+///
+/// # Errors
+/// What `nft` said. A namespace without the table is fine.
+pub async fn remove(netns: &Netns) -> io::Result<()> {
+    run_blocking(netns, || {
+        nft(rules::REMOVE)?;
+        for step in rules::unroutes() {
+            // A missing rule is what we want.
+            let _ = ip(&step);
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// The rules as the kernel has them, or an error if there are none.
+///
+/// # Errors
+/// What `nft` said.
+pub async fn installed(netns: &Netns) -> io::Result<String> {
+    run_blocking(netns, || run("nft", &["list", "table", "inet", rules::TABLE], None)).await
+}
+
+fn nft(script: &str) -> io::Result<()> {
+    run("nft", &["-f", "-"], Some(script)).map(drop)
+}
+
+fn ip(args: &[String]) -> io::Result<()> {
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match run("ip", &args, None) {
+        // Adding what is there already.
+        Err(error) if error.to_string().contains("File exists") => Ok(()),
+        other => other.map(drop),
+    }
+}
+
+/// Runs a system tool in the current namespace and gives its output.
+fn run(tool: &str, args: &[&str], input: Option<&str>) -> io::Result<String> {
+    let mut child = Command::new(tool)
+        .args(args)
+        .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => io::Error::new(
+                error.kind(),
+                format!("the program `{tool}` is not installed on this node; install nftables and iproute2"),
+            ),
+            _ => io::Error::new(error.kind(), format!("cannot run `{tool}`: {error}")),
+        })?;
+    if let (Some(input), Some(mut stdin)) = (input, child.stdin.take()) {
+        stdin.write_all(input.as_bytes())?;
+    }
+    let output = child.wait_with_output()?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let first = said.lines().next().unwrap_or("no message").trim();
+    Err(io::Error::other(format!("`{tool} {}` failed: {first}", args.join(" "))))
+}

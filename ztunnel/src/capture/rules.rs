@@ -1,0 +1,258 @@
+//! The redirect rules as data, and their text for `nft`.
+//!
+//! One table, `inet tulle`, for both families. Its rules are those that Istio's agent installs, in nftables' words, with
+//! three differences: only connections that begin with SYN are redirected, so that those from before capture live on;
+//! probe traffic is let in on the declared probe ports only; and old connections can be reset, one by one.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+
+use tulle_proto::names::{
+    CONNMARK_PROXY, MARK_MASK, MARK_PROXY, PORT_DNS, PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND, PROBE_V4, PROBE_V6,
+};
+
+/// Name of the table.
+pub const TABLE: &str = "tulle";
+
+/// Removes the table, whether it is there or not.
+pub const REMOVE: &str = "table inet tulle\ndelete table inet tulle\n";
+
+/// Routing table and rule preference of the replies to spoofed clients.
+const ROUTE_TABLE: &str = "100";
+const RULE_PREFERENCE: &str = "32764";
+
+/// An address family of the pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+/// What is installed in a pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rules {
+    /// The pod has IPv6.
+    pub v6: bool,
+    /// Declared ports of the kubelet's probes, which its address may reach in plaintext.
+    pub probe_ports: Vec<u16>,
+    /// Connections from before capture that must end: (local, remote).
+    pub reset: Vec<(SocketAddr, SocketAddr)>,
+    /// Redirect port 53 to the DNS proxy. Off until there is one.
+    pub dns: bool,
+    /// Nothing but TCP (which the proxy decides about) and name look-ups may leave: `tulle.dev/egress: deny`.
+    pub tcp_only: bool,
+}
+
+impl Rules {
+    /// Families that need policy routing.
+    pub fn families(&self) -> impl Iterator<Item = Family> + use<> {
+        [Some(Family::V4), self.v6.then_some(Family::V6)].into_iter().flatten()
+    }
+
+    /// The transaction that replaces whatever is installed.
+    pub fn render(&self) -> String {
+        let mut text = String::from(REMOVE);
+        text.push_str("table inet tulle {\n");
+        self.reset_sets(&mut text);
+        text.push_str(&marks());
+        self.prerouting(&mut text);
+        self.output(&mut text);
+        self.filters(&mut text);
+        if self.dns {
+            text.push_str(&dns_zones());
+        }
+        text.push_str("}\n");
+        text
+    }
+
+    fn prerouting(&self, text: &mut String) {
+        text.push_str("  chain prerouting {\n    type nat hook prerouting priority dstnat; policy accept;\n");
+        text.push_str(OLD);
+        if !self.probe_ports.is_empty() {
+            let ports = self.probe_ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
+            let _ = writeln!(text, "    ip saddr {PROBE_V4} tcp dport {{ {ports} }} counter accept");
+            let _ = writeln!(text, "    ip6 saddr {PROBE_V6} tcp dport {{ {ports} }} counter accept");
+        }
+        if !rules_are_broken() {
+            for not_local in ["ip daddr != 127.0.0.1", "ip6 daddr != ::1"] {
+                let _ = writeln!(
+                    text,
+                    "    {not_local} tcp dport != {PORT_HBONE} meta mark & {MARK_MASK:#x} != {MARK_PROXY:#x} counter redirect to :{PORT_INBOUND_PLAINTEXT}"
+                );
+            }
+        }
+        text.push_str("  }\n");
+    }
+
+    fn output(&self, text: &mut String) {
+        text.push_str("  chain output {\n    type nat hook output priority -100; policy accept;\n");
+        text.push_str(OLD);
+        let _ = writeln!(text, "    ip daddr {PROBE_V4} meta l4proto tcp counter accept");
+        let _ = writeln!(text, "    ip6 daddr {PROBE_V6} meta l4proto tcp counter accept");
+        if self.dns {
+            for protocol in ["udp", "tcp"] {
+                let _ = writeln!(
+                    text,
+                    "    oifname != \"lo\" {protocol} dport 53 meta mark & {MARK_MASK:#x} != {MARK_PROXY:#x} counter redirect to :{PORT_DNS}"
+                );
+            }
+        }
+        let _ = writeln!(text, "    meta l4proto tcp meta mark & {MARK_MASK:#x} == {CONNMARK_PROXY:#x} counter accept");
+        if !rules_are_broken() {
+            for not_local in ["ip daddr != 127.0.0.1", "ip6 daddr != ::1"] {
+                let _ = writeln!(text, "    {not_local} oifname \"lo\" counter accept");
+                let _ = writeln!(
+                    text,
+                    "    {not_local} meta l4proto tcp meta mark & {MARK_MASK:#x} != {MARK_PROXY:#x} counter redirect to :{PORT_OUTBOUND}"
+                );
+            }
+        }
+        text.push_str("  }\n");
+    }
+
+    /// Connections to end, and what a pod under `egress: deny` may send.
+    fn filters(&self, text: &mut String) {
+        if self.reset.is_empty() && !self.tcp_only {
+            return;
+        }
+        for (hook, near, far) in [("output", "s", "d"), ("input", "d", "s")] {
+            if hook == "input" && self.reset.is_empty() {
+                continue;
+            }
+            let _ = writeln!(text, "  chain filter_{hook} {{\n    type filter hook {hook} priority filter; policy accept;");
+            for (family, v6) in [("ip", false), ("ip6", true)] {
+                if self.reset.iter().any(|(local, _)| local.is_ipv6() == v6) {
+                    let _ = writeln!(
+                        text,
+                        "    {family} {near}addr . tcp {near}port . {family} {far}addr . tcp {far}port @reset_{family} counter reject with tcp reset"
+                    );
+                }
+            }
+            if self.tcp_only && hook == "output" {
+                text.push_str("    oifname \"lo\" accept\n");
+                text.push_str("    meta l4proto { tcp, ipv6-icmp } accept\n");
+                text.push_str("    udp dport 53 accept\n");
+                text.push_str("    ct direction reply accept\n");
+                text.push_str("    counter reject with icmpx admin-prohibited\n");
+            }
+            text.push_str("  }\n");
+        }
+    }
+
+    fn reset_sets(&self, text: &mut String) {
+        for (family, kind, v6) in [("ip", "ipv4_addr", false), ("ip6", "ipv6_addr", true)] {
+            let elements: Vec<String> = self
+                .reset
+                .iter()
+                .filter(|(local, _)| local.is_ipv6() == v6)
+                .map(|(local, remote)| {
+                    format!("{} . {} . {} . {}", local.ip(), local.port(), remote.ip(), remote.port())
+                })
+                .collect();
+            if !elements.is_empty() {
+                let _ = writeln!(
+                    text,
+                    "  set reset_{family} {{\n    type {kind} . inet_service . {kind} . inet_service\n    elements = {{ {} }}\n  }}",
+                    elements.join(", ")
+                );
+            }
+        }
+    }
+}
+
+/// A connection from before the rules is picked up in its middle; its packets have no lone SYN.
+const OLD: &str = "    tcp flags & (fin | syn | rst | ack) != syn counter accept\n";
+
+/// Tag connections from the proxy to the application, and route the application's replies back to the proxy, although
+/// they are addressed to a client elsewhere.
+fn marks() -> String {
+    format!(
+        "  chain mark_in {{\n    type filter hook prerouting priority mangle; policy accept;\n    \
+         meta mark & {MARK_MASK:#x} == {MARK_PROXY:#x} counter ct mark set {CONNMARK_PROXY:#x}\n  }}\n  \
+         chain mark_out {{\n    type route hook output priority mangle; policy accept;\n    \
+         ct mark & {MARK_MASK:#x} == {CONNMARK_PROXY:#x} counter meta mark set ct mark\n  }}\n"
+    )
+}
+
+/// A conntrack zone of its own for the DNS proxy's upstream queries: an application's query may have the same ports.
+fn dns_zones() -> String {
+    format!(
+        "  chain zone_out {{\n    type filter hook output priority raw; policy accept;\n    \
+         udp dport 53 meta mark & {MARK_MASK:#x} == {MARK_PROXY:#x} ct zone set 1\n  }}\n  \
+         chain zone_in {{\n    type filter hook prerouting priority raw; policy accept;\n    \
+         udp sport 53 meta mark & {MARK_MASK:#x} != {MARK_PROXY:#x} ct zone set 1\n  }}\n"
+    )
+}
+
+/// Sabotage of test builds: `TULLE_BREAK=rules` installs the table without its redirects.
+pub(super) fn rules_are_broken() -> bool {
+    cfg!(feature = "sabotage") && std::env::var("TULLE_BREAK").is_ok_and(|part| part == "rules")
+}
+
+fn words(text: &str) -> Vec<String> {
+    text.split_whitespace().map(str::to_owned).collect()
+}
+
+/// `ip` commands that bring replies to spoofed clients to the proxy.
+pub fn routes(family: Family) -> [Vec<String>; 2] {
+    let (flag, default) = match family {
+        Family::V4 => ("-4", "0.0.0.0/0"),
+        Family::V6 => ("-6", "::/0"),
+    };
+    [
+        words(&format!(
+            "{flag} rule add fwmark {CONNMARK_PROXY:#x}/{MARK_MASK:#x} pref {RULE_PREFERENCE} lookup {ROUTE_TABLE}"
+        )),
+        words(&format!("{flag} route replace local {default} dev lo table {ROUTE_TABLE}")),
+    ]
+}
+
+/// `ip` commands that take them back.
+pub fn unroutes() -> Vec<Vec<String>> {
+    ["-4", "-6"]
+        .into_iter()
+        .flat_map(|flag| {
+            [
+                words(&format!("{flag} rule del pref {RULE_PREFERENCE}")),
+                words(&format!("{flag} route flush table {ROUTE_TABLE}")),
+            ]
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Rules;
+    use std::path::PathBuf;
+
+    fn golden(name: &str, rules: &Rules) {
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/capture/testdata").join(name);
+        let rendered = rules.render();
+        if std::env::var_os("UPDATE").is_some() {
+            std::fs::write(&path, &rendered).unwrap();
+        }
+        let expected = std::fs::read_to_string(&path).unwrap_or_default();
+        assert_eq!(rendered, expected, "{name} differs; run the tests with UPDATE=1 and review the difference");
+    }
+
+    #[test]
+    fn rules_match_their_golden_files() {
+        golden("plain.nft", &Rules::default());
+        golden("probes.nft", &Rules { v6: true, probe_ports: vec![8080, 9090], ..Rules::default() });
+        golden(
+            "reset.nft",
+            &Rules {
+                v6: true,
+                reset: vec![
+                    ("10.0.0.1:80".parse().unwrap(), "10.0.0.2:5000".parse().unwrap()),
+                    ("[fd00::1]:80".parse().unwrap(), "[fd00::2]:5000".parse().unwrap()),
+                ],
+                ..Rules::default()
+            },
+        );
+        golden("dns.nft", &Rules { v6: true, dns: true, ..Rules::default() });
+        golden("tcp-only.nft", &Rules { v6: true, tcp_only: true, ..Rules::default() });
+    }
+}
