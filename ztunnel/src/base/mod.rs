@@ -8,6 +8,7 @@ pub mod pace;
 pub mod sockets;
 pub mod workers;
 
+use std::cell::Cell;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -29,4 +30,20 @@ pub fn unix_now() -> i64 {
 /// Wall clock, microseconds since the Unix epoch.
 pub fn unix_now_us() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX))
+}
+
+/// Bytes moved by a connection, seen from the client.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Client to server.
+    pub up: Cell<u64>,
+    /// Server to client.
+    pub down: Cell<u64>,
+}
+
+impl Counts {
+    /// Both directions.
+    pub fn total(&self) -> u64 {
+        self.up.get().wrapping_add(self.down.get())
+    }
 }

@@ -7,7 +7,6 @@
 
 mod pumps;
 
-use std::cell::Cell;
 use std::future::Future;
 use std::pin::pin;
 use std::time::Duration;
@@ -16,23 +15,8 @@ use bytes::Bytes;
 use h2::{RecvStream, SendStream};
 use tokio::net::TcpStream;
 
-use crate::base::sockets;
+use crate::base::{Counts, sockets};
 use crate::outcome::{Code, Outcome};
-
-/// Bytes moved, seen from the client. Shared with the record of the connection.
-#[derive(Debug, Default)]
-pub struct Counts {
-    /// Client to server.
-    pub up: Cell<u64>,
-    /// Server to client.
-    pub down: Cell<u64>,
-}
-
-impl Counts {
-    fn total(&self) -> u64 {
-        self.up.get().wrapping_add(self.down.get())
-    }
-}
 
 /// Limits of a relay.
 #[derive(Clone, Copy, Debug)]

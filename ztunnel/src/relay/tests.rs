@@ -4,7 +4,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::outcome::Code;
-use crate::relay::{Counts, Limits, tcp};
+use crate::base::Counts;
+use crate::relay::{Limits, tcp};
 
 async fn pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -1,1 +1,10 @@
-//! placeholder
+//! One record a connection: opened at accept, filled in by each phase, written exactly once.
+//!
+//! The record ends when it is finished or dropped; a dropped one says so, so that no connection is missing from the log
+//! or counted twice. The log line goes through tracing's `access` target to a writer thread that drops lines (counted)
+//! rather than blocking a worker. Metric and label names are Istio's, because people's dashboards know them.
+
+mod conn;
+pub mod metrics;
+
+pub use conn::{ConnRecord, Direction, Peer};

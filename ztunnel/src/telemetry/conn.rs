@@ -1,0 +1,247 @@
+//! The record of one connection.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tulle_certs::SpiffeId;
+
+use crate::base::Counts;
+use crate::outcome::{Code, Fault, Outcome};
+use crate::state::{Service, Workload};
+use crate::telemetry::metrics::{DenialLabels, Metrics, TcpLabels};
+
+/// Which side of the mesh reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// Into a local pod.
+    Inbound,
+    /// Out of a local pod.
+    Outbound,
+}
+
+impl Direction {
+    fn reporter(self) -> &'static str {
+        match self {
+            Self::Inbound => "destination",
+            Self::Outbound => "source",
+        }
+    }
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::Inbound => "inbound",
+            Self::Outbound => "outbound",
+        }
+    }
+}
+
+/// One end of a connection, as far as it is known.
+#[derive(Clone, Debug, Default)]
+pub struct Peer {
+    /// Its address.
+    pub addr: Option<SocketAddr>,
+    /// The workload there.
+    pub workload: Option<Arc<Workload>>,
+    /// The identity proven in TLS.
+    pub identity: Option<SpiffeId>,
+}
+
+/// See the module's header.
+pub struct ConnRecord {
+    metrics: Metrics,
+    direction: Direction,
+    started: Instant,
+    /// The client.
+    pub source: Peer,
+    /// The server.
+    pub destination: Peer,
+    /// Where the tunnel goes, on both sides.
+    pub hbone: Option<SocketAddr>,
+    /// The service that the client addressed.
+    pub service: Option<Arc<Service>>,
+    /// Trace id shared by the records of both nodes.
+    pub trace: Option<String>,
+    /// Bytes so far.
+    pub counts: Rc<Counts>,
+    labels: Option<TcpLabels>,
+    finished: bool,
+}
+
+impl ConnRecord {
+    /// Opens a record at accept.
+    pub fn new(metrics: Metrics, direction: Direction, source: SocketAddr, destination: SocketAddr) -> Self {
+        let live = if direction == Direction::Inbound { &metrics.inbound } else { &metrics.outbound };
+        live.inc();
+        Self {
+            metrics,
+            direction,
+            started: Instant::now(),
+            source: Peer { addr: Some(source), ..Peer::default() },
+            destination: Peer { addr: Some(destination), ..Peer::default() },
+            hbone: None,
+            service: None,
+            trace: None,
+            counts: Rc::default(),
+            labels: None,
+            finished: false,
+        }
+    }
+
+    /// Everything is known: counts the connection as opened.
+    pub fn opened(&mut self) {
+        let labels = self.make_labels();
+        self.metrics.opened.get_or_create(&labels).inc();
+        self.labels = Some(labels);
+    }
+
+    /// The one ending.
+    pub fn finish(mut self, outcome: &Outcome) {
+        self.end(outcome);
+    }
+
+    fn end(&mut self, outcome: &Outcome) {
+        if std::mem::replace(&mut self.finished, true) {
+            return;
+        }
+        let metrics = &self.metrics;
+        let live = if self.direction == Direction::Inbound { &metrics.inbound } else { &metrics.outbound };
+        live.dec();
+        let mut labels = self.labels.take().unwrap_or_else(|| {
+            // It failed before anything was opened; both counters move, so that opened - closed stays the live ones.
+            let labels = self.make_labels();
+            metrics.opened.get_or_create(&labels).inc();
+            labels
+        });
+        metrics.received.get_or_create(&labels).inc_by(self.counts.up.get());
+        metrics.sent.get_or_create(&labels).inc_by(self.counts.down.get());
+        labels.response_flags = outcome.code.flag();
+        metrics.closed.get_or_create(&labels).inc();
+        if outcome.code.flag() != "-" {
+            metrics.failed.get_or_create(&labels).inc();
+        }
+        if outcome.code.fault() == Fault::Policy {
+            let rule = outcome.rule.map_or_else(String::new, |rule| rule.to_string());
+            let policy = outcome.policy.clone().unwrap_or_default();
+            let reporter = self.direction.reporter();
+            let labels = DenialLabels { reporter, code: outcome.code.name(), policy, rule };
+            metrics.denials.get_or_create(&labels).inc();
+        }
+        self.log(outcome);
+    }
+
+    fn log(&self, outcome: &Outcome) {
+        let duration = format!("{}ms", self.started.elapsed().as_millis());
+        let (source, destination) = (&self.source, &self.destination);
+        let (up, down) = (self.counts.up.get(), self.counts.down.get());
+        // Bytes sent and received by the local workload.
+        let (sent, received) = if self.direction == Direction::Outbound { (up, down) } else { (down, up) };
+        let ok = outcome.code.is_success();
+        macro_rules! line {
+            ($level:ident, $message:literal) => {
+                tracing::$level!(
+                    target: "access",
+                    src.addr = source.addr.map(tracing::field::display),
+                    src.workload = source.workload.as_deref().map(|w| &*w.name),
+                    src.namespace = source.workload.as_deref().map(|w| &*w.namespace),
+                    src.identity = source.identity.as_ref().map(tracing::field::display),
+                    dst.addr = destination.addr.map(tracing::field::display),
+                    dst.hbone_addr = self.hbone.map(tracing::field::display),
+                    dst.service = self.service.as_deref().map(|s| &*s.hostname),
+                    dst.workload = destination.workload.as_deref().map(|w| &*w.name),
+                    dst.namespace = destination.workload.as_deref().map(|w| &*w.namespace),
+                    dst.identity = destination.identity.as_ref().map(tracing::field::display),
+                    direction = self.direction.word(),
+                    bytes_sent = sent,
+                    bytes_recv = received,
+                    duration,
+                    trace = self.trace.as_deref(),
+                    code = (!ok).then(|| outcome.code.name()),
+                    policy = outcome.policy.as_deref(),
+                    rule = outcome.rule,
+                    error = (!ok).then_some(&*outcome.detail),
+                    $message
+                )
+            };
+        }
+        if ok {
+            line!(info, "connection complete");
+        } else if outcome.code.fault() == Fault::Mesh || outcome.code.fault() == Fault::Destination {
+            line!(error, "connection failed");
+        } else {
+            line!(warn, "connection refused");
+        }
+    }
+
+    fn make_labels(&self) -> TcpLabels {
+        let source = WorkloadLabels::of(&self.source);
+        let destination = WorkloadLabels::of(&self.destination);
+        let service = self.service.as_deref();
+        let name = |value: Option<&Arc<str>>| value.cloned().unwrap_or_else(unknown);
+        TcpLabels {
+            reporter: self.direction.reporter(),
+            source_workload: source.workload,
+            source_canonical_service: source.canonical.clone(),
+            source_canonical_revision: source.revision.clone(),
+            source_workload_namespace: source.namespace,
+            source_principal: source.principal,
+            source_app: source.canonical,
+            source_version: source.revision,
+            source_cluster: source.cluster,
+            destination_service: name(service.map(|service| &service.hostname)),
+            destination_service_namespace: name(service.map(|service| &service.namespace)),
+            destination_service_name: name(service.map(|service| &service.name)),
+            destination_workload: destination.workload,
+            destination_canonical_service: destination.canonical.clone(),
+            destination_canonical_revision: destination.revision.clone(),
+            destination_workload_namespace: destination.namespace,
+            destination_principal: destination.principal,
+            destination_app: destination.canonical,
+            destination_version: destination.revision,
+            destination_cluster: destination.cluster,
+            request_protocol: "tcp",
+            response_flags: "-",
+            connection_security_policy: if self.source.identity.is_some() && self.destination.identity.is_some() {
+                "mutual_tls"
+            } else {
+                "unknown"
+            },
+        }
+    }
+}
+
+impl Drop for ConnRecord {
+    fn drop(&mut self) {
+        self.end(&Outcome::new(Code::Drained, "the proxy dropped the connection"));
+    }
+}
+
+struct WorkloadLabels {
+    workload: Arc<str>,
+    canonical: Arc<str>,
+    revision: Arc<str>,
+    namespace: Arc<str>,
+    principal: Arc<str>,
+    cluster: Arc<str>,
+}
+
+impl WorkloadLabels {
+    fn of(peer: &Peer) -> Self {
+        let workload = peer.workload.as_deref();
+        let text = |value: Option<&Arc<str>>| value.filter(|text| !text.is_empty()).cloned().unwrap_or_else(unknown);
+        Self {
+            workload: text(workload.map(|w| &w.workload_name)),
+            canonical: text(workload.map(|w| &w.canonical_name)),
+            revision: text(workload.map(|w| &w.canonical_revision)),
+            namespace: text(workload.map(|w| &w.namespace)),
+            principal: peer.identity.as_ref().map_or_else(unknown, |identity| Arc::from(identity.to_string())),
+            cluster: text(workload.map(|w| &w.cluster)),
+        }
+    }
+}
+
+fn unknown() -> Arc<str> {
+    thread_local!(static UNKNOWN: Arc<str> = Arc::from("unknown"));
+    UNKNOWN.with(Arc::clone)
+}

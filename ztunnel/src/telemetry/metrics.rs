@@ -1,0 +1,138 @@
+//! Counters and gauges with Istio's names, and our own with the prefix `tulle_`.
+//!
+//! Byte counters are seen from the client on both reporters: received is client to server. Series are per pair of
+//! workloads, so their number is bounded by the workloads that really talk to each other on this node.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+/// Labels of the TCP metrics.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct TcpLabels {
+    /// `source` or `destination`.
+    pub reporter: &'static str,
+    /// Owner of the source pod, and so on, each `unknown` where it is.
+    pub source_workload: Arc<str>,
+    pub source_canonical_service: Arc<str>,
+    pub source_canonical_revision: Arc<str>,
+    pub source_workload_namespace: Arc<str>,
+    /// The identity proven in TLS; never from metadata.
+    pub source_principal: Arc<str>,
+    pub source_app: Arc<str>,
+    pub source_version: Arc<str>,
+    pub source_cluster: Arc<str>,
+    pub destination_service: Arc<str>,
+    pub destination_service_namespace: Arc<str>,
+    pub destination_service_name: Arc<str>,
+    pub destination_workload: Arc<str>,
+    pub destination_canonical_service: Arc<str>,
+    pub destination_canonical_revision: Arc<str>,
+    pub destination_workload_namespace: Arc<str>,
+    pub destination_principal: Arc<str>,
+    pub destination_app: Arc<str>,
+    pub destination_version: Arc<str>,
+    pub destination_cluster: Arc<str>,
+    pub request_protocol: &'static str,
+    pub response_flags: &'static str,
+    pub connection_security_policy: &'static str,
+}
+
+/// Labels of denials.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct DenialLabels {
+    /// `source` or `destination`.
+    pub reporter: &'static str,
+    /// [`crate::outcome::Code`].
+    pub code: &'static str,
+    /// `<namespace>/<name>`, or empty.
+    pub policy: Arc<str>,
+    /// Index of the rule, or empty.
+    pub rule: String,
+}
+
+/// Labels of build information.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BuildLabels {
+    component: &'static str,
+    tag: &'static str,
+}
+
+/// All metrics of the proxy. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    /// Connections that began.
+    pub opened: Family<TcpLabels, Counter>,
+    /// Connections that ended.
+    pub closed: Family<TcpLabels, Counter>,
+    /// Connections that ended badly.
+    pub failed: Family<TcpLabels, Counter>,
+    /// Bytes from client to server.
+    pub received: Family<TcpLabels, Counter>,
+    /// Bytes from server to client.
+    pub sent: Family<TcpLabels, Counter>,
+    /// Refusals by policy.
+    pub denials: Family<DenialLabels, Counter>,
+    /// Live inbound connections.
+    pub inbound: Gauge,
+    /// Live outbound connections.
+    pub outbound: Gauge,
+    /// Connections refused before they had a record: budgets, full queues.
+    pub shed: Counter,
+    /// Inbound TLS handshakes that failed.
+    pub handshakes_failed: Counter,
+    /// Live inbound tunnels.
+    pub tunnels: Gauge,
+    /// Access log lines that were dropped.
+    pub log_dropped: Gauge<u64, AtomicU64>,
+}
+
+impl Metrics {
+    /// Registers everything.
+    pub fn new(registry: &mut Registry) -> Self {
+        let metrics = Self {
+            opened: Family::default(),
+            closed: Family::default(),
+            failed: Family::default(),
+            received: Family::default(),
+            sent: Family::default(),
+            denials: Family::default(),
+            inbound: Gauge::default(),
+            outbound: Gauge::default(),
+            shed: Counter::default(),
+            handshakes_failed: Counter::default(),
+            tunnels: Gauge::default(),
+            log_dropped: Gauge::default(),
+        };
+        let build = Family::<BuildLabels, Gauge>::default();
+        build.get_or_create(&BuildLabels { component: "ztunnel", tag: env!("CARGO_PKG_VERSION") }).set(1);
+        registry.register("istio_build", "Build of the component", build);
+        let tcp = [
+            ("istio_tcp_connections_opened", "Connections opened", &metrics.opened),
+            ("istio_tcp_connections_closed", "Connections closed", &metrics.closed),
+            ("istio_tcp_connections_failed", "Connections that failed", &metrics.failed),
+            ("istio_tcp_received_bytes", "Bytes from client to server", &metrics.received),
+            ("istio_tcp_sent_bytes", "Bytes from server to client", &metrics.sent),
+        ];
+        for (name, help, family) in tcp {
+            registry.register(name, help, family.clone());
+        }
+        registry.register("tulle_denials", "Connections refused by a policy", metrics.denials.clone());
+        registry.register("tulle_connections_shed", "Connections refused for lack of room", metrics.shed.clone());
+        registry.register("tulle_inbound_connections", "Live inbound connections", metrics.inbound.clone());
+        registry.register("tulle_outbound_connections", "Live outbound connections", metrics.outbound.clone());
+        registry.register("tulle_inbound_tunnels", "Live inbound tunnels", metrics.tunnels.clone());
+        registry.register(
+            "tulle_handshakes_failed",
+            "Inbound TLS handshakes that failed",
+            metrics.handshakes_failed.clone(),
+        );
+        registry.register("tulle_access_log_dropped", "Access log lines dropped", metrics.log_dropped.clone());
+        metrics
+    }
+}
