@@ -1,1 +1,23 @@
+//! The lab: a cluster played by one machine's network namespaces, for trying, demonstrating and testing the mesh
+//! without Kubernetes. It takes manifests as users write them and runs the real `control` and `ztunnel`.
+//!
+//! Read in this order. Pure parts first (what should be), then the hands (how it comes to be), then what uses both.
+//! Limits: it plays only what the mesh needs of a cluster; each module says what it leaves out.
 
+pub mod address;
+pub mod manifest;
+pub mod plan;
+
+pub mod objects;
+
+pub mod kubeproxy;
+
+pub mod dns;
+
+pub mod eventually;
+pub mod netns;
+pub mod place;
+pub mod rootless;
+pub mod topology;
+
+pub mod client;
