@@ -148,3 +148,8 @@ fn read_entry(
     }
     Ok(())
 }
+
+/// End of a certificate's validity, seconds since the Unix epoch; `None` if it is not a certificate.
+pub fn not_after(certificate: &CertificateDer<'_>) -> Option<i64> {
+    X509Certificate::from_der(certificate).ok().map(|(_, parsed)| parsed.validity().not_after.timestamp())
+}

@@ -12,7 +12,7 @@ mod roots;
 mod spiffe;
 mod verify;
 
-pub use issued::{Issued, IssuedError};
+pub use issued::{Issued, IssuedError, not_after};
 pub use request::{CsrError, MAX_CSR_BYTES, ParsedCsr, Request, RequestError, parse_csr, request};
 pub use roots::{MAX_ROOTS, Roots, RootsError};
 pub use spiffe::{SpiffeId, SpiffeIdError};

@@ -28,6 +28,8 @@ pub mod identity;
 pub mod xds;
 /// HTTP/2 CONNECT tunnels and their pools.
 pub mod hbone;
+/// What every connection of a local pod needs.
+pub mod flow;
 /// From a tunnel or a plain connection to the local application.
 pub mod inbound;
 /// From a captured application connection to its next hop.

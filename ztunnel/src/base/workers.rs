@@ -10,9 +10,13 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::LocalSet;
+
+use crate::base::drain::Drained;
 
 /// How many more flows the home worker may have than the idlest one before a new connection moves. Small enough to
 /// spread load, large enough that a quiet node makes no thread hops.
@@ -20,6 +24,9 @@ const SLACK: usize = 8;
 
 /// Hand-overs that may wait for a worker. A full queue refuses the connection, as a full backlog would.
 const QUEUE: usize = 4096;
+
+/// How long to wait when the system has no room for another connection.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 type Job<C> = Box<dyn FnOnce(Rc<C>) + Send>;
 
@@ -119,6 +126,75 @@ fn run<C: 'static>(runtime: &tokio::runtime::Runtime, mut queue: mpsc::Receiver<
             job(context.clone());
         }
     });
+}
+
+/// What is done with an accepted connection, on the worker it was placed on.
+pub type Accepted<C> = Arc<dyn Fn(Rc<C>, TcpStream, LoadGuard) + Send + Sync>;
+
+impl<C: 'static> Workers<C> {
+    /// Accepts on `home` until `drained` says stop, and places each connection.
+    ///
+    /// # Errors
+    /// If the home worker takes no more jobs.
+    pub fn accept(
+        &self,
+        home: usize,
+        listener: std::net::TcpListener,
+        drained: Drained,
+        accepted: Accepted<C>,
+    ) -> io::Result<()> {
+        let workers = self.clone();
+        self.run(home, move |context| {
+            spawn(async move {
+                if let Err(error) = workers.accept_loop(home, listener, &drained, accepted, context).await {
+                    tracing::error!(%error, "a listener failed");
+                }
+            });
+        })
+    }
+
+    async fn accept_loop(
+        &self,
+        home: usize,
+        listener: std::net::TcpListener,
+        drained: &Drained,
+        accepted: Accepted<C>,
+        context: Rc<C>,
+    ) -> io::Result<()> {
+        let listener = TcpListener::from_std(listener)?;
+        let stop = drained.draining();
+        tokio::pin!(stop);
+        loop {
+            let tcp = tokio::select! {
+                result = listener.accept() => match result {
+                    Ok((tcp, _)) => tcp,
+                    Err(error) => {
+                        // Out of descriptors or memory: the backlog keeps the clients while we wait for some to return.
+                        tracing::warn!(%error, "cannot accept a connection; trying again");
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                        continue;
+                    }
+                },
+                () = &mut stop => return Ok(()),
+            };
+            let worker = self.place(home);
+            let guard = self.load(worker);
+            if worker == home {
+                accepted(context.clone(), tcp, guard);
+                continue;
+            }
+            let tcp = tcp.into_std()?;
+            let accepted = accepted.clone();
+            let moved = self.run(worker, move |context| match TcpStream::from_std(tcp) {
+                Ok(tcp) => accepted(context, tcp, guard),
+                Err(error) => tracing::warn!(%error, "a connection could not be handed to another worker"),
+            });
+            if let Err(error) = moved {
+                // The closure, and with it the connection, is gone: the client sees it closed.
+                tracing::warn!(%error, "a connection was refused");
+            }
+        }
+    }
 }
 
 /// Spawns a task on the current worker.

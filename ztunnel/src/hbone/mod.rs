@@ -60,6 +60,6 @@ const FRAME_BUDGET: usize = 64 << 20;
 /// Streams that a peer may reset before we have seen them (rapid reset).
 const PENDING_RESETS: usize = 64;
 /// Bytes that rustls may hold encrypted: sixteen records a write instead of four.
-const TLS_BUFFER: usize = 256 * 1024;
+pub(crate) const TLS_BUFFER: usize = 256 * 1024;
 /// Bytes read from a tunnel's socket at once, instead of rustls' one record a call.
-const READ_BUFFER: usize = 64 * 1024;
+pub(crate) const READ_BUFFER: usize = 64 * 1024;

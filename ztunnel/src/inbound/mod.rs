@@ -1,1 +1,76 @@
-//! placeholder
+//! Into a local pod: from a tunnel (15008) or as plaintext (15006), authorised before anything is dialled.
+//!
+//! Every connection is registered for re-checking before its first check, so a policy that arrives in between cannot
+//! miss it. The answer 200 is sent only after the application took the connection.
+
+pub mod decide;
+mod hbone;
+mod plaintext;
+pub mod recheck;
+
+use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tulle_certs::SpiffeId;
+
+pub use hbone::serve as serve_tunnel;
+pub use plaintext::serve as serve_plaintext;
+
+use crate::flow::{LocalPod, PATIENCE, Shared};
+use crate::inbound::recheck::{Live, Registration};
+use crate::outcome::{Code, Outcome};
+use crate::state::Workload;
+
+/// What is known of a connection when it asks to be let in.
+#[derive(Clone, Debug)]
+struct Request {
+    /// Identity proven in TLS.
+    identity: Option<SpiffeId>,
+    /// The client's address.
+    source: IpAddr,
+    /// The application's address.
+    target: SocketAddr,
+}
+
+/// Registers, authorises, dials. The registration ends with the connection.
+async fn admit(
+    shared: &Shared,
+    live: &Rc<Live>,
+    pod: &Arc<LocalPod>,
+    request: &Request,
+) -> Result<(TcpStream, Registration, Arc<Workload>), Outcome> {
+    let registration = live.register(pod, request.identity.clone(), request.source, request.target);
+    let (_, workload) = shared.known(pod).await?;
+    // Wait for policies that are on their way; anything else is decided at once.
+    let decided = shared.wait_for(|snapshot| {
+        let workload = pod.workload(snapshot).unwrap_or(&workload);
+        let verdict = decide::decide(snapshot, workload, request.identity.as_ref(), request.source, request.target);
+        match verdict {
+            Err(outcome) if outcome.code == Code::PolicyPending => None,
+            other => Some(other),
+        }
+    });
+    match decided.await {
+        Some(result) => {
+            result?;
+        }
+        None => {
+            // Still pending: say which policy is missing.
+            let snapshot = shared.reader.load();
+            decide::decide(&snapshot, &workload, request.identity.as_ref(), request.source, request.target)?;
+        }
+    }
+    let dial = pod.sockets.connect_from(request.source, request.target);
+    match timeout(shared.hbone.connect_timeout.min(PATIENCE * 2), dial).await {
+        Ok(Ok(tcp)) => Ok((tcp, registration, workload)),
+        Ok(Err(error)) => {
+            Err(Outcome::new(Code::ConnectFailed, format!("application at {}: {error}", request.target)))
+        }
+        Err(_) => {
+            Err(Outcome::new(Code::ConnectTimeout, format!("the application at {} did not answer", request.target)))
+        }
+    }
+}

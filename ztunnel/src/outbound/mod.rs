@@ -1,1 +1,70 @@
-//! placeholder
+//! From a captured connection of a local pod to its next hop: listen → decide → dial → relay.
+
+pub mod decide;
+mod dial;
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use rand::RngExt as _;
+use tokio::net::TcpStream;
+
+use crate::base::sockets::{original_destination, reset};
+use crate::base::{Counts, canonical};
+use crate::capture::probe;
+use crate::flow::{LocalPod, Shared};
+use crate::hbone::pool::Pool;
+use crate::outcome::Outcome;
+use crate::telemetry::{ConnRecord, Direction};
+
+/// Serves one captured connection to its end.
+pub async fn serve(shared: Shared, pool: Rc<Pool>, pod: Arc<LocalPod>, tcp: TcpStream) {
+    // Not redirected: somebody dialled the proxy's port itself. There is nothing to proxy to.
+    let (Ok(destination), Ok(source)) = (original_destination(&tcp), tcp.peer_addr()) else { return reset(tcp) };
+    if probe::is_outbound_probe(destination) {
+        let _ = tcp.try_write(probe::TOKEN);
+        return;
+    }
+    let mut record = ConnRecord::new(shared.metrics.clone(), Direction::Outbound, canonical(source), destination);
+    let counts = record.counts.clone();
+    let outcome = tokio::select! {
+        outcome = carry(&shared, &pool, &pod, tcp, destination, &mut record, &counts) => outcome,
+        () = pod.drained.forced() => drained(),
+    };
+    record.finish(&outcome);
+}
+
+fn drained() -> Outcome {
+    Outcome::new(crate::outcome::Code::Drained, "the proxy or the pod went away")
+}
+
+async fn carry(
+    shared: &Shared,
+    pool: &Rc<Pool>,
+    pod: &Arc<LocalPod>,
+    tcp: TcpStream,
+    destination: std::net::SocketAddr,
+    record: &mut ConnRecord,
+    counts: &Rc<Counts>,
+) -> Outcome {
+    let planned = async {
+        let permit = pod.connection(&pod.outbound)?;
+        let (snapshot, source) = shared.known(pod).await?;
+        record.source.workload = Some(source.clone());
+        let plan = decide::decide(&snapshot, &source, &shared.network, destination, rand::rng().random())?;
+        record.service = plan.service().cloned();
+        record.destination.workload = plan.destination().cloned();
+        Ok((permit, source, plan))
+    };
+    let (_permit, source, plan) = match planned.await {
+        Ok(planned) => planned,
+        Err(outcome) => {
+            reset(tcp);
+            return outcome;
+        }
+    };
+    match plan {
+        decide::Plan::Hbone(plan) => dial::tunnel(shared, pool, pod, tcp, &source, &plan, record, counts).await,
+        decide::Plan::Plain(plan) => dial::plain(shared, pod, tcp, &plan, record, counts).await,
+    }
+}

@@ -1,0 +1,195 @@
+//! What every connection of a local pod needs: the shared handles, the pod itself, and its budget.
+//!
+//! A pod's budget is what keeps one pod from taking the proxy away from its neighbours: connections, and handshakes under
+//! way. Waiting for knowledge (the workload, its policies, its certificate) happens here too, always with a deadline:
+//! nothing is guessed before, and nobody waits for ever.
+
+use std::future::Future;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout_at};
+
+use crate::base::drain::Drained;
+use crate::base::sockets::PodSockets;
+use crate::hbone;
+use crate::identity::Identities;
+use crate::outcome::{Code, Outcome};
+use crate::relay;
+use crate::state::{Reader, Snapshot, Workload};
+use crate::telemetry::metrics::Metrics;
+use crate::tls::WorkloadCert;
+
+/// How long a new connection waits for what control has to say. The peer's number, and about what a client accepts.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Handles that all flows share. Cheap to clone.
+#[derive(Clone)]
+pub struct Shared {
+    /// The snapshot in force.
+    pub reader: Reader,
+    /// Certificates.
+    pub identities: Identities,
+    /// Counters.
+    pub metrics: Metrics,
+    /// Tunnels.
+    pub hbone: hbone::Config,
+    /// Copying.
+    pub relay: relay::Limits,
+    /// Name of the node's network.
+    pub network: Arc<str>,
+    /// Cluster id, for telemetry.
+    pub cluster: Arc<str>,
+}
+
+/// Limits of one pod.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections in both directions.
+    pub connections: usize,
+    /// Inbound TLS handshakes under way.
+    pub handshakes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        // A node has some ten million kilobytes for proxying at most; a pod's share of connections (5 KB each) stays
+        // under 100 MB. 128 handshakes are 60 ms of one core.
+        Self { connections: 16_384, handshakes: 128 }
+    }
+}
+
+/// A pod of this node, as its flows see it.
+pub struct LocalPod {
+    /// metadata.uid.
+    pub uid: Arc<str>,
+    /// Name.
+    pub name: Arc<str>,
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Opens sockets in it.
+    pub sockets: Arc<PodSockets>,
+    /// Ends its flows.
+    pub drained: Drained,
+    /// What it may use.
+    pub limits: Limits,
+    /// Live inbound connections.
+    pub inbound: Arc<AtomicUsize>,
+    /// Live outbound connections.
+    pub outbound: Arc<AtomicUsize>,
+    /// Handshakes under way.
+    pub handshakes: Arc<AtomicUsize>,
+    /// Connections refused for lack of budget.
+    pub refused: AtomicU64,
+}
+
+/// One unit of a budget, until dropped.
+#[derive(Debug)]
+pub struct Permit(Arc<AtomicUsize>);
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl LocalPod {
+    /// One more connection, counted in `direction`.
+    ///
+    /// # Errors
+    /// `OverBudget`.
+    pub fn connection(&self, direction: &Arc<AtomicUsize>) -> Result<Permit, Outcome> {
+        let live = self.inbound.load(Ordering::Relaxed) + self.outbound.load(Ordering::Relaxed);
+        if live >= self.limits.connections {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+            let text = format!("the pod has {live} connections, its limit (TULLE_POD_MAX_CONNECTIONS); retry later");
+            return Err(Outcome::new(Code::OverBudget, text));
+        }
+        direction.fetch_add(1, Ordering::Relaxed);
+        Ok(Permit(direction.clone()))
+    }
+
+    /// One more handshake.
+    ///
+    /// # Errors
+    /// `OverBudget`.
+    pub fn handshake(&self) -> Result<Permit, Outcome> {
+        if self.handshakes.load(Ordering::Relaxed) >= self.limits.handshakes {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+            return Err(Outcome::new(Code::OverBudget, "the pod has too many TLS handshakes under way; retry later"));
+        }
+        self.handshakes.fetch_add(1, Ordering::Relaxed);
+        Ok(Permit(self.handshakes.clone()))
+    }
+
+    /// What control says about the pod. A description of an earlier pod of the same name does not count.
+    pub fn workload<'a>(&self, snapshot: &'a Snapshot) -> Option<&'a Arc<Workload>> {
+        let workload = snapshot.workload_by_pod(&self.namespace, &self.name)?;
+        (workload.pod_uid.is_empty() || workload.pod_uid == self.uid).then_some(workload)
+    }
+}
+
+impl Shared {
+    /// The newest snapshot in which `look` finds something, waiting for it within [`PATIENCE`].
+    pub async fn wait_for<T>(&self, look: impl Fn(&Arc<Snapshot>) -> Option<T>) -> Option<T> {
+        let snapshot = self.reader.load();
+        if let Some(found) = look(&snapshot) {
+            return Some(found);
+        }
+        let mut changes = self.reader.subscribe();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            // Subscribed first, looked second: no change can slip between.
+            if let Some(found) = look(&self.reader.load()) {
+                return Some(found);
+            }
+            timeout_at(deadline, changes.changed()).await.ok()?.ok()?;
+        }
+    }
+
+    /// The pod's workload and the snapshot it is in.
+    ///
+    /// # Errors
+    /// `UnknownWorkload` if control has not described it in time.
+    pub async fn known(&self, pod: &LocalPod) -> Result<(Arc<Snapshot>, Arc<Workload>), Outcome> {
+        let found = self.wait_for(|snapshot| {
+            let workload = pod.workload(snapshot)?.clone();
+            snapshot.synced().then(|| (snapshot.clone(), workload))
+        });
+        found.await.ok_or_else(|| {
+            let text = format!(
+                "control has not described pod {}/{} within {} s; is control reachable?",
+                pod.namespace,
+                pod.name,
+                PATIENCE.as_secs()
+            );
+            Outcome::new(Code::UnknownWorkload, text)
+        })
+    }
+
+    /// The certificate of `workload`.
+    ///
+    /// # Errors
+    /// `NoCertificate` if the CA has not given one in time.
+    pub async fn certificate(&self, workload: &Workload) -> Result<Arc<WorkloadCert>, Outcome> {
+        if let Some(cert) = self.identities.current(&workload.identity) {
+            return Ok(cert);
+        }
+        let result = deadline(self.identities.certificate(&workload.identity)).await;
+        let reason = match result {
+            Some(Ok(cert)) => return Ok(cert),
+            Some(Err(error)) => error.to_string(),
+            None => format!("the CA did not answer within {} s", PATIENCE.as_secs()),
+        };
+        Err(Outcome::new(Code::NoCertificate, format!("no certificate for {}: {reason}", workload.identity)))
+    }
+}
+
+/// `future`, if it completes within [`PATIENCE`].
+async fn deadline<T>(future: impl Future<Output = T>) -> Option<T> {
+    tokio::time::timeout(PATIENCE, future).await.ok()
+}

@@ -1,0 +1,230 @@
+//! Tunnels from other proxies: TLS, HTTP/2, and each CONNECT as a connection of its own.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::RecvStream;
+use h2::server::SendResponse;
+use http::Response;
+use tokio::io::BufReader;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tulle_certs::SpiffeId;
+
+use crate::base::pace::Paced;
+use crate::base::sockets::reset;
+use crate::base::{canonical, unix_now, workers};
+use crate::flow::{LocalPod, Shared};
+use crate::hbone::headers::{self, Authority, Baggage, Forwarded, TraceId};
+use crate::hbone::server;
+use crate::hbone::{READ_BUFFER, TLS_BUFFER};
+use crate::inbound::recheck::Live;
+use crate::inbound::{Request, admit};
+use crate::outcome::{Code, Outcome, chain};
+use crate::relay::{self, TcpSide};
+use crate::state::Snapshot;
+use crate::telemetry::{ConnRecord, Direction};
+use crate::tls::peer_identity;
+
+/// What a tunnel proved, shared by its streams.
+struct Tunnel {
+    shared: Shared,
+    live: Rc<Live>,
+    pod: Arc<LocalPod>,
+    peer: SocketAddr,
+    local: SocketAddr,
+    source_identity: SpiffeId,
+    own_identity: SpiffeId,
+}
+
+/// Serves one tunnel to its end.
+pub async fn serve(shared: Shared, live: Rc<Live>, pod: Arc<LocalPod>, tcp: TcpStream) {
+    let (Ok(peer), Ok(local)) = (tcp.peer_addr(), tcp.local_addr()) else { return reset(tcp) };
+    let (peer, local) = (canonical(peer), canonical(local));
+    let metrics = shared.metrics.clone();
+    if let Err(outcome) = tunnel(shared, live, &pod, tcp, peer, local).await {
+        metrics.handshakes_failed.inc();
+        // There is no connection yet, so there is no record; the log still says who failed and how.
+        tracing::warn!(
+            target: "access",
+            {
+            src.addr = %peer,
+            dst.addr = %local,
+            dst.workload = &*pod.name,
+            dst.namespace = &*pod.namespace,
+            direction = "inbound",
+            code = outcome.code.name(),
+            error = &*outcome.detail
+            },
+            "tunnel failed"
+        );
+    }
+}
+
+async fn tunnel(
+    shared: Shared,
+    live: Rc<Live>,
+    pod: &Arc<LocalPod>,
+    tcp: TcpStream,
+    peer: SocketAddr,
+    local: SocketAddr,
+) -> Result<(), Outcome> {
+    let permit = pod.handshake()?;
+    let (_, workload) = shared.known(pod).await?;
+    let cert = shared.certificate(&workload).await?;
+    let transport = Paced::new(BufReader::with_capacity(READ_BUFFER, tcp));
+    let accept = TlsAcceptor::from(cert.server_config()).accept(transport);
+    let mut tls = timeout(shared.hbone.handshake_timeout, accept)
+        .await
+        .map_err(|_| Outcome::new(Code::TlsFailed, "the peer did not finish the TLS handshake in time"))?
+        .map_err(|error| Outcome::new(Code::TlsFailed, chain(&error)))?;
+    let session = tls.get_mut().1;
+    session.set_buffer_limit(Some(TLS_BUFFER));
+    let source_identity =
+        peer_identity(session.peer_certificates()).map_err(|error| Outcome::new(Code::TlsFailed, error))?;
+    let lifetime = session.peer_certificates().and_then(|chain| chain.first()).map_or(Duration::ZERO, remaining);
+    drop(permit);
+
+    shared.metrics.tunnels.inc();
+    let gauge = shared.metrics.tunnels.clone();
+    let config = shared.hbone;
+    let own_identity = cert.identity.clone();
+    let context = Rc::new(Tunnel { shared, live, pod: pod.clone(), peer, local, source_identity, own_identity });
+    let result = server::serve(tls, config, pod.drained.clone(), lifetime, |(request, respond)| {
+        let context = context.clone();
+        workers::spawn(async move { stream(&context, request, respond).await });
+    })
+    .await;
+    gauge.dec();
+    result
+}
+
+/// How long the peer's certificate is still valid.
+fn remaining(leaf: &rustls::pki_types::CertificateDer<'_>) -> Duration {
+    let left = tulle_certs::not_after(leaf).map_or(0, |end| end.saturating_sub(unix_now()));
+    Duration::from_secs(u64::try_from(left).unwrap_or(0))
+}
+
+/// Serves one CONNECT.
+async fn stream(tunnel: &Tunnel, request: http::Request<RecvStream>, mut respond: SendResponse<Bytes>) {
+    let shared = &tunnel.shared;
+    let mut record =
+        ConnRecord::new(shared.metrics.clone(), Direction::Inbound, tunnel.peer, tunnel.local);
+    describe(tunnel, &request, &mut record);
+    let outcome = tokio::select! {
+        outcome = carry(tunnel, request, &mut respond, &mut record) => outcome,
+        () = tunnel.pod.drained.forced() => Outcome::new(Code::Drained, "the proxy or the pod went away"),
+    };
+    record.finish(&outcome);
+}
+
+fn describe<B>(tunnel: &Tunnel, request: &http::Request<B>, record: &mut ConnRecord) {
+    let snapshot = tunnel.shared.reader.load();
+    record.source.identity = Some(tunnel.source_identity.clone());
+    record.destination.identity = Some(tunnel.own_identity.clone());
+    record.destination.workload = tunnel.pod.workload(&snapshot).cloned();
+    // The peer's address says which workload it is only if that workload has the proven identity.
+    record.source.workload = snapshot
+        .workload_by_ip(&tunnel.shared.network, tunnel.peer.ip())
+        .filter(|workload| workload.identity == tunnel.source_identity)
+        .cloned();
+    if let Some(Ok(trace)) = headers::text(request.headers(), &headers::TRACEPARENT).map(TraceId::parse) {
+        record.trace = Some(trace.to_string());
+    }
+    let forwarded = headers::text(request.headers(), &headers::FORWARDED).map(Forwarded::parse).unwrap_or_default();
+    // Only a service that this pod really belongs to.
+    record.service = forwarded.host.as_deref().and_then(|host| {
+        let workload = record.destination.workload.as_deref()?;
+        let key = workload.services.keys().find(|key| key.split_once('/').is_some_and(|(_, name)| name == host))?;
+        let (namespace, hostname) = key.split_once('/')?;
+        snapshot.service(namespace, hostname).cloned()
+    });
+}
+
+async fn carry(
+    tunnel: &Tunnel,
+    request: http::Request<RecvStream>,
+    respond: &mut SendResponse<Bytes>,
+    record: &mut ConnRecord,
+) -> Outcome {
+    let (shared, pod) = (&tunnel.shared, &tunnel.pod);
+    let admitted = async {
+        let permit = pod.connection(&pod.inbound)?;
+        let target = target(tunnel, &request)?;
+        record.hbone = Some(target);
+        let facts = Request { identity: Some(tunnel.source_identity.clone()), source: tunnel.peer.ip(), target };
+        let admitted = admit(shared, &tunnel.live, pod, &facts).await?;
+        Ok((permit, admitted))
+    };
+    let (_permit, (tcp, registration, workload)) = match admitted.await {
+        Ok(admitted) => admitted,
+        Err(outcome) => {
+            // The peer may have gone; then there is nobody to tell.
+            let _ = respond.send_response(headers::refusal(&outcome), true);
+            return outcome;
+        }
+    };
+    let mut answer = Response::new(());
+    let text = |value: &Arc<str>| Some(value.to_string()).filter(|text| !text.is_empty());
+    let baggage = Baggage {
+        cluster: text(&workload.cluster),
+        namespace: text(&workload.namespace),
+        workload: text(&workload.workload_name),
+        service: text(&workload.canonical_name),
+        version: text(&workload.canonical_revision),
+    };
+    if let Some(value) = baggage.to_header(workload.workload_type.as_str()) {
+        answer.headers_mut().insert(headers::BAGGAGE, value);
+    }
+    record.destination.workload = Some(workload);
+    record.opened();
+    let send = match respond.send_response(answer, false) {
+        Ok(send) => send,
+        Err(error) => {
+            reset(tcp);
+            return Outcome::new(Code::TunnelFailed, error.to_string());
+        }
+    };
+    let counts = record.counts.clone();
+    let recv = async { Ok(request.into_body()) };
+    tokio::select! {
+        outcome = relay::tunnel(tcp, send, recv, TcpSide::Server, &counts, shared.relay) => outcome,
+        outcome = registration.cut() => {
+            respond.send_reset(h2::Reason::CANCEL);
+            outcome
+        }
+    }
+}
+
+/// The application's address: always this pod's, with the port that the authority means.
+fn target<B>(tunnel: &Tunnel, request: &http::Request<B>) -> Result<SocketAddr, Outcome> {
+    match headers::destination(request)? {
+        Authority::Address(addr) if addr.ip() == tunnel.local.ip() => Ok(addr),
+        Authority::Address(addr) => {
+            let text = format!("the tunnel to {} asked for {addr}, which is not this pod", tunnel.local.ip());
+            Err(Outcome::new(Code::WrongDestination, text))
+        }
+        Authority::Host(host, port) => {
+            let snapshot = tunnel.shared.reader.load();
+            let port = service_port(&snapshot, tunnel, &host, port)?;
+            Ok(SocketAddr::new(tunnel.local.ip(), port))
+        }
+    }
+}
+
+/// The pod's own port for a service's port.
+fn service_port(snapshot: &Snapshot, tunnel: &Tunnel, host: &str, port: u16) -> Result<u16, Outcome> {
+    let unknown = || {
+        let text = format!("this pod is not an endpoint of {host}:{port}");
+        Outcome::new(Code::WrongDestination, text)
+    };
+    let service = snapshot.service_by_hostname(host, &tunnel.pod.namespace).ok_or_else(unknown)?;
+    let workload = tunnel.pod.workload(snapshot).ok_or_else(unknown)?;
+    let ports = workload.services.get(service.key().as_str()).ok_or_else(unknown)?;
+    let own = ports.iter().find(|own| own.service_port == port).map(|own| own.target_port).filter(|port| *port != 0);
+    own.or_else(|| service.port(port).map(|port| port.target_port).filter(|port| *port != 0)).ok_or_else(unknown)
+}

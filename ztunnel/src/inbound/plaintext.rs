@@ -1,0 +1,65 @@
+//! Plaintext that was redirected on its way to the application.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use tokio::net::TcpStream;
+
+use crate::base::canonical;
+use crate::base::sockets::{original_destination, reset};
+use crate::capture::probe;
+use crate::flow::{LocalPod, Shared};
+use crate::inbound::recheck::Live;
+use crate::inbound::{Request, admit};
+use crate::outcome::{Code, Outcome};
+use crate::relay;
+use crate::telemetry::{ConnRecord, Direction};
+
+/// Serves one connection to its end.
+pub async fn serve(shared: Shared, live: Rc<Live>, pod: Arc<LocalPod>, tcp: TcpStream) {
+    let (Ok(target), Ok(source)) = (original_destination(&tcp), tcp.peer_addr()) else { return reset(tcp) };
+    if target.port() == probe::PORT {
+        let _ = tcp.try_write(probe::TOKEN);
+        return;
+    }
+    let source = canonical(source);
+    let mut record = ConnRecord::new(shared.metrics.clone(), Direction::Inbound, source, target);
+    let snapshot = shared.reader.load();
+    record.source.workload = snapshot.workload_by_ip(&shared.network, source.ip()).cloned();
+    record.destination.workload = pod.workload(&snapshot).cloned();
+    drop(snapshot);
+    let outcome = tokio::select! {
+        outcome = carry(&shared, &live, &pod, tcp, Request { identity: None, source: source.ip(), target }, &mut record) => outcome,
+        () = pod.drained.forced() => Outcome::new(Code::Drained, "the proxy or the pod went away"),
+    };
+    record.finish(&outcome);
+}
+
+async fn carry(
+    shared: &Shared,
+    live: &Rc<Live>,
+    pod: &Arc<LocalPod>,
+    tcp: TcpStream,
+    request: Request,
+    record: &mut ConnRecord,
+) -> Outcome {
+    let admitted = async {
+        let permit = pod.connection(&pod.inbound)?;
+        let admitted = admit(shared, live, pod, &request).await?;
+        Ok((permit, admitted))
+    };
+    let (_permit, (server, registration, workload)) = match admitted.await {
+        Ok(admitted) => admitted,
+        Err(outcome) => {
+            reset(tcp);
+            return outcome;
+        }
+    };
+    record.destination.workload = Some(workload);
+    record.opened();
+    let counts = record.counts.clone();
+    tokio::select! {
+        outcome = relay::tcp(tcp, server, &counts, shared.relay) => outcome,
+        outcome = registration.cut() => outcome,
+    }
+}

@@ -1,0 +1,151 @@
+//! Where a captured connection goes. Pure: one snapshot and one random number in, a plan without choices out.
+//!
+//! `tulle explain` asks this very function, so what it says is what happens.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tulle_certs::SpiffeId;
+use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
+
+use crate::lb::{self, Choice, NoChoice};
+use crate::outcome::{Code, Outcome};
+use crate::state::{EgressMode, IpFamily, Protocol, Service, Snapshot, Workload};
+
+/// What to do.
+#[derive(Clone, Debug)]
+pub enum Plan {
+    /// Through a tunnel.
+    Hbone(Hbone),
+    /// As it is.
+    Plain(Plain),
+}
+
+/// Through a tunnel to the destination's node.
+#[derive(Clone, Debug)]
+pub struct Hbone {
+    /// Where the tunnel goes.
+    pub address: SocketAddr,
+    /// What it is asked for.
+    pub authority: SocketAddr,
+    /// Who may be there.
+    pub expected: Arc<[SpiffeId]>,
+    /// The endpoint.
+    pub destination: Arc<Workload>,
+    /// The service that the client addressed.
+    pub service: Option<Arc<Service>>,
+}
+
+/// Plain TCP.
+#[derive(Clone, Debug)]
+pub struct Plain {
+    /// Where to.
+    pub address: SocketAddr,
+    /// The endpoint, if it is known.
+    pub destination: Option<Arc<Workload>>,
+    /// The service that the client addressed.
+    pub service: Option<Arc<Service>>,
+}
+
+impl Plan {
+    /// The service that the client addressed.
+    pub fn service(&self) -> Option<&Arc<Service>> {
+        match self {
+            Self::Hbone(plan) => plan.service.as_ref(),
+            Self::Plain(plan) => plan.service.as_ref(),
+        }
+    }
+
+    /// The endpoint, if it is known.
+    pub fn destination(&self) -> Option<&Arc<Workload>> {
+        match self {
+            Self::Hbone(plan) => Some(&plan.destination),
+            Self::Plain(plan) => plan.destination.as_ref(),
+        }
+    }
+}
+
+/// Decides for a connection of `source` to `destination`. `random` is 64 uniform bits.
+///
+/// # Errors
+/// Why the connection is refused.
+pub fn decide(
+    snapshot: &Snapshot,
+    source: &Workload,
+    network: &str,
+    destination: SocketAddr,
+    random: u64,
+) -> Result<Plan, Outcome> {
+    if destination.ip().is_loopback() && is_own_port(destination.port()) {
+        let text = format!("the pod called the proxy's own port {}", destination.port());
+        return Err(Outcome::new(Code::SelfCall, text));
+    }
+    if let Some(service) = snapshot.service_by_vip(network, destination.ip(), &source.namespace) {
+        return to_service(snapshot, source, service, destination, random);
+    }
+    if let Some(workload) = snapshot.workload_by_ip(network, destination.ip()) {
+        if workload.waypoint.is_some() {
+            return Err(waypoint(&workload.uid));
+        }
+        return Ok(to_workload(workload.clone(), destination, None));
+    }
+    if source.egress == EgressMode::Deny {
+        let text = format!(
+            "{destination} is outside the cluster, and namespace {} is labelled tulle.dev/egress: deny",
+            source.namespace
+        );
+        return Err(Outcome::new(Code::EgressDenied, text));
+    }
+    Ok(Plan::Plain(Plain { address: destination, destination: None, service: None }))
+}
+
+fn to_service(
+    snapshot: &Snapshot,
+    source: &Workload,
+    service: &Arc<Service>,
+    destination: SocketAddr,
+    random: u64,
+) -> Result<Plan, Outcome> {
+    if service.waypoint.is_some() || !service.weighted_waypoints.is_empty() {
+        return Err(waypoint(&service.hostname));
+    }
+    let prefer = IpFamily::of(destination.ip());
+    match lb::pick(snapshot, service, destination.port(), source, prefer, random) {
+        Ok(Choice { workload, ip, port }) => {
+            Ok(to_workload(workload, SocketAddr::new(ip, port), Some(service.clone())))
+        }
+        Err(NoChoice::Passthrough) => {
+            Ok(Plan::Plain(Plain { address: destination, destination: None, service: Some(service.clone()) }))
+        }
+        Err(none) => Err(Outcome::new(Code::NoEndpoint, none.to_string())),
+    }
+}
+
+fn to_workload(workload: Arc<Workload>, target: SocketAddr, service: Option<Arc<Service>>) -> Plan {
+    match workload.protocol {
+        Protocol::Plain => Plan::Plain(Plain { address: target, destination: Some(workload), service }),
+        Protocol::Hbone => {
+            let mut expected = vec![workload.identity.clone()];
+            if let Some(service) = &service {
+                expected.extend(service.subject_alt_names.iter().filter(|san| **san != workload.identity).cloned());
+            }
+            Plan::Hbone(Hbone {
+                address: SocketAddr::new(target.ip(), PORT_HBONE),
+                authority: target,
+                expected: expected.into(),
+                destination: workload,
+                service,
+            })
+        }
+    }
+}
+
+/// Going past a waypoint would go past its policy.
+fn waypoint(of: &str) -> Outcome {
+    let text = format!("{of} has a waypoint, which this version cannot use; remove it or the pod's enrolment");
+    Outcome::new(Code::NoEndpoint, text)
+}
+
+fn is_own_port(port: u16) -> bool {
+    matches!(port, PORT_OUTBOUND | PORT_INBOUND_PLAINTEXT | PORT_HBONE)
+}
