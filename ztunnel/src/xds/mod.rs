@@ -1,1 +1,11 @@
-//! placeholder
+//! Discovery: the stream on which control says what the mesh is, and the one on which it asks what this node does.
+//!
+//! `session` is the protocol without I/O, `decode` makes exact types of what arrives, and `client` joins them to a gRPC
+//! stream that reconnects for ever. `node` answers control's questions. The node keeps working with its last good state
+//! whatever happens here.
+
+pub mod decode;
+mod session;
+mod wire;
+
+pub use session::{Outcome, Session};

@@ -1,0 +1,81 @@
+//! Decodes `istio.workload.Service`.
+//!
+//! Two values are not judged as strictly as the rest, as the peer does: an unknown visibility is PUBLIC, and a subject
+//! alternative name that is no SPIFFE id is left out, which only narrows what a client accepts.
+
+use tulle_proto::workload as wire;
+use tulle_proto::workload::load_balancing;
+
+use crate::state::{HealthPolicy, IpFamilies, LoadBalancing, LocalityScope, Mode, ServiceSpec, Visibility};
+use crate::xds::decode::field::{self, Strings};
+use crate::xds::decode::workload::{gateway, ports};
+
+/// See the module's header. The error is what is wrong, as one clause.
+pub(super) fn service(from: wire::Service, version: &str, strings: &mut Strings) -> Result<ServiceSpec, String> {
+    for (name, text) in [("name", &from.name), ("namespace", &from.namespace), ("hostname", &from.hostname)] {
+        // The halves of the resource name are told apart by the slash.
+        if text.is_empty() || text.contains('/') {
+            return Err(format!("{name} is {text:?}; it must be a name without a slash"));
+        }
+    }
+    let vip = |address: &wire::NetworkAddress, strings: &mut Strings| {
+        let net = field::net("addresses", &address.address, address.length)?;
+        Ok::<_, String>((strings.share(&address.network), net))
+    };
+    let mut weighted_waypoints = Vec::new();
+    for waypoint in from.weighted_waypoints {
+        let destination = waypoint.destination.ok_or_else(|| "weighted_waypoints has no destination".to_owned())?;
+        weighted_waypoints.push((gateway("weighted_waypoints", destination, strings)?, waypoint.weight));
+    }
+    Ok(ServiceSpec {
+        version: version.into(),
+        name: strings.share(&from.name),
+        namespace: strings.share(&from.namespace),
+        hostname: strings.share(&from.hostname),
+        vips: from.addresses.iter().map(|address| vip(address, strings)).collect::<Result<_, _>>()?,
+        ports: ports(&from.ports)?,
+        subject_alt_names: from.subject_alt_names.iter().filter_map(|san| san.parse().ok()).collect(),
+        lb: from.load_balancing.map(balancing).transpose()?.unwrap_or_default(),
+        ip_families: match field::known("ip_families", from.ip_families)? {
+            wire::IpFamilies::Automatic => IpFamilies::Automatic,
+            wire::IpFamilies::Ipv4Only => IpFamilies::V4Only,
+            wire::IpFamilies::Ipv6Only => IpFamilies::V6Only,
+            wire::IpFamilies::Dual => IpFamilies::Dual,
+        },
+        canonical: from.canonical,
+        visibility: match wire::service::Visibility::try_from(from.visibility) {
+            Ok(wire::service::Visibility::Namespace) => Visibility::Namespace,
+            Ok(wire::service::Visibility::Public) | Err(_) => Visibility::Public,
+        },
+        waypoint: from.waypoint.map(|address| gateway("waypoint", address, strings)).transpose()?,
+        weighted_waypoints,
+    })
+}
+
+fn balancing(from: wire::LoadBalancing) -> Result<LoadBalancing, String> {
+    use load_balancing::Scope;
+    let scope = |scope: &i32| {
+        Ok(match field::known("routing_preference", *scope)? {
+            Scope::Region => LocalityScope::Region,
+            Scope::Zone => LocalityScope::Zone,
+            Scope::Subzone => LocalityScope::Subzone,
+            Scope::Node => LocalityScope::Node,
+            Scope::Cluster => LocalityScope::Cluster,
+            Scope::Network => LocalityScope::Network,
+            Scope::UnspecifiedScope => return Err("routing_preference has an unspecified scope".to_owned()),
+        })
+    };
+    Ok(LoadBalancing {
+        routing_preference: from.routing_preference.iter().map(scope).collect::<Result<_, _>>()?,
+        mode: match field::known("load_balancing.mode", from.mode)? {
+            load_balancing::Mode::UnspecifiedMode => Mode::All,
+            load_balancing::Mode::Strict => Mode::Strict,
+            load_balancing::Mode::Failover => Mode::Failover,
+            load_balancing::Mode::Passthrough => Mode::Passthrough,
+        },
+        health_policy: match field::known("health_policy", from.health_policy)? {
+            load_balancing::HealthPolicy::OnlyHealthy => HealthPolicy::OnlyHealthy,
+            load_balancing::HealthPolicy::AllowAll => HealthPolicy::AllowAll,
+        },
+    })
+}

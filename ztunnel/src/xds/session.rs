@@ -1,0 +1,191 @@
+//! The delta protocol's client half as a state machine: responses in, changes and requests out, no I/O.
+//!
+//! It outlives streams: what is known is told to the next server as `initial_resource_versions`, so that only differences
+//! travel and removals are not missed. A rejected resource is named in the NACK, does not hold up the others, and is told
+//! with version "" after a reconnect, so that it is sent again or its removal is. Limits: what is remembered is a name and
+//! a version per resource that the server sent; a NACK's text has at most [`MAX_NACK_BYTES`].
+
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
+use tulle_proto::names::{TYPE_ADDRESS, TYPE_AUTHORIZATION};
+
+use crate::state::Change;
+use crate::xds::decode::{self, Rejected, Strings};
+
+/// A NACK is read by people and logged; more rejections than fit are counted.
+const MAX_NACK_BYTES: usize = 4096;
+/// google.rpc.Code.INVALID_ARGUMENT.
+const INVALID_ARGUMENT: i32 = 3;
+/// Names that may be asked for on demand. Beyond it the oldest answer is as good as none: connections go without.
+const MAX_DEMANDED: usize = 65_536;
+
+/// What a response led to.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// For the store, in order.
+    pub changes: Vec<Change>,
+    /// Resources that cannot be used, and why.
+    pub rejected: Vec<Rejected>,
+    /// ACK or NACK. `None`: there is no nonce to answer to.
+    pub answer: Option<DeltaDiscoveryRequest>,
+}
+
+/// See the module's header.
+#[derive(Debug)]
+pub struct Session {
+    node: Node,
+    on_demand: bool,
+    types: [TypeState; 2],
+    demanded: BTreeSet<Arc<str>>,
+    strings: Strings,
+}
+
+#[derive(Debug)]
+struct TypeState {
+    url: &'static str,
+    /// Version by name; "" for what is wanted or was rejected.
+    known: BTreeMap<Arc<str>, Arc<str>>,
+    /// A response of this type was applied since the process started.
+    synced: bool,
+}
+
+impl TypeState {
+    fn new(url: &'static str) -> Self {
+        Self { url, known: BTreeMap::new(), synced: false }
+    }
+}
+
+impl Session {
+    /// `on_demand`: workloads and services are sent when asked for, and those of the node.
+    pub fn new(node: Node, on_demand: bool) -> Self {
+        // Policies first: then most workloads find theirs when they arrive.
+        let types = [TypeState::new(TYPE_AUTHORIZATION), TypeState::new(TYPE_ADDRESS)];
+        Self { node, on_demand, types, demanded: BTreeSet::new(), strings: Strings::default() }
+    }
+
+    /// The first requests of a stream.
+    pub fn open(&self) -> Vec<DeltaDiscoveryRequest> {
+        let first = |(index, state): (usize, &TypeState)| {
+            let on_demand = self.on_demand && state.url == TYPE_ADDRESS;
+            let star = || vec!["*".to_owned()];
+            // istiod's notation for "nothing until I ask" is both at once. An empty subscription means everything.
+            let (mut subscribe, unsubscribe) = if on_demand { (star(), star()) } else { (Vec::new(), Vec::new()) };
+            if on_demand {
+                subscribe.extend(self.demanded.iter().map(ToString::to_string));
+            }
+            DeltaDiscoveryRequest {
+                node: (index == 0).then(|| self.node.clone()),
+                type_url: state.url.to_owned(),
+                resource_names_subscribe: subscribe,
+                resource_names_unsubscribe: unsubscribe,
+                initial_resource_versions: state.known.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect(),
+                ..DeltaDiscoveryRequest::default()
+            }
+        };
+        self.types.iter().enumerate().map(first).collect()
+    }
+
+    /// Asks for a workload or service: a uid, `<namespace>/<hostname>` or `<network>/<ip>`. `None`: asked already, not on
+    /// demand, or too many.
+    pub fn demand(&mut self, name: &str) -> Option<DeltaDiscoveryRequest> {
+        if !self.on_demand || self.demanded.contains(name) || self.demanded.len() >= MAX_DEMANDED {
+            return None;
+        }
+        self.demanded.insert(name.into());
+        Some(DeltaDiscoveryRequest {
+            type_url: TYPE_ADDRESS.to_owned(),
+            resource_names_subscribe: vec![name.to_owned()],
+            ..DeltaDiscoveryRequest::default()
+        })
+    }
+
+    /// Both types have been answered since the process started.
+    pub fn synced(&self) -> bool {
+        self.types.iter().all(|state| state.synced)
+    }
+
+    /// Resources known with a version, of both types.
+    pub fn known(&self) -> usize {
+        self.types.iter().map(|state| state.known.len()).sum()
+    }
+
+    /// Takes a response apart. Every resource stands for itself.
+    pub fn respond(&mut self, response: DeltaDiscoveryResponse) -> Outcome {
+        let DeltaDiscoveryResponse { type_url, nonce, resources, removed_resources, .. } = response;
+        let Some(state) = self.types.iter_mut().find(|state| state.url == type_url) else {
+            let reason = "the type was not subscribed to".to_owned();
+            let rejected = vec![Rejected { name: type_url.as_str().into(), reason }];
+            return Outcome { answer: answer(type_url, nonce, &rejected), rejected, changes: Vec::new() };
+        };
+        let mut outcome = Outcome::default();
+        // Removals first: a name that is removed and sent in one response was replaced.
+        for name in removed_resources {
+            let name: Arc<str> = name.into();
+            state.known.remove(&name);
+            outcome.changes.push(match state.url {
+                TYPE_ADDRESS => Change::AddressRemoved(name),
+                _ => Change::PolicyRemoved(name),
+            });
+        }
+        for resource in resources {
+            let name: Arc<str> = resource.name.as_str().into();
+            let version: Arc<str> = resource.version.as_str().into();
+            let decoded = match state.url {
+                TYPE_ADDRESS => decode::address_resource(&resource, &mut self.strings),
+                _ => decode::authorization_resource(&resource),
+            };
+            match decoded {
+                Ok(change) => {
+                    state.known.insert(name, version);
+                    outcome.changes.push(change);
+                }
+                Err((rejected, stand_in)) => {
+                    state.known.insert(name, "".into());
+                    outcome.changes.extend(stand_in);
+                    outcome.rejected.push(rejected);
+                }
+            }
+        }
+        if !state.synced {
+            state.synced = true;
+            outcome.changes.push(match state.url {
+                TYPE_ADDRESS => Change::AddressesSynced,
+                _ => Change::PoliciesSynced,
+            });
+        }
+        outcome.answer = answer(type_url, nonce, &outcome.rejected);
+        outcome
+    }
+}
+
+/// An ACK, or a NACK that names what was rejected.
+fn answer(type_url: String, nonce: String, rejected: &[Rejected]) -> Option<DeltaDiscoveryRequest> {
+    if nonce.is_empty() {
+        return None;
+    }
+    let error_detail = (!rejected.is_empty()).then(|| Status {
+        code: INVALID_ARGUMENT,
+        message: nack_text(rejected),
+        ..Status::default()
+    });
+    Some(DeltaDiscoveryRequest { type_url, response_nonce: nonce, error_detail, ..DeltaDiscoveryRequest::default() })
+}
+
+fn nack_text(rejected: &[Rejected]) -> String {
+    let mut text = String::new();
+    for (index, one) in rejected.iter().enumerate() {
+        let next = format!("{}{}: {}", if index == 0 { "" } else { "; " }, one.name, one.reason);
+        if text.len() + next.len() > MAX_NACK_BYTES {
+            if text.is_empty() {
+                text = next.chars().take(MAX_NACK_BYTES / 4).collect();
+            }
+            let more = rejected.len() - index;
+            return format!("{text}; and {more} more");
+        }
+        text.push_str(&next);
+    }
+    text
+}
