@@ -4,8 +4,14 @@
 //! stream that reconnects for ever. `node` answers control's questions. The node keeps working with its last good state
 //! whatever happens here.
 
+mod client;
 pub mod decode;
+mod monitor;
+mod node;
 mod session;
 mod wire;
 
+pub use client::{Config, run};
+pub use monitor::{Monitor, Received, Status, Termination};
+pub use node::{NodeConfig, run_node_service};
 pub use session::{Outcome, Session};

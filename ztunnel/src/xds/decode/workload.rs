@@ -149,10 +149,9 @@ pub(super) fn gateway(name: &str, from: wire::GatewayAddress, strings: &mut Stri
             namespace: strings.share(&host.namespace),
             hostname: strings.share(&host.hostname),
         },
-        Some(Destination::Address(address)) => GatewayTarget::Address {
-            network: strings.share(&address.network),
-            ip: field::ip(name, &address.address)?,
-        },
+        Some(Destination::Address(address)) => {
+            GatewayTarget::Address { network: strings.share(&address.network), ip: field::ip(name, &address.address)? }
+        }
         _ => return Err(format!("{name} names neither a host nor an address")),
     };
     let hbone_port = match field::port_or_zero(name, from.hbone_mtls_port)? {

@@ -1,0 +1,204 @@
+//! The discovery stream itself: connects, feeds the session, applies its changes, and reconnects for ever.
+//!
+//! One task owns the session and the store's writer. Responses are applied in order and acknowledged after they are in
+//! force, so that an ACK means effect. Limits: a response has at most 200 MiB (istiod's own limit is its cluster), and at
+//! most [`REQUESTS`] requests wait to be sent.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::time::{Duration, SystemTime};
+
+use prost_types::value::Kind;
+use prost_types::{Struct, Value};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request};
+use tulle_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
+use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
+use tulle_proto::names::HEADER_TULLE_TYPES;
+
+use crate::identity::{Control, ControlError, backoff, status_text};
+use crate::state::Writer;
+use crate::xds::monitor::{Monitor, Termination};
+use crate::xds::session::Session;
+
+/// Istio's value: every workload of a large cluster in one response.
+const MAX_RESPONSE_BYTES: usize = 200 << 20;
+/// Requests that wait to be sent: the first ones and one answer a response, so a full queue means that control does not
+/// read. Then the stream is given up.
+const REQUESTS: usize = 16;
+const SEND_TIMEOUT: Duration = Duration::from_secs(10);
+/// Headers come with the first response at the latest, and control answers a first request at once.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
+const FIRST_RETRY: Duration = Duration::from_millis(10);
+const LAST_RETRY: Duration = Duration::from_secs(15);
+
+/// Who this node is, and how control is reached.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The way to control.
+    pub control: Control,
+    /// NODE_NAME, also the claim of the token.
+    pub node_name: String,
+    /// Own address, as part of the node id. Istio's ztunnel says 1.1.1.1 when it does not know.
+    pub instance_ip: String,
+    /// POD_NAME.
+    pub pod_name: String,
+    /// POD_NAMESPACE.
+    pub pod_namespace: String,
+    /// Metadata besides: TULLE_VERSION, `ISTIO_META_*`.
+    pub metadata: BTreeMap<String, String>,
+    /// Workloads and services only as they are asked for. Experimental: nothing asks yet, so only those of the node come.
+    pub on_demand: bool,
+}
+
+impl Config {
+    /// The node as control sees it: the peer's form, which istiod parses.
+    pub fn node(&self) -> Node {
+        let Self { instance_ip, pod_name, pod_namespace, .. } = self;
+        let text = |value: &str| Value { kind: Some(Kind::StringValue(value.to_owned())) };
+        let mut fields: BTreeMap<String, Value> =
+            self.metadata.iter().map(|(key, value)| (key.clone(), text(value))).collect();
+        let own = [
+            ("NAME", pod_name),
+            ("NAMESPACE", pod_namespace),
+            ("INSTANCE_IPS", instance_ip),
+            ("NODE_NAME", &self.node_name),
+        ];
+        fields.extend(own.map(|(key, value)| (key.to_owned(), text(value))));
+        Node {
+            id: format!("ztunnel~{instance_ip}~{pod_name}.{pod_namespace}~{pod_namespace}.svc.cluster.local"),
+            cluster: String::new(),
+            metadata: Some(Struct { fields }),
+        }
+    }
+}
+
+/// How one stream ended.
+struct Ended {
+    reason: Termination,
+    error: String,
+    /// A response was applied, so the next failure is the first one again.
+    useful: bool,
+}
+
+/// Keeps the store as control says, until `shutdown` completes. There is no error that ends it.
+pub async fn run(config: Config, mut writer: Writer, monitor: Monitor, shutdown: impl Future<Output = ()>) {
+    tokio::pin!(shutdown);
+    let mut session = Session::new(config.node(), config.on_demand);
+    let mut failures = 0u32;
+    loop {
+        let ended = tokio::select! {
+            () = &mut shutdown => return,
+            ended = stream(&config.control, &mut session, &mut writer, &monitor) => ended,
+        };
+        monitor.terminated(ended.reason, &ended.error, unix_us());
+        failures = if ended.useful { 1 } else { failures.saturating_add(1) };
+        let wait = backoff(FIRST_RETRY, LAST_RETRY, failures, rand::random());
+        match ended.reason {
+            // A restart of control is ordinary, and a clean end is its right.
+            Termination::Complete | Termination::Reconnect => {
+                tracing::info!(retry_in = ?wait, reason = ended.error, "xDS stream ended");
+            }
+            Termination::ConnectionError | Termination::Error => {
+                tracing::warn!(retry_in = ?wait, error = ended.error, "xDS stream failed; the last good state stays");
+            }
+        }
+        tokio::select! {
+            () = &mut shutdown => return,
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+}
+
+/// One stream from connecting to its end.
+async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, monitor: &Monitor) -> Ended {
+    let connection =
+        |error: ControlError| Ended { reason: Termination::ConnectionError, error: error.to_string(), useful: false };
+    let channel = match control.connect().await {
+        Ok(channel) => channel,
+        Err(error) => return connection(error),
+    };
+    let (requests, queue) = mpsc::channel(REQUESTS);
+    for first in session.open() {
+        // The queue is new and larger than what a session opens with.
+        let _ = requests.try_send(first);
+    }
+    let mut request = Request::new(ReceiverStream::new(queue));
+    if let Err(error) = control.authorize(request.metadata_mut()).await {
+        return connection(error);
+    }
+    let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_RESPONSE_BYTES);
+    let opened = tokio::time::timeout(OPEN_TIMEOUT, client.delta_aggregated_resources(request)).await;
+    let late = |_| tonic::Status::deadline_exceeded(format!("no answer within {} s", OPEN_TIMEOUT.as_secs()));
+    let response = match opened.map_err(late).flatten() {
+        Ok(response) => response,
+        Err(status) => return by_status(&status, false),
+    };
+    let offered = response.metadata().get(HEADER_TULLE_TYPES).and_then(|value| value.to_str().ok()).unwrap_or("");
+    let offered = offered.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
+    monitor.connected(unix_us(), offered);
+    tracing::info!(address = control.address, "xDS stream open");
+    let mut responses = response.into_inner();
+    let mut useful = false;
+    loop {
+        match responses.message().await {
+            Ok(Some(response)) => {
+                let answer = take(session, writer, monitor, response);
+                useful = true;
+                if let Some(answer) = answer
+                    && requests.send_timeout(answer, SEND_TIMEOUT).await.is_err()
+                {
+                    let error = "control does not read this node's acknowledgements".to_owned();
+                    return Ended { reason: Termination::Error, error, useful };
+                }
+            }
+            Ok(None) => {
+                let error = "control ended the stream".to_owned();
+                return Ended { reason: Termination::Complete, error, useful };
+            }
+            Err(status) => return by_status(&status, useful),
+        }
+    }
+}
+
+/// Applies a response and gives what to answer.
+fn take(
+    session: &mut Session,
+    writer: &mut Writer,
+    monitor: &Monitor,
+    response: DeltaDiscoveryResponse,
+) -> Option<DeltaDiscoveryRequest> {
+    let bytes = response.resources.iter().map(|resource| prost::Message::encoded_len(resource) as u64).sum();
+    monitor.message(&response.type_url, bytes);
+    let type_url = response.type_url.clone();
+    let outcome = session.respond(response);
+    let resources = outcome.changes.len();
+    for one in &outcome.rejected {
+        tracing::warn!(resource = %one.name, reason = one.reason, "control sent a resource that cannot be used");
+    }
+    if !outcome.rejected.is_empty() {
+        monitor.rejections(&outcome.rejected);
+    }
+    let applied = writer.apply(outcome.changes, unix_us());
+    let generation = applied.generation;
+    tracing::debug!(type_url, resources, generation, staged = applied.staged, "applied a response");
+    outcome.answer
+}
+
+fn by_status(status: &tonic::Status, useful: bool) -> Ended {
+    let text = status_text(status);
+    let restarting = match status.code() {
+        Code::Cancelled | Code::Unknown | Code::DeadlineExceeded => true,
+        Code::Unavailable => useful,
+        _ => false,
+    };
+    let reason = if restarting { Termination::Reconnect } else { Termination::Error };
+    Ended { reason, error: format!("{:?}: {text}", status.code()), useful }
+}
+
+/// The wall clock, microseconds since the Unix epoch.
+fn unix_us() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+}
