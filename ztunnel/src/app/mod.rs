@@ -1,0 +1,347 @@
+//! Wiring: reads nothing, decides nothing, starts everything in order and stops it in the reverse one.
+//!
+//! Two kinds of threads: this runtime (discovery, certificates, pods, admin) and the workers (all traffic). They meet in
+//! the snapshot, the certificates and a queue a worker, so that no slow page and no reconnect ever delays a byte.
+
+pub mod answers;
+pub mod pods;
+pub mod worker;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use http::{Method, StatusCode};
+use prometheus_client::registry::Registry;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{Instant, sleep};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, reload};
+use tulle_proto::names;
+
+use crate::admin::{self, Page, Routes};
+use crate::app::answers::{Answers, VERSION};
+use crate::app::pods::{Environment, Pods};
+use crate::app::worker::Worker;
+use crate::base::drain::{Drain, Drained, Phase, drain};
+use crate::base::netns::NetnsThread;
+use crate::base::sockets::Options;
+use crate::base::workers::Workers;
+use crate::config::{LogFormat, Node};
+use crate::flow::{Limits, Shared};
+use crate::identity::{self, Control, RootCa, TokenSource};
+use crate::telemetry::metrics::Metrics;
+use crate::{hbone, relay, state, xds};
+
+/// Log lines that may wait for the writer. At 300 bytes each it is 20 MB; then lines are dropped and counted.
+const LOG_LINES: usize = 64 * 1024;
+
+/// Runs the node proxy until it is told to stop.
+///
+/// # Errors
+/// What keeps it from starting, with the setting to change.
+pub fn run(config: Node) -> anyhow::Result<()> {
+    // Only the first one counts; a test may have installed it already.
+    let _ = (*crate::tls::provider()).clone().install_default();
+    raise_file_limit();
+    let (level, dropped, _writer) = logging(&config)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(node(config, level, dropped))
+}
+
+type Level = Arc<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
+type Dropped = tracing_appender::non_blocking::ErrorCounter;
+
+fn logging(config: &Node) -> anyhow::Result<(Level, Dropped, tracing_appender::non_blocking::WorkerGuard)> {
+    let (writer, guard) = tracing_appender::non_blocking::NonBlockingBuilder::default()
+        .lossy(true)
+        .buffered_lines_limit(LOG_LINES)
+        .finish(io::stdout());
+    let dropped = writer.error_counter();
+    let filter = EnvFilter::try_new(&config.log).with_context(|| format!("RUST_LOG {:?} is not a filter", config.log))?;
+    let (filter, handle) = reload::Layer::new(filter);
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(false);
+    let registry = tracing_subscriber::registry().with(filter);
+    match config.log_format {
+        LogFormat::Plain => registry.with(lines).try_init(),
+        LogFormat::Json => registry.with(lines.json().flatten_event(true)).try_init(),
+    }
+    .context("the log is initialised twice")?;
+    let level: Level = Arc::new(move |text| {
+        let filter = EnvFilter::try_new(text).map_err(|error| format!("{text:?} is not a filter: {error}"))?;
+        handle.reload(filter).map_err(|error| error.to_string())
+    });
+    Ok((level, dropped, guard))
+}
+
+async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()> {
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(&mut registry);
+    let (writer, reader) = state::store();
+    let identities = identity::identities(control(&config, true), config.secret_ttl);
+    let shared = Shared {
+        reader: reader.clone(),
+        identities: identities.clone(),
+        metrics: metrics.clone(),
+        hbone: hbone_config(&config),
+        relay: relay::Limits { half_open: config.half_open_timeout },
+        network: config.network.as_str().into(),
+        cluster: config.cluster_id.as_str().into(),
+    };
+    let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+    let count = config.workers(cores).map_err(anyhow::Error::msg)?;
+    let context = shared.clone();
+    let workers = Workers::start(count, move |_| Worker::new(&context)).context("cannot start workers")?;
+    let watched = reader.clone();
+    workers.run_all(move |worker| worker.live.watch(watched.clone()));
+
+    let monitor = xds::Monitor::default();
+    let pods = Pods::default();
+    let answers = Answers {
+        node: config.node_name.as_str().into(),
+        shared: shared.clone(),
+        pods: pods.clone(),
+        monitor: monitor.clone(),
+    };
+    let (stop, stopping) = drain();
+    let stop = Arc::new(stop);
+    serve_admin(&config, &answers, Arc::new(registry), stop.clone(), level, dropped)?;
+
+    tokio::spawn(identities.run(reached(stopping.clone(), Phase::Forced)));
+    tokio::spawn(xds::run(xds_config(&config), writer, monitor, reached(stopping.clone(), Phase::Forced)));
+    let asked = answers.clone();
+    let node_service = xds::NodeConfig {
+        control: control(&config, false),
+        node_name: config.node_name.clone(),
+        version: VERSION.to_owned(),
+    };
+    tokio::spawn(xds::run_node_service(
+        node_service,
+        move |question| asked.answer(question),
+        reached(stopping.clone(), Phase::Forced),
+    ));
+    let (pods_stop, _) = drain();
+    let pods_drain = start_pods(&config, &shared, &workers, &pods, pods_stop)?;
+    tracing::info!(node = %config.node_name, workers = count, version = VERSION, "started");
+
+    wait_for_stop(&stopping).await?;
+    stop.advance(Phase::Draining);
+    tracing::info!(deadline = ?config.termination_deadline, "draining");
+    if let Some(pods_drain) = &pods_drain {
+        pods_drain.advance(Phase::Draining);
+    }
+    wait_for_end(&pods, config.termination_deadline).await;
+    if let Some(pods_drain) = &pods_drain {
+        pods_drain.advance(Phase::Forced);
+    }
+    stop.advance(Phase::Forced);
+    // Let the last records reach the log.
+    sleep(Duration::from_millis(50)).await;
+    Ok(())
+}
+
+fn start_pods(
+    config: &Node,
+    shared: &Shared,
+    workers: &Workers<Worker>,
+    pods: &Pods,
+    stop: Drain,
+) -> anyhow::Result<Option<Arc<Drain>>> {
+    let Some(path) = config.pods.clone() else {
+        anyhow::bail!("there is no list of pods; set TULLE_PODS to the file that lists the node's pods");
+    };
+    let keepalive =
+        config.keepalive.then_some((config.keepalive_time, config.keepalive_interval, config.keepalive_retries));
+    let environment = Arc::new(Environment {
+        shared: shared.clone(),
+        workers: workers.clone(),
+        netns: NetnsThread::start().context("cannot start the namespace thread")?,
+        options: Options {
+            mark: config.packet_mark,
+            keepalive,
+            user_timeout: config
+                .user_timeout
+                .then(|| config.keepalive_time + config.keepalive_interval * config.keepalive_retries),
+            reuse_port: config.port_reuse,
+        },
+        limits: Limits { connections: config.pod_max_connections, handshakes: config.pod_max_handshakes },
+        preexisting: config.preexisting,
+        trust_domain: config.trust_domain.clone(),
+    });
+    let stop = Arc::new(stop);
+    tokio::spawn(pods.clone().run(environment, path, stop.clone()));
+    Ok(Some(stop))
+}
+
+async fn reached(drained: Drained, phase: Phase) {
+    drained.reached(phase).await;
+}
+
+/// SIGTERM, SIGINT, or the admin page.
+async fn wait_for_stop(stopping: &Drained) -> io::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        () = stopping.draining() => {}
+    }
+    Ok(())
+}
+
+/// Until the last connection ended, or the deadline.
+async fn wait_for_end(pods: &Pods, deadline: Duration) {
+    let until = Instant::now() + deadline;
+    while Instant::now() < until {
+        let (inbound, outbound) = pods.connections();
+        if inbound + outbound == 0 {
+            return;
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
+    let (inbound, outbound) = pods.connections();
+    tracing::warn!(inbound, outbound, "the drain time is over; ending what is left");
+}
+
+fn control(config: &Node, ca: bool) -> Control {
+    let (address, root, alt, prefix) = if ca {
+        (&config.ca_address, &config.ca_root_ca, &config.alt_ca_hostname, "CA_HEADER_")
+    } else {
+        (&config.xds_address, &config.xds_root_ca, &config.alt_xds_hostname, "XDS_HEADER_")
+    };
+    let mut headers = Node::headers(prefix);
+    headers.push(("clusterid".to_owned(), config.cluster_id.clone()));
+    Control {
+        address: address.clone(),
+        root_ca: RootCa::parse(root),
+        alt_hostname: alt.clone(),
+        token: TokenSource::parse(&config.auth_token),
+        headers,
+    }
+}
+
+fn xds_config(config: &Node) -> xds::Config {
+    let mut metadata: std::collections::BTreeMap<String, String> = config
+        .metadata()
+        .into_iter()
+        .map(|(key, value)| (key, value.as_str().map_or_else(|| value.to_string(), str::to_owned)))
+        .collect();
+    metadata.insert(names::METADATA_TULLE_VERSION.to_owned(), VERSION.to_owned());
+    xds::Config {
+        control: control(config, false),
+        node_name: config.node_name.clone(),
+        instance_ip: config.instance_ip.clone(),
+        pod_name: config.pod_name.clone(),
+        pod_namespace: config.pod_namespace.clone(),
+        metadata,
+        on_demand: false,
+    }
+}
+
+fn hbone_config(config: &Node) -> hbone::Config {
+    hbone::Config {
+        stream_window: config.stream_window,
+        connection_window: config.connection_window,
+        // Both ends of the range that HTTP/2 allows (RFC 9113 §6.5.2).
+        frame_size: config.frame_size.clamp(16_384, (1 << 24) - 1),
+        max_streams: config.pool_max_streams.max(1),
+        idle: config.pool_idle,
+        ..hbone::Config::default()
+    }
+}
+
+fn serve_admin(
+    config: &Node,
+    answers: &Answers,
+    registry: Arc<Registry>,
+    stop: Arc<Drain>,
+    level: Level,
+    dropped: Dropped,
+) -> anyhow::Result<()> {
+    let page = |answers: &Answers, make: fn(&Answers) -> serde_json::Value| {
+        let answers = answers.clone();
+        move |_, _| {
+            let answers = answers.clone();
+            async move { Page::json(&make(&answers)) }
+        }
+    };
+    let admin_routes = Routes::default()
+        .route("/status", page(answers, Answers::status_json))
+        .route("/config_dump", page(answers, Answers::config_dump))
+        .route("/debug/versions", page(answers, Answers::versions_json))
+        .route("/logging", move |method, query| {
+            let level = level.clone();
+            async move { set_level(&method, &query, &level) }
+        })
+        .route("/quitquitquit", move |method, _| {
+            let stop = stop.clone();
+            async move {
+                if method != Method::POST {
+                    return Page::text(StatusCode::METHOD_NOT_ALLOWED, "POST stops the proxy\n");
+                }
+                stop.advance(Phase::Draining);
+                Page::text(StatusCode::OK, "draining\n")
+            }
+        });
+    let metrics_routes = ["/metrics", "/stats/prometheus"].into_iter().fold(Routes::default(), |routes, path| {
+        let (registry, metrics, dropped) = (registry.clone(), answers.shared.metrics.clone(), dropped.clone());
+        routes.route(path, move |_, _| {
+            metrics.log_dropped.set(dropped.dropped_lines() as u64);
+            let mut body = String::new();
+            let encoded = prometheus_client::encoding::text::encode(&mut body, &registry);
+            async move {
+                match encoded {
+                    Ok(()) => Page {
+                        status: StatusCode::OK,
+                        kind: "application/openmetrics-text; version=1.0.0; charset=utf-8",
+                        body,
+                    },
+                    Err(error) => Page::text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+                }
+            }
+        })
+    });
+    let ready = answers.clone();
+    let readiness_routes = Routes::default().route("/healthz/ready", move |_, _| {
+        let pending = ready.pending();
+        async move {
+            if pending.is_empty() {
+                Page::text(StatusCode::OK, "ready\n")
+            } else {
+                let text = format!("not ready, pending: {}\n", pending.join(", "));
+                Page::text(StatusCode::INTERNAL_SERVER_ERROR, text)
+            }
+        }
+    });
+    for (address, routes) in [
+        (config.admin_address, admin_routes),
+        (config.metrics_address, metrics_routes),
+        (config.readiness_address, readiness_routes),
+    ] {
+        tokio::spawn(admin::serve(admin::bind(address)?, routes));
+    }
+    Ok(())
+}
+
+fn set_level(method: &Method, query: &str, level: &Level) -> Page {
+    let wanted = query.split('&').find_map(|pair| pair.strip_prefix("level="));
+    match (method, wanted) {
+        (&Method::POST, Some(wanted)) => match level(wanted) {
+            Ok(()) => Page::text(StatusCode::OK, format!("the log filter is {wanted}\n")),
+            Err(error) => Page::text(StatusCode::BAD_REQUEST, format!("{error}\n")),
+        },
+        _ => Page::text(StatusCode::BAD_REQUEST, "POST /logging?level=<filter>, for example level=debug\n"),
+    }
+}
+
+/// Two descriptors a connection: the default limit of 1024 would be 500 connections.
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}

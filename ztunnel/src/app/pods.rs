@@ -1,0 +1,557 @@
+//! The node's pods: which there are, which are to be captured, and each one's way there and back.
+//!
+//! One task reads the list and the snapshot and says what is wanted; one task a pod brings it about and reports the
+//! actual state. A pod is `Captured` only when its rules were proven by probing, and `Failed` says why and is tried again.
+//! On release the redirect goes first and port 15008 stays open for [`LINGER`], because peers learn of it later than we.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio::sync::{Notify, Semaphore, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+use tulle_certs::SpiffeId;
+use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
+
+use crate::app::worker::{Listeners, Worker, serve_pod};
+use crate::base::drain::{Drain, Phase, drain};
+use crate::base::netns::{Netns, NetnsThread, local_addresses, run_blocking};
+use crate::base::sockets::{Options, PodSockets};
+use crate::base::workers::Workers;
+use crate::capture::pods::{Pod, Source};
+use crate::capture::rules::Rules;
+use crate::capture::{self, preexisting, probe};
+use crate::config::Preexisting;
+use crate::flow::{Limits, LocalPod, Shared};
+use crate::state::{EgressMode, Protocol, Snapshot};
+
+/// How long port 15008 stays open after release.
+const LINGER: Duration = Duration::from_secs(30);
+/// Captures at a time: each runs `nft` and takes some tens of milliseconds of a core.
+const AT_ONCE: usize = 8;
+/// How often the list's file is looked at, besides notifications.
+const LOOK: Duration = Duration::from_millis(250);
+/// Pause after a failed capture, growing.
+const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+
+/// What is wanted of a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Wanted {
+    capture: bool,
+    /// Connections from before capture must end.
+    reset: bool,
+    /// Nothing but TCP and names may leave.
+    tcp_only: bool,
+}
+
+/// Actual state of a pod's capture.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Status {
+    /// metadata.uid.
+    pub uid: String,
+    /// Name.
+    pub name: String,
+    /// Namespace.
+    pub namespace: String,
+    /// Addresses.
+    pub addresses: Vec<IpAddr>,
+    /// `Captured`, `Pending`, `Failed`, `Uncaptured`.
+    pub capture: &'static str,
+    /// Why, for `Pending` and `Failed`.
+    pub reason: String,
+    /// Connections from before capture that are still there.
+    pub preexisting: usize,
+    /// Live inbound connections.
+    pub inbound_connections: usize,
+    /// Live outbound connections.
+    pub outbound_connections: usize,
+}
+
+/// What pods are started with.
+pub struct Environment {
+    /// Handles of all flows.
+    pub shared: Shared,
+    /// Where flows run.
+    pub workers: Workers<Worker>,
+    /// Makes sockets.
+    pub netns: NetnsThread,
+    /// Their options.
+    pub options: Options,
+    /// A pod's budget.
+    pub limits: Limits,
+    /// Connections from before capture.
+    pub preexisting: Preexisting,
+    /// Trust domain of pods that are not described yet.
+    pub trust_domain: String,
+}
+
+/// What others may see of a pod.
+struct Entry {
+    pod: Pod,
+    state: &'static str,
+    reason: String,
+    old: BTreeSet<preexisting::Pair>,
+    netns: Option<Netns>,
+    local: Option<Arc<LocalPod>>,
+}
+
+type Board = Arc<Mutex<BTreeMap<String, Entry>>>;
+
+/// A view of the pods. Cheap to clone.
+#[derive(Clone, Default)]
+pub struct Pods {
+    board: Board,
+    /// The list could not be read, and why.
+    problem: Arc<Mutex<Option<String>>>,
+    /// The list was read once.
+    listed: Arc<std::sync::atomic::AtomicBool>,
+}
+
+struct Running {
+    desired: watch::Sender<Option<Wanted>>,
+    pod: Pod,
+    task: JoinHandle<()>,
+}
+
+impl Pods {
+    /// Every pod's state. The count of connections from before capture is that of the last [`Self::recount`].
+    pub fn status(&self) -> Vec<Status> {
+        let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+        board.values().map(status).collect()
+    }
+
+    /// Counts the connections from before capture anew.
+    pub async fn recount(&self) {
+        let old: Vec<(String, Netns)> = {
+            let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+            let with_old = board.iter().filter(|(_, entry)| !entry.old.is_empty());
+            with_old.filter_map(|(uid, entry)| Some((uid.clone(), entry.netns.clone()?))).collect()
+        };
+        for (uid, netns) in old {
+            let Ok(now) = preexisting::list(&netns).await else { continue };
+            let mut board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(entry) = board.get_mut(&uid) {
+                entry.old.retain(|pair| now.contains(pair));
+            }
+        }
+    }
+
+    /// What the node waits for; empty when nothing.
+    pub fn pending(&self) -> Vec<String> {
+        let mut pending = Vec::new();
+        if !self.listed.load(Ordering::Relaxed) {
+            pending.push("the list of pods".to_owned());
+        }
+        pending.extend(self.problem.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+        for entry in board.values().filter(|entry| matches!(entry.state, "Pending" | "Failed")) {
+            pending.push(format!("capture of {}/{}: {}", entry.pod.namespace, entry.pod.name, entry.reason));
+        }
+        pending
+    }
+
+    /// Live connections of all pods: inbound and outbound.
+    pub fn connections(&self) -> (usize, usize) {
+        let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+        board.values().filter_map(|entry| entry.local.as_ref()).fold((0, 0), |(inbound, outbound), pod| {
+            (inbound + pod.inbound.load(Ordering::Relaxed), outbound + pod.outbound.load(Ordering::Relaxed))
+        })
+    }
+
+    /// Keeps the pods as listed in `path` until `stop` drains; then ends their flows by its phases.
+    pub async fn run(self, environment: Arc<Environment>, path: PathBuf, stop: Arc<Drain>) {
+        let changed = Arc::new(Notify::new());
+        let _watcher = watch_directory(&path, changed.clone());
+        let mut source = Source::new(path);
+        let mut listed: Vec<Pod> = Vec::new();
+        let mut running: HashMap<String, Running> = HashMap::new();
+        let mut snapshots = environment.shared.reader.subscribe();
+        let stopping = stop.watch();
+        let slots = Arc::new(Semaphore::new(AT_ONCE));
+        let next_home = AtomicUsize::new(0);
+        loop {
+            match source.changed() {
+                Ok(Some(list)) => {
+                    let problem = (!list.errors.is_empty()).then(|| list.errors.join("; "));
+                    if let Some(problem) = &problem {
+                        tracing::error!(file = %source.path().display(), %problem, "entries of the pod list are ignored");
+                    }
+                    self.set_problem(problem);
+                    self.listed.store(true, Ordering::Relaxed);
+                    listed = list.pods;
+                }
+                Ok(None) => {}
+                Err(error) => self.set_problem(Some(error)),
+            }
+            let snapshot = environment.shared.reader.load();
+            self.reconcile(&environment, &listed, &snapshot, &mut running, &slots, &stop, &next_home);
+            tokio::select! {
+                () = changed.notified() => {}
+                result = snapshots.changed() => if result.is_err() { return },
+                () = sleep(LOOK) => {}
+                () = stopping.draining() => break,
+            }
+        }
+        // The pods' own tasks watch the same drain.
+        stopping.forced().await;
+    }
+
+    fn set_problem(&self, problem: Option<String>) {
+        let mut current = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
+        if problem.is_some() && *current != problem {
+            tracing::error!(problem = problem.as_deref().unwrap_or(""), "the list of pods has a problem");
+        }
+        *current = problem;
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one loop's own variables")]
+    fn reconcile(
+        &self,
+        environment: &Arc<Environment>,
+        listed: &[Pod],
+        snapshot: &Snapshot,
+        running: &mut HashMap<String, Running>,
+        slots: &Arc<Semaphore>,
+        stop: &Arc<Drain>,
+        next_home: &AtomicUsize,
+    ) {
+        let mut identities = BTreeSet::new();
+        // Gone, or another pod under the same uid: its task ends and cleans up.
+        running.retain(|uid, run| {
+            let same = listed.iter().any(|pod| {
+                pod.uid == *uid && Pod { enrolled: None, ..pod.clone() } == Pod { enrolled: None, ..run.pod.clone() }
+            });
+            if !same {
+                let _ = run.desired.send(None);
+            }
+            same && !run.task.is_finished()
+        });
+        for pod in listed {
+            let wanted = wanted(pod, snapshot, environment.preexisting);
+            if wanted.capture {
+                identities.extend(identity(pod, snapshot, &environment.trust_domain));
+            }
+            if let Some(run) = running.get(&pod.uid) {
+                run.desired.send_if_modified(|current| {
+                    let changed = current.as_ref() != Some(&wanted);
+                    *current = Some(wanted);
+                    changed
+                });
+                continue;
+            }
+            let (desired, watch) = watch::channel(Some(wanted));
+            let task = PodTask {
+                environment: environment.clone(),
+                board: self.board.clone(),
+                pod: pod.clone(),
+                desired: watch,
+                slots: slots.clone(),
+                stop: stop.clone(),
+                home: next_home.fetch_add(1, Ordering::Relaxed),
+            };
+            let task = tokio::spawn(task.run());
+            running.insert(pod.uid.clone(), Running { desired, pod: pod.clone(), task });
+        }
+        environment.shared.identities.want(&identities);
+    }
+}
+
+fn status(entry: &Entry) -> Status {
+    let count = |pick: fn(&LocalPod) -> &Arc<AtomicUsize>| {
+        entry.local.as_ref().map_or(0, |local| pick(local).load(Ordering::Relaxed))
+    };
+    Status {
+        uid: entry.pod.uid.clone(),
+        name: entry.pod.name.clone(),
+        namespace: entry.pod.namespace.clone(),
+        addresses: entry.pod.ips.clone(),
+        capture: entry.state,
+        reason: entry.reason.clone(),
+        preexisting: entry.old.len(),
+        inbound_connections: count(|local| &local.inbound),
+        outbound_connections: count(|local| &local.outbound),
+    }
+}
+
+/// What is wanted of `pod`, by the list and by control.
+fn wanted(pod: &Pod, snapshot: &Snapshot, preexisting: Preexisting) -> Wanted {
+    let workload = snapshot
+        .workload_by_pod(&pod.namespace, &pod.name)
+        .filter(|workload| workload.pod_uid.is_empty() || *workload.pod_uid == *pod.uid);
+    let hbone = workload.is_some_and(|workload| workload.protocol == Protocol::Hbone);
+    let deny = workload.is_some_and(|workload| workload.egress == EgressMode::Deny);
+    let selected = workload.is_some_and(|workload| snapshot.policies_for(workload).next().is_some());
+    let capture = pod.enrolled.unwrap_or(hbone);
+    Wanted { capture, reset: preexisting == Preexisting::Reset || deny || selected, tcp_only: deny }
+}
+
+fn identity(pod: &Pod, snapshot: &Snapshot, trust_domain: &str) -> Option<SpiffeId> {
+    match snapshot.workload_by_pod(&pod.namespace, &pod.name) {
+        Some(workload) => Some(workload.identity.clone()),
+        None => SpiffeId::new(trust_domain, &pod.namespace, &pod.service_account).ok(),
+    }
+}
+
+/// Brings one pod to what is wanted.
+struct PodTask {
+    environment: Arc<Environment>,
+    board: Board,
+    pod: Pod,
+    /// `None`: the pod is gone.
+    desired: watch::Receiver<Option<Wanted>>,
+    slots: Arc<Semaphore>,
+    stop: Arc<Drain>,
+    home: usize,
+}
+
+/// A pod that is being served.
+struct Serving {
+    netns: Netns,
+    local: Arc<LocalPod>,
+    captured: Drain,
+    tunnels: Drain,
+    flows: Drain,
+}
+
+impl PodTask {
+    async fn run(mut self) {
+        self.post(|_| {});
+        let mut pause = RETRY.0;
+        let mut serving: Option<Serving> = None;
+        loop {
+            let desired = self.desired.borrow_and_update().clone();
+            let Some(wanted) = desired else { break };
+            match (&serving, wanted.capture) {
+                (None, true) => match self.start(&wanted).await {
+                    Ok(started) => {
+                        serving = Some(started);
+                        pause = RETRY.0;
+                        continue;
+                    }
+                    Err(reason) => {
+                        tracing::warn!(pod = %self.name(), %reason, "capture failed; trying again");
+                        self.state("Failed", reason);
+                        let draining = self.draining();
+                        let changed = timeout(pause, self.desired.changed());
+                        tokio::select! { _ = changed => {}, () = draining => break }
+                        pause = (pause * 2).min(RETRY.1);
+                        continue;
+                    }
+                },
+                (Some(_), false) => {
+                    if let Some(released) = serving.take() {
+                        self.release(released).await;
+                    }
+                    continue;
+                }
+                (Some(running), true) => self.adjust(running, &wanted).await,
+                (None, false) => self.state("Uncaptured", String::new()),
+            }
+            let draining = self.draining();
+            tokio::select! {
+                changed = self.desired.changed() => if changed.is_err() { break },
+                () = draining => break,
+            }
+        }
+        self.finish(serving).await;
+    }
+
+    fn name(&self) -> String {
+        format!("{}/{}", self.pod.namespace, self.pod.name)
+    }
+
+    fn draining(&self) -> impl Future<Output = ()> + use<> {
+        let stop = self.stop.watch();
+        async move { stop.draining().await }
+    }
+
+    fn post(&self, change: impl FnOnce(&mut Entry)) {
+        let mut board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = board.entry(self.pod.uid.clone()).or_insert_with(|| Entry {
+            pod: self.pod.clone(),
+            state: "Uncaptured",
+            reason: String::new(),
+            old: BTreeSet::new(),
+            netns: None,
+            local: None,
+        });
+        change(entry);
+    }
+
+    fn state(&self, state: &'static str, reason: String) {
+        self.post(|entry| {
+            entry.state = state;
+            entry.reason = reason;
+        });
+    }
+
+    /// Listeners, rules, proof; in this order, so that nothing is redirected to nowhere.
+    async fn start(&self, wanted: &Wanted) -> Result<Serving, String> {
+        self.state("Pending", "installing".into());
+        let _slot = self.slots.acquire().await.map_err(|error| error.to_string())?;
+        let netns = Netns::open(&self.pod.netns)
+            .map_err(|error| format!("cannot open the network namespace {}: {error}", self.pod.netns.display()))?;
+        self.check_owner(&netns).await?;
+        let serving = self.listen(netns).await?;
+        let rules = self.rules(wanted, &BTreeSet::new());
+        capture::apply(&serving.netns, rules).await.map_err(|error| error.to_string())?;
+        let proven = if rules_are_sabotaged() { Ok(()) } else { probe::verify(&serving.netns, &self.pod.ips).await };
+        if let Err(reason) = proven {
+            end(&serving);
+            return Err(reason);
+        }
+        let old = preexisting::list(&serving.netns).await.map_err(|error| error.to_string())?;
+        tracing::info!(pod = %self.name(), preexisting = old.len(), "captured");
+        self.post(|entry| {
+            entry.state = "Captured";
+            entry.reason = String::new();
+            entry.old = old;
+            entry.netns = Some(serving.netns.clone());
+            entry.local = Some(serving.local.clone());
+        });
+        Ok(serving)
+    }
+
+    /// A path may lead to another pod's namespace by now; its traffic must not get this pod's identity.
+    async fn check_owner(&self, netns: &Netns) -> Result<(), String> {
+        let has = run_blocking(netns, local_addresses).await.map_err(|error| error.to_string())?;
+        match self.pod.ips.iter().find(|ip| !has.contains(ip)) {
+            None => Ok(()),
+            Some(ip) => Err(format!(
+                "the network namespace {} does not own the pod's address {ip}; is it another pod's?",
+                self.pod.netns.display()
+            )),
+        }
+    }
+
+    async fn listen(&self, netns: Netns) -> Result<Serving, String> {
+        let env = &self.environment;
+        let sockets = Arc::new(PodSockets::new(netns.clone(), env.netns.clone(), env.options.clone()));
+        let port = |port: u16| {
+            let sockets = sockets.clone();
+            async move {
+                sockets.listen(port).await.map_err(|error| format!("cannot listen on port {port} in the pod: {error}"))
+            }
+        };
+        let listeners = Listeners {
+            outbound: port(PORT_OUTBOUND).await?,
+            plaintext: port(PORT_INBOUND_PLAINTEXT).await?,
+            hbone: port(PORT_HBONE).await?,
+        };
+        let (captured, captured_watch) = drain();
+        let (tunnels, tunnels_watch) = drain();
+        let (flows, flows_watch) = drain();
+        let local = Arc::new(LocalPod {
+            uid: self.pod.uid.as_str().into(),
+            name: self.pod.name.as_str().into(),
+            namespace: self.pod.namespace.as_str().into(),
+            addresses: self.pod.ips.clone(),
+            sockets,
+            drained: flows_watch,
+            limits: env.limits,
+            inbound: Arc::default(),
+            outbound: Arc::default(),
+            handshakes: Arc::default(),
+            refused: AtomicU64::new(0),
+        });
+        serve_pod(&env.workers, self.home, &env.shared, &local, listeners, &captured_watch, &tunnels_watch)
+            .map_err(|error| error.to_string())?;
+        Ok(Serving { netns, local, captured, tunnels, flows })
+    }
+
+    fn rules(&self, wanted: &Wanted, old: &BTreeSet<preexisting::Pair>) -> Rules {
+        Rules {
+            v6: self.pod.ips.iter().any(IpAddr::is_ipv6),
+            probe_ports: self.pod.probe_ports.clone(),
+            reset: if wanted.reset { old.iter().copied().collect() } else { Vec::new() },
+            dns: false,
+            tcp_only: wanted.tcp_only,
+        }
+    }
+
+    /// Brings the rules of a served pod up to date.
+    async fn adjust(&self, serving: &Serving, wanted: &Wanted) {
+        let mut old = BTreeSet::new();
+        self.post(|entry| old.clone_from(&entry.old));
+        if !wanted.tcp_only && (!wanted.reset || old.is_empty()) {
+            return;
+        }
+        if let Err(error) = capture::apply(&serving.netns, self.rules(wanted, &old)).await {
+            self.state("Failed", error.to_string());
+        }
+    }
+
+    /// Back to plain networking; tunnels that peers still open are served for a while.
+    async fn release(&self, serving: Serving) {
+        if let Err(error) = capture::remove(&serving.netns).await {
+            tracing::warn!(pod = %self.name(), %error, "the redirect rules could not be removed");
+        }
+        serving.captured.advance(Phase::Draining);
+        self.state("Uncaptured", String::new());
+        tracing::info!(pod = %self.name(), "released");
+        let stop = self.stop.watch();
+        let board = self.board.clone();
+        let uid = self.pod.uid.clone();
+        tokio::spawn(async move {
+            tokio::select! { () = sleep(LINGER) => {}, () = stop.draining() => {} }
+            serving.tunnels.advance(Phase::Draining);
+            serving.flows.advance(Phase::Draining);
+            // What still flows then came through the mesh and ends with it.
+            tokio::select! { () = sleep(LINGER) => {}, () = stop.forced() => {} }
+            end(&serving);
+            if let Some(entry) = board.lock().unwrap_or_else(PoisonError::into_inner).get_mut(&uid)
+                && entry.local.as_ref().is_some_and(|local| Arc::ptr_eq(local, &serving.local))
+            {
+                entry.local = None;
+            }
+        });
+    }
+
+    /// The pod is gone, or the proxy stops. In the second case the rules stay: what is enrolled fails closed.
+    async fn finish(self, serving: Option<Serving>) {
+        let stop = self.stop.watch();
+        if !stop.is_draining() {
+            if let Some(serving) = serving {
+                end(&serving);
+                // Its namespace usually went with it.
+                let _ = capture::remove(&serving.netns).await;
+                let pod = self.pod.uid.clone();
+                self.environment.workers.run_all(move |worker| worker.pool.forget(&pod));
+            }
+            self.board.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.pod.uid);
+            return;
+        }
+        if let Some(serving) = serving {
+            serving.captured.advance(Phase::Draining);
+            serving.tunnels.advance(Phase::Draining);
+            serving.flows.advance(Phase::Draining);
+            stop.forced().await;
+            end(&serving);
+        }
+    }
+}
+
+fn end(serving: &Serving) {
+    for drain in [&serving.captured, &serving.tunnels, &serving.flows] {
+        drain.advance(Phase::Forced);
+    }
+}
+
+/// Sabotage of test builds: the probe would find out, which is its purpose.
+fn rules_are_sabotaged() -> bool {
+    cfg!(feature = "sabotage") && std::env::var("TULLE_BREAK").is_ok_and(|part| part == "rules")
+}
+
+/// Wakes `changed` when something happens in the file's directory. Polling covers what notifications miss.
+fn watch_directory(path: &std::path::Path, changed: Arc<Notify>) -> Option<notify::RecommendedWatcher> {
+    use notify::Watcher as _;
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty())?;
+    let mut watcher = notify::recommended_watcher(move |_| changed.notify_one()).ok()?;
+    watcher.watch(directory, notify::RecursiveMode::NonRecursive).ok()?;
+    Some(watcher)
+}

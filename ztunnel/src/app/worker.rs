@@ -1,0 +1,84 @@
+//! What a worker owns: its tunnels, and the table of its live inbound connections.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crate::base::drain::Drained;
+use crate::base::workers::{Accepted, Workers, spawn};
+use crate::flow::{LocalPod, Shared};
+use crate::hbone::pool::Pool;
+use crate::inbound::recheck::Live;
+use crate::{inbound, outbound};
+
+/// Lives on one thread.
+pub struct Worker {
+    /// Its tunnels.
+    pub pool: Rc<Pool>,
+    /// Its live inbound connections.
+    pub live: Rc<Live>,
+}
+
+impl Worker {
+    /// An idle worker.
+    pub fn new(shared: &Shared) -> Self {
+        Self { pool: Pool::new(shared.hbone), live: Rc::default() }
+    }
+}
+
+/// The three listeners of a captured pod.
+pub struct Listeners {
+    /// Port 15001.
+    pub outbound: std::net::TcpListener,
+    /// Port 15006.
+    pub plaintext: std::net::TcpListener,
+    /// Port 15008.
+    pub hbone: std::net::TcpListener,
+}
+
+/// Starts serving a pod on the worker `home`. `captured` ends the redirected listeners, `tunnels` the tunnel's.
+///
+/// # Errors
+/// If the worker takes no more jobs.
+pub fn serve_pod(
+    workers: &Workers<Worker>,
+    home: usize,
+    shared: &Shared,
+    pod: &Arc<LocalPod>,
+    listeners: Listeners,
+    captured: &Drained,
+    tunnels: &Drained,
+) -> std::io::Result<()> {
+    let outgoing: Accepted<Worker> = {
+        let (shared, pod) = (shared.clone(), pod.clone());
+        Arc::new(move |worker, tcp, load| {
+            let flow = outbound::serve(shared.clone(), worker.pool.clone(), pod.clone(), tcp);
+            spawn(async move {
+                flow.await;
+                drop(load);
+            });
+        })
+    };
+    let plaintext: Accepted<Worker> = {
+        let (shared, pod) = (shared.clone(), pod.clone());
+        Arc::new(move |worker, tcp, load| {
+            let flow = inbound::serve_plaintext(shared.clone(), worker.live.clone(), pod.clone(), tcp);
+            spawn(async move {
+                flow.await;
+                drop(load);
+            });
+        })
+    };
+    let hbone: Accepted<Worker> = {
+        let (shared, pod) = (shared.clone(), pod.clone());
+        Arc::new(move |worker, tcp, load| {
+            let flow = inbound::serve_tunnel(shared.clone(), worker.live.clone(), pod.clone(), tcp);
+            spawn(async move {
+                flow.await;
+                drop(load);
+            });
+        })
+    };
+    workers.accept(home, listeners.outbound, captured.clone(), outgoing)?;
+    workers.accept(home, listeners.plaintext, captured.clone(), plaintext)?;
+    workers.accept(home, listeners.hbone, tunnels.clone(), hbone)
+}
