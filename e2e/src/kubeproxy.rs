@@ -4,6 +4,7 @@
 //! is none, masquerading only of a pod that reaches itself. The text is pure and replaced as a whole. Limits: no
 //! session affinity, no NodePorts, no traffic policies.
 
+use crate::address;
 use crate::address::Pair;
 use crate::objects::Service;
 
@@ -11,17 +12,15 @@ use crate::objects::Service;
 pub fn rules(services: &[Service]) -> String {
     let mut chains = String::new();
     let mut jumps = [String::new(), String::new()];
-    let mut refusals = [String::new(), String::new()];
     for service in services {
         let Some(addresses) = service.addresses else { continue };
         for port in &service.ports {
             let protocol = if port.tcp { "tcp" } else { "udp" };
+            if port.endpoints.is_empty() {
+                continue;
+            }
             for (family, own) in addresses.texts().into_iter().enumerate() {
                 let chosen = format!("{own} . {protocol} . {}", port.port);
-                if port.endpoints.is_empty() {
-                    refusals[family].push_str(&format!("      {chosen},\n"));
-                    continue;
-                }
                 let name =
                     format!("svc-{}-{}-{protocol}-{}-{}", service.key.0, service.key.1, port.port, FAMILIES[family].0);
                 jumps[family].push_str(&format!("      {chosen} : goto {name},\n"));
@@ -32,16 +31,19 @@ pub fn rules(services: &[Service]) -> String {
     let mut text = String::from("table inet lab_services\ndelete table inet lab_services\ntable inet lab_services {\n");
     text.push_str(&chains);
     for (family, (short, _, kind)) in FAMILIES.into_iter().enumerate() {
-        // An empty set is legal and matches nothing.
-        let elements =
-            |list: &str| if list.is_empty() { String::new() } else { format!("    elements = {{\n{list}    }}\n") };
+        let elements = match jumps[family].as_str() {
+            "" => String::new(),
+            list => format!("    elements = {{\n{list}    }}\n"),
+        };
         text.push_str(&format!(
-            "  map services-{short} {{\n    type {kind} . inet_proto . inet_service : verdict\n{}  }}\n\
-             \x20 set empty-{short} {{\n    type {kind} . inet_proto . inet_service\n{}  }}\n",
-            elements(&jumps[family]),
-            elements(&refusals[family]),
+            "  map services-{short} {{\n    type {kind} . inet_proto . inet_service : verdict\n{elements}  }}\n"
         ));
     }
+    let (all4, all6) = address::SERVICES;
+    // Translation comes first, so what still goes to a Service's address has no endpoint or no such port.
+    text.push_str(&format!(
+        "  chain refuse {{\n    ip daddr {all4} reject with icmp port-unreachable\n    ip6 daddr {all6} reject with icmpv6 port-unreachable\n  }}\n"
+    ));
     text.push_str(HOOKS);
     text
 }
@@ -51,10 +53,6 @@ const FAMILIES: [(&str, &str, &str); 2] = [("v4", "ip", "ipv4_addr"), ("v6", "ip
 const HOOKS: &str = "  chain services {
     ip daddr . meta l4proto . th dport vmap @services-v4
     ip6 daddr . meta l4proto . th dport vmap @services-v6
-  }
-  chain refuse {
-    ip daddr . meta l4proto . th dport @empty-v4 reject with icmp port-unreachable
-    ip6 daddr . meta l4proto . th dport @empty-v6 reject with icmpv6 port-unreachable
   }
   chain from-pods { type nat hook prerouting priority dstnat; jump services; }
   chain from-node { type nat hook output priority -100; jump services; }
@@ -102,6 +100,6 @@ mod tests {
         assert!(text.contains("10.96.0.10 . tcp . 80 : goto svc-shop-cart-tcp-80-v4"), "{text}");
         assert!(text.contains("numgen random mod 2 vmap"), "{text}");
         assert!(text.contains("dnat ip6 to [fd00:10:20:2::2]:8080"), "{text}");
-        assert!(text.contains("      fd00:10:96::a . tcp . 81,"), "{text}");
+        assert!(!text.contains(". 81"), "{text}");
     }
 }

@@ -21,3 +21,13 @@ pub mod rootless;
 pub mod topology;
 
 pub mod client;
+
+pub mod state;
+pub mod supervise;
+
+pub mod exec;
+pub mod lab;
+pub mod shop;
+pub mod sniff;
+
+pub mod cli;

@@ -2,7 +2,8 @@
 //!
 //! Pods are routed, not bridged: a bridge would carry traffic between two pods of one node past the node's address
 //! translation, and a rule keyed by a pod's interface would never see it. Scripts are pure text for `ip -batch`, one
-//! process per namespace; addresses come without duplicate address detection and neighbours are permanent. Limits: no
+//! process per namespace; addresses come without duplicate address detection, and the neighbours on pods' links are
+//! permanent. Limits: no
 //! link or route leads to the machine's own network.
 
 use std::io::Write;
@@ -44,7 +45,7 @@ pub fn fabric_script(nodes: u16, control: &Path, node_path: impl Fn(u16) -> Path
 pub fn control_script() -> String {
     let Pair { v4, v6 } = address::CONTROL;
     format!(
-        "link set lo up\nlink set eth0 addrgenmode none\nlink set eth0 up\n\
+        "link set lo up\nlink set eth0 up\n\
          addr add {v4}/24 dev eth0\naddr add {v6}/64 dev eth0 nodad\n"
     )
 }
@@ -55,8 +56,7 @@ pub fn node_script(node: u16, nodes: u16) -> String {
     let (own, outside, gateway) = (address::node(node), address::node_outside(node), address::gateway(node));
     let mut script = format!(
         "link set lo up\n\
-         link set eth0 addrgenmode none\nlink set eth0 up\n\
-         link set out0 addrgenmode none\nlink set out0 up\n\
+         link set eth0 up\nlink set out0 up\n\
          addr add {}/24 dev eth0\naddr add {}/64 dev eth0 nodad\n\
          addr add {}/24 dev out0\naddr add {}/64 dev out0 nodad\n\
          addr add {}/32 dev lo\naddr add {}/128 dev lo nodad\n\
@@ -128,7 +128,7 @@ pub fn outside_fabric_script(index: u16, host: &Path) -> String {
 pub fn outside_script(index: u16, nodes: u16) -> String {
     let Pair { v4, v6 } = address::outside(index);
     let mut script = format!(
-        "link set lo up\nlink set eth0 addrgenmode none\nlink set eth0 up\n\
+        "link set lo up\nlink set eth0 up\n\
          addr add {v4}/24 dev eth0\naddr add {v6}/64 dev eth0 nodad\n"
     );
     for node in 1..=nodes {

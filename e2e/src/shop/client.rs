@@ -1,0 +1,359 @@
+//! The client: requests at a fixed pace, each reported with what came back and from whom.
+//!
+//! Names are resolved as the pod's resolv.conf says, once per connection. The pace does not wait for slow answers:
+//! `load` sends on schedule so that a stall shows as many late requests and not as few. Limits: 1,000 requests in
+//! flight.
+
+use std::cell::Cell;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+use std::time::Instant;
+
+use anyhow::Context;
+use bytes::Bytes;
+use http::Request;
+use http_body_util::BodyExt;
+use http_body_util::Full;
+use http_body_util::Limited;
+use hyper::client::conn::http1::SendRequest;
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+use serde_json::json;
+use tokio::io::AsyncBufReadExt;
+use tokio::io::AsyncReadExt;
+use tokio::io::AsyncWriteExt;
+use tokio::io::BufReader;
+use tokio::net::TcpStream;
+use tokio::sync::Mutex;
+use tokio::sync::Notify;
+use tokio::sync::Semaphore;
+
+use crate::shop::Call;
+use crate::shop::Family;
+use crate::shop::Load;
+use crate::shop::Tcp;
+use crate::shop::family;
+use crate::shop::now_us;
+
+const BODY_LIMIT: usize = 64 << 20;
+const IN_FLIGHT_MAX: usize = 1000;
+
+/// `shop call`; true when every request was answered with a status below 400.
+pub(super) async fn call(options: &Call) -> anyhow::Result<bool> {
+    let target = Target::parse(&options.url)?;
+    let headers: Vec<(String, String)> = options
+        .header
+        .iter()
+        .map(|header| {
+            let (name, value) = header.split_once(':').context("a header is written `name: value`")?;
+            Ok((name.trim().to_owned(), value.trim().to_owned()))
+        })
+        .collect::<anyhow::Result<_>>()?;
+    let mut client = Client {
+        target,
+        headers,
+        data: options.data.clone(),
+        family: family(options.v4, options.v6),
+        keep_alive: options.keep_alive,
+        sender: None,
+    };
+    let mut all_well = true;
+    let began = tokio::time::Instant::now();
+    for number in 0..options.count {
+        if options.rate > 0.0 {
+            tokio::time::sleep_until(began + Duration::from_secs_f64(number as f64 / options.rate)).await;
+        }
+        let report = client.attempt(number, Duration::from_millis(options.timeout_ms)).await;
+        all_well &= report["ok"] == true;
+        match (options.json, &report["error"]) {
+            (true, _) => println!("{report}"),
+            (false, Value::Null) => {
+                println!("{} {:.1} ms {}", report["status"], report["ms"].as_f64().unwrap_or(0.0), brief(&report["answer"]));
+            }
+            (false, error) => println!("failed: {}", error.as_str().unwrap_or_default()),
+        }
+    }
+    Ok(all_well)
+}
+
+fn brief(answer: &Value) -> String {
+    match answer {
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+/// `shop tcp`; true when every connection was greeted and echoed.
+pub(super) async fn tcp(options: &Tcp) -> anyhow::Result<bool> {
+    let family = family(options.v4, options.v6);
+    let timeout = Duration::from_millis(options.timeout_ms);
+    if let Some(pause) = options.hold_ms {
+        return hold(options, family, Duration::from_millis(pause), timeout).await;
+    }
+    let mut all_well = true;
+    for number in 0..options.count {
+        let report = tcp_attempt(number, &options.address, &options.send, family, timeout).await;
+        all_well &= report["ok"] == true;
+        match (options.json, &report["error"]) {
+            (true, _) => println!("{report}"),
+            (false, Value::Null) => println!("{}", report["greeting"].as_str().unwrap_or_default()),
+            (false, error) => println!("failed: {}", error.as_str().unwrap_or_default()),
+        }
+    }
+    Ok(all_well)
+}
+
+async fn tcp_attempt(number: u64, address: &str, line: &str, family: Family, timeout: Duration) -> Value {
+    let (began, t_us) = (Instant::now(), now_us());
+    let attempt = async {
+        let stream = connect(address, family).await?;
+        let mut stream = BufReader::new(stream);
+        let greeting = read_line(&mut stream).await?;
+        stream.get_mut().write_all(format!("{line}\n").as_bytes()).await?;
+        let echoed = read_line(&mut stream).await?;
+        anyhow::ensure!(echoed == line, "sent {line:?}, got {echoed:?} back");
+        anyhow::Ok(greeting)
+    };
+    let result = tokio::time::timeout(timeout, attempt).await.unwrap_or_else(|_| Err(late(timeout)));
+    let ms = began.elapsed().as_secs_f64() * 1000.0;
+    match result {
+        Ok(greeting) => {
+            let mut words = greeting.split(' ').skip(1);
+            let (pod, source) = (words.next(), words.next());
+            json!({"n": number, "t_us": t_us, "end_us": now_us(), "ok": true, "ms": ms, "greeting": greeting, "pod": pod, "source": source})
+        }
+        Err(error) => json!({"n": number, "t_us": t_us, "end_us": now_us(), "ok": false, "ms": ms, "error": format!("{error:#}")}),
+    }
+}
+
+/// One connection, kept; a line in and out at each turn, until standard input ends. Ends with a report.
+async fn hold(options: &Tcp, family: Family, pause: Duration, timeout: Duration) -> anyhow::Result<bool> {
+    let ended = Arc::new(Notify::new());
+    notify_at_eof(ended.clone());
+    let mut lines = 0_u64;
+    let exchange = async {
+        let stream = tokio::time::timeout(timeout, connect(&options.address, family)).await.map_err(|_| late(timeout))??;
+        let mut stream = BufReader::new(stream);
+        let greeting = tokio::time::timeout(timeout, read_line(&mut stream)).await.map_err(|_| late(timeout))??;
+        println!("{}", json!({"t_us": now_us(), "kind": "open", "greeting": greeting}));
+        loop {
+            stream.get_mut().write_all(format!("{}\n", options.send).as_bytes()).await?;
+            let echoed = tokio::time::timeout(timeout, read_line(&mut stream)).await.map_err(|_| late(timeout))??;
+            anyhow::ensure!(echoed == options.send, "sent {:?}, got {echoed:?} back", options.send);
+            lines += 1;
+            tokio::time::sleep(pause).await;
+        }
+        #[allow(unreachable_code)]
+        anyhow::Ok(())
+    };
+    let result = tokio::select! {
+        result = exchange => result,
+        () = ended.notified() => Ok(()),
+    };
+    let error = result.as_ref().err().map(|error| format!("{error:#}"));
+    println!("{}", json!({"t_us": now_us(), "kind": "closed", "lines": lines, "ok": error.is_none(), "error": error}));
+    Ok(error.is_none())
+}
+
+/// `shop load`; true when every request succeeded.
+pub(super) async fn load(options: &Load) -> anyhow::Result<bool> {
+    anyhow::ensure!(options.rate > 0.0, "--rate must be above 0");
+    let ended = Arc::new(Notify::new());
+    if options.until_eof {
+        notify_at_eof(ended.clone());
+    }
+    let failures = Rc::new(Cell::new(0_u64));
+    let mut targets = Vec::new();
+    for target in &options.target {
+        let (target, options, failures) = (target.clone(), options.clone(), failures.clone());
+        targets.push(tokio::task::spawn_local(async move { load_one(&target, &options, &failures).await }));
+    }
+    let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let all = async {
+        for target in targets {
+            target.await??;
+        }
+        anyhow::Ok(())
+    };
+    tokio::select! {
+        result = all => result?,
+        () = ended.notified() => {}
+        _ = term.recv() => {}
+    }
+    Ok(failures.get() == 0)
+}
+
+async fn load_one(target: &str, options: &Load, failures: &Rc<Cell<u64>>) -> anyhow::Result<()> {
+    let timeout = Duration::from_millis(options.timeout_ms);
+    let room = Arc::new(Semaphore::new(IN_FLIGHT_MAX));
+    let raw = target.strip_prefix("tcp://").map(str::to_owned);
+    let make = || -> anyhow::Result<Client> {
+        Ok(Client {
+            target: Target::parse(target)?,
+            headers: vec![],
+            data: None,
+            family: Family::Any,
+            keep_alive: options.keep_alive,
+            sender: None,
+        })
+    };
+    let kept = match (raw.is_none(), options.keep_alive) {
+        (true, true) => Some(Rc::new(Mutex::new(make()?))),
+        (true, false) => make().map(|_| None)?,
+        (false, _) => None,
+    };
+    let began = tokio::time::Instant::now();
+    let mut running = tokio::task::JoinSet::new();
+    let mut number = 0;
+    while options.count == 0 || number < options.count {
+        tokio::time::sleep_until(began + Duration::from_secs_f64(number as f64 / options.rate)).await;
+        let permit = room.clone().acquire_owned().await?;
+        let (raw, kept, failures, name) = (raw.clone(), kept.clone(), failures.clone(), target.to_owned());
+        let mut own = if raw.is_none() && kept.is_none() { Some(make()?) } else { None };
+        running.spawn_local(async move {
+            let mut report = match (raw, kept, own.as_mut()) {
+                (Some(address), _, _) => tcp_attempt(number, &address, "ping", Family::Any, timeout).await,
+                (None, Some(kept), _) => kept.lock().await.attempt(number, timeout).await,
+                (None, None, Some(own)) => own.attempt(number, timeout).await,
+                (None, None, None) => Value::Null,
+            };
+            if report["ok"] != true {
+                failures.set(failures.get() + 1);
+            }
+            report["target"] = name.into();
+            println!("{report}");
+            drop(permit);
+        });
+        while running.try_join_next().is_some() {}
+        number += 1;
+    }
+    while running.join_next().await.is_some() {}
+    Ok(())
+}
+
+fn notify_at_eof(ended: Arc<Notify>) {
+    // A thread of its own: reading standard input cannot be done without blocking.
+    std::thread::spawn(move || {
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        ended.notify_one();
+    });
+}
+
+struct Target {
+    authority: String,
+    address: String,
+    path: String,
+}
+
+impl Target {
+    fn parse(url: &str) -> anyhow::Result<Self> {
+        if let Some(address) = url.strip_prefix("tcp://") {
+            return Ok(Self { authority: address.into(), address: address.into(), path: String::new() });
+        }
+        let uri: http::Uri = url.parse().with_context(|| format!("{url} is not a URL"))?;
+        anyhow::ensure!(uri.scheme_str() == Some("http"), "{url}: only http:// and tcp:// are spoken");
+        let authority = uri.authority().context("a URL without a host")?;
+        let path = uri.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
+        Ok(Self {
+            authority: authority.to_string(),
+            address: format!("{}:{}", authority.host(), authority.port_u16().unwrap_or(80)),
+            path: path.to_owned(),
+        })
+    }
+}
+
+struct Client {
+    target: Target,
+    headers: Vec<(String, String)>,
+    data: Option<String>,
+    family: Family,
+    keep_alive: bool,
+    sender: Option<SendRequest<Full<Bytes>>>,
+}
+
+impl Client {
+    async fn attempt(&mut self, number: u64, timeout: Duration) -> Value {
+        let (began, t_us) = (Instant::now(), now_us());
+        let result = tokio::time::timeout(timeout, self.request()).await.unwrap_or_else(|_| Err(late(timeout)));
+        let ms = began.elapsed().as_secs_f64() * 1000.0;
+        if result.is_err() {
+            self.sender = None;
+        }
+        match result {
+            Ok((status, body)) => {
+                let answer: Value = serde_json::from_slice(&body).unwrap_or_else(|_| {
+                    let text = String::from_utf8_lossy(&body[..body.len().min(200)]);
+                    text.trim().to_owned().into()
+                });
+                json!({
+                    "n": number, "t_us": t_us, "end_us": now_us(), "ok": status < 400, "status": status, "ms": ms,
+                    "name": answer["name"], "pod": answer["pod"], "source": answer["source"], "answer": answer,
+                })
+            }
+            Err(error) => {
+                json!({"n": number, "t_us": t_us, "end_us": now_us(), "ok": false, "ms": ms, "error": format!("{error:#}")})
+            }
+        }
+    }
+
+    async fn request(&mut self) -> anyhow::Result<(u16, Bytes)> {
+        let mut sender = match self.sender.take().filter(|sender| !sender.is_closed()) {
+            Some(sender) => sender,
+            None => {
+                let stream = connect(&self.target.address, self.family).await?;
+                let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+                tokio::task::spawn_local(connection);
+                sender
+            }
+        };
+        sender.ready().await?;
+        let mut request = Request::builder()
+            .method(if self.data.is_some() { "POST" } else { "GET" })
+            .uri(&self.target.path)
+            .header("host", &self.target.authority)
+            .header("user-agent", "shop");
+        for (name, value) in &self.headers {
+            request = request.header(name, value);
+        }
+        if !self.keep_alive {
+            request = request.header("connection", "close");
+        }
+        let body = Full::new(Bytes::from(self.data.clone().unwrap_or_default()));
+        let response = sender.send_request(request.body(body)?).await.context("the connection broke")?;
+        let status = response.status().as_u16();
+        let body = Limited::new(response.into_body(), BODY_LIMIT).collect().await;
+        let body = body.map_err(|error| anyhow::anyhow!("the answer broke off: {error}"))?.to_bytes();
+        if self.keep_alive {
+            self.sender = Some(sender);
+        }
+        Ok((status, body))
+    }
+}
+
+async fn connect(address: &str, family: Family) -> anyhow::Result<TcpStream> {
+    let found: Vec<SocketAddr> = tokio::net::lookup_host(address)
+        .await
+        .with_context(|| format!("{address} is not known"))?
+        .filter(|found| match family {
+            Family::Any => true,
+            Family::V4 => found.is_ipv4(),
+            Family::V6 => found.is_ipv6(),
+        })
+        .collect();
+    let first = found.first().with_context(|| format!("{address} has no address of the asked family"))?;
+    let stream = TcpStream::connect(first).await.with_context(|| format!("{first} does not accept"))?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+async fn read_line(stream: &mut BufReader<TcpStream>) -> anyhow::Result<String> {
+    let mut line = String::new();
+    anyhow::ensure!(stream.take(64 << 10).read_line(&mut line).await? > 0, "the peer closed the connection");
+    Ok(line.trim_end().to_owned())
+}
+
+fn late(timeout: Duration) -> anyhow::Error {
+    anyhow::anyhow!("no answer within {} ms", timeout.as_millis())
+}
