@@ -1,0 +1,36 @@
+//! What std or tokio could have shipped: the wall clock in one place, and the order to stop.
+//!
+//! Everything that decides takes the time as an argument; only the outermost callers read it here. Nothing in this
+//! module knows what a mesh is.
+
+use std::time::SystemTime;
+use std::time::UNIX_EPOCH;
+
+use tokio::sync::watch;
+
+/// Now, seconds since the Unix epoch. A clock before 1970 counts as 1970.
+pub fn unix_now() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
+
+/// Tells every task to finish. Dropping the sender means the same.
+pub type StopSender = watch::Sender<bool>;
+
+/// Resolves once the process is to stop. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Stop(watch::Receiver<bool>);
+
+/// A new pair: send `true` to stop.
+pub fn stop() -> (StopSender, Stop) {
+    let (sender, receiver) = watch::channel(false);
+    (sender, Stop(receiver))
+}
+
+impl Stop {
+    /// Waits for the order to stop; at once if it was given already.
+    pub async fn requested(&mut self) {
+        // An error means that the sender is gone, which is an order to stop, too.
+        let _ = self.0.wait_for(|stopping| *stopping).await;
+    }
+}

@@ -1,0 +1,22 @@
+//! Plain mesh objects as control understands them, whoever they came from: `World` holds all of one moment.
+//!
+//! No Kubernetes type, no protobuf and no I/O here, so that a test can write a world by hand and translation can be a
+//! pure function of it. Values are already checked: an object that could not be read whole is either absent or, for a
+//! policy, present as [`Spec::Unreadable`] so that it can fail closed.
+
+mod condition;
+mod meta;
+mod policy;
+mod service;
+mod workload;
+mod world;
+
+pub use condition::{Condition, ObjectConditions, ObjectKey, Status};
+pub use meta::{Expression, Meta, Operator, Owner, Selector};
+pub use policy::{
+    Action, AuthorizationPolicy, AuthorizationSpec, Compare, ConditionKey, MtlsMode, NetworkPolicy, Operation,
+    PeerAuthentication, PeerAuthenticationSpec, Rule, Source, Spec, Target, TextMatch, Unenforced, When,
+};
+pub use service::{Endpoint, EndpointSlice, Service, ServicePort, SlicePort, TargetPort, TrafficScope};
+pub use workload::{ContainerPort, Namespace, Node, Phase, Pod, ServiceAccount};
+pub use world::{Object, World};

@@ -1,0 +1,99 @@
+//! Services and the endpoints that somebody else computed for them.
+//!
+//! Only TCP ports are kept: the mesh carries nothing else, and other ports pass it untouched.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use crate::model::meta::Meta;
+
+/// A Kubernetes Service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Service {
+    /// Name and labels.
+    pub meta: Meta,
+    /// Selects pods of its namespace. Empty: endpoints come from slices only.
+    pub selector: BTreeMap<String, String>,
+    /// Virtual addresses. Empty: headless.
+    pub addresses: Vec<IpAddr>,
+    /// TCP ports.
+    pub ports: Vec<ServicePort>,
+    /// spec.ipFamilies, as (IPv4, IPv6). Both false: not said.
+    pub families: (bool, bool),
+    /// Where clients look for endpoints first.
+    pub scope: TrafficScope,
+    /// Endpoints get traffic before they are ready.
+    pub publish_not_ready: bool,
+    /// type ExternalName: no endpoints of its own.
+    pub external_name: bool,
+}
+
+/// One port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServicePort {
+    /// Name; may be empty when it is the only one.
+    pub name: String,
+    /// Number that clients dial.
+    pub port: u16,
+    /// Where it leads.
+    pub target: TargetPort,
+    /// spec.ports[].appProtocol, else empty.
+    pub app_protocol: String,
+}
+
+/// A service port's target.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TargetPort {
+    /// The same number on every endpoint.
+    Number(u16),
+    /// The container port of this name, which may differ from pod to pod.
+    Name(String),
+}
+
+/// internalTrafficPolicy and trafficDistribution.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TrafficScope {
+    /// Any endpoint.
+    Cluster,
+    /// Endpoints of the client's node or none.
+    NodeOnly,
+    /// The client's node first, then its zone, then all.
+    PreferNode,
+    /// The client's zone first, then all.
+    PreferZone,
+}
+
+/// A part of a service's endpoints.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndpointSlice {
+    /// Name; the namespace is the service's.
+    pub meta: Meta,
+    /// Name of the service, from the label `kubernetes.io/service-name`.
+    pub service: String,
+    /// TCP ports.
+    pub ports: Vec<SlicePort>,
+    /// Endpoints.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// A port as the endpoints have it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlicePort {
+    /// Name of the service port.
+    pub name: String,
+    /// Number at the endpoint.
+    pub port: u16,
+}
+
+/// One endpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// conditions.ready; true if absent.
+    pub ready: bool,
+    /// Name of the pod behind it, if targetRef says so.
+    pub pod: Option<String>,
+    /// nodeName; may be empty.
+    pub node: String,
+}

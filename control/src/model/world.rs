@@ -1,0 +1,131 @@
+//! All objects of one moment, indexed the way translation asks for them.
+//!
+//! Maps are ordered, so that whatever is computed from a world comes out in the same order in every process. A world
+//! is built whole by the source and never changed afterwards.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::model::condition::ObjectKey;
+use crate::model::meta::Meta;
+use crate::model::policy::{AuthorizationPolicy, NetworkPolicy, PeerAuthentication, Unenforced};
+use crate::model::service::{EndpointSlice, Service};
+use crate::model::workload::{Namespace, Node, Pod, ServiceAccount};
+
+/// (namespace, name).
+pub(super) type Key = (String, String);
+
+/// One object of any kind that is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Object {
+    /// v1 Namespace.
+    Namespace(Arc<Namespace>),
+    /// v1 Node.
+    Node(Arc<Node>),
+    /// v1 ServiceAccount.
+    ServiceAccount(Arc<ServiceAccount>),
+    /// v1 Pod.
+    Pod(Arc<Pod>),
+    /// v1 Service.
+    Service(Arc<Service>),
+    /// discovery.k8s.io EndpointSlice.
+    EndpointSlice(Arc<EndpointSlice>),
+    /// security.istio.io AuthorizationPolicy.
+    AuthorizationPolicy(Arc<AuthorizationPolicy>),
+    /// security.istio.io PeerAuthentication.
+    PeerAuthentication(Arc<PeerAuthentication>),
+    /// networking.k8s.io NetworkPolicy.
+    NetworkPolicy(Arc<NetworkPolicy>),
+    /// A kind without effect yet.
+    Unenforced(Arc<Unenforced>),
+}
+
+impl Object {
+    /// Kind as written in manifests.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Namespace(_) => "Namespace",
+            Self::Node(_) => "Node",
+            Self::ServiceAccount(_) => "ServiceAccount",
+            Self::Pod(_) => "Pod",
+            Self::Service(_) => "Service",
+            Self::EndpointSlice(_) => "EndpointSlice",
+            Self::AuthorizationPolicy(_) => "AuthorizationPolicy",
+            Self::PeerAuthentication(_) => "PeerAuthentication",
+            Self::NetworkPolicy(_) => "NetworkPolicy",
+            Self::Unenforced(object) => object.kind,
+        }
+    }
+
+    /// Its metadata.
+    pub fn meta(&self) -> &Meta {
+        match self {
+            Self::Namespace(object) => &object.meta,
+            Self::Node(object) => &object.meta,
+            Self::ServiceAccount(object) => &object.meta,
+            Self::Pod(object) => &object.meta,
+            Self::Service(object) => &object.meta,
+            Self::EndpointSlice(object) => &object.meta,
+            Self::AuthorizationPolicy(object) => &object.meta,
+            Self::PeerAuthentication(object) => &object.meta,
+            Self::NetworkPolicy(object) => &object.meta,
+            Self::Unenforced(object) => &object.meta,
+        }
+    }
+
+    /// Kind, namespace and name.
+    pub fn key(&self) -> ObjectKey {
+        ObjectKey {
+            kind: self.kind().to_owned(),
+            namespace: self.meta().namespace.clone(),
+            name: self.meta().name.clone(),
+        }
+    }
+}
+
+/// All objects of one moment.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct World {
+    /// By name.
+    pub namespaces: BTreeMap<String, Arc<Namespace>>,
+    /// By name.
+    pub nodes: BTreeMap<String, Arc<Node>>,
+    /// By namespace and name.
+    pub service_accounts: BTreeMap<Key, Arc<ServiceAccount>>,
+    /// By namespace and name.
+    pub pods: BTreeMap<Key, Arc<Pod>>,
+    /// By namespace and name.
+    pub services: BTreeMap<Key, Arc<Service>>,
+    /// By namespace and name.
+    pub slices: BTreeMap<Key, Arc<EndpointSlice>>,
+    /// By namespace and name.
+    pub authorization_policies: BTreeMap<Key, Arc<AuthorizationPolicy>>,
+    /// By namespace and name.
+    pub peer_authentications: BTreeMap<Key, Arc<PeerAuthentication>>,
+    /// By namespace and name.
+    pub network_policies: BTreeMap<Key, Arc<NetworkPolicy>>,
+    /// By kind, namespace and name.
+    pub unenforced: BTreeMap<(&'static str, String, String), Arc<Unenforced>>,
+}
+
+impl World {
+    /// Adds an object; one of the same kind and name is replaced.
+    pub fn insert(&mut self, object: Object) {
+        let meta = object.meta();
+        let key = (meta.namespace.clone(), meta.name.clone());
+        match object {
+            Object::Namespace(o) => drop(self.namespaces.insert(key.1, o)),
+            Object::Node(o) => drop(self.nodes.insert(key.1, o)),
+            Object::ServiceAccount(o) => drop(self.service_accounts.insert(key, o)),
+            Object::Pod(o) => drop(self.pods.insert(key, o)),
+            Object::Service(o) => drop(self.services.insert(key, o)),
+            Object::EndpointSlice(o) => drop(self.slices.insert(key, o)),
+            Object::AuthorizationPolicy(o) => drop(self.authorization_policies.insert(key, o)),
+            Object::PeerAuthentication(o) => drop(self.peer_authentications.insert(key, o)),
+            Object::NetworkPolicy(o) => drop(self.network_policies.insert(key, o)),
+            Object::Unenforced(o) => {
+                drop(self.unenforced.insert((o.kind, key.0, key.1), o));
+            }
+        }
+    }
+}

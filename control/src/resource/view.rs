@@ -1,0 +1,181 @@
+//! Resources as JSON for `/debug/resources` and `tulle get`: addresses as text, enums by name.
+//!
+//! Made from the encoded bytes, so that what is shown is what was sent. Empty fields are left out.
+
+use std::net::IpAddr;
+
+use prost::Message;
+use serde_json::{Map, Value, json};
+use tulle_proto::names;
+use tulle_proto::security;
+use tulle_proto::tulle_workload;
+use tulle_proto::workload;
+
+use crate::resource::{Kind, Resource};
+
+/// The resource with its name and version.
+pub fn resource(resource: &Resource) -> Value {
+    let view = match resource.kind {
+        Kind::Address => workload::Address::decode(resource.body.clone()).map(|address| match address.r#type {
+            Some(workload::address::Type::Workload(w)) => json!({"workload": workload(&w)}),
+            Some(workload::address::Type::Service(s)) => json!({"service": service(&s)}),
+            None => Value::Null,
+        }),
+        Kind::Authorization => security::Authorization::decode(resource.body.clone()).map(|a| authorization(&a)),
+    };
+    json!({
+        "type": resource.kind.short(),
+        "name": &*resource.name,
+        "version": &*resource.version,
+        "resource": view.unwrap_or(Value::Null),
+    })
+}
+
+/// Address bytes as text.
+pub fn ip(bytes: &[u8]) -> String {
+    if let Ok(four) = <[u8; 4]>::try_from(bytes) {
+        IpAddr::from(four).to_string()
+    } else if let Ok(sixteen) = <[u8; 16]>::try_from(bytes) {
+        IpAddr::from(sixteen).to_string()
+    } else {
+        format!("{} bytes", bytes.len())
+    }
+}
+
+fn pruned(value: Value) -> Value {
+    let Value::Object(map) = value else {
+        return value;
+    };
+    let is_empty = |v: &Value| match v {
+        Value::Null => true,
+        Value::String(s) => s.is_empty(),
+        Value::Array(a) => a.is_empty(),
+        Value::Object(o) => o.is_empty(),
+        Value::Bool(b) => !b,
+        Value::Number(_) => false,
+    };
+    Value::Object(map.into_iter().filter(|(_, v)| !is_empty(v)).collect())
+}
+
+fn workload(w: &workload::Workload) -> Value {
+    let info = w
+        .extensions
+        .iter()
+        .find(|e| e.name == names::EXTENSION_WORKLOAD)
+        .and_then(|e| e.config.as_ref())
+        .and_then(|any| tulle_workload::WorkloadInfo::decode(any.value.as_slice()).ok())
+        .unwrap_or_default();
+    let services: Map<String, Value> =
+        w.services.iter().map(|(name, list)| (name.clone(), ports(&list.ports))).collect();
+    pruned(json!({
+        "uid": w.uid,
+        "name": w.name,
+        "namespace": w.namespace,
+        "addresses": w.addresses.iter().map(|a| ip(a)).collect::<Vec<_>>(),
+        "network": w.network,
+        "protocol": w.tunnel_protocol().as_str_name(),
+        "trustDomain": w.trust_domain,
+        "serviceAccount": w.service_account,
+        "node": w.node,
+        "canonicalName": w.canonical_name,
+        "canonicalRevision": w.canonical_revision,
+        "workloadType": w.workload_type().as_str_name(),
+        "workloadName": w.workload_name,
+        "policies": w.authorization_policies,
+        "status": w.status().as_str_name(),
+        "clusterId": w.cluster_id,
+        "services": services,
+        "locality": w.locality.as_ref().map(|l| pruned(json!({"region": l.region, "zone": l.zone, "subzone": l.subzone}))),
+        "hostNetwork": w.network_mode() == workload::NetworkMode::HostNetwork,
+        "podUid": info.pod_uid,
+        "probePorts": info.probe_ports,
+        "egress": info.egress().as_str_name(),
+        "policyVersions": info.policy_versions,
+    }))
+}
+
+fn ports(ports: &[workload::Port]) -> Value {
+    ports
+        .iter()
+        .map(|p| {
+            json!({
+                "port": p.service_port,
+                "target": p.target_port,
+                "protocol": p.app_protocol().as_str_name(),
+            })
+        })
+        .collect()
+}
+
+fn service(s: &workload::Service) -> Value {
+    let balancing = s.load_balancing.as_ref().map(|lb| {
+        pruned(json!({
+            "mode": lb.mode().as_str_name(),
+            "preference": lb.routing_preference().map(|scope| scope.as_str_name()).collect::<Vec<_>>(),
+            "health": lb.health_policy().as_str_name(),
+        }))
+    });
+    pruned(json!({
+        "name": s.name,
+        "namespace": s.namespace,
+        "hostname": s.hostname,
+        "addresses": s.addresses.iter().map(|a| ip(&a.address)).collect::<Vec<_>>(),
+        "ports": ports(&s.ports),
+        "subjectAltNames": s.subject_alt_names,
+        "loadBalancing": balancing,
+        "ipFamilies": s.ip_families().as_str_name(),
+        "canonical": s.canonical,
+    }))
+}
+
+fn authorization(a: &security::Authorization) -> Value {
+    let rules: Vec<Value> = a
+        .rules
+        .iter()
+        .map(|rule| rule.clauses.iter().map(|clause| clause.matches.iter().map(one_match).collect::<Value>()).collect())
+        .collect();
+    json!({
+        "name": a.name,
+        "namespace": a.namespace,
+        "scope": a.scope().as_str_name(),
+        "action": a.action().as_str_name(),
+        "dryRun": a.dry_run,
+        "deniesAll": a.extensions.iter().any(|e| e.name == names::EXTENSION_DENIES_ALL),
+        "rules": rules,
+    })
+}
+
+fn one_match(m: &security::Match) -> Value {
+    let texts = |list: &[security::StringMatch]| -> Vec<String> { list.iter().map(text).collect() };
+    let blocks = |list: &[security::Address]| -> Vec<String> {
+        list.iter().map(|a| format!("{}/{}", ip(&a.address), a.length)).collect()
+    };
+    let accounts = |list: &[security::ServiceAccountMatch]| -> Vec<String> {
+        list.iter().map(|a| format!("{}/{}", a.namespace, a.service_account)).collect()
+    };
+    pruned(json!({
+        "namespaces": texts(&m.namespaces),
+        "notNamespaces": texts(&m.not_namespaces),
+        "principals": texts(&m.principals),
+        "notPrincipals": texts(&m.not_principals),
+        "sourceIps": blocks(&m.source_ips),
+        "notSourceIps": blocks(&m.not_source_ips),
+        "destinationIps": blocks(&m.destination_ips),
+        "notDestinationIps": blocks(&m.not_destination_ips),
+        "destinationPorts": m.destination_ports,
+        "notDestinationPorts": m.not_destination_ports,
+        "serviceAccounts": accounts(&m.service_accounts),
+        "notServiceAccounts": accounts(&m.not_service_accounts),
+    }))
+}
+
+fn text(m: &security::StringMatch) -> String {
+    use security::string_match::MatchType;
+    match &m.match_type {
+        Some(MatchType::Exact(t)) => t.clone(),
+        Some(MatchType::Prefix(t)) => format!("{t}*"),
+        Some(MatchType::Suffix(t)) => format!("*{t}"),
+        Some(MatchType::Presence(())) => "*".into(),
+        None => String::new(),
+    }
+}

@@ -1,0 +1,246 @@
+//! Kubernetes' own kinds: namespaces, nodes, accounts, pods, services, endpoint slices.
+//!
+//! Only fields that the mesh uses are read, so that a manifest with newer or misspelt other fields still works; a
+//! field that is used must be right.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::model::{
+    ContainerPort, Endpoint, EndpointSlice, Meta, Namespace, Node, Object, Phase, Pod, Service, ServiceAccount,
+    ServicePort, SlicePort, TargetPort, TrafficScope,
+};
+use crate::source::decode::text_map;
+use crate::source::tree::{Cursor, Read, Value};
+
+pub(super) fn namespace(_: &Cursor<'_>, meta: Meta) -> Read<Object> {
+    Ok(Object::Namespace(Arc::new(Namespace { meta })))
+}
+
+pub(super) fn node(_: &Cursor<'_>, meta: Meta) -> Read<Object> {
+    Ok(Object::Node(Arc::new(Node { meta })))
+}
+
+pub(super) fn service_account(_: &Cursor<'_>, meta: Meta) -> Read<Object> {
+    Ok(Object::ServiceAccount(Arc::new(ServiceAccount { meta })))
+}
+
+pub(super) fn pod(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
+    let spec = at.get("spec");
+    spec.map()?;
+    let status = at.get("status");
+    status.map()?;
+    let account = spec.get("serviceAccountName").text()?;
+    let mut ports = Vec::new();
+    let mut probe_ports = BTreeSet::new();
+    let containers = spec.get("containers").list()?.into_iter();
+    for container in containers.chain(spec.get("initContainers").list()?) {
+        container.map()?;
+        read_ports(&container, &mut ports)?;
+        read_probes(&container, &ports, &mut probe_ports)?;
+    }
+    let phase = status.get("phase");
+    let phase = match phase.text()? {
+        None | Some("Running" | "Unknown" | "") => Phase::Running,
+        Some("Pending") => Phase::Pending,
+        Some("Succeeded") => Phase::Succeeded,
+        Some("Failed") => Phase::Failed,
+        Some(other) => return Err(phase.error(format!("`{other}` is not a pod phase"))),
+    };
+    Ok(Object::Pod(Arc::new(Pod {
+        meta,
+        node: spec.get("nodeName").text_or_empty()?,
+        service_account: account.filter(|a| !a.is_empty()).unwrap_or("default").to_owned(),
+        host_network: spec.get("hostNetwork").boolean()?.unwrap_or(false),
+        addresses: pod_addresses(&status)?,
+        phase,
+        ready: pod_ready(&status)?,
+        ports,
+        probe_ports,
+    })))
+}
+
+fn pod_addresses(status: &Cursor<'_>) -> Read<Vec<IpAddr>> {
+    let mut addresses = Vec::new();
+    let primary = status.get("podIP");
+    if let Some(text) = primary.text()?.filter(|text| !text.is_empty()) {
+        addresses.push(address(&primary, text)?);
+    }
+    for item in status.get("podIPs").list()? {
+        let at = item.get("ip");
+        let one = address(&at, at.required_text()?)?;
+        if !addresses.contains(&one) {
+            addresses.push(one);
+        }
+    }
+    Ok(addresses)
+}
+
+fn pod_ready(status: &Cursor<'_>) -> Read<bool> {
+    let conditions = status.get("conditions").list()?;
+    if conditions.is_empty() {
+        return Ok(true);
+    }
+    for condition in conditions {
+        if condition.get("type").text()? == Some("Ready") {
+            return Ok(condition.get("status").text()? == Some("True"));
+        }
+    }
+    Ok(false)
+}
+
+fn read_ports(container: &Cursor<'_>, ports: &mut Vec<ContainerPort>) -> Read<()> {
+    for item in container.get("ports").list()? {
+        let number = item.get("containerPort");
+        let Some(port) = number.port()? else {
+            return Err(number.error("is missing"));
+        };
+        ports.push(ContainerPort {
+            name: item.get("name").text_or_empty()?,
+            port,
+            tcp: is_tcp(&item.get("protocol"))?,
+        });
+    }
+    Ok(())
+}
+
+fn read_probes(container: &Cursor<'_>, ports: &[ContainerPort], into: &mut BTreeSet<u16>) -> Read<()> {
+    for probe in ["livenessProbe", "readinessProbe", "startupProbe"] {
+        for action in ["httpGet", "tcpSocket", "grpc"] {
+            let at = container.get(probe).get(action).get("port");
+            match at.value() {
+                None | Some(Value::Null) => {}
+                Some(Value::Text(name)) => {
+                    into.extend(ports.iter().filter(|p| p.name == *name).map(|p| p.port));
+                }
+                Some(_) => into.extend(at.port()?),
+            }
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn service(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
+    let spec = at.get("spec");
+    spec.map()?;
+    let mut addresses = Vec::new();
+    let single = spec.get("clusterIP");
+    let all = spec.get("clusterIPs").list()?;
+    for at in std::iter::once(single).chain(all) {
+        match at.text()? {
+            None | Some("" | "None") => {}
+            Some(text) => {
+                let one = address(&at, text)?;
+                if !addresses.contains(&one) {
+                    addresses.push(one);
+                }
+            }
+        }
+    }
+    let mut ports = Vec::new();
+    for item in spec.get("ports").list()? {
+        ports.extend(service_port(&item)?);
+    }
+    let mut families = (false, false);
+    for (family, at) in spec.get("ipFamilies").texts()? {
+        match family {
+            "IPv4" => families.0 = true,
+            "IPv6" => families.1 = true,
+            other => return Err(at.error(format!("`{other}` is neither IPv4 nor IPv6"))),
+        }
+    }
+    Ok(Object::Service(Arc::new(Service {
+        selector: text_map(&spec.get("selector"))?,
+        addresses,
+        ports,
+        families,
+        scope: traffic_scope(&spec)?,
+        publish_not_ready: spec.get("publishNotReadyAddresses").boolean()?.unwrap_or(false),
+        external_name: spec.get("type").text()? == Some("ExternalName"),
+        meta,
+    })))
+}
+
+fn service_port(item: &Cursor<'_>) -> Read<Option<ServicePort>> {
+    let number = item.get("port");
+    let Some(port) = number.port()? else {
+        return Err(number.error("is missing"));
+    };
+    if !is_tcp(&item.get("protocol"))? {
+        return Ok(None);
+    }
+    let at = item.get("targetPort");
+    let target = match at.value() {
+        None | Some(Value::Null) => TargetPort::Number(port),
+        Some(Value::Text(name)) => match name.parse::<u16>() {
+            Ok(0) => return Err(at.error("0 is not a port (1-65535)")),
+            Ok(number) => TargetPort::Number(number),
+            Err(_) if name.is_empty() => TargetPort::Number(port),
+            Err(_) => TargetPort::Name(name.clone()),
+        },
+        // 0 means: not set.
+        Some(Value::Int(0)) => TargetPort::Number(port),
+        Some(_) => TargetPort::Number(at.port()?.unwrap_or(port)),
+    };
+    Ok(Some(ServicePort {
+        name: item.get("name").text_or_empty()?,
+        port,
+        target,
+        app_protocol: item.get("appProtocol").text_or_empty()?,
+    }))
+}
+
+fn traffic_scope(spec: &Cursor<'_>) -> Read<TrafficScope> {
+    let policy = spec.get("internalTrafficPolicy");
+    match policy.text()? {
+        None | Some("Cluster") => {}
+        Some("Local") => return Ok(TrafficScope::NodeOnly),
+        Some(other) => return Err(policy.error(format!("`{other}` is neither Cluster nor Local"))),
+    }
+    Ok(match spec.get("trafficDistribution").text()? {
+        Some("PreferClose" | "PreferSameZone") => TrafficScope::PreferZone,
+        Some("PreferSameNode") => TrafficScope::PreferNode,
+        // A hint: an unknown one changes nothing, as in kube-proxy.
+        _ => TrafficScope::Cluster,
+    })
+}
+
+pub(super) fn endpoint_slice(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
+    let mut ports = Vec::new();
+    for item in at.get("ports").list()? {
+        if let (true, Some(port)) = (is_tcp(&item.get("protocol"))?, item.get("port").port()?) {
+            ports.push(SlicePort { name: item.get("name").text_or_empty()?, port });
+        }
+    }
+    let mut endpoints = Vec::new();
+    for item in at.get("endpoints").list()? {
+        let target = item.get("targetRef");
+        let is_pod = target.get("kind").text()? == Some("Pod");
+        endpoints.push(Endpoint {
+            addresses: item
+                .get("addresses")
+                .texts()?
+                .into_iter()
+                .map(|(text, at)| address(&at, text))
+                .collect::<Read<_>>()?,
+            ready: item.get("conditions").get("ready").boolean()?.unwrap_or(true),
+            pod: target.get("name").text()?.filter(|_| is_pod).map(str::to_owned),
+            node: item.get("nodeName").text_or_empty()?,
+        });
+    }
+    let service = meta.label("kubernetes.io/service-name").unwrap_or_default().to_owned();
+    Ok(Object::EndpointSlice(Arc::new(EndpointSlice { meta, service, ports, endpoints })))
+}
+
+fn address(at: &Cursor<'_>, text: &str) -> Read<IpAddr> {
+    text.parse::<IpAddr>().map(|ip| ip.to_canonical()).map_err(|_| at.error(format!("`{text}` is not an IP address")))
+}
+
+fn is_tcp(protocol: &Cursor<'_>) -> Read<bool> {
+    match protocol.text()? {
+        None | Some("TCP" | "") => Ok(true),
+        Some("UDP" | "SCTP") => Ok(false),
+        Some(other) => Err(protocol.error(format!("`{other}` is none of TCP, UDP, SCTP"))),
+    }
+}

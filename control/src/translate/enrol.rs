@@ -1,0 +1,119 @@
+//! Which pods are in the mesh, and what may leave a namespace.
+//!
+//! The pod's own label wins over the namespace's, Tulle's label over Istio's of the same object, and `egress: deny`
+//! over all of them: what must not be lifted from inside cannot depend on a pod's labels. An egress value that is not
+//! understood counts as deny.
+
+use std::collections::BTreeMap;
+
+use tulle_proto::names;
+use tulle_proto::tulle_workload::EgressMode;
+
+use crate::model::{Condition, Meta, Namespace, Pod, World};
+use crate::translate::Settings;
+
+const NO_LABELS: &BTreeMap<String, String> = &BTreeMap::new();
+
+/// What the labels of one object say; `None`: nothing.
+fn label(labels: &BTreeMap<String, String>) -> Option<bool> {
+    match labels.get(names::LABEL_MESH).map(String::as_str) {
+        Some("enabled") => return Some(true),
+        Some("disabled") => return Some(false),
+        _ => {}
+    }
+    match labels.get(names::LABEL_ISTIO_MESH).map(String::as_str) {
+        Some("ambient") => Some(true),
+        Some("none") => Some(false),
+        _ => None,
+    }
+}
+
+fn namespace_labels<'a>(world: &'a World, name: &str) -> &'a BTreeMap<String, String> {
+    world.namespaces.get(name).map_or(NO_LABELS, |namespace| &namespace.meta.labels)
+}
+
+/// What may leave a namespace.
+pub(super) fn egress(world: &World, namespace: &str) -> EgressMode {
+    mode(namespace_labels(world, namespace))
+}
+
+fn mode(labels: &BTreeMap<String, String>) -> EgressMode {
+    match labels.get(names::LABEL_EGRESS).map(String::as_str) {
+        None | Some("allow") => EgressMode::Allow,
+        Some("audit") => EgressMode::Audit,
+        Some(_) => EgressMode::Deny,
+    }
+}
+
+/// True if the labels want the pod in the mesh and nothing forbids it.
+pub(super) fn enrolled(pod: &Pod, world: &World, settings: &Settings) -> bool {
+    if pod.host_network || pod.finished() {
+        return false;
+    }
+    let labels = namespace_labels(world, &pod.meta.namespace);
+    if mode(labels) == EgressMode::Deny {
+        return true;
+    }
+    let of_namespace = label(labels);
+    if of_namespace.is_none() && excluded(&pod.meta, settings) {
+        return false;
+    }
+    label(&pod.meta.labels).or(of_namespace).unwrap_or(false)
+}
+
+fn excluded(pod: &Meta, settings: &Settings) -> bool {
+    matches!(pod.namespace.as_str(), "kube-system" | "istio-system") || pod.namespace == settings.root_namespace
+}
+
+/// True if the pod is reached over HBONE: enrolled, and its capture is not still pending.
+pub(super) fn speaks_hbone(pod: &Pod, world: &World, settings: &Settings) -> bool {
+    enrolled(pod, world, settings)
+        && pod.meta.annotation(names::ANNOTATION_REDIRECTION).is_none_or(|state| state == "enabled")
+}
+
+/// What there is to say about a namespace's labels.
+pub(super) fn conditions(namespace: &Namespace, world: &World, _settings: &Settings) -> Vec<Condition> {
+    let meta = &namespace.meta;
+    let mut found = Vec::new();
+    for (key, allowed) in [
+        (names::LABEL_MESH, ["enabled", "disabled", ""]),
+        (names::LABEL_ISTIO_MESH, ["ambient", "none", ""]),
+        (names::LABEL_EGRESS, ["deny", "audit", "allow"]),
+    ] {
+        let Some(value) = meta.label(key) else {
+            continue;
+        };
+        if allowed.contains(&value) {
+            continue;
+        }
+        let consequence = if key == names::LABEL_EGRESS { "it counts as deny" } else { "it is ignored" };
+        found.push(Condition::failing(
+            "Accepted",
+            "InvalidLabel",
+            format!("Label {key} has the value `{value}`, which means nothing; {consequence}"),
+        ));
+    }
+    if mode(&meta.labels) == EgressMode::Deny {
+        found.push(Condition::holding(
+            "EgressDenied",
+            "NotEnforcedWhole",
+            "Enrolled pods may reach nothing outside the mesh; allowing single destinations, and the fence against \
+             privileged containers, come with egress control"
+                .into(),
+        ));
+        let unfenced: Vec<&str> = world
+            .pods
+            .values()
+            .filter(|pod| pod.meta.namespace == meta.name && pod.host_network && !pod.finished())
+            .map(|pod| pod.meta.name.as_str())
+            .collect();
+        if !unfenced.is_empty() {
+            found.push(Condition::holding(
+                "Unfenced",
+                "HostNetwork",
+                format!("Pods on the host network cannot be held: {}", unfenced.join(", ")),
+            ));
+        }
+    }
+    found
+}

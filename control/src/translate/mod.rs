@@ -1,0 +1,186 @@
+//! From the world to what nodes are told and what users are told: pure, total and in a fixed order.
+//!
+//! Bad input gives a condition, never an error. Everything is computed from the whole world each time: 10,000 pods
+//! take some tens of milliseconds, and equal worlds give equal bytes, which is what makes versions hold over restarts.
+
+mod authorization;
+mod enrol;
+mod mtls;
+mod network;
+mod service;
+mod telemetry;
+mod workload;
+
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+
+use tulle_proto::names;
+
+use crate::model::{Condition, Meta, ObjectConditions, ObjectKey, Pod, World};
+use crate::resource::{Kind, Resource};
+
+/// What translation must know besides the world.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// First part of workload uids.
+    pub cluster_id: String,
+    /// Suffix of service host names.
+    pub cluster_domain: String,
+    /// Trust domain of all workloads.
+    pub trust_domain: String,
+    /// Namespace whose policies without selector hold for the mesh.
+    pub root_namespace: String,
+    /// A second such namespace, for what was written for Istio; empty: none.
+    pub istio_root_namespace: String,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            cluster_id: names::DEFAULT_CLUSTER.into(),
+            cluster_domain: names::DEFAULT_DOMAIN.into(),
+            trust_domain: names::DEFAULT_DOMAIN.into(),
+            root_namespace: names::DEFAULT_ROOT_NAMESPACE.into(),
+            istio_root_namespace: "istio-system".into(),
+        }
+    }
+}
+
+impl Settings {
+    /// True for the root namespace and Istio's.
+    pub fn is_root(&self, namespace: &str) -> bool {
+        namespace == self.root_namespace || (!namespace.is_empty() && namespace == self.istio_root_namespace)
+    }
+
+    /// WDS uid of a pod.
+    pub fn pod_uid(&self, meta: &Meta) -> String {
+        format!("{}//Pod/{}/{}", self.cluster_id, meta.namespace, meta.name)
+    }
+
+    /// Fully qualified name of a service.
+    pub fn hostname(&self, meta: &Meta) -> String {
+        format!("{}.{}.svc.{}", meta.name, meta.namespace, self.cluster_domain)
+    }
+}
+
+/// The result.
+#[derive(Debug, Default, PartialEq)]
+pub struct Translation {
+    /// Everything that nodes are told.
+    pub resources: Vec<Resource>,
+    /// Everything that users are told, by object.
+    pub conditions: Vec<ObjectConditions>,
+    /// (namespace, account) of the unfinished pods of each node: what that node may ask certificates for.
+    pub accounts: BTreeMap<String, BTreeSet<(String, String)>>,
+    /// Nodes that run pods of the mesh.
+    pub nodes: BTreeSet<String>,
+}
+
+/// Conditions under construction.
+#[derive(Default)]
+struct Conditions(BTreeMap<ObjectKey, (i64, Vec<Condition>)>);
+
+impl Conditions {
+    fn add(&mut self, kind: &str, meta: &Meta, condition: Condition) {
+        let key = ObjectKey { kind: kind.to_owned(), namespace: meta.namespace.clone(), name: meta.name.clone() };
+        let (_, list) = self.0.entry(key).or_insert((meta.generation, Vec::new()));
+        list.push(condition);
+    }
+
+    fn finish(self) -> Vec<ObjectConditions> {
+        self.0
+            .into_iter()
+            .map(|(object, (generation, mut conditions))| {
+                conditions.sort_by_key(|condition| condition.kind);
+                ObjectConditions { object, generation, conditions }
+            })
+            .collect()
+    }
+}
+
+/// A selector policy as a workload must name it.
+struct Selecting<'a> {
+    /// Resource name, `<namespace>/<name>`.
+    name: String,
+    /// Decides whether it applies to a pod.
+    applies: Box<dyn Fn(&Pod) -> bool + 'a>,
+}
+
+/// Translates the whole world.
+pub fn translate(world: &World, settings: &Settings) -> Translation {
+    let mut conditions = Conditions::default();
+    let mut resources = Vec::new();
+    let mut selecting = Vec::new();
+    for policy in world.authorization_policies.values() {
+        let one = authorization::translate(policy, world, settings);
+        one.conditions.into_iter().for_each(|c| conditions.add("AuthorizationPolicy", &policy.meta, c));
+        resources.extend(one.resource);
+        selecting.extend(one.selecting);
+    }
+    for policy in world.network_policies.values() {
+        let (resource, select, list) = network::translate(policy);
+        list.into_iter().for_each(|c| conditions.add("NetworkPolicy", &policy.meta, c));
+        resources.extend(resource);
+        selecting.extend(select);
+    }
+    let mtls = mtls::Plan::new(world, settings);
+    resources.extend(mtls.resources());
+    mtls.conditions(&mut conditions);
+    for unenforced in world.unenforced.values() {
+        let message = format!("This version reads {} objects but does not act on them yet", unenforced.kind);
+        let condition = Condition::failing("Enforced", "NotEnforcedYet", message);
+        conditions.add(unenforced.kind, &unenforced.meta, condition);
+    }
+    for namespace in world.namespaces.values() {
+        enrol::conditions(namespace, world, settings)
+            .into_iter()
+            .for_each(|c| conditions.add("Namespace", &namespace.meta, c));
+    }
+    let endpoints = service::Endpoints::new(world, settings);
+    for service in world.services.values().filter(|s| !s.external_name) {
+        resources.push(service::translate(service, settings));
+    }
+    let mut accounts: BTreeMap<String, BTreeSet<(String, String)>> = BTreeMap::new();
+    let mut nodes = BTreeSet::new();
+    for pod in world.pods.values() {
+        if !pod.node.is_empty() && !pod.finished() {
+            let account = (pod.meta.namespace.clone(), pod.service_account.clone());
+            accounts.entry(pod.node.clone()).or_default().insert(account);
+            nodes.insert(pod.node.clone());
+        }
+        if pod.takes_part() {
+            let mut policies: Vec<String> =
+                selecting.iter().filter(|policy| (policy.applies)(pod)).map(|policy| policy.name.clone()).collect();
+            policies.extend(mtls.policy_for(pod));
+            policies.sort();
+            resources.push(workload::translate(pod, policies, &endpoints, world, settings));
+        }
+    }
+    resources.extend(workload::outsiders(&endpoints, settings));
+    Translation { resources, conditions: conditions.finish(), accounts, nodes }
+}
+
+/// A denial of everything in the place of what cannot be enforced.
+fn denial(namespace: &str, name: &str, scope: tulle_proto::security::Scope) -> Resource {
+    use tulle_proto::security;
+    let message = security::Authorization {
+        name: name.to_owned(),
+        namespace: namespace.to_owned(),
+        scope: scope.into(),
+        action: security::Action::Deny.into(),
+        // A rule without clauses always matches.
+        rules: vec![security::Rule::default()],
+        dry_run: false,
+        extensions: vec![security::Extension { name: names::EXTENSION_DENIES_ALL.into(), config: None }],
+    };
+    let path = format!("{namespace}/{name}");
+    Resource::new(Kind::Authorization, path, &message, Vec::new())
+}
+
+/// Oldest first, then by name: which of several policies of one rank counts.
+fn age(meta: &Meta) -> (i64, &str, &str) {
+    (meta.created, &meta.namespace, &meta.name)
+}
+
+#[cfg(test)]
+mod tests;

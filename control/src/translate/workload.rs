@@ -1,0 +1,136 @@
+//! Pods as workloads. Unready and terminating pods are sent too, as unhealthy: a connection that names their address
+//! still has to be recognised, authorised and attributed.
+//!
+//! Empty and default fields are left out the way Istio does it, so that its proxies read them alike.
+
+use prost::Message;
+use tulle_proto::names;
+use tulle_proto::tulle_workload::{EgressMode, WorkloadInfo};
+use tulle_proto::workload;
+
+use crate::model::{Pod, World};
+use crate::resource::{Kind, Resource};
+use crate::translate::Settings;
+use crate::translate::enrol;
+use crate::translate::service::{Endpoints, octets};
+use crate::translate::telemetry;
+
+/// The resource of one pod.
+pub(super) fn translate(
+    pod: &Pod,
+    policies: Vec<String>,
+    endpoints: &Endpoints,
+    world: &World,
+    settings: &Settings,
+) -> Resource {
+    let meta = &pod.meta;
+    let uid = settings.pod_uid(meta);
+    let healthy = pod.ready && !meta.deleting;
+    let (workload_type, workload_name) = telemetry::owner(meta);
+    let info = WorkloadInfo {
+        pod_uid: meta.uid.clone(),
+        egress: egress(pod, world, settings).into(),
+        probe_ports: pod.probe_ports.iter().map(|port| (*port).into()).collect(),
+        ..WorkloadInfo::default()
+    };
+    let message = workload::Workload {
+        uid: uid.clone(),
+        name: meta.name.clone(),
+        namespace: meta.namespace.clone(),
+        addresses: pod.addresses.iter().map(|ip| octets(ip).into()).collect(),
+        tunnel_protocol: if enrol::speaks_hbone(pod, world, settings) {
+            workload::TunnelProtocol::Hbone.into()
+        } else {
+            workload::TunnelProtocol::None.into()
+        },
+        trust_domain: unless_default(&settings.trust_domain, names::DEFAULT_DOMAIN),
+        service_account: pod.service_account.clone(),
+        node: pod.node.clone(),
+        canonical_name: telemetry::canonical_name(meta),
+        canonical_revision: telemetry::canonical_revision(meta),
+        workload_type: workload_type.into(),
+        workload_name,
+        authorization_policies: policies,
+        status: if healthy {
+            workload::WorkloadStatus::Healthy.into()
+        } else {
+            workload::WorkloadStatus::Unhealthy.into()
+        },
+        cluster_id: settings.cluster_id.clone(),
+        services: endpoints.of_pod(pod).into_iter().map(|(name, ports)| (name, workload::PortList { ports })).collect(),
+        locality: locality(world, &pod.node),
+        network_mode: if pod.host_network {
+            workload::NetworkMode::HostNetwork.into()
+        } else {
+            workload::NetworkMode::Standard.into()
+        },
+        extensions: extension(&info),
+        ..workload::Workload::default()
+    };
+    let aliases = if pod.host_network { Vec::new() } else { pod.addresses.iter().map(|ip| format!("/{ip}")).collect() };
+    resource(uid, message, aliases)
+}
+
+fn egress(pod: &Pod, world: &World, settings: &Settings) -> EgressMode {
+    if enrol::enrolled(pod, world, settings) { enrol::egress(world, &pod.meta.namespace) } else { EgressMode::Allow }
+}
+
+fn unless_default(value: &str, default: &str) -> String {
+    if value == default { String::new() } else { value.to_owned() }
+}
+
+fn extension(info: &WorkloadInfo) -> Vec<workload::Extension> {
+    if *info == WorkloadInfo::default() {
+        return Vec::new();
+    }
+    vec![workload::Extension {
+        name: names::EXTENSION_WORKLOAD.into(),
+        config: Some(prost_types::Any { type_url: names::TYPE_WORKLOAD_INFO.into(), value: info.encode_to_vec() }),
+    }]
+}
+
+fn locality(world: &World, node: &str) -> Option<workload::Locality> {
+    let labels = &world.nodes.get(node)?.meta.labels;
+    let label = |key: &str| labels.get(key).cloned().unwrap_or_default();
+    let locality = workload::Locality {
+        region: label("topology.kubernetes.io/region"),
+        zone: label("topology.kubernetes.io/zone"),
+        subzone: label("topology.istio.io/subzone"),
+    };
+    (locality != workload::Locality::default()).then_some(locality)
+}
+
+fn resource(uid: String, message: workload::Workload, aliases: Vec<String>) -> Resource {
+    let address = workload::Address { r#type: Some(workload::address::Type::Workload(message)) };
+    Resource::new(Kind::Address, uid, &address, aliases)
+}
+
+/// Endpoints that are no pods: plain workloads named by slice and address.
+pub(super) fn outsiders(endpoints: &Endpoints, settings: &Settings) -> Vec<Resource> {
+    endpoints
+        .outsiders()
+        .map(|(ip, outsider)| {
+            let (namespace, slice) = &outsider.slice;
+            let uid = format!("{}/discovery.k8s.io/EndpointSlice/{namespace}/{slice}/{ip}", settings.cluster_id);
+            let message = workload::Workload {
+                uid: uid.clone(),
+                name: slice.clone(),
+                namespace: namespace.clone(),
+                addresses: vec![octets(ip).into()],
+                node: outsider.node.clone(),
+                cluster_id: settings.cluster_id.clone(),
+                workload_type: workload::WorkloadType::Pod.into(),
+                services: outsider
+                    .services
+                    .iter()
+                    .map(|(name, ports)| {
+                        let ports = ports.clone();
+                        (name.clone(), workload::PortList { ports })
+                    })
+                    .collect(),
+                ..workload::Workload::default()
+            };
+            resource(uid, message, vec![format!("/{ip}")])
+        })
+        .collect()
+}
