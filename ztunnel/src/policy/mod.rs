@@ -7,6 +7,8 @@
 mod l4;
 #[cfg(test)]
 mod reference;
+#[cfg(test)]
+mod tests;
 mod verdict;
 
 pub use l4::{Facts, evaluate, evaluated};

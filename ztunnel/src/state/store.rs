@@ -168,6 +168,12 @@ impl Writer {
         Applied { generation: self.next.generation, published, staged: self.staged.len() }
     }
 
+    /// Nothing is left to do between updates.
+    #[cfg(test)]
+    pub(super) fn is_settled(&self) -> bool {
+        self.touched.is_empty() && self.log.is_empty()
+    }
+
     fn publish(&mut self, now_unix_us: u64) {
         self.next.generation += 1;
         let entry = LogEntry {
