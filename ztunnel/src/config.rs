@@ -158,7 +158,12 @@ impl Node {
     /// # Errors
     /// If the setting is neither a number nor a percentage.
     pub fn workers(&self, cores: usize) -> Result<usize, String> {
-        let wrong = || format!("ZTUNNEL_WORKER_THREADS is {:?}; give a number, a percentage such as 50%, or 0", self.worker_threads);
+        let wrong = || {
+            format!(
+                "ZTUNNEL_WORKER_THREADS is {:?}; give a number, a percentage such as 50%, or 0",
+                self.worker_threads
+            )
+        };
         let count = match self.worker_threads.strip_suffix('%') {
             Some(percent) => {
                 let percent: usize = percent.trim().parse().map_err(|_| wrong())?;

@@ -1,54 +1,5 @@
-//! `ztunnel`: the node proxy. See the library for everything but the command line.
+//! The node proxy. The library has everything, so that tests and the sabotaged build can use it.
 
-use std::process::ExitCode;
-
-use clap::{Parser, Subcommand};
-use ztunnel::config::Node;
-
-#[derive(Parser)]
-#[command(name = "ztunnel", about = "Tulle's node proxy", disable_version_flag = true)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Subcommand)]
-enum Command {
-    /// Proxy the pods of this node (the default).
-    #[command(alias = "proxy")]
-    Node(Box<NodeArgs>),
-    /// Print the version.
-    Version,
-}
-
-#[derive(clap::Args)]
-struct NodeArgs {
-    #[command(flatten)]
-    node: Node,
-    /// Role, as Istio's charts give it; ignored.
-    #[arg(hide = true)]
-    role: Option<String>,
-}
-
-fn main() -> ExitCode {
-    let mut args: Vec<String> = std::env::args().collect();
-    // Without a command it is the node proxy, as in Istio's image.
-    let named = args.get(1).is_some_and(|first| !first.starts_with('-') || matches!(first.as_str(), "-h" | "--help"));
-    if !named {
-        args.insert(1.min(args.len()), "node".to_owned());
-    }
-    let result = match Cli::parse_from(args).command {
-        Command::Version => {
-            println!("ztunnel {} (aws-lc-rs)", env!("CARGO_PKG_VERSION"));
-            Ok(())
-        }
-        Command::Node(args) => ztunnel::app::run(args.node),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("ztunnel: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+fn main() -> std::process::ExitCode {
+    ztunnel::cli::main()
 }

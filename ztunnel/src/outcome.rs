@@ -185,7 +185,9 @@ impl Code {
                 R::Yes,
                 "the next hop did not answer in time; maybe a firewall or NetworkPolicy drops port 15008",
             ),
-            Self::TlsFailed => row("TLS_FAILED", "TLS_FAILURE", 503, F::Destination, R::Later, "the TLS handshake failed"),
+            Self::TlsFailed => {
+                row("TLS_FAILED", "TLS_FAILURE", 503, F::Destination, R::Later, "the TLS handshake failed")
+            }
             Self::WrongIdentity => row(
                 "WRONG_IDENTITY",
                 "IDENTITY_ERROR",
@@ -217,13 +219,22 @@ impl Code {
                 row("UNKNOWN_WORKLOAD", "CONNECT", 503, F::Mesh, R::Later, "control has not described the pod yet")
             }
             Self::SelfCall => row("SELF_CALL", "DENY", 503, F::Client, R::No, "a connection to the proxy's own port"),
-            Self::WrongDestination => {
-                row("WRONG_DESTINATION", "DENY", 400, F::Client, R::No, "the tunnel asked for an address of another pod")
+            Self::WrongDestination => row(
+                "WRONG_DESTINATION",
+                "DENY",
+                400,
+                F::Client,
+                R::No,
+                "the tunnel asked for an address of another pod",
+            ),
+            Self::BadRequest => {
+                row("BAD_REQUEST", "DENY", 400, F::Client, R::No, "a CONNECT request that is not valid")
             }
-            Self::BadRequest => row("BAD_REQUEST", "DENY", 400, F::Client, R::No, "a CONNECT request that is not valid"),
             Self::OverBudget => row("OVER_BUDGET", "DENY", 429, F::Client, R::Later, "the pod's budget is used up"),
             Self::ClientReset => row("CLIENT_RESET", "-", 499, F::Client, R::No, "the client reset the connection"),
-            Self::ServerReset => row("SERVER_RESET", "-", 502, F::Destination, R::No, "the destination reset the connection"),
+            Self::ServerReset => {
+                row("SERVER_RESET", "-", 502, F::Destination, R::No, "the destination reset the connection")
+            }
             Self::HalfOpen => row("HALF_OPEN", "-", 504, F::Destination, R::No, "half closed, and silent for too long"),
             Self::Drained => row("DRAINED", "-", 503, F::Mesh, R::Yes, "the proxy shut down"),
             Self::PodRemoved => row("POD_REMOVED", "-", 503, F::None, R::No, "the pod went away or left the mesh"),

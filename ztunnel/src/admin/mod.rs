@@ -74,7 +74,10 @@ impl Routes {
             Some(handler) => handler(request.method().clone(), request.uri().query().unwrap_or("").to_owned()).await,
             None => {
                 let known = self.0.keys().copied().collect::<Vec<_>>().join("\n");
-                Page::text(if path == "/" { StatusCode::OK } else { StatusCode::NOT_FOUND }, format!("paths:\n{known}\n"))
+                Page::text(
+                    if path == "/" { StatusCode::OK } else { StatusCode::NOT_FOUND },
+                    format!("paths:\n{known}\n"),
+                )
             }
         }
     }

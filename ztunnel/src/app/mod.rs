@@ -60,7 +60,8 @@ fn logging(config: &Node) -> anyhow::Result<(Level, Dropped, tracing_appender::n
         .buffered_lines_limit(LOG_LINES)
         .finish(io::stdout());
     let dropped = writer.error_counter();
-    let filter = EnvFilter::try_new(&config.log).with_context(|| format!("RUST_LOG {:?} is not a filter", config.log))?;
+    let filter =
+        EnvFilter::try_new(&config.log).with_context(|| format!("RUST_LOG {:?} is not a filter", config.log))?;
     let (filter, handle) = reload::Layer::new(filter);
     let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(false);
     let registry = tracing_subscriber::registry().with(filter);

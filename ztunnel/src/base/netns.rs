@@ -108,10 +108,9 @@ impl NetnsThread {
             let _ = reply.send(work());
         });
         self.jobs.try_send(job).map_err(|error| match error {
-            TrySendError::Full(_) => io::Error::new(
-                io::ErrorKind::WouldBlock,
-                "too many sockets are being opened at once; retry later",
-            ),
+            TrySendError::Full(_) => {
+                io::Error::new(io::ErrorKind::WouldBlock, "too many sockets are being opened at once; retry later")
+            }
             TrySendError::Disconnected(_) => io::Error::other("the namespace thread is gone"),
         })?;
         answer.await.map_err(|_| io::Error::other("the namespace thread dropped a request"))?

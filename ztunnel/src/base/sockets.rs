@@ -146,9 +146,7 @@ fn new_listener(port: u16, options: &Options) -> io::Result<std::net::TcpListene
         bind_listener(socket, SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)), options)
     });
     match v6 {
-        Err(error)
-            if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)) =>
-        {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)) => {
             let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
             bind_listener(socket, SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)), options)
         }

@@ -64,7 +64,9 @@ pub fn parse(text: &str) -> Result<Pods, String> {
         let pod = serde_json::from_value::<Pod>(entry).map_err(|error| error.to_string()).and_then(check);
         match pod {
             Ok(pod) if seen.insert(pod.uid.clone()) => pods.pods.push(pod),
-            Ok(pod) => pods.errors.push(format!("entry {index}: uid {} is listed twice; the first one counts", pod.uid)),
+            Ok(pod) => {
+                pods.errors.push(format!("entry {index}: uid {} is listed twice; the first one counts", pod.uid))
+            }
             Err(error) => pods.errors.push(format!("entry {index}: {error}")),
         }
     }

@@ -61,7 +61,9 @@ pub async fn verify(netns: &Netns, addresses: &[IpAddr]) -> Result<(), String> {
         // No route from here to the pod: what remains is to read the rules back.
         let rules = installed(netns).await.map_err(|error| error.to_string())?;
         if !rules.contains(&format!("redirect to :{PORT_INBOUND_PLAINTEXT}")) {
-            return Err(format!("an inbound probe of {address} was not redirected ({error}), nor is there a rule for it"));
+            return Err(format!(
+                "an inbound probe of {address} was not redirected ({error}), nor is there a rule for it"
+            ));
         }
     }
     Ok(())

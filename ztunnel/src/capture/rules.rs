@@ -8,7 +8,8 @@ use std::fmt::Write as _;
 use std::net::SocketAddr;
 
 use tulle_proto::names::{
-    CONNMARK_PROXY, MARK_MASK, MARK_PROXY, PORT_DNS, PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND, PROBE_V4, PROBE_V6,
+    CONNMARK_PROXY, MARK_MASK, MARK_PROXY, PORT_DNS, PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND, PROBE_V4,
+    PROBE_V6,
 };
 
 /// Name of the table.
@@ -121,7 +122,8 @@ impl Rules {
             if hook == "input" && self.reset.is_empty() {
                 continue;
             }
-            let _ = writeln!(text, "  chain filter_{hook} {{\n    type filter hook {hook} priority filter; policy accept;");
+            let _ =
+                writeln!(text, "  chain filter_{hook} {{\n    type filter hook {hook} priority filter; policy accept;");
             for (family, v6) in [("ip", false), ("ip6", true)] {
                 if self.reset.iter().any(|(local, _)| local.is_ipv6() == v6) {
                     let _ = writeln!(

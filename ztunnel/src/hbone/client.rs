@@ -165,15 +165,12 @@ async fn handshake(
 
 /// Sorts a failed handshake: somebody else's certificate, or anything else.
 fn tls_outcome(error: &io::Error, address: SocketAddr) -> Outcome {
-    let wrong = error
-        .get_ref()
-        .and_then(|inner| inner.downcast_ref::<rustls::Error>())
-        .and_then(|inner| match inner {
-            rustls::Error::InvalidCertificate(rustls::CertificateError::Other(other)) => {
-                other.0.downcast_ref::<WrongIdentity>()
-            }
-            _ => None,
-        });
+    let wrong = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()).and_then(|inner| match inner {
+        rustls::Error::InvalidCertificate(rustls::CertificateError::Other(other)) => {
+            other.0.downcast_ref::<WrongIdentity>()
+        }
+        _ => None,
+    });
     match wrong {
         Some(wrong) => Outcome::new(Code::WrongIdentity, format!("tunnel to {address}: {wrong}")),
         None => Outcome::new(Code::TlsFailed, format!("tunnel to {address}: {}", chain(error))),

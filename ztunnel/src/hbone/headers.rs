@@ -198,9 +198,12 @@ impl TraceId {
     pub fn parse(text: &str) -> Result<Self, String> {
         let mut parts = text.split('-');
         let [version, trace, span, flags] = [parts.next(), parts.next(), parts.next(), parts.next()];
-        let (Some(version), Some(trace), Some(_), Some(_)) = (hex(version, 2), hex(trace, 32), hex(span, 16), hex(flags, 2))
+        let (Some(version), Some(trace), Some(_), Some(_)) =
+            (hex(version, 2), hex(trace, 32), hex(span, 16), hex(flags, 2))
         else {
-            return Err(format!("traceparent {text:?} is not version-trace-span-flags in hex (W3C Trace Context §3.2)"));
+            return Err(format!(
+                "traceparent {text:?} is not version-trace-span-flags in hex (W3C Trace Context §3.2)"
+            ));
         };
         if version.eq_ignore_ascii_case("ff") || (version == "00" && parts.next().is_some()) {
             return Err(format!("traceparent {text:?} has an invalid version"));
@@ -264,7 +267,8 @@ pub fn refusal(outcome: &Outcome) -> Response<()> {
         let _ = write!(value, "; rule={rule}");
     }
     if !outcome.detail.is_empty() {
-        let visible: String = outcome.detail.chars().filter(|c| c.is_ascii() && !c.is_ascii_control()).take(512).collect();
+        let visible: String =
+            outcome.detail.chars().filter(|c| c.is_ascii() && !c.is_ascii_control()).take(512).collect();
         let _ = write!(value, "; text={visible}");
     }
     if let Ok(value) = HeaderValue::from_str(&value) {
@@ -276,7 +280,8 @@ pub fn refusal(outcome: &Outcome) -> Response<()> {
 /// The outcome of an answer that is not 200.
 pub fn refused<B>(response: &Response<B>) -> Outcome {
     let header = text(response.headers(), &DENIAL).unwrap_or("");
-    let mut outcome = Outcome::new(Code::TunnelRefused, format!("the destination's proxy answered {}", response.status()));
+    let mut outcome =
+        Outcome::new(Code::TunnelRefused, format!("the destination's proxy answered {}", response.status()));
     let (fields, detail) = match header.split_once("; text=") {
         Some((fields, detail)) => (fields, Some(detail)),
         None => (header, None),

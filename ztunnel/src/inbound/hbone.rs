@@ -112,8 +112,7 @@ fn remaining(leaf: &rustls::pki_types::CertificateDer<'_>) -> Duration {
 /// Serves one CONNECT.
 async fn stream(tunnel: &Tunnel, request: http::Request<RecvStream>, mut respond: SendResponse<Bytes>) {
     let shared = &tunnel.shared;
-    let mut record =
-        ConnRecord::new(shared.metrics.clone(), Direction::Inbound, tunnel.peer, tunnel.local);
+    let mut record = ConnRecord::new(shared.metrics.clone(), Direction::Inbound, tunnel.peer, tunnel.local);
     describe(tunnel, &request, &mut record);
     let outcome = tokio::select! {
         outcome = carry(tunnel, request, &mut respond, &mut record) => outcome,

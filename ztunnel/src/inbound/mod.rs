@@ -66,9 +66,7 @@ async fn admit(
     let dial = pod.sockets.connect_from(request.source, request.target);
     match timeout(shared.hbone.connect_timeout.min(PATIENCE * 2), dial).await {
         Ok(Ok(tcp)) => Ok((tcp, registration, workload)),
-        Ok(Err(error)) => {
-            Err(Outcome::new(Code::ConnectFailed, format!("application at {}: {error}", request.target)))
-        }
+        Ok(Err(error)) => Err(Outcome::new(Code::ConnectFailed, format!("application at {}: {error}", request.target))),
         Err(_) => {
             Err(Outcome::new(Code::ConnectTimeout, format!("the application at {} did not answer", request.target)))
         }

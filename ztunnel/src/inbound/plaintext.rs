@@ -3,6 +3,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::base::canonical;
@@ -19,7 +20,8 @@ use crate::telemetry::{ConnRecord, Direction};
 pub async fn serve(shared: Shared, live: Rc<Live>, pod: Arc<LocalPod>, tcp: TcpStream) {
     let (Ok(target), Ok(source)) = (original_destination(&tcp), tcp.peer_addr()) else { return reset(tcp) };
     if target.port() == probe::PORT {
-        let _ = tcp.try_write(probe::TOKEN);
+        // Not `try_write`: a stream that was just registered does not know yet that it is writable.
+        let _ = AsyncWriteExt::write_all(&mut { tcp }, probe::TOKEN).await;
         return;
     }
     let source = canonical(source);

@@ -44,8 +44,7 @@ pub(super) async fn tunnel(
     record.source.identity = Some(source.identity.clone());
     record.destination.identity = Some(lease.peer().clone());
     record.opened();
-    let outcome =
-        relay::tunnel(tcp, send, accepted(response, shared), TcpSide::Client, counts, shared.relay).await;
+    let outcome = relay::tunnel(tcp, send, accepted(response, shared), TcpSide::Client, counts, shared.relay).await;
     drop(lease);
     outcome
 }

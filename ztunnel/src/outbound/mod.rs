@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use rand::RngExt as _;
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::base::sockets::{original_destination, reset};
@@ -22,7 +23,8 @@ pub async fn serve(shared: Shared, pool: Rc<Pool>, pod: Arc<LocalPod>, tcp: TcpS
     // Not redirected: somebody dialled the proxy's port itself. There is nothing to proxy to.
     let (Ok(destination), Ok(source)) = (original_destination(&tcp), tcp.peer_addr()) else { return reset(tcp) };
     if probe::is_outbound_probe(destination) {
-        let _ = tcp.try_write(probe::TOKEN);
+        // Not `try_write`: a stream that was just registered does not know yet that it is writable.
+        let _ = AsyncWriteExt::write_all(&mut { tcp }, probe::TOKEN).await;
         return;
     }
     let mut record = ConnRecord::new(shared.metrics.clone(), Direction::Outbound, canonical(source), destination);

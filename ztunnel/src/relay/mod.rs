@@ -148,10 +148,7 @@ impl TcpBreak {
 }
 
 fn half_open(limits: Limits) -> Outcome {
-    Outcome::new(
-        Code::HalfOpen,
-        format!("one half was closed and nothing moved for {} s", limits.half_open.as_secs()),
-    )
+    Outcome::new(Code::HalfOpen, format!("one half was closed and nothing moved for {} s", limits.half_open.as_secs()))
 }
 
 fn stream_outcome(error: &h2::Error, side: TcpSide) -> Outcome {

@@ -3,8 +3,8 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::outcome::Code;
 use crate::base::Counts;
+use crate::outcome::Code;
 use crate::relay::{Limits, tcp};
 
 async fn pair() -> (TcpStream, TcpStream) {

@@ -142,6 +142,7 @@ impl ConnRecord {
             ($level:ident, $message:literal) => {
                 tracing::$level!(
                     target: "access",
+                    {
                     src.addr = source.addr.map(tracing::field::display),
                     src.workload = source.workload.as_deref().map(|w| &*w.name),
                     src.namespace = source.workload.as_deref().map(|w| &*w.namespace),
@@ -160,7 +161,8 @@ impl ConnRecord {
                     code = (!ok).then(|| outcome.code.name()),
                     policy = outcome.policy.as_deref(),
                     rule = outcome.rule,
-                    error = (!ok).then_some(&*outcome.detail),
+                    error = (!ok).then_some(&*outcome.detail)
+                    },
                     $message
                 )
             };

@@ -42,16 +42,8 @@ pub fn provider() -> Arc<CryptoProvider> {
         .get_or_init(|| {
             use rustls::crypto::aws_lc_rs::{self, cipher_suite, kx_group};
             Arc::new(CryptoProvider {
-                cipher_suites: vec![
-                    cipher_suite::TLS13_AES_256_GCM_SHA384,
-                    cipher_suite::TLS13_AES_128_GCM_SHA256,
-                ],
-                kx_groups: vec![
-                    kx_group::X25519MLKEM768,
-                    kx_group::X25519,
-                    kx_group::SECP256R1,
-                    kx_group::SECP384R1,
-                ],
+                cipher_suites: vec![cipher_suite::TLS13_AES_256_GCM_SHA384, cipher_suite::TLS13_AES_128_GCM_SHA256],
+                kx_groups: vec![kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1, kx_group::SECP384R1],
                 ..aws_lc_rs::default_provider()
             })
         })

@@ -32,6 +32,11 @@ impl Strings {
         self.kept.insert(new.clone());
         new
     }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.kept.len()
+    }
 }
 
 /// 4 or 16 bytes. A v4-mapped address is its IPv4 address.
