@@ -113,7 +113,7 @@ impl<C: 'static> Workers<C> {
     pub fn run_all(&self, job: impl Fn(Rc<C>) + Clone + Send + 'static) {
         for index in 0..self.count() {
             let job = job.clone();
-            let _ = self.run(index, move |context| job(context));
+            let _ = self.run(index, job);
         }
     }
 }
