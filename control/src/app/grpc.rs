@@ -1,0 +1,155 @@
+//! The TLS listener and the gRPC stack: limits first, services after.
+//!
+//! Handshakes run beside the accept loop, bounded in number and time, so that silent clients cannot keep others out.
+//! Unary calls have a deadline, a concurrency limit and load shedding; streams are bounded per connection.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
+use tokio::sync::mpsc;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tower::ServiceBuilder;
+use tulle_proto::ca::istio_certificate_service_server::IstioCertificateServiceServer;
+use tulle_proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
+use tulle_proto::node::node_service_server::NodeServiceServer;
+
+use crate::app::tls::ServerTls;
+use crate::base::Stop;
+use crate::ca;
+use crate::nodes;
+use crate::xds;
+
+/// Handshakes at a time. One costs about a millisecond of CPU; a cluster of 1000 nodes reconnects in some seconds.
+const HANDSHAKES: usize = 256;
+/// A client that has not finished its handshake by then is cut.
+const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
+/// Streams of one connection: xDS, node service, and certificate requests, of which a node has eight at a time.
+const STREAMS: u32 = 64;
+/// Certificate requests in work, all connections. Above it callers are told to come back.
+const CALLS: usize = 512;
+/// Deadline of a certificate request.
+const CALL_TIME: Duration = Duration::from_secs(10);
+/// Largest xDS request, bytes: a reconnect names every known resource with its version.
+const MAX_XDS_REQUEST: usize = 64 * 1024 * 1024;
+/// Largest other message, bytes.
+const MAX_MESSAGE: usize = 4 * 1024 * 1024;
+
+pub(super) struct Services {
+    pub(super) xds: xds::server::Server,
+    pub(super) ca: ca::server::Server,
+    pub(super) nodes: nodes::Server,
+}
+
+pub(super) async fn serve(listener: TcpListener, tls: ServerTls, services: Services, stop: Stop) {
+    // One slot: tonic takes connections as fast as they come.
+    let (accepted, connections) = mpsc::channel(1);
+    let accepting = tokio::spawn(accept(listener, tls, accepted, stop.clone()));
+    let xds = AggregatedDiscoveryServiceServer::new(services.xds).max_decoding_message_size(MAX_XDS_REQUEST);
+    let ca = IstioCertificateServiceServer::new(services.ca).max_decoding_message_size(64 * 1024);
+    let ca = ServiceBuilder::new()
+        .map_err(|error: tower::BoxError| shed(&*error))
+        .load_shed()
+        .concurrency_limit(CALLS)
+        .timeout(CALL_TIME)
+        .service(ca);
+    let nodes = NodeServiceServer::new(services.nodes).max_decoding_message_size(MAX_MESSAGE);
+    let mut stopping = stop;
+    let served = tonic::transport::Server::builder()
+        .max_concurrent_streams(STREAMS)
+        .http2_keepalive_interval(Some(Duration::from_secs(30)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .add_service(xds)
+        .add_service(Named(ca))
+        .add_service(nodes)
+        .serve_with_incoming_shutdown(ReceiverStream::new(connections), async move {
+            stopping.requested().await;
+        })
+        .await;
+    if let Err(error) = served {
+        tracing::error!(%error, "the gRPC server ended");
+    }
+    accepting.abort();
+}
+
+async fn accept(
+    listener: TcpListener,
+    tls: ServerTls,
+    accepted: mpsc::Sender<io::Result<TlsStream<TcpStream>>>,
+    mut stop: Stop,
+) {
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+    loop {
+        let Ok(permit) = Arc::clone(&handshakes).acquire_owned().await else {
+            return;
+        };
+        let stream = tokio::select! {
+            () = stop.requested() => return,
+            stream = listener.accept() => stream,
+        };
+        let (stream, peer) = match stream {
+            Ok(stream) => stream,
+            Err(error) => {
+                // Usually no file descriptors: others must finish first.
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let _ = stream.set_nodelay(true);
+        let acceptor = TlsAcceptor::from(tls.config());
+        let accepted = accepted.clone();
+        tokio::spawn(async move {
+            match tokio::time::timeout(HANDSHAKE_TIME, acceptor.accept(stream)).await {
+                Ok(Ok(stream)) => drop(accepted.send(Ok(stream)).await),
+                Ok(Err(error)) => tracing::debug!(%peer, %error, "TLS handshake failed"),
+                Err(_) => tracing::debug!(%peer, "TLS handshake took too long"),
+            }
+            drop(permit);
+        });
+    }
+}
+
+fn shed(error: &(dyn std::error::Error + 'static)) -> tonic::Status {
+    if error.is::<tower::timeout::error::Elapsed>() {
+        tonic::Status::deadline_exceeded("the request took too long; try again")
+    } else {
+        tonic::Status::resource_exhausted("too many certificate requests at once; try again")
+    }
+}
+
+/// Gives a layered service the name that routing needs, and its errors the shape of a response.
+#[derive(Clone)]
+struct Named<S>(S);
+
+impl<S> tonic::server::NamedService for Named<S> {
+    const NAME: &'static str = "istio.v1.auth.IstioCertificateService";
+}
+
+impl<S, B> tower::Service<http::Request<B>> for Named<S>
+where
+    S: tower::Service<http::Request<B>, Response = http::Response<tonic::body::Body>, Error = tonic::Status>,
+    S::Future: Send + 'static,
+{
+    type Response = S::Response;
+    type Error = std::convert::Infallible;
+    type Future = std::pin::Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Self::Error>> {
+        // Load shedding below makes the inner service always ready.
+        match self.0.poll_ready(cx) {
+            std::task::Poll::Pending => std::task::Poll::Pending,
+            std::task::Poll::Ready(_) => std::task::Poll::Ready(Ok(())),
+        }
+    }
+
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+        let response = self.0.call(request);
+        Box::pin(async move { Ok(response.await.unwrap_or_else(|status| status.into_http())) })
+    }
+}

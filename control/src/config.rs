@@ -1,0 +1,162 @@
+//! Flags and environment of `control`. The only reader of either.
+//!
+//! Each flag has a variable `TULLE_CONTROL_<FLAG>`; `LOG_FORMAT` and `RUST_LOG` are those of the node proxy. Values are
+//! checked here once, and modules take what they need by value.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use clap::Parser;
+use clap::Subcommand;
+use tulle_proto::names;
+
+use crate::translate::Settings;
+
+/// Tulle's control plane: xDS, certificates, status.
+#[derive(Debug, Parser)]
+#[command(name = "control", version)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Log lines as `plain` text or `json`.
+    #[arg(long, env = "LOG_FORMAT", default_value = "plain", global = true)]
+    pub log_format: LogFormat,
+}
+
+/// How log lines are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Plain,
+    /// One JSON object a line.
+    Json,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve nodes until stopped.
+    Serve(Serve),
+    /// Print a token for a node proxy or a service account.
+    Token(Token),
+}
+
+/// `control serve`.
+#[derive(Debug, Clone, Args)]
+pub struct Serve {
+    /// Where objects come from: `files:<dir>` or `kube`.
+    #[arg(long, env = "TULLE_CONTROL_SOURCE")]
+    pub source: Source,
+    /// xDS and certificates, TLS.
+    #[arg(long, env = "TULLE_CONTROL_GRPC_LISTEN", default_value = "0.0.0.0:15012")]
+    pub grpc_listen: SocketAddr,
+    /// Metrics, health and debugging, plain HTTP: keep it local.
+    #[arg(long, env = "TULLE_CONTROL_HTTP_LISTEN", default_value = "127.0.0.1:15014")]
+    pub http_listen: SocketAddr,
+    /// Keys and certificates of the CA; made if missing.
+    #[arg(long, env = "TULLE_CONTROL_CA_DIR")]
+    pub ca_dir: PathBuf,
+    /// Further DNS names and addresses of control's certificate.
+    #[arg(long, env = "TULLE_CONTROL_TLS_SAN", value_delimiter = ',')]
+    pub tls_san: Vec<String>,
+    /// Trust domain of all identities.
+    #[arg(long, env = "TULLE_CONTROL_TRUST_DOMAIN", default_value = names::DEFAULT_DOMAIN)]
+    pub trust_domain: String,
+    /// Suffix of service names.
+    #[arg(long, env = "TULLE_CONTROL_CLUSTER_DOMAIN", default_value = names::DEFAULT_DOMAIN)]
+    pub cluster_domain: String,
+    /// First part of workload ids.
+    #[arg(long, env = "TULLE_CONTROL_CLUSTER_ID", default_value = names::DEFAULT_CLUSTER)]
+    pub cluster_id: String,
+    /// Namespace of mesh-wide policies and of the node account.
+    #[arg(long, env = "TULLE_CONTROL_ROOT_NAMESPACE", default_value = names::DEFAULT_ROOT_NAMESPACE)]
+    pub root_namespace: String,
+    /// A second namespace of mesh-wide policies, for those written for Istio; empty: none.
+    #[arg(long, env = "TULLE_CONTROL_ISTIO_ROOT_NAMESPACE", default_value = "istio-system")]
+    pub istio_root_namespace: String,
+}
+
+impl Serve {
+    /// What translation needs.
+    pub fn settings(&self) -> Settings {
+        Settings {
+            cluster_id: self.cluster_id.clone(),
+            cluster_domain: self.cluster_domain.clone(),
+            trust_domain: self.trust_domain.clone(),
+            root_namespace: self.root_namespace.clone(),
+            istio_root_namespace: self.istio_root_namespace.clone(),
+        }
+    }
+
+    /// All names of control's own certificate.
+    pub fn server_names(&self) -> Vec<String> {
+        let mut names = vec![
+            "localhost".to_owned(),
+            "127.0.0.1".into(),
+            "::1".into(),
+            format!("control.{}.svc", self.root_namespace),
+        ];
+        names.extend(self.tls_san.iter().filter(|name| !name.is_empty()).cloned());
+        names
+    }
+}
+
+/// `control token`.
+#[derive(Debug, Clone, Args)]
+pub struct Token {
+    /// The CA directory of the control plane; its key is made if missing.
+    #[arg(long, env = "TULLE_CONTROL_CA_DIR")]
+    pub ca_dir: PathBuf,
+    /// Node that the token is bound to. Alone: for that node's proxy.
+    #[arg(long, required_unless_present = "service_account")]
+    pub node: Option<String>,
+    /// `<namespace>/<account>`; default the node account.
+    #[arg(long)]
+    pub service_account: Option<String>,
+    /// How long it is valid: `90s`, `15m`, `24h`.
+    #[arg(long, default_value = "24h", value_parser = duration)]
+    pub ttl: Duration,
+    /// Namespace of the node account.
+    #[arg(long, env = "TULLE_CONTROL_ROOT_NAMESPACE", default_value = names::DEFAULT_ROOT_NAMESPACE)]
+    pub root_namespace: String,
+}
+
+/// Where objects come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A folder of manifests.
+    Files(PathBuf),
+}
+
+impl std::str::FromStr for Source {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            Some(("files", dir)) if !dir.is_empty() => Ok(Self::Files(dir.into())),
+            _ if text == "kube" => Err("the Kubernetes source is not part of this version yet; use files:<dir>".into()),
+            _ => Err(format!("`{text}` is neither files:<dir> nor kube")),
+        }
+    }
+}
+
+/// A whole number with a unit of s, m, h or d; without a unit: seconds.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 86400,
+        other => return Err(format!("`{other}` is none of the units s, m, h, d")),
+    };
+    let count: u64 = digits.parse().map_err(|_| format!("`{text}` is not a duration such as 90s, 15m or 24h"))?;
+    match count.checked_mul(unit) {
+        // Ten years: as long as the root lives.
+        Some(seconds @ 1..=315_360_000) => Ok(Duration::from_secs(seconds)),
+        _ => Err(format!("`{text}` is not between 1 s and ten years")),
+    }
+}

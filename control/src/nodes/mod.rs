@@ -1,0 +1,216 @@
+//! Asking the attached node proxies: their status, and what they would do with a connection.
+//!
+//! The node opens the stream and answers; control only carries questions, so what `tulle explain` shows is the
+//! proxies' own decision. Every question has a deadline, and a node that does not answer is an error of that node only.
+
+use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::sync::oneshot;
+use tokio_stream::Stream;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Request;
+use tonic::Response;
+use tonic::Status;
+use tonic::Streaming;
+use tulle_proto::names;
+use tulle_proto::node::node_message::Answer;
+use tulle_proto::node::node_question::Question;
+use tulle_proto::node::node_service_server::NodeService;
+use tulle_proto::node::{NodeMessage, NodeQuestion};
+
+use crate::authn;
+use crate::base;
+use crate::base::Stop;
+
+/// How long a node may take to answer.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// Questions on their way to one node. People ask them; more waiting means that the node is stuck.
+const WAITING: usize = 32;
+
+/// Why there is no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AskError {
+    /// No stream of that node.
+    #[error("node {0} is not attached; is its ztunnel running and connected?")]
+    NotAttached(String),
+    /// Too many questions wait.
+    #[error("node {0} does not take questions: {WAITING} are waiting")]
+    Busy(String),
+    /// The deadline passed.
+    #[error("node {0} did not answer within 5 s")]
+    Timeout(String),
+    /// The node answered that it cannot.
+    #[error("node {0} cannot answer: {1}")]
+    Refused(String, String),
+}
+
+struct Attached {
+    stream: u64,
+    questions: mpsc::Sender<Result<NodeQuestion, Status>>,
+    waiting: HashMap<u64, oneshot::Sender<Answer>>,
+}
+
+/// The attached nodes.
+#[derive(Default)]
+pub struct Registry {
+    // Held for single map operations only.
+    nodes: Mutex<BTreeMap<String, Attached>>,
+    next: AtomicU64,
+}
+
+impl Registry {
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Attached>> {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Names of the attached nodes.
+    pub fn attached(&self) -> Vec<String> {
+        self.lock().keys().cloned().collect()
+    }
+
+    /// Asks a node and waits for its answer, at most five seconds.
+    pub async fn ask(&self, node: &str, question: Question) -> Result<Answer, AskError> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed) + 1;
+        let (answer, answered) = oneshot::channel();
+        {
+            let mut nodes = self.lock();
+            let attached = nodes.get_mut(node).ok_or_else(|| AskError::NotAttached(node.to_owned()))?;
+            let question = NodeQuestion { id, question: Some(question) };
+            attached.questions.try_send(Ok(question)).map_err(|_| AskError::Busy(node.to_owned()))?;
+            attached.waiting.insert(id, answer);
+        }
+        let answer = tokio::time::timeout(DEADLINE, answered).await;
+        if let Some(attached) = self.lock().get_mut(node) {
+            attached.waiting.remove(&id);
+        }
+        match answer {
+            Ok(Ok(Answer::Error(text))) => Err(AskError::Refused(node.to_owned(), text)),
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(_)) => Err(AskError::NotAttached(node.to_owned())),
+            Err(_) => Err(AskError::Timeout(node.to_owned())),
+        }
+    }
+
+    fn attach(&self, node: &str, questions: mpsc::Sender<Result<NodeQuestion, Status>>) -> u64 {
+        let stream = self.next.fetch_add(1, Ordering::Relaxed) + 1;
+        let attached = Attached { stream, questions, waiting: HashMap::new() };
+        // Of two streams of one node the newer counts; the older's questions fail at once.
+        self.lock().insert(node.to_owned(), attached);
+        stream
+    }
+
+    fn detach(&self, node: &str, stream: u64) {
+        let mut nodes = self.lock();
+        if nodes.get(node).is_some_and(|attached| attached.stream == stream) {
+            nodes.remove(node);
+        }
+    }
+
+    fn take_answer(&self, node: &str, stream: u64, message: NodeMessage) {
+        let waiting = match self.lock().get_mut(node) {
+            Some(attached) if attached.stream == stream => attached.waiting.remove(&message.id),
+            _ => None,
+        };
+        if let (Some(waiting), Some(answer)) = (waiting, message.answer) {
+            // The asker may have given up.
+            let _ = waiting.send(answer);
+        }
+    }
+}
+
+/// The service that nodes attach to.
+#[derive(Clone)]
+pub struct Server {
+    /// Checks tokens.
+    pub verifier: Arc<authn::Verifier>,
+    /// Where attached nodes are found.
+    pub registry: Arc<Registry>,
+    /// Namespace of the node account.
+    pub root_namespace: String,
+    /// The order to stop.
+    pub stop: Stop,
+}
+
+type Questions = Pin<Box<dyn Stream<Item = Result<NodeQuestion, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl NodeService for Server {
+    type AttachStream = Questions;
+
+    async fn attach(&self, request: Request<Streaming<NodeMessage>>) -> Result<Response<Questions>, Status> {
+        let caller = authn::caller(&self.verifier, request.metadata(), base::unix_now())?;
+        if caller.namespace != self.root_namespace || caller.service_account != names::NODE_SERVICE_ACCOUNT {
+            return Err(Status::permission_denied(format!(
+                "only {}/{} may attach",
+                self.root_namespace,
+                names::NODE_SERVICE_ACCOUNT
+            )));
+        }
+        let Some(node) = caller.node else {
+            return Err(Status::permission_denied("the token has no tulle.dev/node claim"));
+        };
+        let (questions, outgoing) = mpsc::channel(WAITING);
+        let server = self.clone();
+        tokio::spawn(async move {
+            if let Err(status) = server.serve(&node, request.into_inner(), &questions).await {
+                let _ = questions.send(Err(status)).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
+    }
+}
+
+impl Server {
+    async fn serve(
+        mut self,
+        node: &str,
+        mut messages: Streaming<NodeMessage>,
+        questions: &mpsc::Sender<Result<NodeQuestion, Status>>,
+    ) -> Result<(), Status> {
+        let Some(first) = messages.next().await else {
+            return Ok(());
+        };
+        match first?.answer {
+            Some(Answer::Hello(hello)) if hello.node == node => {}
+            Some(Answer::Hello(_)) => {
+                return Err(Status::permission_denied(format!("the token is for node {node}")));
+            }
+            _ => return Err(Status::invalid_argument("the first message must be hello")),
+        }
+        let stream = self.registry.attach(node, questions.clone());
+        let result = self.read(node, stream, &mut messages, questions).await;
+        self.registry.detach(node, stream);
+        result
+    }
+
+    async fn read(
+        &mut self,
+        node: &str,
+        stream: u64,
+        messages: &mut Streaming<NodeMessage>,
+        questions: &mpsc::Sender<Result<NodeQuestion, Status>>,
+    ) -> Result<(), Status> {
+        loop {
+            tokio::select! {
+                () = self.stop.requested() => {
+                    return Err(Status::unavailable("control is stopping; attach again"));
+                }
+                () = questions.closed() => return Ok(()),
+                next = messages.next() => match next {
+                    None => return Ok(()),
+                    Some(next) => self.registry.take_answer(node, stream, next?),
+                },
+            }
+        }
+    }
+}

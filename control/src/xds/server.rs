@@ -1,0 +1,261 @@
+//! The gRPC half of xDS: authenticates a stream, binds it to its node, moves messages, and shows its state.
+//!
+//! A stream is served by one task. It wakes for a request, for a newly published set, or for the order to stop; it
+//! writes into a short channel, and while the node does not read, it waits there with nothing but its last set.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+
+use serde::Serialize;
+use tokio::sync::mpsc;
+use tokio::sync::watch;
+use tokio_stream::Stream;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Request;
+use tonic::Response;
+use tonic::Status;
+use tonic::Streaming;
+use tonic::metadata::MetadataValue;
+use tulle_proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryService;
+use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
+use tulle_proto::names;
+
+use crate::authn;
+use crate::base;
+use crate::base::Stop;
+use crate::xds::Published;
+use crate::xds::session::Session;
+
+/// Responses waiting for the network, per stream. One batch is rarely more; beyond it the session waits.
+const OUTGOING: usize = 4;
+/// Own types that this version serves; more come with their features.
+const SERVED_TULLE_TYPES: &str = "";
+
+/// What is known of a node's stream, for people and for the lab.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct NodeState {
+    /// A stream is open.
+    pub connected: bool,
+    /// Newest generation that the node acknowledged or needs nothing of. 0 if it is not connected.
+    pub acked_generation: u64,
+    /// What it rejected and still lacks.
+    pub nacks: Vec<String>,
+    /// Version of the proxy; empty for Istio's.
+    pub version: String,
+    /// Subscribed types with `wildcard` or the number of names.
+    pub subscriptions: BTreeMap<String, String>,
+    #[serde(skip)]
+    stream: u64,
+}
+
+/// All nodes that ever connected to this process.
+#[derive(Debug, Default)]
+pub struct Nodes {
+    // Held for single map operations only, never across an await.
+    states: Mutex<BTreeMap<String, NodeState>>,
+    streams: AtomicU64,
+    /// Streams opened since start.
+    pub opened: AtomicU64,
+    /// Responses sent since start.
+    pub responses: AtomicU64,
+    /// Responses rejected since start.
+    pub rejected: AtomicU64,
+}
+
+impl Nodes {
+    /// A copy of all states.
+    pub fn states(&self) -> BTreeMap<String, NodeState> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, NodeState>> {
+        self.states.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn open(&self, node: &str, version: String) -> u64 {
+        let stream = self.streams.fetch_add(1, Ordering::Relaxed) + 1;
+        self.opened.fetch_add(1, Ordering::Relaxed);
+        let state = NodeState { connected: true, version, stream, ..NodeState::default() };
+        self.lock().insert(node.to_owned(), state);
+        stream
+    }
+
+    fn update(&self, node: &str, stream: u64, session: &Session) {
+        // A newer stream of the same node owns the entry.
+        if let Some(state) = self.lock().get_mut(node)
+            && state.stream == stream
+        {
+            state.acked_generation = session.acked_generation();
+            state.nacks = session.nacks();
+            state.subscriptions = session
+                .subscriptions()
+                .into_iter()
+                .map(|(kind, wildcard, names)| {
+                    let how = if wildcard { "wildcard".to_owned() } else { format!("{names} names") };
+                    (kind.short().to_owned(), how)
+                })
+                .collect();
+        }
+    }
+
+    fn close(&self, node: &str, stream: u64) {
+        if let Some(state) = self.lock().get_mut(node)
+            && state.stream == stream
+        {
+            state.connected = false;
+            state.acked_generation = 0;
+        }
+    }
+}
+
+/// The service.
+#[derive(Clone)]
+pub struct Server {
+    verifier: Arc<authn::Verifier>,
+    published: watch::Receiver<Published>,
+    nodes: Arc<Nodes>,
+    stop: Stop,
+}
+
+impl Server {
+    /// Serves what is published to callers that the verifier knows.
+    pub fn new(
+        verifier: Arc<authn::Verifier>,
+        published: watch::Receiver<Published>,
+        nodes: Arc<Nodes>,
+        stop: Stop,
+    ) -> Self {
+        Self { verifier, published, nodes, stop }
+    }
+}
+
+type Responses = Pin<Box<dyn Stream<Item = Result<DeltaDiscoveryResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl AggregatedDiscoveryService for Server {
+    type DeltaAggregatedResourcesStream = Responses;
+
+    async fn delta_aggregated_resources(
+        &self,
+        request: Request<Streaming<DeltaDiscoveryRequest>>,
+    ) -> Result<Response<Responses>, Status> {
+        let caller = authn::caller(&self.verifier, request.metadata(), base::unix_now())?;
+        let (outgoing, responses) = mpsc::channel(OUTGOING);
+        let server = self.clone();
+        tokio::spawn(async move {
+            let requests = request.into_inner();
+            if let Err(status) = server.serve(caller, requests, &outgoing).await {
+                // The node may be gone already.
+                let _ = outgoing.send(Err(status)).await;
+            }
+        });
+        let stream: Responses = Box::pin(ReceiverStream::new(responses));
+        let mut response = Response::new(stream);
+        response.metadata_mut().insert(names::HEADER_TULLE_TYPES, MetadataValue::from_static(SERVED_TULLE_TYPES));
+        Ok(response)
+    }
+}
+
+impl Server {
+    async fn serve(
+        mut self,
+        caller: authn::Caller,
+        mut requests: Streaming<DeltaDiscoveryRequest>,
+        outgoing: &mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
+    ) -> Result<(), Status> {
+        let Some(first) = requests.next().await else {
+            return Ok(());
+        };
+        let first = first?;
+        let (node, version) = identify(&caller, first.node.as_ref())?;
+        let stream = self.nodes.open(&node, version.clone());
+        tracing::info!(%node, %version, "node connected");
+        let mut session = Session::new(!version.is_empty());
+        let result = self.exchange(&node, stream, &mut session, first, &mut requests, outgoing).await;
+        self.nodes.close(&node, stream);
+        match &result {
+            Ok(()) => tracing::info!(%node, "node disconnected"),
+            Err(status) => tracing::info!(%node, code = ?status.code(), reason = status.message(), "node disconnected"),
+        }
+        result
+    }
+
+    async fn exchange(
+        &mut self,
+        node: &str,
+        stream: u64,
+        session: &mut Session,
+        first: DeltaDiscoveryRequest,
+        requests: &mut Streaming<DeltaDiscoveryRequest>,
+        outgoing: &mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
+    ) -> Result<(), Status> {
+        let mut request = Some(first);
+        loop {
+            if let Some(request) = request.take() {
+                if let Some(error) = &request.error_detail {
+                    self.nodes.rejected.fetch_add(1, Ordering::Relaxed);
+                    tracing::warn!(node, r#type = request.type_url, reason = error.message, "node rejected resources");
+                }
+                session
+                    .handle_request(&request)
+                    .map_err(|violation| Status::invalid_argument(violation.to_string()))?;
+            }
+            let published = self.published.borrow_and_update().clone();
+            for response in session.poll_batch(&published) {
+                self.nodes.responses.fetch_add(1, Ordering::Relaxed);
+                if outgoing.send(Ok(response)).await.is_err() {
+                    return Ok(());
+                }
+            }
+            self.nodes.update(node, stream, session);
+            tokio::select! {
+                () = self.stop.requested() => {
+                    return Err(Status::unavailable("control is stopping; connect again"));
+                }
+                () = outgoing.closed() => return Ok(()),
+                next = requests.next() => match next {
+                    None => return Ok(()),
+                    Some(next) => request = Some(next?),
+                },
+                changed = self.published.changed() => {
+                    if changed.is_err() {
+                        return Err(Status::unavailable("control is stopping; connect again"));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Binds the stream to the node that the token names.
+fn identify(caller: &authn::Caller, node: Option<&Node>) -> Result<(String, String), Status> {
+    let Some(claimed) = &caller.node else {
+        return Err(Status::permission_denied(
+            "the token has no tulle.dev/node claim; make one with `control token --node NAME`",
+        ));
+    };
+    let field = |key: &str| {
+        let value = node?.metadata.as_ref()?.fields.get(key)?;
+        match &value.kind {
+            Some(prost_types::value::Kind::StringValue(text)) => Some(text.as_str()),
+            _ => None,
+        }
+    };
+    let Some(name) = field("NODE_NAME") else {
+        return Err(Status::invalid_argument("the first request has no NODE_NAME in its node metadata"));
+    };
+    if name != claimed {
+        let named: String = name.chars().take(253).collect();
+        return Err(Status::permission_denied(format!(
+            "the token is for node {claimed}, but the node metadata says {named}"
+        )));
+    }
+    let version = field(names::METADATA_TULLE_VERSION).unwrap_or_default();
+    Ok((name.to_owned(), version.chars().take(64).collect()))
+}

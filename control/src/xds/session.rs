@@ -1,0 +1,303 @@
+//! The server's half of one incremental ADS stream, without I/O and clock.
+//!
+//! Requests and newly published sets go in, responses come out. One batch is in flight at a time: Authorization first,
+//! then Address, and nothing more before all its responses are answered, so that a workload never overtakes the policy
+//! that it names, and a node that stops reading costs one batch. Limits: names of an on-demand subscription are
+//! bounded; responses are cut at [`MAX_RESPONSE_BYTES`].
+
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use prost::Message;
+use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+
+use crate::resource::{Changes, Kind, Resource, ResourceSet};
+use crate::xds::Published;
+
+/// A response is cut when it would grow beyond this, bytes: gRPC implementations accept 4 MiB unless told otherwise.
+pub const MAX_RESPONSE_BYTES: usize = 3 * 1024 * 1024;
+/// Most names that one stream may ask for on demand. A node talks to some thousand addresses at most.
+pub const MAX_NAMES: usize = 50_000;
+/// Longest name, bytes.
+const MAX_NAME_BYTES: usize = 1024;
+/// Most remembered rejections a type; the text is for people.
+const MAX_NACKS: usize = 16;
+
+/// Why a stream is ended. The node's fault.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Violation {
+    /// Too many on-demand names.
+    #[error("more than {MAX_NAMES} resource names are subscribed on one stream")]
+    TooManyNames,
+    /// A name is too long.
+    #[error("a resource name has more than {MAX_NAME_BYTES} bytes")]
+    LongName,
+}
+
+/// One stream's state.
+#[derive(Debug, Default)]
+pub struct Session {
+    types: BTreeMap<Kind, Subscription>,
+    /// Nonces that wait for an answer, with their type.
+    in_flight: BTreeMap<String, Kind>,
+    /// Generation of the batch in flight, or of the last one answered.
+    sent_generation: u64,
+    acked_generation: u64,
+    next_nonce: u64,
+    knows_dry_run: bool,
+}
+
+#[derive(Debug)]
+struct Subscription {
+    wildcard: bool,
+    /// On-demand names with the version that was sent; empty version: told that it does not exist.
+    names: BTreeMap<String, Arc<str>>,
+    /// Names that must be answered even if nothing changed.
+    asked: BTreeSet<String>,
+    /// What the node has, for a wildcard: versions it brought along, until the first batch; then the set it was sent.
+    initial: Option<BTreeMap<String, String>>,
+    sent: Arc<ResourceSet>,
+    answered_once: bool,
+    nacks: Vec<String>,
+}
+
+impl Session {
+    /// A new stream. `knows_dry_run`: the proxy does not enforce dry-run policies.
+    pub fn new(knows_dry_run: bool) -> Self {
+        Self { knows_dry_run, ..Self::default() }
+    }
+
+    /// Generation that the node has acknowledged (or needs nothing of); 0: none.
+    pub fn acked_generation(&self) -> u64 {
+        self.acked_generation
+    }
+
+    /// What the node rejected and still has not taken.
+    pub fn nacks(&self) -> Vec<String> {
+        self.types.values().flat_map(|subscription| subscription.nacks.iter().cloned()).collect()
+    }
+
+    /// Subscribed types, and whether by wildcard.
+    pub fn subscriptions(&self) -> Vec<(Kind, bool, usize)> {
+        self.types.iter().map(|(kind, s)| (*kind, s.wildcard, s.names.len())).collect()
+    }
+
+    /// Takes a request. Unknown types are ignored: the node waits for nothing of them.
+    pub fn handle_request(&mut self, request: &DeltaDiscoveryRequest) -> Result<(), Violation> {
+        let Some(kind) = Kind::of_url(&request.type_url) else {
+            return Ok(());
+        };
+        check_names(request)?;
+        if !request.response_nonce.is_empty() {
+            self.handle_answer(kind, request);
+        }
+        let first = !self.types.contains_key(&kind);
+        if first {
+            let subscription = Subscription::first(request);
+            self.types.insert(kind, subscription);
+        } else if let Some(subscription) = self.types.get_mut(&kind) {
+            subscription.change(request);
+        }
+        match self.types.get(&kind) {
+            Some(subscription) if subscription.names.len() > MAX_NAMES => Err(Violation::TooManyNames),
+            _ => Ok(()),
+        }
+    }
+
+    fn handle_answer(&mut self, kind: Kind, request: &DeltaDiscoveryRequest) {
+        // A stale or invented nonce answers nothing.
+        if self.in_flight.remove(&request.response_nonce).is_none() {
+            return;
+        }
+        if let Some(subscription) = self.types.get_mut(&kind) {
+            match &request.error_detail {
+                None => subscription.nacks.clear(),
+                Some(error) => {
+                    if subscription.nacks.len() < MAX_NACKS {
+                        let text: String = error.message.chars().take(1000).collect();
+                        subscription.nacks.push(text);
+                    }
+                }
+            }
+        }
+        if self.in_flight.is_empty() {
+            self.acked_generation = self.sent_generation;
+        }
+    }
+
+    /// The next batch, if the node is ready for one. Empty: nothing to send now.
+    pub fn poll_batch(&mut self, published: &Published) -> Vec<DeltaDiscoveryResponse> {
+        if !self.in_flight.is_empty() || published.generation == 0 {
+            return Vec::new();
+        }
+        let mut batch = Vec::new();
+        for kind in Kind::ALL {
+            let Some(subscription) = self.types.get_mut(&kind) else {
+                continue;
+            };
+            let changes = subscription.changes(kind, &published.set, self.knows_dry_run);
+            // The first answer is sent even if empty: the node waits for it to be ready.
+            if changes.is_empty() && subscription.answered_once {
+                continue;
+            }
+            subscription.answered_once = true;
+            for mut response in responses(kind, changes, published.generation) {
+                self.next_nonce += 1;
+                response.nonce = format!("{}-{}", published.generation, self.next_nonce);
+                self.in_flight.insert(response.nonce.clone(), kind);
+                batch.push(response);
+            }
+        }
+        // Both types must be subscribed before a generation can be said to have arrived.
+        if self.types.len() == Kind::ALL.len() {
+            self.sent_generation = published.generation;
+            if batch.is_empty() {
+                self.acked_generation = published.generation;
+            }
+        }
+        batch
+    }
+}
+
+impl Subscription {
+    fn first(request: &DeltaDiscoveryRequest) -> Self {
+        let star = |names: &[String]| names.iter().any(|name| name == "*");
+        let subscribed = &request.resource_names_subscribe;
+        let wildcard = (subscribed.is_empty() || star(subscribed)) && !star(&request.resource_names_unsubscribe);
+        let mut this = Self {
+            wildcard,
+            names: BTreeMap::new(),
+            asked: BTreeSet::new(),
+            initial: Some(request.initial_resource_versions.clone()),
+            sent: Arc::default(),
+            answered_once: false,
+            nacks: Vec::new(),
+        };
+        if !wildcard {
+            // On demand, what the node already has is what it goes on asking for.
+            for (name, version) in &request.initial_resource_versions {
+                this.names.insert(name.clone(), Arc::from(version.as_str()));
+            }
+            this.change(request);
+        }
+        this
+    }
+
+    fn change(&mut self, request: &DeltaDiscoveryRequest) {
+        for name in &request.resource_names_subscribe {
+            if name == "*" {
+                // `*` together with its own removal is the convention for "nothing yet".
+                let removed = &request.resource_names_unsubscribe;
+                if !removed.contains(name) && !self.wildcard {
+                    self.wildcard = true;
+                    self.initial = Some(BTreeMap::new());
+                }
+            } else if !self.wildcard {
+                self.names.entry(name.clone()).or_default();
+                self.asked.insert(name.clone());
+            }
+        }
+        for name in &request.resource_names_unsubscribe {
+            if name == "*" {
+                self.wildcard = false;
+            } else {
+                self.names.remove(name);
+                self.asked.remove(name);
+            }
+        }
+    }
+
+    fn changes(&mut self, kind: Kind, set: &Arc<ResourceSet>, knows_dry_run: bool) -> Changes {
+        let mut changes = if self.wildcard {
+            let changes = match self.initial.take() {
+                Some(have) => set.changes_from_versions(have.iter(), kind),
+                None => set.changes_since(&self.sent, kind),
+            };
+            self.sent = Arc::clone(set);
+            changes
+        } else {
+            self.initial = None;
+            self.on_demand(kind, set)
+        };
+        if !knows_dry_run {
+            changes.changed.retain(|_, resource| !resource.dry_run);
+        }
+        changes
+    }
+
+    fn on_demand(&mut self, kind: Kind, set: &ResourceSet) -> Changes {
+        let mut changes = Changes::default();
+        for (name, version) in &mut self.names {
+            let asked = self.asked.contains(name);
+            match set.find(kind, name) {
+                Some(resource) if asked || *version != resource.version => {
+                    *version = Arc::clone(&resource.version);
+                    changes.changed.insert(Arc::clone(&resource.name), Arc::clone(resource));
+                }
+                Some(_) => {}
+                None if asked || !version.is_empty() => {
+                    *version = Arc::default();
+                    changes.removed.insert(Arc::from(name.as_str()));
+                }
+                None => {}
+            }
+        }
+        self.asked.clear();
+        changes
+    }
+}
+
+fn check_names(request: &DeltaDiscoveryRequest) -> Result<(), Violation> {
+    let subscribed = &request.resource_names_subscribe;
+    if subscribed.len() > MAX_NAMES {
+        return Err(Violation::TooManyNames);
+    }
+    if subscribed.iter().any(|name| name.len() > MAX_NAME_BYTES) {
+        return Err(Violation::LongName);
+    }
+    Ok(())
+}
+
+/// Cuts changes into responses of bounded size; at least one, even if there is nothing.
+fn responses(kind: Kind, changes: Changes, generation: u64) -> Vec<DeltaDiscoveryResponse> {
+    let empty = || DeltaDiscoveryResponse {
+        system_version_info: generation.to_string(),
+        type_url: kind.type_url().to_owned(),
+        ..DeltaDiscoveryResponse::default()
+    };
+    let mut done = Vec::new();
+    let mut current = empty();
+    let mut size = 0;
+    let mut room = |current: &mut DeltaDiscoveryResponse, more: usize| {
+        if size + more > MAX_RESPONSE_BYTES && size > 0 {
+            done.push(std::mem::replace(current, empty()));
+            size = 0;
+        }
+        size += more;
+    };
+    for resource in changes.changed.values() {
+        let encoded = encode(resource);
+        room(&mut current, encoded.encoded_len() + 8);
+        current.resources.push(encoded);
+    }
+    for name in changes.removed {
+        room(&mut current, name.len() + 8);
+        current.removed_resources.push(name.to_string());
+    }
+    done.push(current);
+    done
+}
+
+fn encode(resource: &Resource) -> tulle_proto::discovery::Resource {
+    tulle_proto::discovery::Resource {
+        version: resource.version.to_string(),
+        resource: Some(prost_types::Any {
+            type_url: resource.kind.type_url().to_owned(),
+            value: resource.body.to_vec(),
+        }),
+        name: resource.name.to_string(),
+        aliases: resource.aliases.clone(),
+        ttl: None,
+    }
+}
