@@ -12,9 +12,11 @@ use clap::Args;
 use clap::Parser;
 use clap::Subcommand;
 
+use crate::dial;
 use crate::exec;
 use crate::lab::Lab;
 use crate::lab::LabConfig;
+use crate::netns::NetNs;
 use crate::rootless;
 use crate::shop;
 use crate::sniff;
@@ -125,6 +127,12 @@ enum Command {
         #[arg(long)]
         state: PathBuf,
     },
+    /// Say whether this machine can run a lab.
+    #[command(hide = true)]
+    Check,
+    /// Dial a tunnel by hand.
+    #[command(hide = true)]
+    Dial(dial::Options),
     /// Capture a link until standard input ends, and say what was seen.
     #[command(hide = true)]
     Sniff(sniff::Options),
@@ -217,6 +225,19 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Supervise { state } => {
             rootless::enter_new()?;
             supervise::run(&state)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Check => {
+            rootless::enter_new()?;
+            let dir = std::env::temp_dir().join(format!("tulle-lab-check-{}", std::process::id()));
+            std::fs::create_dir(&dir)?;
+            let made = NetNs::create(&dir, "check").map(drop);
+            let _ = std::fs::remove_dir_all(&dir);
+            made?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Dial(options) => {
+            dial::main(&options)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Sniff(options) => {

@@ -39,14 +39,10 @@ type Env = Vec<(&'static str, String)>;
 
 fn find(view: &View, place: &str) -> anyhow::Result<(Placement, Env)> {
     if let Some((namespace, name)) = place.split_once('/') {
-        let pod = view
-            .pod(namespace, name)
-            .with_context(|| format!("there is no pod {place}; `lab status` lists them"))?;
-        let placement = Placement {
-            netns: Some(pod.netns.clone()),
-            etc: Some(pod.etc.clone()),
-            hostname: Some(pod.name.clone()),
-        };
+        let pod =
+            view.pod(namespace, name).with_context(|| format!("there is no pod {place}; `lab status` lists them"))?;
+        let placement =
+            Placement { netns: Some(pod.netns.clone()), etc: Some(pod.etc.clone()), hostname: Some(pod.name.clone()) };
         let env = vec![("POD_NAME", pod.name.clone()), ("POD_NAMESPACE", pod.namespace.clone())];
         return Ok((placement, env));
     }
@@ -57,7 +53,10 @@ fn find(view: &View, place: &str) -> anyhow::Result<(Placement, Env)> {
         all.find(|(name, _)| *name == place).map(|(_, netns)| netns)
     };
     let netns = netns.with_context(|| {
-        format!("{place} is no place of this lab; name a pod as namespace/pod, node-1 to node-{}, or control", view.nodes.len())
+        format!(
+            "{place} is no place of this lab; name a pod as namespace/pod, node-1 to node-{}, or control",
+            view.nodes.len()
+        )
     })?;
     Ok((Placement { netns: Some(netns.clone()), ..Placement::default() }, vec![]))
 }

@@ -24,6 +24,7 @@ use serde_json::Value;
 use tulle_proto::names;
 
 use crate::eventually::eventually;
+use crate::sniff::Sniffed;
 use crate::state::Config;
 use crate::state::Paths;
 use crate::state::View;
@@ -305,6 +306,36 @@ impl Lab {
         Ok(Running { child: Some(child) })
     }
 
+    /// Starts capturing on a node's link to the fabric; `markers` are counted. Returns once it captures.
+    pub fn sniff(&self, node: &str, markers: &[&str]) -> anyhow::Result<Sniffer> {
+        let mut argv = vec!["lab", "sniff", "--interface", "eth0"];
+        for marker in markers {
+            argv.extend(["--marker", marker]);
+        }
+        let mut running = self.spawn(node, &argv)?;
+        let stdout = running.child().and_then(|child| child.stdout.take()).context("no output of the capture")?;
+        let mut lines = BufReader::new(stdout);
+        let mut line = String::new();
+        lines.read_line(&mut line)?;
+        anyhow::ensure!(line.contains("capturing"), "the capture on {node} did not start");
+        Ok(Sniffer { running, lines })
+    }
+
+    /// Starts `shop load` in a pod; it runs until [`Load::finish`].
+    pub fn load(&self, from: &str, targets: &[&str], rate: f64, more: &[&str]) -> anyhow::Result<Load> {
+        let rate = rate.to_string();
+        let mut argv = vec!["shop", "load", "--until-eof", "--rate", &rate];
+        argv.extend(more);
+        argv.extend(targets);
+        let mut running = self.spawn(from, &argv)?;
+        let stdout = running.child().and_then(|child| child.stdout.take()).context("no output of the load")?;
+        // The lines are kept here: a full pipe would stall the load, which a test would take for the mesh's fault.
+        let reader = std::thread::spawn(move || {
+            BufReader::new(stdout).lines().map_while(Result::ok).filter_map(|l| serde_json::from_str(&l).ok()).collect()
+        });
+        Ok(Load { running, reader })
+    }
+
     /// The log of a component: `control`, `node-1`, `lab`, or `namespace_pod`.
     pub fn log(&self, component: &str) -> String {
         let bytes = std::fs::read(self.paths.log(&component.replace('/', "_"))).unwrap_or_default();
@@ -398,6 +429,42 @@ impl Drop for Running {
     }
 }
 
+/// A capture under way.
+#[derive(Debug)]
+pub struct Sniffer {
+    running: Running,
+    lines: BufReader<std::process::ChildStdout>,
+}
+
+impl Sniffer {
+    /// Ends the capture; an error if it lost frames, since then it proves nothing.
+    pub fn finish(mut self) -> anyhow::Result<Sniffed> {
+        if let Some(child) = self.running.child() {
+            drop(child.stdin.take());
+        }
+        let mut line = String::new();
+        self.lines.read_line(&mut line)?;
+        let sniffed: Sniffed = serde_json::from_str(&line).with_context(|| format!("the capture said {line:?}"))?;
+        anyhow::ensure!(sniffed.lost == 0, "the capture lost {} frames and proves nothing", sniffed.lost);
+        Ok(sniffed)
+    }
+}
+
+/// A load under way.
+#[derive(Debug)]
+pub struct Load {
+    running: Running,
+    reader: std::thread::JoinHandle<Vec<Value>>,
+}
+
+impl Load {
+    /// Ends the load; one report a request that was answered or failed.
+    pub fn finish(self) -> anyhow::Result<Vec<Value>> {
+        self.running.finish()?;
+        self.reader.join().map_err(|_| anyhow::anyhow!("the reader of the load panicked"))
+    }
+}
+
 fn missing(reply: Reply) -> anyhow::Result<Vec<String>> {
     match reply {
         Reply::Done { missing } => Ok(missing),
@@ -438,10 +505,7 @@ fn temporary_state() -> PathBuf {
 
 fn refuse_second(paths: &Paths) -> anyhow::Result<()> {
     if UnixStream::connect(paths.socket()).is_ok() {
-        anyhow::bail!(
-            "a lab runs at {} already; end it with `lab down`, or choose another --state",
-            paths.0.display()
-        );
+        anyhow::bail!("a lab runs at {} already; end it with `lab down`, or choose another --state", paths.0.display());
     }
     // Left by a killed lab; its processes died with it.
     remove_state(paths, false)
@@ -482,7 +546,9 @@ fn remove_state(paths: &Paths, keep_logs: bool) -> anyhow::Result<()> {
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let known = ours.contains(&name.as_str())
-            || ["pods-node-", "token-node-", ".pods-node-", ".token-node-", ".lab.json"].iter().any(|p| name.starts_with(p));
+            || ["pods-node-", "token-node-", ".pods-node-", ".token-node-", ".lab.json"]
+                .iter()
+                .any(|p| name.starts_with(p));
         if !known || (keep_logs && name == "logs") {
             continue;
         }

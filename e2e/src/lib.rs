@@ -25,9 +25,12 @@ pub mod client;
 pub mod state;
 pub mod supervise;
 
+pub mod dial;
 pub mod exec;
 pub mod lab;
 pub mod shop;
 pub mod sniff;
+
+pub mod scenario;
 
 pub mod cli;

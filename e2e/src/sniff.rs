@@ -75,13 +75,9 @@ pub struct Tls {
 
 /// Captures until standard input ends, then prints a [`Sniffed`].
 pub fn main(options: &Options) -> anyhow::Result<()> {
-    let socket = nix::sys::socket::socket(
-        AddressFamily::Packet,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        SockProtocol::EthAll,
-    )
-    .context("no packet socket; capturing takes CAP_NET_RAW in the namespace")?;
+    let socket =
+        nix::sys::socket::socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll)
+            .context("no packet socket; capturing takes CAP_NET_RAW in the namespace")?;
     let index = nix::net::if_::if_nametoindex(options.interface.as_str())
         .with_context(|| format!("there is no interface {}", options.interface))?;
     // The forced size needs privilege over the machine; the plain one is capped but better than the default.

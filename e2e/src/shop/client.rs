@@ -70,7 +70,12 @@ pub(super) async fn call(options: &Call) -> anyhow::Result<bool> {
         match (options.json, &report["error"]) {
             (true, _) => println!("{report}"),
             (false, Value::Null) => {
-                println!("{} {:.1} ms {}", report["status"], report["ms"].as_f64().unwrap_or(0.0), brief(&report["answer"]));
+                println!(
+                    "{} {:.1} ms {}",
+                    report["status"],
+                    report["ms"].as_f64().unwrap_or(0.0),
+                    brief(&report["answer"])
+                );
             }
             (false, error) => println!("failed: {}", error.as_str().unwrap_or_default()),
         }
@@ -124,7 +129,9 @@ async fn tcp_attempt(number: u64, address: &str, line: &str, family: Family, tim
             let (pod, source) = (words.next(), words.next());
             json!({"n": number, "t_us": t_us, "end_us": now_us(), "ok": true, "ms": ms, "greeting": greeting, "pod": pod, "source": source})
         }
-        Err(error) => json!({"n": number, "t_us": t_us, "end_us": now_us(), "ok": false, "ms": ms, "error": format!("{error:#}")}),
+        Err(error) => {
+            json!({"n": number, "t_us": t_us, "end_us": now_us(), "ok": false, "ms": ms, "error": format!("{error:#}")})
+        }
     }
 }
 
@@ -134,7 +141,8 @@ async fn hold(options: &Tcp, family: Family, pause: Duration, timeout: Duration)
     notify_at_eof(ended.clone());
     let mut lines = 0_u64;
     let exchange = async {
-        let stream = tokio::time::timeout(timeout, connect(&options.address, family)).await.map_err(|_| late(timeout))??;
+        let stream =
+            tokio::time::timeout(timeout, connect(&options.address, family)).await.map_err(|_| late(timeout))??;
         let mut stream = BufReader::new(stream);
         let greeting = tokio::time::timeout(timeout, read_line(&mut stream)).await.map_err(|_| late(timeout))??;
         println!("{}", json!({"t_us": now_us(), "kind": "open", "greeting": greeting}));

@@ -196,7 +196,9 @@ async fn accept_tcp(listener: TcpListener, server: Rc<Server>, mut end: watch::R
                 Ok(lines) => (lines, None),
                 Err(error) => (0, Some(error.to_string())),
             };
-            log(&json!({"t_us": now_us(), "kind": "tcp-close", "name": server.name, "source": peer, "lines": lines, "error": error}));
+            log(
+                &json!({"t_us": now_us(), "kind": "tcp-close", "name": server.name, "source": peer, "lines": lines, "error": error}),
+            );
         });
     }
 }

@@ -280,7 +280,9 @@ impl Engine {
         let control = self.control.as_ref().and_then(Process::pid);
         let nodes: Vec<_> = self.ztunnels.values().map(Process::pid).collect();
         self.control.as_mut().map(Process::exited);
-        self.ztunnels.values_mut().for_each(|process| { process.exited(); });
+        self.ztunnels.values_mut().for_each(|process| {
+            process.exited();
+        });
         if control != self.control.as_ref().and_then(Process::pid)
             || nodes != self.ztunnels.values().map(Process::pid).collect::<Vec<_>>()
         {
@@ -331,7 +333,9 @@ impl Engine {
         let leaving: Vec<PodKey> = self
             .pods
             .iter()
-            .filter(|(key, pod)| wanted.get(*key).is_none_or(|new| pod.plan.must_restart(new) || pod.plan.uid != new.uid))
+            .filter(|(key, pod)| {
+                wanted.get(*key).is_none_or(|new| pod.plan.must_restart(new) || pod.plan.uid != new.uid)
+            })
             .map(|(key, _)| key.clone())
             .collect();
         if leaving.is_empty() {
@@ -389,7 +393,8 @@ impl Engine {
         for pod in self.pods.values_mut() {
             pod.told_enrolled |= pod.plan.enrolled;
         }
-        let own = self.pods.values().filter(|pod| matches!(pod.plan.spot, plan::Spot::Node { node: at, .. } if at == node));
+        let own =
+            self.pods.values().filter(|pod| matches!(pod.plan.spot, plan::Spot::Node { node: at, .. } if at == node));
         mesh::write_pods(&self.paths, node, own.map(|pod| (&pod.plan, pod.netns_path(), pod.told_enrolled)))
     }
 
@@ -452,7 +457,8 @@ impl Engine {
     }
 
     fn await_capture(&mut self, deadline: Instant, say: &mut dyn FnMut(String)) -> anyhow::Result<()> {
-        let waiting = |engine: &Self| engine.pods.values().filter(|p| p.plan.enrolled && p.capture != "Captured").count();
+        let waiting =
+            |engine: &Self| engine.pods.values().filter(|p| p.plan.enrolled && p.capture != "Captured").count();
         if !self.config.mesh || waiting(self) == 0 {
             return Ok(());
         }
@@ -651,7 +657,8 @@ impl Engine {
         self.pods.values().for_each(Running::ask_to_end);
         let grace = Instant::now() + Duration::from_secs(1);
         self.pods.values_mut().for_each(|pod| pod.end(grace));
-        let mut mesh: Vec<Process> = std::mem::take(&mut self.ztunnels).into_values().chain(self.control.take()).collect();
+        let mut mesh: Vec<Process> =
+            std::mem::take(&mut self.ztunnels).into_values().chain(self.control.take()).collect();
         mesh.iter().for_each(Process::ask_to_end);
         // Draining proxies have nobody left to serve.
         let grace = Instant::now() + Duration::from_millis(300);

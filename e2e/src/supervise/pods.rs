@@ -126,8 +126,13 @@ impl Running {
             return self.facts != before;
         }
         let all_live = exits.iter().all(Option::is_none);
-        let ports: Vec<u16> =
-            self.plan.containers.iter().filter(|container| !container.argv.is_empty()).flat_map(|c| c.ports.clone()).collect();
+        let ports: Vec<u16> = self
+            .plan
+            .containers
+            .iter()
+            .filter(|container| !container.argv.is_empty())
+            .flat_map(|c| c.ports.clone())
+            .collect();
         let pid = self.processes.first().and_then(|(_, process)| process.pid());
         self.facts.ready = all_live && (ports.is_empty() || pid.is_some_and(|pid| listens(pid, &ports)));
         self.facts != before

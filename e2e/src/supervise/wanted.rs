@@ -50,10 +50,9 @@ impl Wanted {
 
     /// Takes an object away. Kinds compare as people write them: any case, plural or not.
     pub fn delete(&mut self, kind: &str, namespace: &str, name: &str) -> anyhow::Result<Key> {
-        let key = self
-            .objects()
-            .into_keys()
-            .find(|key| is_kind(&key.kind, kind) && key.name == name && (key.namespace == namespace || key.namespace.is_empty()));
+        let key = self.objects().into_keys().find(|key| {
+            is_kind(&key.kind, kind) && key.name == name && (key.namespace == namespace || key.namespace.is_empty())
+        });
         let Some(key) = key else { anyhow::bail!("there is no {kind} {namespace}/{name} to delete") };
         self.overlay.insert(key.clone(), None);
         Ok(key)

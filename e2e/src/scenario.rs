@@ -1,0 +1,177 @@
+//! What scenario tests share: whether a lab can run here, a small world to put promises to the test in, and readers of
+//! what clients and proxies report.
+//!
+//! A scenario that cannot run is a failure where `CI` is set, and a loud skip elsewhere. Limits: the world is two nodes
+//! with clients on the first and servers on the second, so that what they say crosses the node link.
+
+use std::fmt::Write as _;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::eventually::eventually;
+use crate::lab::Lab;
+use crate::lab::LabConfig;
+use crate::lab::programs_dir;
+use crate::topology;
+
+/// Long enough for a slow machine under load; nothing waits that long when all is well.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Starts a lab, or says why this machine cannot and returns none.
+///
+/// # Panics
+/// When it cannot and `CI` is set, or when the lab could start and did not.
+#[allow(clippy::panic)]
+pub fn lab(config: LabConfig) -> Option<Lab> {
+    if let Err(why) = possible() {
+        assert!(std::env::var_os("CI").is_none(), "no lab on this machine: {why}");
+        eprintln!("SKIPPED: no lab on this machine: {why}");
+        return None;
+    }
+    match Lab::up(config) {
+        Ok(lab) => Some(lab),
+        Err(error) => panic!("the lab did not come up: {error:#}"),
+    }
+}
+
+/// Whether namespaces can be made and the tools are there.
+pub fn possible() -> Result<(), String> {
+    if let Some(missing) = topology::missing_tools() {
+        return Err(missing);
+    }
+    let program = programs_dir().map_err(|error| error.to_string())?.join("lab");
+    let output = Command::new(program).arg("check").output().map_err(|error| format!("lab cannot be run: {error}"))?;
+    if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()) }
+}
+
+/// A namespace; `mesh` labels it.
+pub fn namespace(name: &str, mesh: bool) -> String {
+    let labels = if mesh { ", labels: {tulle.dev/mesh: enabled}" } else { "" };
+    format!("---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}{labels}}}\n")
+}
+
+/// A pod with an own service account that serves HTTP on 8080 and raw TCP on 9000; `app` is its only label.
+pub fn server(namespace: &str, name: &str, app: &str, node: u16) -> String {
+    format!(
+        "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{app: {app}}}}}\n\
+         spec:\n  nodeName: node-{node}\n  serviceAccountName: {app}\n  containers:\n  - name: main\n    image: shop\n\
+         \x20   command: [shop, serve, --name, {app}, --http, '8080', --tcp, '9000']\n\
+         \x20   ports: [{{containerPort: 8080}}, {{containerPort: 9000}}]\n"
+    )
+}
+
+/// A pod from which tests run commands.
+pub fn client(namespace: &str, name: &str, node: u16) -> String {
+    format!(
+        "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{app: {name}}}}}\n\
+         spec: {{nodeName: node-{node}, serviceAccountName: {name}, containers: [{{name: main, image: none}}]}}\n"
+    )
+}
+
+/// A Service over the pods of `app`: HTTP on 80, raw TCP on 9000.
+pub fn service(namespace: &str, app: &str) -> String {
+    format!(
+        "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {app}, namespace: {namespace}}}\n\
+         spec:\n  selector: {{app: {app}}}\n  ports: [{{name: http, port: 80, targetPort: 8080}}, {{name: raw, port: 9000}}]\n"
+    )
+}
+
+/// The usual world: `shop/web` (client) and `shop/other` (another client) on node 1, `shop/cart` behind a Service on
+/// node 2, and `plain/guest`, which is never in the mesh, on node 1.
+pub fn world(mesh: bool) -> String {
+    let mut text = namespace("shop", mesh);
+    for part in [
+        client("shop", "web", 1),
+        client("shop", "other", 1),
+        server("shop", "cart", "cart", 2),
+        service("shop", "cart"),
+        namespace("plain", false),
+        client("plain", "guest", 1),
+    ] {
+        text.push_str(&part);
+    }
+    text
+}
+
+/// An AuthorizationPolicy for the pods of `app`; `rules` is YAML in flow style.
+pub fn authorization(namespace: &str, name: &str, app: &str, action: &str, rules: &str) -> String {
+    format!(
+        "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: {name}, namespace: {namespace}}}\n\
+         spec: {{selector: {{matchLabels: {{app: {app}}}}}, action: {action}, rules: {rules}}}\n"
+    )
+}
+
+/// A PeerAuthentication of a namespace.
+pub fn peer_authentication(namespace: &str, mode: &str) -> String {
+    format!(
+        "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: default, namespace: {namespace}}}\n\
+         spec: {{mtls: {{mode: {mode}}}}}\n"
+    )
+}
+
+/// One `shop call`; its report, failed or not.
+pub fn call(lab: &Lab, from: &str, url: &str) -> anyhow::Result<Value> {
+    Ok(calls(lab, from, url, &[])?.into_iter().next().unwrap_or_default())
+}
+
+/// `shop call` with further arguments; one report a request.
+pub fn calls(lab: &Lab, from: &str, url: &str, more: &[&str]) -> anyhow::Result<Vec<Value>> {
+    let mut argv = vec!["shop", "call", url, "--json"];
+    argv.extend(more);
+    let output = lab.exec(from, &argv)?;
+    let reports = json_lines(&output.stdout);
+    anyhow::ensure!(!reports.is_empty(), "{argv:?} in {from} said: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(reports)
+}
+
+/// The JSON lines of an output; others are skipped.
+pub fn json_lines(bytes: &[u8]) -> Vec<Value> {
+    String::from_utf8_lossy(bytes).lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// Reports that are not `ok`, for a message.
+pub fn failures(reports: &[Value]) -> Vec<&Value> {
+    reports.iter().filter(|report| report["ok"] != true).collect()
+}
+
+/// Asserts on reports that all went well, and that there were at least `least`.
+///
+/// # Errors
+/// The first failures, as they were reported.
+pub fn all_well(reports: &[Value], least: usize) -> anyhow::Result<()> {
+    let failed = failures(reports);
+    let mut text = String::new();
+    for report in failed.iter().take(3) {
+        let _ = write!(text, "\n  {report}");
+    }
+    anyhow::ensure!(failed.is_empty(), "{} of {} failed:{text}", failed.len(), reports.len());
+    anyhow::ensure!(reports.len() >= least, "only {} requests were made, expected {least}", reports.len());
+    Ok(())
+}
+
+/// Lines of a proxy's log that hold all of `words`.
+pub fn log_lines(lab: &Lab, component: &str, words: &[&str]) -> Vec<String> {
+    let log = lab.log(component);
+    log.lines().filter(|line| words.iter().all(|word| line.contains(word))).map(str::to_owned).collect()
+}
+
+/// Waits for such a line.
+pub fn await_log(lab: &Lab, component: &str, words: &[&str]) -> anyhow::Result<String> {
+    eventually(&format!("the log of {component} has a line with {words:?}"), PATIENCE, || {
+        log_lines(lab, component, words).pop().ok_or_else(|| "none".to_owned())
+    })
+}
+
+/// The status of a pod on its node.
+pub fn pod_status(lab: &Lab, node: &str, pod: &str) -> anyhow::Result<Value> {
+    let status = lab.node_admin(node, "/status")?;
+    let pods = status["pods"].as_array().cloned().unwrap_or_default();
+    Ok(pods.into_iter().find(|entry| entry["name"] == pod).unwrap_or_default())
+}
+
+/// A random word that no traffic holds by chance.
+pub fn marker() -> String {
+    format!("marker{:016x}{:016x}", rand::random::<u64>(), rand::random::<u64>())
+}
