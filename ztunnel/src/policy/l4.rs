@@ -10,22 +10,11 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use tulle_certs::SpiffeId;
 
-use crate::policy::Code;
-use crate::policy::DryRun;
-use crate::policy::Verdict;
-use crate::policy::WouldBe;
-use crate::state::Action;
-use crate::state::Clause;
-use crate::state::Match;
-use crate::state::Policy;
-use crate::state::Rule;
-use crate::state::ServiceAccount;
-use crate::state::Snapshot;
-use crate::state::StringMatch;
-use crate::state::Workload;
+use crate::policy::{Code, DryRun, Verdict, WouldBe};
+use crate::state::{Action, Clause, Match, Policy, Rule, ServiceAccount, Snapshot, StringMatch, Workload};
 
 /// Names by which control and istiod send the DENY policies made from PeerAuthentication.
-const STRICT_NAMES: [&str; 2] = ["istio_converted_static_strict", "converted_peer_authentication_"];
+const STRICT_NAMES: [&str; 3] = ["tulle_strict_", "istio_converted_static_strict", "converted_peer_authentication_"];
 
 /// What is known of a connection when it asks for admission.
 #[derive(Clone, Copy, Debug)]
