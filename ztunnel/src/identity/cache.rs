@@ -4,8 +4,7 @@
 //! moments and never across an await. Requests are made by the one task of [`Identities::run`], so that nothing is
 //! fetched by a connection that goes away. A waiter waits at most [`WAIT`].
 
-use std::collections::BTreeSet;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

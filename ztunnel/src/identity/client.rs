@@ -125,7 +125,7 @@ impl Client {
 
 /// A status with the transport errors behind it.
 pub(crate) fn text(status: &Status) -> String {
-    let cause = std::error::Error::source(status).map(|source| chain(source));
+    let cause = std::error::Error::source(status).map(chain);
     match cause {
         Some(cause) if !status.message().contains(&cause) => format!("{}: {cause}", status.message()),
         _ => status.message().to_owned(),

@@ -20,6 +20,7 @@ use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use socket2::TcpKeepalive;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -249,7 +250,8 @@ impl Control {
             Some("http") => None,
             _ => return Err(bad("its scheme is neither https nor http".to_owned())),
         };
-        let port = uri.port_u16().unwrap_or(if tls.is_some() { 443 } else { 80 });
+        let default_port = if tls.is_some() { 443 } else { 80 };
+        let port = uri.port_u16().unwrap_or(default_port);
         // tonic refuses https without its own TLS, so it dials what looks plain and names the true origin.
         let authority = uri.authority().map_or_else(String::new, ToString::to_string);
         let endpoint = Endpoint::from_shared(format!("http://{authority}"))
@@ -288,6 +290,11 @@ impl Control {
         config.alpn_protocols = vec![b"h2".to_vec()];
         Ok((TlsConnector::from(Arc::new(config)), name(host)?))
     }
+}
+
+/// Istio's values. They find a peer that vanished while an HTTP/2 PING cannot be sent, because the socket is full.
+fn tcp_keepalive() -> TcpKeepalive {
+    TcpKeepalive::new().with_time(Duration::from_secs(300)).with_interval(Duration::from_secs(75)).with_retries(9)
 }
 
 async fn read_file(path: &Path) -> io::Result<Vec<u8>> {
@@ -382,6 +389,7 @@ impl Connector {
         let dial = async {
             let tcp = TcpStream::connect((self.host.as_str(), self.port)).await?;
             tcp.set_nodelay(true)?;
+            socket2::SockRef::from(&tcp).set_tcp_keepalive(&tcp_keepalive())?;
             Ok::<Box<dyn Stream>, io::Error>(match self.tls {
                 None => Box::new(tcp),
                 Some((tls, name)) => Box::new(tls.connect(name, tcp).await?),

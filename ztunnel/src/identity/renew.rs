@@ -5,8 +5,7 @@
 //! cached error at once instead of a queue. Someone who waits comes before prefetching. Limits: at most
 //! [`MAX_IN_FLIGHT`] requests at a time and [`MAX_ENTRIES`] identities. Times are milliseconds since the Unix epoch.
 
-use std::collections::BTreeMap;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use tulle_certs::SpiffeId;

@@ -5,12 +5,7 @@
 
 use std::sync::Arc;
 
-use crate::state::Endpoints;
-use crate::state::LocalityScope;
-use crate::state::Mode;
-use crate::state::PortTable;
-use crate::state::Service;
-use crate::state::Workload;
+use crate::state::{Endpoints, LocalityScope, Mode, PortTable, Service, Workload};
 
 /// Whether client and endpoint are in the same place in this scope. Two unknown places are the same place, as for the
 /// peer: a cluster without zones behaves as one zone.

@@ -8,14 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::lb::locality;
-use crate::state::Candidate;
-use crate::state::IpFamilies;
-use crate::state::IpFamily;
-use crate::state::Mode;
-use crate::state::PortTable;
-use crate::state::Service;
-use crate::state::Snapshot;
-use crate::state::Workload;
+use crate::state::{Candidate, IpFamilies, IpFamily, Mode, PortTable, Service, Snapshot, Workload};
 
 /// Where a connection goes.
 #[derive(Clone, Debug, PartialEq, Eq)]

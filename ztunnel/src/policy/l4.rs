@@ -47,16 +47,17 @@ pub fn evaluate(snapshot: &Snapshot, facts: &Facts<'_>) -> Verdict {
     let mut allow_policies = 0;
     for policy in snapshot.policies_for(facts.destination) {
         let matched = matching_rule(policy, facts);
+        let by_rule = matched.map(|rule| (policy, rule));
         if policy.dry_run {
             dry_run.extend(would_be(policy, matched));
             continue;
         }
         match policy.action {
-            Action::Deny => denied = denied.or(matched.map(|rule| (policy, rule))),
+            Action::Deny => denied = denied.or(by_rule),
             Action::Allow => {
                 allow_policies += 1;
                 first_allow = first_allow.or(Some(policy));
-                allowed = allowed.or(matched.map(|rule| (policy, rule)));
+                allowed = allowed.or(by_rule);
             }
         }
     }

@@ -6,13 +6,9 @@
 //! one node are in one place, so each table keeps the view of the first place that asked, and others compute theirs.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
-use crate::state::HealthPolicy;
-use crate::state::Port;
-use crate::state::ServiceSpec;
-use crate::state::Workload;
+use crate::state::{HealthPolicy, Port, ServiceSpec, Workload};
 
 /// A workload behind a service.
 #[derive(Clone, Debug)]

@@ -8,25 +8,11 @@ use std::sync::Arc;
 
 use tulle_certs::SpiffeId;
 
-use crate::state::Action;
-use crate::state::Change;
-use crate::state::Clause;
-use crate::state::EgressMode;
-use crate::state::IpFamilies;
-use crate::state::LoadBalancing;
-use crate::state::Locality;
-use crate::state::Match;
-use crate::state::Policy;
-use crate::state::Port;
-use crate::state::Protocol;
-use crate::state::Rule;
-use crate::state::Scope;
-use crate::state::ServiceSpec;
-use crate::state::Snapshot;
-use crate::state::Visibility;
-use crate::state::Workload;
-use crate::state::WorkloadType;
 use crate::state::store;
+use crate::state::{
+    Action, Change, Clause, EgressMode, IpFamilies, LoadBalancing, Locality, Match, Policy, Port, Protocol, Rule,
+    Scope, ServiceSpec, Snapshot, Visibility, Workload, WorkloadType,
+};
 
 /// `spiffe://cluster.local/ns/<namespace>/sa/<account>`.
 pub fn identity(namespace: &str, account: &str) -> SpiffeId {

@@ -10,9 +10,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use tulle_certs::SpiffeId;
 
-use crate::state::Endpoints;
-use crate::state::GatewayAddress;
-use crate::state::Port;
+use crate::state::{Endpoints, GatewayAddress, Port};
 
 /// IPv4 or IPv6.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

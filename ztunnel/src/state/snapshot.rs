@@ -10,12 +10,8 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::state::Policy;
-use crate::state::Scope;
-use crate::state::Service;
-use crate::state::Workload;
-use crate::state::cow::CowMap;
-use crate::state::cow::Groups;
+use crate::state::cow::{CowMap, Groups};
+use crate::state::{Policy, Scope, Service, Workload};
 
 /// See the module's header. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -34,11 +30,14 @@ pub struct Snapshot {
     pub(super) service_count: usize,
     pub(super) vips: Groups<IpAddr, Service>,
     /// Virtual address ranges are rare, and scanned.
-    pub(super) ranges: Arc<Vec<(Arc<str>, IpNet, Arc<Service>)>>,
+    pub(super) ranges: Arc<Vec<Range>>,
     pub(super) policies: CowMap<Arc<str>, Arc<Policy>>,
     pub(super) global_policies: Arc<[Arc<Policy>]>,
     pub(super) namespace_policies: CowMap<Arc<str>, Arc<[Arc<Policy>]>>,
 }
+
+/// A network, a range of virtual addresses in it, and whose it is.
+pub(super) type Range = (Arc<str>, IpNet, Arc<Service>);
 
 impl Snapshot {
     pub(super) fn empty() -> Self {

@@ -4,27 +4,15 @@
 //! writer keeps a working copy and publishes a clone; see `cow` for why both are cheap. Limits: everything held is what
 //! control sent, bounded by its responses, plus the bounded version log.
 
-use std::collections::BTreeMap;
-use std::collections::BTreeSet;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
-use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
-use crate::state::Endpoints;
-use crate::state::LogEntry;
-use crate::state::Policy;
-use crate::state::Scope;
-use crate::state::Service;
-use crate::state::ServiceSpec;
-use crate::state::Snapshot;
-use crate::state::VersionLog;
-use crate::state::Workload;
 use crate::state::snapshot::workload_order;
+use crate::state::{Endpoints, LogEntry, Policy, Scope, Service, ServiceSpec, Snapshot, VersionLog, Workload};
 
 /// One thing that control said.
 #[derive(Clone, Debug)]
@@ -240,7 +228,7 @@ impl Writer {
 
     /// Brings every index from `old` to `new` of one workload.
     fn index_workload(&mut self, old: Option<&Workload>, new: Option<&Arc<Workload>>) {
-        let Some(uid) = old.map(|old| &old.uid).or(new.map(|new| &new.uid)) else { return };
+        let Some(uid) = old.map(|old| &old.uid).or_else(|| new.map(|new| &new.uid)) else { return };
         let is_old = |workload: &Workload| workload.uid == *uid;
         let ips_of = |workload: &Workload| match workload.host_network {
             true => Vec::new(),
@@ -384,7 +372,7 @@ impl Writer {
 
     /// Keeps the lists of implied policies.
     fn index_policy(&mut self, old: Option<&Policy>, new: Option<&Arc<Policy>>) {
-        let Some(id) = old.map(|old| old.id.clone()).or(new.map(|new| new.id.clone())) else { return };
+        let Some(id) = old.map(|old| old.id.clone()).or_else(|| new.map(|new| new.id.clone())) else { return };
         let implied = |policy: &Policy| policy.scope != Scope::Selector;
         for policy in old.into_iter().chain(new.map(|new| &**new)).filter(|policy| implied(policy)) {
             let list = match policy.scope {

@@ -3,8 +3,7 @@
 //! It records what took effect, not what arrived: a staged workload appears when it takes force, and a removed policy when
 //! its last user is gone. Bounded twice, by entries and by names, because one entry of a first sync names everything.
 
-use std::collections::BTreeMap;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 /// At ten changes a second, about seven minutes.

@@ -210,6 +210,6 @@ impl Workload {
     /// The first address of the preferred family, or else the first one. `None`: it has no address at all.
     pub fn address(&self, prefer: IpFamily) -> Option<IpAddr> {
         let preferred = self.addresses.iter().find(|ip| IpFamily::of(**ip) == prefer);
-        preferred.or(self.addresses.first()).copied()
+        preferred.or_else(|| self.addresses.first()).copied()
     }
 }

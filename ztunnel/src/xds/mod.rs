@@ -9,6 +9,8 @@ pub mod decode;
 mod monitor;
 mod node;
 mod session;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 pub use client::{Config, run};

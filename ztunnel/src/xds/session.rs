@@ -5,8 +5,7 @@
 //! with version "" after a reconnect, so that it is sent again or its removal is. Limits: what is remembered is a name and
 //! a version per resource that the server sent; a NACK's text has at most [`MAX_NACK_BYTES`].
 
-use std::collections::BTreeMap;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
