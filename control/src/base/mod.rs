@@ -14,6 +14,9 @@ pub fn unix_now() -> i64 {
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
+/// How long a new stream may stay silent before its first message.
+pub const FIRST_MESSAGE: std::time::Duration = std::time::Duration::from_secs(10);
+
 /// Tells every task to finish. Dropping the sender means the same.
 pub type StopSender = watch::Sender<bool>;
 

@@ -177,7 +177,9 @@ impl Server {
         mut messages: Streaming<NodeMessage>,
         questions: &mpsc::Sender<Result<NodeQuestion, Status>>,
     ) -> Result<(), Status> {
-        let Some(first) = messages.next().await else {
+        let first = tokio::time::timeout(base::FIRST_MESSAGE, messages.next()).await;
+        let Some(first) = first.map_err(|_| Status::deadline_exceeded("the stream's first message did not come"))?
+        else {
             return Ok(());
         };
         match first?.answer {

@@ -169,7 +169,9 @@ impl Server {
         mut requests: Streaming<DeltaDiscoveryRequest>,
         outgoing: &mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
     ) -> Result<(), Status> {
-        let Some(first) = requests.next().await else {
+        let first = tokio::time::timeout(base::FIRST_MESSAGE, requests.next()).await;
+        let Some(first) = first.map_err(|_| Status::deadline_exceeded("the stream's first message did not come"))?
+        else {
             return Ok(());
         };
         let first = first?;

@@ -1,0 +1,228 @@
+//! The `tulle` command: what the mesh is, what it would do, and what is wrong with a folder of manifests.
+//!
+//! It asks a running control plane over HTTP, or reads a folder itself with `--files`, through the same source and
+//! translation. `explain` and `status` show what the node proxies say of themselves and therefore need a running mesh.
+//! Exit codes: 0 done, 1 something is wrong, 2 wrong usage or not in this version.
+
+mod fetch;
+mod local;
+mod render;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::Subcommand;
+use clap::ValueEnum;
+use serde_json::Value;
+
+/// Tulle, a service mesh without sidecars.
+#[derive(Debug, Parser)]
+#[command(name = "tulle", version)]
+pub struct Cli {
+    /// The control plane's HTTP address.
+    #[arg(long, env = "TULLE_CONTROL", default_value = "http://127.0.0.1:15014", global = true)]
+    control: String,
+    /// Read this folder of manifests instead of asking a control plane.
+    #[arg(long, global = true)]
+    files: Option<PathBuf>,
+    /// How to print.
+    #[arg(short, long, default_value = "table", global = true)]
+    output: Output,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Formats.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+    /// For both.
+    Yaml,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Nodes, capture of their pods, versions, problems.
+    Status,
+    /// Lists what is published.
+    Get {
+        /// What to list.
+        kind: Kind,
+        /// Only of this namespace.
+        #[arg(short, long)]
+        namespace: Option<String>,
+    },
+    /// What would happen to a connection, as the proxies of both ends decide it now.
+    Explain {
+        /// `ns/pod` or `ns/deployment`.
+        from: String,
+        /// `ns/service[:port]`, `ns/pod:port` or `ip:port`.
+        to: String,
+    },
+    /// Checks the manifests of `--files DIR`; exit code 1 if something is wrong.
+    Check,
+    /// What leaves the mesh (comes with egress control).
+    Egress {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+        rest: Vec<String>,
+    },
+    /// Installs Tulle into a cluster (comes with Kubernetes support).
+    Install {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+        rest: Vec<String>,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    Workloads,
+    Services,
+    Policies,
+    Nodes,
+    Conditions,
+    Certificates,
+}
+
+/// A failure in words for standard error, and the exit code.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    code: u8,
+    text: String,
+}
+
+impl Failure {
+    pub(crate) fn wrong(text: impl Into<String>) -> Self {
+        Self { code: 1, text: text.into() }
+    }
+
+    fn unsupported(text: impl Into<String>) -> Self {
+        Self { code: 2, text: text.into() }
+    }
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok((text, code)) => {
+            // A closed pipe (`| head`) is not an error worth words.
+            let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
+            ExitCode::from(code)
+        }
+        Err(failure) => {
+            eprintln!("tulle: {}", failure.text);
+            ExitCode::from(failure.code)
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<(String, u8), Failure> {
+    let print = |value: &Value, table: fn(&Value) -> String| match cli.output {
+        Output::Table => Ok(table(value)),
+        Output::Json => Ok(format!("{value:#}\n")),
+        Output::Yaml => {
+            serde_saphyr::to_string(value).map_err(|error| Failure::wrong(format!("cannot write YAML: {error}")))
+        }
+    };
+    match &cli.command {
+        Command::Status => {
+            let status = live(cli, "status", "/debug/status")?;
+            Ok((print(&status, render::status)?, 0))
+        }
+        Command::Explain { from, to } => {
+            let path = format!("/debug/explain?from={}&to={}", fetch::escape(from), fetch::escape(to));
+            let answer = live(cli, "explain", &path)?;
+            Ok((print(&answer, render::explain)?, 0))
+        }
+        Command::Get { kind, namespace } => {
+            let list = get(cli, *kind, namespace.as_deref())?;
+            Ok((print(&list, table_of(*kind))?, 0))
+        }
+        Command::Check => {
+            let Some(dir) = &cli.files else {
+                return Err(Failure::unsupported("check needs --files DIR"));
+            };
+            let report = local::check(dir)?;
+            let good = report["errors"] == 0;
+            Ok((print(&report, render::check)?, u8::from(!good)))
+        }
+        Command::Egress { .. } => Err(Failure::unsupported(
+            "`egress` comes with egress control, which this version does not have; a namespace labelled \
+             tulle.dev/egress=deny is closed whole",
+        )),
+        Command::Install { .. } => Err(Failure::unsupported(
+            "`install` comes with Kubernetes support, which this version does not have; `lab up <dir>` runs a mesh here",
+        )),
+    }
+}
+
+fn live(cli: &Cli, command: &str, path: &str) -> Result<Value, Failure> {
+    if cli.files.is_some() {
+        return Err(Failure::unsupported(format!(
+            "{command} asks the running proxies, so it needs --control and not --files"
+        )));
+    }
+    fetch::get(&cli.control, path)
+}
+
+fn get(cli: &Cli, kind: Kind, namespace: Option<&str>) -> Result<Value, Failure> {
+    let value = match (kind, &cli.files) {
+        (Kind::Nodes, _) => live(cli, "get nodes", "/debug/nodes")?,
+        (Kind::Certificates, _) => {
+            return Ok(certificates(&live(cli, "get certificates", "/debug/status")?, namespace));
+        }
+        (Kind::Conditions, Some(dir)) => local::conditions(dir)?,
+        (Kind::Conditions, None) => fetch::get(&cli.control, "/debug/conditions")?,
+        (_, Some(dir)) => local::resources(dir)?,
+        (_, None) => fetch::get(&cli.control, "/debug/resources")?,
+    };
+    let Value::Array(list) = value else {
+        return Ok(value);
+    };
+    let wanted = |item: &Value| match kind {
+        Kind::Workloads => item["resource"]["workload"].is_object(),
+        Kind::Services => item["resource"]["service"].is_object(),
+        Kind::Policies => item["type"] == "Authorization",
+        _ => true,
+    };
+    let here = |item: &Value| {
+        let of = [
+            &item["namespace"],
+            &item["resource"]["namespace"],
+            &item["resource"]["workload"]["namespace"],
+            &item["resource"]["service"]["namespace"],
+        ];
+        namespace.is_none_or(|namespace| of.iter().any(|value| **value == namespace))
+    };
+    Ok(list.into_iter().filter(|item| wanted(item) && here(item)).collect())
+}
+
+fn certificates(status: &Value, namespace: Option<&str>) -> Value {
+    let mut list = Vec::new();
+    for (node, state) in status["nodes"].as_object().into_iter().flatten() {
+        for certificate in state["status"]["certificates"].as_array().into_iter().flatten() {
+            let mut one = certificate.clone();
+            one["node"] = Value::from(node.as_str());
+            let identity = one["identity"].as_str().unwrap_or_default().to_owned();
+            if namespace.is_none_or(|n| identity.contains(&format!("/ns/{n}/"))) {
+                list.push(one);
+            }
+        }
+    }
+    Value::Array(list)
+}
+
+fn table_of(kind: Kind) -> fn(&Value) -> String {
+    match kind {
+        Kind::Workloads => render::workloads,
+        Kind::Services => render::services,
+        Kind::Policies => render::policies,
+        Kind::Nodes => render::nodes,
+        Kind::Conditions => render::conditions,
+        Kind::Certificates => render::certificates,
+    }
+}

@@ -1,0 +1,279 @@
+//! JSON answers as tables and sentences for people.
+//!
+//! Reads the JSON leniently: a missing field is an empty cell, so that a `tulle` of another version still shows what it
+//! understands. Control characters from pods' or users' names never reach the terminal.
+
+use serde_json::Value;
+
+/// Aligned columns; an empty table says so.
+fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
+    if rows.is_empty() {
+        return "none\n".into();
+    }
+    let mut widths: Vec<usize> = header.iter().map(|cell| cell.len()).collect();
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let line = |cells: &mut dyn Iterator<Item = &str>| {
+        let mut text = String::new();
+        for (cell, width) in cells.zip(&widths) {
+            text.push_str(&format!("{cell:<width$}  "));
+        }
+        format!("{}\n", text.trim_end())
+    };
+    let mut text = line(&mut header.iter().copied());
+    for row in &rows {
+        text.push_str(&line(&mut row.iter().map(String::as_str)));
+    }
+    text
+}
+
+fn cell(value: &Value) -> String {
+    let text = match value {
+        Value::Null => String::new(),
+        Value::String(text) => text.clone(),
+        Value::Array(list) => list.iter().map(cell).collect::<Vec<_>>().join(","),
+        other => other.to_string(),
+    };
+    text.chars().filter(|c| !c.is_control()).collect()
+}
+
+fn rows<'a>(value: &'a Value, row: impl Fn(&'a Value) -> Vec<String>) -> Vec<Vec<String>> {
+    value.as_array().into_iter().flatten().map(row).collect()
+}
+
+fn entries(value: &Value) -> impl Iterator<Item = (&String, &Value)> {
+    value.as_object().into_iter().flatten()
+}
+
+pub(super) fn workloads(value: &Value) -> String {
+    let header = ["NAMESPACE", "NAME", "NODE", "PROTOCOL", "STATUS", "ADDRESSES", "ACCOUNT", "POLICIES"];
+    table(
+        &header,
+        rows(value, |item| {
+            let w = &item["resource"]["workload"];
+            let keys = ["namespace", "name", "node", "protocol", "status", "addresses", "serviceAccount", "policies"];
+            keys.iter().map(|key| cell(&w[*key])).collect()
+        }),
+    )
+}
+
+pub(super) fn services(value: &Value) -> String {
+    let header = ["NAMESPACE", "NAME", "ADDRESSES", "PORTS"];
+    table(
+        &header,
+        rows(value, |item| {
+            let s = &item["resource"]["service"];
+            let ports = s["ports"].as_array().into_iter().flatten();
+            let ports: Vec<String> = ports
+                .map(|p| {
+                    format!(
+                        "{}→{}",
+                        cell(&p["port"]),
+                        if p["target"] == 0 { "named".into() } else { cell(&p["target"]) }
+                    )
+                })
+                .collect();
+            vec![cell(&s["namespace"]), cell(&s["name"]), cell(&s["addresses"]), ports.join(",")]
+        }),
+    )
+}
+
+pub(super) fn policies(value: &Value) -> String {
+    let header = ["NAME", "ACTION", "SCOPE", "RULES", "VERSION"];
+    table(
+        &header,
+        rows(value, |item| {
+            let a = &item["resource"];
+            let count = a["rules"].as_array().map_or(0, Vec::len).to_string();
+            let rules = if a["deniesAll"] == true { "denies all".into() } else { count };
+            vec![cell(&item["name"]), cell(&a["action"]), cell(&a["scope"]), rules, cell(&item["version"])]
+        }),
+    )
+}
+
+pub(super) fn nodes(value: &Value) -> String {
+    let header = ["NODE", "CONNECTED", "ACKED", "ATTACHED", "VERSION", "REJECTED"];
+    let rows = entries(value).map(|(name, node)| {
+        let keys = ["connected", "acked_generation", "attached", "version", "nacks"];
+        let mut row = vec![name.clone()];
+        row.extend(keys.iter().map(|key| cell(&node[*key])));
+        row
+    });
+    table(&header, rows.collect())
+}
+
+pub(super) fn conditions(value: &Value) -> String {
+    let header = ["KIND", "OBJECT", "CONDITION", "STATUS", "REASON", "MESSAGE"];
+    let mut all = Vec::new();
+    for object in value.as_array().into_iter().flatten() {
+        for condition in object["conditions"].as_array().into_iter().flatten() {
+            let (namespace, name) = (cell(&object["namespace"]), cell(&object["name"]));
+            let path = if namespace.is_empty() { name } else { format!("{namespace}/{name}") };
+            let mut row = vec![cell(&object["kind"]), path];
+            row.extend(["type", "status", "reason", "message"].iter().map(|key| cell(&condition[*key])));
+            all.push(row);
+        }
+    }
+    table(&header, all)
+}
+
+pub(super) fn certificates(value: &Value) -> String {
+    let header = ["NODE", "IDENTITY", "STATE", "NOT AFTER", "ERROR"];
+    table(
+        &header,
+        rows(value, |item| {
+            let expiry = item["notAfter"].as_i64().filter(|at| *at > 0);
+            let expiry = expiry.and_then(|at| jiff::Timestamp::from_second(at).ok());
+            vec![
+                cell(&item["node"]),
+                cell(&item["identity"]),
+                cell(&item["state"]),
+                expiry.map_or_else(String::new, |at| at.to_string()),
+                cell(&item["error"]),
+            ]
+        }),
+    )
+}
+
+pub(super) fn status(value: &Value) -> String {
+    let mut text = format!("Generation {}\n", cell(&value["generation"]));
+    for waiting in value["waiting"].as_array().into_iter().flatten() {
+        text.push_str(&format!("NOT READY: waiting for {}\n", cell(waiting)));
+    }
+    text.push('\n');
+    let header = ["NODE", "CONNECTED", "ACKED", "READY", "PODS", "IN", "OUT", "TUNNELS", "VERSION", "PROBLEM"];
+    let nodes = entries(&value["nodes"]).map(|(name, node)| {
+        let s = &node["status"];
+        let mut problems = vec![cell(&node["error"]), cell(&s["pending"]), cell(&node["nacks"])];
+        problems.retain(|problem| !problem.is_empty());
+        vec![
+            name.clone(),
+            cell(&node["connected"]),
+            cell(&node["acked_generation"]),
+            cell(&s["ready"]),
+            s["pods"].as_array().map_or(String::new(), |pods| pods.len().to_string()),
+            cell(&s["inboundConnections"]),
+            cell(&s["outboundConnections"]),
+            cell(&s["tunnels"]),
+            cell(&s["version"]),
+            problems.join("; "),
+        ]
+    });
+    text.push_str(&table(&header, nodes.collect()));
+    text.push('\n');
+    let header = ["POD", "NODE", "CAPTURE", "PREEXISTING", "IN", "OUT", "REASON"];
+    let mut pods = Vec::new();
+    for (name, node) in entries(&value["nodes"]) {
+        for pod in node["status"]["pods"].as_array().into_iter().flatten() {
+            let mut row = vec![format!("{}/{}", cell(&pod["namespace"]), cell(&pod["name"])), name.clone()];
+            let keys = ["capture", "preexisting", "inboundConnections", "outboundConnections", "reason"];
+            row.extend(keys.iter().map(|key| cell(&pod[*key])));
+            pods.push(row);
+        }
+    }
+    text.push_str(&table(&header, pods));
+    text.push_str(&problems(value));
+    text
+}
+
+fn problems(value: &Value) -> String {
+    let mut text = String::new();
+    for problem in value["problems"].as_array().into_iter().flatten() {
+        let word = if problem["error"] == true { "error" } else { "note" };
+        let parts: Vec<String> = ["object", "field", "message"]
+            .iter()
+            .map(|key| cell(&problem[*key]))
+            .filter(|part| !part.is_empty())
+            .collect();
+        let place = format!("{}:{}", cell(&problem["file"]), cell(&problem["line"]));
+        text.push_str(&format!("{word}: {place}: {}\n", parts.join(": ")));
+    }
+    text
+}
+
+pub(super) fn check(value: &Value) -> String {
+    let mut text = problems(value);
+    let failing: Vec<Value> = value["conditions"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|object| {
+            let list = object["conditions"].as_array();
+            list.is_some_and(|list| list.iter().any(|c| c["reason"] != "Enforced"))
+        })
+        .cloned()
+        .collect();
+    if !failing.is_empty() {
+        text.push_str(&conditions(&Value::Array(failing)));
+    }
+    let (files, errors) = (cell(&value["files"]), cell(&value["errors"]));
+    text.push_str(&format!("{files} files, {errors} errors\n"));
+    text
+}
+
+pub(super) fn explain(value: &Value) -> String {
+    let (from, to, out) = (&value["from"], &value["to"], &value["outbound"]);
+    let mut text = format!(
+        "{} → {}:{}{}: {}\n",
+        cell(&from["pod"]),
+        cell(&to["address"]),
+        cell(&to["port"]),
+        match cell(&to["service"]) {
+            service if service.is_empty() => service,
+            service => format!(" ({service})"),
+        },
+        cell(&value["verdict"]).to_uppercase(),
+    );
+    let identity = match cell(&from["identity"]) {
+        none if none.is_empty() => "no identity".into(),
+        identity => identity,
+    };
+    text.push_str(&format!("  source node {}: {}, as {identity}\n", cell(&from["node"]), cell(&out["plan"])));
+    if !cell(&out["text"]).is_empty() {
+        text.push_str(&format!("    {}\n", sentence(out)));
+    }
+    for endpoint in value["endpoints"].as_array().into_iter().flatten() {
+        text.push_str(&format!(
+            "  {:>5.1} % {} {}:{} on {} by {}\n",
+            endpoint["sharePercent"].as_f64().unwrap_or(0.0),
+            cell(&endpoint["pod"]),
+            cell(&endpoint["address"]),
+            cell(&endpoint["port"]),
+            cell(&endpoint["node"]),
+            cell(&endpoint["protocol"]),
+        ));
+        let inbound = &endpoint["inbound"];
+        if inbound.is_object() {
+            let verdict = if inbound["allowed"] == true { "allowed" } else { "DENIED" };
+            text.push_str(&format!("          {verdict}: {}\n", sentence(inbound)));
+            if !cell(&inbound["policy"]).is_empty() {
+                text.push_str(&format!(
+                    "          policy {}, rule {}\n",
+                    cell(&inbound["policy"]),
+                    cell(&inbound["rule"])
+                ));
+            }
+            let evaluated = cell(&inbound["evaluated"]);
+            if !evaluated.is_empty() {
+                text.push_str(&format!("          evaluated: {evaluated}\n"));
+            }
+        }
+        for key in ["error", "note"] {
+            if !cell(&endpoint[key]).is_empty() {
+                text.push_str(&format!("          {key}: {}\n", cell(&endpoint[key])));
+            }
+        }
+    }
+    if value["endpointsNotShown"].as_u64().unwrap_or(0) > 0 {
+        text.push_str(&format!("  and {} more endpoints\n", cell(&value["endpointsNotShown"])));
+    }
+    text
+}
+
+fn sentence(value: &Value) -> String {
+    let (code, text) = (cell(&value["code"]), cell(&value["text"]));
+    if code.is_empty() || text.contains(&code) { text } else { format!("{text} [{code}]") }
+}
