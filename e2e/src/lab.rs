@@ -116,7 +116,8 @@ impl Lab {
         }
         let bin_dir = match &config.bin_dir {
             Some(dir) => dir.canonicalize().with_context(|| format!("{} does not exist", dir.display()))?,
-            None => programs_dir()?,
+            // Another build of the same programs, such as the release one.
+            None => std::env::var_os("LAB_BIN_DIR").map(PathBuf::from).map_or_else(programs_dir, Ok)?,
         };
         let program = lab_program(&bin_dir)?;
         let state = config.state.clone().unwrap_or_else(temporary_state);

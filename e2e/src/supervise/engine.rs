@@ -50,6 +50,8 @@ const TICK: Duration = Duration::from_millis(100);
 const RETRY: Duration = Duration::from_secs(1);
 /// How long a leaving pod waits for the nodes to forget it before it is asked to end.
 const FORGET: Duration = Duration::from_secs(2);
+/// How long new pods wait for control to know them before the nodes are told.
+const KNOWN: Duration = Duration::from_secs(2);
 /// Several files saved at once are one change.
 const COALESCE: Duration = Duration::from_millis(100);
 /// Annotation of outside hosts: names, by commas, under which the DNS server knows them.
@@ -300,10 +302,14 @@ impl Engine {
         if made > 0 {
             say(format!("{made} pods made"));
         }
+        self.publish()?;
+        if made > 0 && self.config.mesh {
+            // Control gives no certificate for a pod that it has not heard of.
+            self.await_published(deadline.min(Instant::now() + KNOWN));
+        }
         for node in 1..=self.config.nodes {
             self.write_pods(node)?;
         }
-        self.publish()?;
         self.await_capture(deadline, say)?;
         self.publish()?;
         self.start_pods(deadline, say)?;
@@ -500,6 +506,16 @@ impl Engine {
             if !waiting || Instant::now() >= deadline {
                 say(format!("{started} pods started"));
                 return Ok(());
+            }
+            std::thread::sleep(eventually::INTERVAL);
+        }
+    }
+
+    fn await_published(&mut self, deadline: Instant) {
+        while self.control.as_mut().is_some_and(|control| control.exited().is_none()) && Instant::now() < deadline {
+            let sync = mesh::control_sync(self.control_ns.path());
+            if sync.is_ok_and(|sync| self.published.missing(&sync, &[]).is_empty()) {
+                return;
             }
             std::thread::sleep(eventually::INTERVAL);
         }
