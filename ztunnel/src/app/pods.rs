@@ -2,7 +2,8 @@
 //!
 //! One task reads the list and the snapshot and says what is wanted; one task a pod brings it about and reports the
 //! actual state. A pod is `Captured` only when its rules were proven by probing, and `Failed` says why and is tried again.
-//! On release the redirect goes first and port 15008 stays open for [`LINGER`], because peers learn of it later than we.
+//! On release the redirect goes first; port 15008 stays open for [`LINGER`], because peers learn of it later than we, and
+//! connections that are under way go on to their own end.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -19,7 +20,7 @@ use tulle_certs::SpiffeId;
 use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
 use crate::app::worker::{Listeners, Worker, serve_pod};
-use crate::base::drain::{Drain, Phase, drain};
+use crate::base::drain::{Drain, Drained, Phase, drain};
 use crate::base::netns::{Netns, NetnsThread, local_addresses, run_blocking};
 use crate::base::sockets::{Options, PodSockets};
 use crate::base::workers::Workers;
@@ -32,6 +33,8 @@ use crate::state::{EgressMode, Protocol, Snapshot};
 
 /// How long port 15008 stays open after release.
 const LINGER: Duration = Duration::from_secs(30);
+/// How often a released pod is looked at, whether anything still flows.
+const LINGER_LOOK: Duration = Duration::from_secs(1);
 /// Captures at a time: each runs `nft` and takes some tens of milliseconds of a core.
 const AT_ONCE: usize = 8;
 /// How often the list's file is looked at, besides notifications.
@@ -253,6 +256,7 @@ impl Pods {
                 slots: slots.clone(),
                 stop: stop.clone(),
                 home: next_home.fetch_add(1, Ordering::Relaxed),
+                lingering: None,
             };
             let task = tokio::spawn(task.run());
             running.insert(pod.uid.clone(), Running { desired, pod: pod.clone(), task });
@@ -307,6 +311,9 @@ struct PodTask {
     slots: Arc<Semaphore>,
     stop: Arc<Drain>,
     home: usize,
+    /// An earlier serving that still carries connections: `Draining` says that the pod is captured again, being dropped
+    /// that it is gone.
+    lingering: Option<Drain>,
 }
 
 /// A pod that is being served.
@@ -393,6 +400,9 @@ impl PodTask {
     /// Listeners, rules, proof; in this order, so that nothing is redirected to nowhere.
     async fn start(&self, wanted: &Wanted) -> Result<Serving, String> {
         self.state("Pending", "installing".into());
+        if let Some(lingering) = &self.lingering {
+            lingering.advance(Phase::Draining);
+        }
         let _slot = self.slots.acquire().await.map_err(|error| error.to_string())?;
         let netns = Netns::open(&self.pod.netns)
             .map_err(|error| format!("cannot open the network namespace {}: {error}", self.pod.netns.display()))?;
@@ -471,6 +481,7 @@ impl PodTask {
             reset: if wanted.reset { old.iter().copied().collect() } else { Vec::new() },
             dns: false,
             tcp_only: wanted.tcp_only,
+            released: false,
         }
     }
 
@@ -486,30 +497,18 @@ impl PodTask {
         }
     }
 
-    /// Back to plain networking; tunnels that peers still open are served for a while.
-    async fn release(&self, serving: Serving) {
-        if let Err(error) = capture::remove(&serving.netns).await {
+    /// Back to plain networking. What flows goes on; tunnels that peers still open are served for a while.
+    async fn release(&mut self, serving: Serving) {
+        let rules = Rules { released: true, v6: self.pod.ips.iter().any(IpAddr::is_ipv6), ..Rules::default() };
+        if let Err(error) = capture::apply(&serving.netns, rules).await {
             tracing::warn!(pod = %self.name(), %error, "the redirect rules could not be removed");
         }
         serving.captured.advance(Phase::Draining);
         self.state("Uncaptured", String::new());
         tracing::info!(pod = %self.name(), "released");
-        let stop = self.stop.watch();
-        let board = self.board.clone();
-        let uid = self.pod.uid.clone();
-        tokio::spawn(async move {
-            tokio::select! { () = sleep(LINGER) => {}, () = stop.draining() => {} }
-            serving.tunnels.advance(Phase::Draining);
-            serving.flows.advance(Phase::Draining);
-            // What still flows then came through the mesh and ends with it.
-            tokio::select! { () = sleep(LINGER) => {}, () = stop.forced() => {} }
-            end(&serving);
-            if let Some(entry) = board.lock().unwrap_or_else(PoisonError::into_inner).get_mut(&uid)
-                && entry.local.as_ref().is_some_and(|local| Arc::ptr_eq(local, &serving.local))
-            {
-                entry.local = None;
-            }
-        });
+        let (again, watch) = drain();
+        self.lingering = Some(again);
+        tokio::spawn(linger(serving, watch, self.stop.watch()));
     }
 
     /// The pod is gone, or the proxy stops. In the second case the rules stay: what is enrolled fails closed.
@@ -533,6 +532,25 @@ impl PodTask {
             stop.forced().await;
             end(&serving);
         }
+    }
+}
+
+/// The last part of a release: until nothing flows any more, the pod is captured `again`, it is gone (then `again` is
+/// forced), or the proxy stops.
+async fn linger(serving: Serving, again: Drained, stop: Drained) {
+    tokio::select! { () = sleep(LINGER) => {}, () = again.draining() => {}, () = stop.draining() => {} }
+    serving.tunnels.advance(Phase::Draining);
+    serving.flows.advance(Phase::Draining);
+    let live = || serving.local.inbound.load(Ordering::Relaxed) + serving.local.outbound.load(Ordering::Relaxed);
+    while live() > 0 {
+        tokio::select! { () = sleep(LINGER_LOOK) => {}, () = again.forced() => break, () = stop.forced() => break }
+    }
+    end(&serving);
+    if !again.is_draining()
+        && !stop.is_draining()
+        && let Err(error) = capture::remove(&serving.netns).await
+    {
+        tracing::warn!(%error, "the rules of a released pod could not be removed");
     }
 }
 

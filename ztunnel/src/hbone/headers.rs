@@ -58,10 +58,11 @@ impl FromStr for Authority {
             return Ok(Self::Address(SocketAddr::new(addr.ip().to_canonical(), addr.port())));
         }
         let (host, port) = text.rsplit_once(':').ok_or_else(|| format!("the authority {text:?} has no port"))?;
+        let digits = port.bytes().all(|b| b.is_ascii_digit());
         let port = port
             .parse::<u16>()
             .ok()
-            .filter(|port| *port != 0)
+            .filter(|port| digits && *port != 0)
             .ok_or_else(|| format!("the authority {text:?} has a port that is not 1 to 65535"))?;
         let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
         if host.is_empty() || host.len() > 253 || !host.chars().all(legal) {
