@@ -31,9 +31,12 @@ use crate::base::sockets::Options;
 use crate::base::workers::Workers;
 use crate::config::{LogFormat, Node};
 use crate::flow::{Limits, Shared};
+use crate::hbone;
 use crate::identity::{self, Control, RootCa, TokenSource};
+use crate::relay;
+use crate::state;
 use crate::telemetry::metrics::Metrics;
-use crate::{hbone, relay, state, xds};
+use crate::xds;
 
 /// Log lines that may wait for the writer. At 300 bytes each it is 20 MB; then lines are dropped and counted.
 const LOG_LINES: usize = 64 * 1024;

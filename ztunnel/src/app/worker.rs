@@ -1,4 +1,6 @@
 //! What a worker owns: its tunnels, and the table of its live inbound connections.
+//!
+//! Neither is ever seen by another thread: a flow is placed once, at accept, and its tunnel is found on the same worker.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -7,8 +9,9 @@ use crate::base::drain::Drained;
 use crate::base::workers::{Accepted, Workers, spawn};
 use crate::flow::{LocalPod, Shared};
 use crate::hbone::pool::Pool;
+use crate::inbound;
 use crate::inbound::recheck::Live;
-use crate::{inbound, outbound};
+use crate::outbound;
 
 /// Lives on one thread.
 pub struct Worker {

@@ -1,4 +1,7 @@
 //! Tunnels from other proxies: TLS, HTTP/2, and each CONNECT as a connection of its own.
+//!
+//! What a peer says about itself in headers is for logs only. Who it is comes from its certificate, and where it may go is
+//! always the address at which its tunnel arrived.
 
 use std::net::SocketAddr;
 use std::rc::Rc;

@@ -1,4 +1,6 @@
 //! Plaintext that was redirected on its way to the application.
+//!
+//! The same admission as for a tunnel, with no identity: what a STRICT destination refuses is decided there, not here.
 
 use std::rc::Rc;
 use std::sync::Arc;

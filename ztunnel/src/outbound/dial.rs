@@ -1,4 +1,6 @@
 //! Carrying a plan out: open the tunnel or the connection, then copy.
+//!
+//! There is no other way to try when it fails: a plan that asks for a tunnel never becomes plaintext.
 
 use std::rc::Rc;
 use std::sync::Arc;

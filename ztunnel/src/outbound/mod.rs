@@ -1,4 +1,7 @@
 //! From a captured connection of a local pod to its next hop: listen → decide → dial → relay.
+//!
+//! [`serve`] is the life of a connection from top to bottom. Whatever refuses it resets the client's connection, because
+//! bytes that nobody will answer must not look accepted.
 
 pub mod decide;
 mod dial;

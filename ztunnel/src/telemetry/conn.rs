@@ -1,4 +1,7 @@
-//! The record of one connection.
+//! The record of one connection: opened at accept, filled in by each step, finished once.
+//!
+//! One log line and one set of counters come from it, so that the two can never disagree. A record that is dropped
+//! unfinished, by a panic or a cancelled task, ends as `DRAINED` and is counted like the others.
 
 use std::net::SocketAddr;
 use std::rc::Rc;
