@@ -103,3 +103,38 @@ impl<K: Hash + Eq + Clone, T> Groups<K, T> {
         self.insert(key.clone(), group.into());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_write_after_a_clone_copies_one_shard_and_leaves_the_clone_alone() {
+        let mut map = CowMap::new();
+        for key in 0..10_000u32 {
+            map.insert(key, key);
+        }
+        let published = map.clone();
+        map.insert(7, 700);
+        map.remove(&999_999);
+        let copied = map.shards.iter().zip(&published.shards).filter(|(a, b)| !Arc::ptr_eq(a, b)).count();
+        assert_eq!(copied, 1);
+        assert_eq!((map.get(&7), published.get(&7)), (Some(&700), Some(&7)));
+        map.remove(&7);
+        assert_eq!((map.len(), published.len(), published.values().count()), (9_999, 10_000, 10_000));
+    }
+
+    #[test]
+    fn a_group_keeps_its_order_and_goes_away_with_its_last_member() {
+        let mut groups: Groups<u8, u32> = CowMap::new();
+        for value in [3u32, 1, 2] {
+            groups.regroup(&0, |old| *old == value, Some(&Arc::new(value)), |value| *value);
+        }
+        assert_eq!(groups.group(&0).iter().map(|value| **value).collect::<Vec<_>>(), [1, 2, 3]);
+        for value in [1u32, 2, 3] {
+            groups.regroup(&0, |old| *old == value, None, |value| *value);
+        }
+        assert_eq!(groups.len(), 0);
+        assert!(groups.group(&0).is_empty());
+    }
+}

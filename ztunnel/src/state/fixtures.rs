@@ -10,8 +10,8 @@ use tulle_certs::SpiffeId;
 
 use crate::state::store;
 use crate::state::{
-    Action, Change, Clause, EgressMode, IpFamilies, LoadBalancing, Locality, Match, Policy, Port, Protocol, Rule,
-    Scope, ServiceSpec, Snapshot, Visibility, Workload, WorkloadType,
+    Action, Change, Clause, EgressMode, IpFamilies, LoadBalancing, Locality, Match, Memberships, Policy, Port,
+    Protocol, Rule, Scope, ServiceSpec, Snapshot, Visibility, Workload, WorkloadType,
 };
 
 /// `spiffe://cluster.local/ns/<namespace>/sa/<account>`.
@@ -35,7 +35,7 @@ pub fn workload(namespace: &str, name: &str, ip: &str) -> Workload {
         healthy: true,
         host_network: false,
         native_tunnel: false,
-        services: BTreeMap::new(),
+        services: Memberships::default(),
         locality: Locality { region: "".into(), zone: "".into(), subzone: "".into() },
         capacity: 1,
         policies: Vec::new(),
@@ -86,8 +86,14 @@ pub fn service(namespace: &str, name: &str, vip: &str) -> ServiceSpec {
 }
 
 /// Makes a workload an endpoint of a service made by [`service`].
-pub fn behind(mut workload: Workload, namespace: &str, name: &str) -> Workload {
-    workload.services.insert(key(namespace, name), vec![port(80, 8080)]);
+pub fn behind(workload: Workload, namespace: &str, name: &str) -> Workload {
+    with_ports(workload, key(namespace, name), vec![port(80, 8080)])
+}
+
+/// Makes a workload an endpoint of the service `key`.
+pub fn with_ports(mut workload: Workload, key: Arc<str>, ports: Vec<Port>) -> Workload {
+    let others = workload.services.keys().map(|other| (other.clone(), workload.services.get(other).unwrap().to_vec()));
+    workload.services = others.chain([(key, ports)]).collect();
     workload
 }
 

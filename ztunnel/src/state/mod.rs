@@ -31,8 +31,8 @@ pub use service::{
 };
 pub use snapshot::Snapshot;
 pub use store::{Applied, Change, Reader, Writer, store};
-pub use versions::{LogEntry, VersionLog};
+pub use versions::{LogEntry, LogName, VersionLog};
 pub use workload::{
-    AppProtocol, ApplicationTunnel, EgressMode, GatewayAddress, GatewayTarget, Locality, Port, Protocol, Workload,
-    WorkloadType,
+    AppProtocol, ApplicationTunnel, EgressMode, GatewayAddress, GatewayTarget, Locality, Memberships, Port, Protocol,
+    Workload, WorkloadType,
 };

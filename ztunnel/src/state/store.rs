@@ -12,7 +12,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 use crate::state::snapshot::workload_order;
-use crate::state::{Endpoints, LogEntry, Policy, Scope, Service, ServiceSpec, Snapshot, VersionLog, Workload};
+use crate::state::{Endpoints, LogEntry, LogName, Policy, Scope, Service, ServiceSpec, Snapshot, VersionLog, Workload};
 
 /// One thing that control said.
 #[derive(Clone, Debug)]
@@ -116,7 +116,7 @@ pub struct Writer {
     /// Services whose endpoints must be prepared again before the next publication.
     touched: BTreeSet<Arc<str>>,
     /// What the next publication changes.
-    log: BTreeMap<String, Option<Arc<str>>>,
+    log: BTreeMap<LogName, Option<Arc<str>>>,
     shared: Arc<Shared>,
 }
 
@@ -212,7 +212,7 @@ impl Writer {
             return;
         }
         self.index_workload(old.as_deref(), Some(&workload));
-        self.log.insert(format!("Address/{}", workload.uid), Some(workload.version.clone()));
+        self.log.insert(LogName::Address(workload.uid.clone()), Some(workload.version.clone()));
         self.next.workloads.insert(workload.uid.clone(), workload);
     }
 
@@ -221,7 +221,7 @@ impl Writer {
         self.staged.remove(uid);
         let Some(old) = self.next.workloads.remove(uid) else { return false };
         self.index_workload(Some(&old), None);
-        self.log.insert(format!("Address/{uid}"), None);
+        self.log.insert(LogName::Address(old.uid.clone()), None);
         self.index_users(&old.uid, &named_before);
         true
     }
@@ -278,7 +278,7 @@ impl Writer {
         {
             self.index_service(Some(&old), None);
             self.touched.remove(name);
-            self.log.insert(format!("Address/{name}"), None);
+            self.log.insert(LogName::Address(name.clone()), None);
         }
     }
 
@@ -287,12 +287,12 @@ impl Writer {
         if old.as_ref().is_some_and(|old| **old.spec() == *spec) {
             return;
         }
-        let key = spec.key();
-        self.log.insert(format!("Address/{key}"), Some(spec.version.clone()));
+        let key: Arc<str> = spec.key().into();
+        self.log.insert(LogName::Address(key.clone()), Some(spec.version.clone()));
         // The endpoints follow at the end of the update, once for all its changes.
         let new = Arc::new(Service::new(spec, Endpoints::default()));
         self.index_service(old.as_ref(), Some(&new));
-        self.touched.insert(key.into());
+        self.touched.insert(key);
     }
 
     /// Brings every index from `old` to `new` of one service.
@@ -365,7 +365,7 @@ impl Writer {
         if old.as_ref() == Some(&policy) {
             return;
         }
-        self.log.insert(format!("Authorization/{}", policy.id), Some(policy.version.clone()));
+        self.log.insert(LogName::Authorization(policy.id.clone()), Some(policy.version.clone()));
         self.next.policies.insert(policy.id.clone(), policy.clone());
         self.index_policy(old.as_deref(), Some(&policy));
     }
@@ -406,7 +406,7 @@ impl Writer {
             self.zombies.remove(&id);
             if let Some(old) = self.next.policies.remove(&id) {
                 self.index_policy(Some(&old), None);
-                self.log.insert(format!("Authorization/{id}"), None);
+                self.log.insert(LogName::Authorization(id.clone()), None);
             }
         }
     }

@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 
-use crate::state::fixtures::{behind, key, policy, port, service, workload};
+use crate::state::fixtures::{behind, key, policy, port, service, with_ports, workload};
 use crate::state::{
-    Action, Change, HealthPolicy, LoadBalancing, Policy, Protocol, Reader, Scope, ServiceSpec, Snapshot, Visibility,
-    Workload, Writer, store,
+    Action, Change, HealthPolicy, LoadBalancing, LogName, Policy, Protocol, Reader, Scope, ServiceSpec, Snapshot,
+    Visibility, Workload, Writer, store,
 };
 
 fn put(workload: Workload) -> Change {
@@ -148,10 +148,8 @@ fn an_endpoints_own_port_comes_before_the_services() {
     let (mut writer, reader) = store();
     let mut spec = service("shop", "cart", "10.96.0.1");
     spec.ports = vec![port(80, 0), port(81, 8081)];
-    let mut named = workload("shop", "named", "10.0.0.1");
-    named.services.insert(key("shop", "cart"), vec![port(80, 9000)]);
-    let mut silent = workload("shop", "silent", "10.0.0.2");
-    silent.services.insert(key("shop", "cart"), vec![]);
+    let named = with_ports(workload("shop", "named", "10.0.0.1"), key("shop", "cart"), vec![port(80, 9000)]);
+    let silent = with_ports(workload("shop", "silent", "10.0.0.2"), key("shop", "cart"), vec![]);
     writer.apply([serve(spec), put(named), put(silent)], 1);
     let snapshot = reader.load();
     let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
@@ -173,10 +171,8 @@ fn a_workload_with_an_absent_policy_keeps_its_version_in_force() {
     assert_eq!((&*cart(&reader).version, cart(&reader).policies_pending), ("v2", false));
     let log = reader.versions();
     let last = log.last().unwrap();
-    assert_eq!(
-        last.resources.keys().collect::<Vec<_>>(),
-        ["Address/Kubernetes//Pod/shop/cart-0", "Authorization/shop/late"]
-    );
+    let named: Vec<_> = last.resources.keys().map(ToString::to_string).collect();
+    assert_eq!(named, ["Address/Kubernetes//Pod/shop/cart-0", "Authorization/shop/late"]);
 }
 
 #[test]
@@ -229,7 +225,7 @@ fn a_removed_policy_stays_in_force_while_it_is_named() {
     assert!(reader.load().policy("shop/p").is_some());
     writer.apply([put(naming("v2", &[]))], 3);
     assert!(reader.load().policy("shop/p").is_none());
-    assert_eq!(reader.versions().last().unwrap().resources.get("Authorization/shop/p"), Some(&None));
+    assert_eq!(reader.versions().last().unwrap().resources.get(&LogName::Authorization("shop/p".into())), Some(&None));
     // And when its last user goes away.
     writer.apply([enforce(selector("p", "p1")), put(naming("v3", &["p"]))], 4);
     writer.apply([Change::PolicyRemoved("shop/p".into())], 5);

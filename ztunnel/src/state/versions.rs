@@ -4,12 +4,31 @@
 //! its last user is gone. Bounded twice, by entries and by names, because one entry of a first sync names everything.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
 use std::sync::Arc;
 
 /// At ten changes a second, about seven minutes.
 const MAX_ENTRIES: usize = 4096;
 /// Names of all entries together, about 8 MB at most: one first sync of 50,000 resources and what follows it.
 const MAX_NAMES: usize = 65_536;
+
+/// Names a resource in the log: `<type>/<resource name>`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum LogName {
+    /// A workload or service.
+    Address(Arc<str>),
+    /// A policy.
+    Authorization(Arc<str>),
+}
+
+impl fmt::Display for LogName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(name) => write!(f, "Address/{name}"),
+            Self::Authorization(name) => write!(f, "Authorization/{name}"),
+        }
+    }
+}
 
 /// What one published snapshot changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,8 +37,8 @@ pub struct LogEntry {
     pub generation: u64,
     /// When it was published, microseconds since the Unix epoch.
     pub applied_unix_us: u64,
-    /// `<type>/<resource name>` to the version in force since then; `None`: none any more.
-    pub resources: BTreeMap<String, Option<Arc<str>>>,
+    /// The version in force since then, by resource; `None`: none any more.
+    pub resources: BTreeMap<LogName, Option<Arc<str>>>,
 }
 
 /// See the module's header.

@@ -134,6 +134,41 @@ pub struct ApplicationTunnel {
     pub port: Option<u16>,
 }
 
+/// The services that a workload is an endpoint of, with its ports for each.
+///
+/// A sorted list and not a map: there are one or two, in each of thousands of workloads, and a tree node has room for
+/// eleven.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Memberships(Box<[Membership]>);
+
+type Membership = (Arc<str>, Box<[Port]>);
+
+impl Memberships {
+    /// Names of the services, `<namespace>/<hostname>`, in order.
+    pub fn keys(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.0.iter().map(|(service, _)| service)
+    }
+
+    /// The workload's ports for a service. `None`: it is no endpoint of it.
+    pub fn get(&self, service: &str) -> Option<&[Port]> {
+        let index = self.0.binary_search_by(|(own, _)| (**own).cmp(service)).ok()?;
+        self.0.get(index).map(|(_, ports)| &**ports)
+    }
+
+    /// Whether it is an endpoint of a service.
+    pub fn contains_key(&self, service: &str) -> bool {
+        self.get(service).is_some()
+    }
+}
+
+impl FromIterator<(Arc<str>, Vec<Port>)> for Memberships {
+    fn from_iter<I: IntoIterator<Item = (Arc<str>, Vec<Port>)>>(services: I) -> Self {
+        // Through a map, which sorts, and of which the last of equal names stays.
+        let sorted: BTreeMap<Arc<str>, Vec<Port>> = services.into_iter().collect();
+        Self(sorted.into_iter().map(|(service, ports)| (service, ports.into())).collect())
+    }
+}
+
 /// See the module's header. The fields are those of `workload.proto`, which documents units and defaults.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Workload {
@@ -163,8 +198,8 @@ pub struct Workload {
     pub host_network: bool,
     /// Speaks HBONE itself.
     pub native_tunnel: bool,
-    /// Services that it is an endpoint of, `<namespace>/<hostname>`, with its ports for them.
-    pub services: BTreeMap<Arc<str>, Vec<Port>>,
+    /// Services that it is an endpoint of.
+    pub services: Memberships,
     /// Where it runs.
     pub locality: Locality,
     /// Relative weight in balancing. 0: never chosen.
@@ -194,9 +229,9 @@ pub struct Workload {
     /// Cluster id.
     pub cluster: Arc<str>,
     /// Waypoint for traffic addressed to this workload.
-    pub waypoint: Option<GatewayAddress>,
+    pub waypoint: Option<Box<GatewayAddress>>,
     /// Gateway to its network.
-    pub network_gateway: Option<GatewayAddress>,
+    pub network_gateway: Option<Box<GatewayAddress>>,
     /// An application that wants the tunnel's metadata.
     pub application_tunnel: Option<ApplicationTunnel>,
 }

@@ -21,6 +21,10 @@ const INVALID_ARGUMENT: i32 = 3;
 /// Names that may be asked for on demand. Beyond it the oldest answer is as good as none: connections go without.
 const MAX_DEMANDED: usize = 65_536;
 
+/// End of `system_version_info` in a response that is not the last of its generation: a server that splits a large state
+/// says so, and the type is not complete before the rest. istiod never splits.
+const MORE_TO_COME: char = '+';
+
 /// What a response led to.
 #[derive(Debug, Default)]
 pub struct Outcome {
@@ -113,7 +117,7 @@ impl Session {
 
     /// Takes a response apart. Every resource stands for itself.
     pub fn respond(&mut self, response: DeltaDiscoveryResponse) -> Outcome {
-        let DeltaDiscoveryResponse { type_url, nonce, resources, removed_resources, .. } = response;
+        let DeltaDiscoveryResponse { type_url, nonce, resources, removed_resources, system_version_info } = response;
         let Some(state) = self.types.iter_mut().find(|state| state.url == type_url) else {
             let reason = "the type was not subscribed to".to_owned();
             let rejected = vec![Rejected { name: type_url.as_str().into(), reason }];
@@ -130,25 +134,29 @@ impl Session {
             });
         }
         for resource in resources {
-            let name: Arc<str> = resource.name.as_str().into();
-            let version: Arc<str> = resource.version.as_str().into();
             let decoded = match state.url {
                 TYPE_ADDRESS => decode::address_resource(&resource, &mut self.strings),
                 _ => decode::authorization_resource(&resource),
             };
             match decoded {
                 Ok(change) => {
+                    // The names and versions that the store keeps serve here too.
+                    let (name, version) = match &change {
+                        Change::Workload(workload) => (workload.uid.clone(), workload.version.clone()),
+                        Change::Policy(policy) => (policy.id.clone(), policy.version.clone()),
+                        _ => (resource.name.into(), resource.version.into()),
+                    };
                     state.known.insert(name, version);
                     outcome.changes.push(change);
                 }
                 Err((rejected, stand_in)) => {
-                    state.known.insert(name, "".into());
+                    state.known.insert(resource.name.into(), "".into());
                     outcome.changes.extend(stand_in);
                     outcome.rejected.push(rejected);
                 }
             }
         }
-        if !state.synced {
+        if !state.synced && !system_version_info.ends_with(MORE_TO_COME) {
             state.synced = true;
             outcome.changes.push(match state.url {
                 TYPE_ADDRESS => Change::AddressesSynced,

@@ -149,6 +149,20 @@ fn a_nack_has_a_bounded_length() {
 }
 
 #[test]
+fn a_state_in_several_responses_is_complete_with_the_last() {
+    let mut session = session(false);
+    let part = |version: &str, resources| DeltaDiscoveryResponse {
+        system_version_info: version.to_owned(),
+        ..response(TYPE_AUTHORIZATION, "n", resources, &[])
+    };
+    let (mut writer, reader) = store();
+    writer.apply(session.respond(part("7+", vec![policy("a", "1")])).changes, 1);
+    assert!(!reader.load().policies_synced(), "a policy that denies may be in the next one");
+    writer.apply(session.respond(part("7", vec![policy("b", "1")])).changes, 2);
+    assert!(reader.load().policies_synced());
+}
+
+#[test]
 fn odd_responses_are_answered_and_change_nothing() {
     let mut session = session(false);
     let unknown = session.respond(response("type.googleapis.com/other", "n1", vec![], &["x"]));

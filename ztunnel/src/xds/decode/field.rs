@@ -7,17 +7,21 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use tulle_certs::SpiffeId;
 
 /// Strings that repeat from resource to resource, kept once. What nothing else uses is dropped when the set has doubled.
 #[derive(Debug, Default)]
 pub struct Strings {
     kept: HashSet<Arc<str>>,
     after_sweep: usize,
+    identities: HashSet<SpiffeId>,
 }
 
 impl Strings {
     /// Below this, a sweep is not worth its walk.
     const SMALL: usize = 1024;
+    /// Accounts of a very large cluster.
+    const MAX_IDENTITIES: usize = 65_536;
 
     /// `text`, shared with everybody who has the same.
     pub fn share(&mut self, text: &str) -> Arc<str> {
@@ -31,6 +35,19 @@ impl Strings {
         let new: Arc<str> = text.into();
         self.kept.insert(new.clone());
         new
+    }
+
+    /// `identity`, shared with everybody who has the same: the pods of a Deployment have one.
+    pub(super) fn share_identity(&mut self, identity: SpiffeId) -> SpiffeId {
+        if let Some(kept) = self.identities.get(&identity) {
+            return kept.clone();
+        }
+        // Whether somebody else uses one cannot be seen from outside; starting again costs only sharing.
+        if self.identities.len() >= Self::MAX_IDENTITIES {
+            self.identities.clear();
+        }
+        self.identities.insert(identity.clone());
+        identity
     }
 
     #[cfg(test)]

@@ -2,8 +2,6 @@
 //!
 //! The empty strings that WDS uses for defaults become the defaults here, so that nothing behind has to know them.
 
-use std::collections::BTreeMap;
-
 use prost::Message;
 use tulle_certs::SpiffeId;
 use tulle_proto::names::{DEFAULT_CLUSTER, DEFAULT_DOMAIN, EXTENSION_WORKLOAD, PORT_HBONE, TYPE_WORKLOAD_INFO};
@@ -37,12 +35,12 @@ pub(super) fn workload(from: wire::Workload, version: &str, strings: &mut String
     let addresses = from.addresses.iter().map(|bytes| field::ip("addresses", bytes)).collect::<Result<_, _>>()?;
     let locality = from.locality.unwrap_or_default();
     let info = workload_info(&from.extensions)?;
-    let mut services = BTreeMap::new();
+    let mut services = Vec::with_capacity(from.services.len());
     for (key, list) in from.services {
         if !key.contains('/') {
             return Err(format!("services has the key {key:?}; it must be <namespace>/<hostname>"));
         }
-        services.insert(strings.share(&key), ports(&list.ports)?);
+        services.push((strings.share(&key), ports(&list.ports)?));
     }
     Ok(Workload {
         uid: from.uid.as_str().into(),
@@ -53,7 +51,7 @@ pub(super) fn workload(from: wire::Workload, version: &str, strings: &mut String
         hostname: strings.share(&from.hostname),
         network: strings.share(&from.network),
         protocol,
-        identity,
+        identity: strings.share_identity(identity),
         node: strings.share(&from.node),
         healthy: match field::known("status", from.status)? {
             wire::WorkloadStatus::Healthy => true,
@@ -64,7 +62,7 @@ pub(super) fn workload(from: wire::Workload, version: &str, strings: &mut String
             wire::NetworkMode::HostNetwork => true,
         },
         native_tunnel: from.native_tunnel,
-        services,
+        services: services.into_iter().collect(),
         locality: Locality {
             region: strings.share(&locality.region),
             zone: strings.share(&locality.zone),
@@ -92,8 +90,12 @@ pub(super) fn workload(from: wire::Workload, version: &str, strings: &mut String
             wire::WorkloadType::Job => WorkloadType::Job,
         },
         cluster: strings.share(or_default(&from.cluster_id, DEFAULT_CLUSTER)),
-        waypoint: from.waypoint.map(|gateway| self::gateway("waypoint", gateway, strings)).transpose()?,
-        network_gateway: from.network_gateway.map(|g| self::gateway("network_gateway", g, strings)).transpose()?,
+        waypoint: from.waypoint.map(|gateway| self::gateway("waypoint", gateway, strings)).transpose()?.map(Box::new),
+        network_gateway: from
+            .network_gateway
+            .map(|g| self::gateway("network_gateway", g, strings))
+            .transpose()?
+            .map(Box::new),
         application_tunnel: from.application_tunnel.map(application_tunnel).transpose()?.flatten(),
     })
 }
