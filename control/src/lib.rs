@@ -4,31 +4,31 @@
 //! only modules above it in this order: base, model, resource, telemetry, authn, source, translate, xds, ca, nodes,
 //! admin, config, app, cli.
 
-/// HTTP for people and scripts.
-pub mod admin;
-/// Wiring, start and stop.
-pub mod app;
-/// Who is calling.
-pub mod authn;
 /// Clock and the order to stop.
 pub mod base;
-/// Who may have which certificate, and signing it.
-pub mod ca;
-/// The `tulle` command.
-pub mod cli;
-/// Flags and environment.
-pub mod config;
+/// Log output.
+pub mod telemetry;
 /// Plain mesh objects.
 pub mod model;
-/// Questions to the node proxies.
-pub mod nodes;
 /// What nodes are told, and its versions.
 pub mod resource;
 /// Where objects come from.
 pub mod source;
-/// Log output.
-pub mod telemetry;
 /// From objects to resources and conditions; pure.
 pub mod translate;
+/// Who is calling.
+pub mod authn;
 /// Serving resources to nodes.
 pub mod xds;
+/// Who may have which certificate, and signing it.
+pub mod ca;
+/// Questions to the node proxies.
+pub mod nodes;
+/// HTTP for people and scripts.
+pub mod admin;
+/// Flags and environment.
+pub mod config;
+/// Wiring, start and stop.
+pub mod app;
+/// The `tulle` command.
+pub mod cli;

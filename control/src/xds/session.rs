@@ -286,6 +286,12 @@ fn responses(kind: Kind, changes: Changes, generation: u64) -> Vec<DeltaDiscover
         current.removed_resources.push(name.to_string());
     }
     done.push(current);
+    // The node must not take the first part of its first policies for all of them.
+    if let Some((_last, parts)) = done.split_last_mut() {
+        for part in parts {
+            part.system_version_info.push('+');
+        }
+    }
     done
 }
 

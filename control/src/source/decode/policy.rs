@@ -32,9 +32,7 @@ pub(super) fn authorization(at: &Cursor<'_>, meta: Meta, error: Option<FieldErro
 fn or_unreadable<T>(read: Read<T>, target: Read<Target>) -> (Spec<T>, Option<FieldError>) {
     match read {
         Ok(spec) => (Spec::Good(spec), None),
-        Err(error) => {
-            (Spec::Unreadable { target: target.ok(), reason: format!("line {}: {error}", error.line) }, Some(error))
-        }
+        Err(error) => (Spec::Unreadable { target: target.ok(), reason: error.to_string() }, Some(error)),
     }
 }
 
