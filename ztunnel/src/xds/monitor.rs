@@ -52,7 +52,7 @@ pub struct Status {
     pub connected: bool,
     /// Since when it is so, microseconds since the Unix epoch. 0: since the start.
     pub since_unix_us: u64,
-    /// Why the last stream ended, or could not begin. Empty: there was no trouble.
+    /// Why the last stream ended, or could not begin. Empty while one is open.
     pub last_error: String,
     /// Own types that the server offers.
     pub offered_types: Vec<String>,
@@ -103,6 +103,7 @@ impl Monitor {
             status.connected = true;
             status.since_unix_us = now_unix_us;
             status.offered_types = offered_types;
+            status.last_error.clear();
         });
     }
 
