@@ -12,8 +12,10 @@ use clap::Args;
 use clap::Parser;
 use clap::Subcommand;
 
+use crate::demo;
 use crate::dial;
 use crate::exec;
+use crate::impostor;
 use crate::lab::Lab;
 use crate::lab::LabConfig;
 use crate::netns::NetNs;
@@ -133,6 +135,11 @@ enum Command {
     /// Dial a tunnel by hand.
     #[command(hide = true)]
     Dial(dial::Options),
+    /// Answer tunnels as somebody else.
+    #[command(hide = true)]
+    Impostor(impostor::Options),
+    /// Show what the mesh does, step by step, and prove each.
+    Demo(demo::Options),
     /// Capture a link until standard input ends, and say what was seen.
     #[command(hide = true)]
     Sniff(sniff::Options),
@@ -240,6 +247,11 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             dial::main(&options)?;
             Ok(ExitCode::SUCCESS)
         }
+        Command::Impostor(options) => {
+            impostor::main(&options)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Demo(options) => Ok(if demo::main(&options)? { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
         Command::Sniff(options) => {
             sniff::main(&options)?;
             Ok(ExitCode::SUCCESS)

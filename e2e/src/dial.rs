@@ -5,6 +5,7 @@
 //! server answers, which only a test may do.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -159,22 +160,31 @@ fn client_config(options: &Options) -> anyhow::Result<ClientConfig> {
     Ok(config)
 }
 
-type Certificate = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+pub(crate) type Certificate = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
-fn certificate(dir: &std::path::Path, options: &Options) -> anyhow::Result<Certificate> {
+fn certificate(dir: &Path, options: &Options) -> anyhow::Result<Certificate> {
     let now = UnixTime::now().as_secs().cast_signed();
     let authority = Authority::open(dir, now).with_context(|| format!("no authority in {}", dir.display()))?;
     if options.anonymous {
         let made = authority.server_certificate(&["localhost".to_owned()], now)?;
         return Ok((made.chain, PrivateKeyDer::Pkcs8(made.key)));
     }
-    let asked = request(&options.identity)?;
-    let signed = authority.sign(&parse_csr(&asked.csr_pem)?, &options.identity, 3600, now)?;
-    let chain: Vec<CertificateDer<'static>> = signed
-        .iter()
-        .take(signed.len() - 1)
-        .map(|pem| CertificateDer::from_pem_slice(pem.as_bytes()))
-        .collect::<Result<_, _>>()?;
+    sign(&authority, &options.identity, now)
+}
+
+/// A certificate for any identity, signed by the authority in a directory.
+pub(crate) fn signed(dir: &Path, identity: &SpiffeId) -> anyhow::Result<Certificate> {
+    let now = UnixTime::now().as_secs().cast_signed();
+    let authority = Authority::open(dir, now).with_context(|| format!("no authority in {}", dir.display()))?;
+    sign(&authority, identity, now)
+}
+
+fn sign(authority: &Authority, identity: &SpiffeId, now: i64) -> anyhow::Result<Certificate> {
+    let asked = request(identity)?;
+    // The last element is the bundle of roots, which no peer wants to see.
+    let mut signed = authority.sign(&parse_csr(&asked.csr_pem)?, identity, 3600, now)?;
+    signed.pop();
+    let chain = signed.iter().map(|pem| CertificateDer::from_pem_slice(pem.as_bytes())).collect::<Result<_, _>>()?;
     Ok((chain, PrivateKeyDer::Pkcs8(asked.key)))
 }
 

@@ -27,10 +27,13 @@ pub mod supervise;
 
 pub mod dial;
 pub mod exec;
+pub mod impostor;
 pub mod lab;
 pub mod shop;
 pub mod sniff;
 
 pub mod scenario;
+
+pub mod demo;
 
 pub mod cli;

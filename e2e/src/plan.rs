@@ -21,6 +21,9 @@ use crate::manifest::text;
 /// Annotation of namespaces whose pods are hosts outside the cluster.
 pub const OUTSIDE: &str = "lab.tulle.dev/outside";
 
+/// Annotation of pods that end tunnels themselves: control says that they speak HBONE, and no node captures them.
+pub const OWN_TUNNEL: &str = "lab.tulle.dev/own-tunnel";
+
 /// Namespace and name.
 pub type PodKey = (String, String);
 
@@ -93,6 +96,8 @@ pub struct Pod {
     pub account: String,
     /// Whether labels enrol it.
     pub enrolled: bool,
+    /// Whether it ends tunnels itself.
+    pub own_tunnel: bool,
     /// Ports the kubelet probes.
     pub probe_ports: Vec<u16>,
     /// Its processes.
@@ -329,8 +334,10 @@ fn pod(objects: &Objects, allocator: &mut Allocator, nodes: u16, key: PodKey, ma
         name => name,
     };
     let containers = containers(&manifest);
+    let own_tunnel = strings(&manifest, "/metadata/annotations").get(OWN_TUNNEL).is_some_and(|value| value == "true");
     Ok(Pod {
-        enrolled: !outside && !host_network && is_enrolled(&key.0, namespace, &manifest),
+        own_tunnel,
+        enrolled: !own_tunnel && !outside && !host_network && is_enrolled(&key.0, namespace, &manifest),
         probe_ports: probe_ports(&manifest),
         account: account.to_owned(),
         namespace: key.0,

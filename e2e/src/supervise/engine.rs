@@ -409,6 +409,7 @@ impl Engine {
         let wanted = self.wanted.objects();
         for pod in self.pods.values_mut() {
             pod.facts.redirection = match (pod.plan.enrolled && self.config.mesh, pod.capture.as_str()) {
+                (false, _) if pod.plan.own_tunnel => Some("enabled"),
                 (false, _) => None,
                 (true, "Captured") => Some("enabled"),
                 (true, _) => Some("pending"),
