@@ -148,3 +148,102 @@ impl Issuer {
         jsonwebtoken::encode(&Header::new(Algorithm::ES256), &claims, &self.0).map_err(invalid)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use jsonwebtoken::{Algorithm, EncodingKey, Header};
+    use proptest::prelude::*;
+    use serde_json::json;
+    use tulle_certs::ca::{Authority, TokenKey};
+
+    use crate::authn::token::{Caller, Issuer, Verifier};
+
+    const NOW: i64 = 1_800_000_000;
+
+    fn key() -> TokenKey {
+        let dir = tempfile::tempdir().expect("dir");
+        Authority::open(dir.path(), NOW).expect("open").token_key().clone()
+    }
+
+    fn signed(key: &TokenKey, claims: &serde_json::Value) -> String {
+        let key = EncodingKey::from_ec_pem(key.private_pem.as_bytes()).expect("key");
+        jsonwebtoken::encode(&Header::new(Algorithm::ES256), claims, &key).expect("token")
+    }
+
+    #[test]
+    fn issued_token_proves_its_caller_until_it_expires() {
+        let key = key();
+        let caller = Caller { namespace: "shop".into(), service_account: "cart".into(), node: Some("node-1".into()) };
+        let token = Issuer::new(&key).expect("issuer").issue(&caller, NOW, 60).expect("token");
+        let verifier = Verifier::new(&key).expect("verifier");
+        assert_eq!(verifier.verify(&token, NOW), Ok(caller.clone()));
+        assert_eq!(verifier.verify(&token, NOW + 80), Ok(caller), "leeway");
+        let late = verifier.verify(&token, NOW + 100).expect_err("late").to_string();
+        assert!(late.contains("expired 40 s ago"), "{late}");
+    }
+
+    #[test]
+    fn every_other_token_is_refused_with_the_reason() {
+        let own = key();
+        let good =
+            json!({"iss": "tulle", "aud": "istio-ca", "sub": "system:serviceaccount:shop:cart", "exp": NOW + 60});
+        let with = |key: &str, value: serde_json::Value| {
+            let mut claims = good.clone();
+            claims[key] = value;
+            if claims[key].is_null() {
+                claims.as_object_mut().expect("map").remove(key);
+            }
+            signed(&own, &claims)
+        };
+        let hs256 = jsonwebtoken::encode(
+            &Header::new(Algorithm::HS256),
+            &good,
+            &EncodingKey::from_secret(own.public_pem.as_bytes()),
+        )
+        .expect("token");
+        let unsigned = {
+            let parts: Vec<String> = signed(&own, &good).split('.').map(str::to_owned).collect();
+            // {"alg":"none"}
+            format!("eyJhbGciOiJub25lIn0.{}.", parts[1])
+        };
+        let cases = [
+            ("empty", String::new(), "must be made with"),
+            ("text", "hello".into(), "must be made with"),
+            ("dots", "..".into(), "must be made with"),
+            ("huge", "a".repeat(9000), "at most"),
+            ("another key", signed(&key(), &good), "must be made with"),
+            ("symmetric with the public key", hs256, "must be made with"),
+            ("alg none", unsigned, "must be made with"),
+            ("other issuer", with("iss", json!("istio")), "must be made with"),
+            ("no issuer", with("iss", json!(null)), "must be made with"),
+            ("other audience", with("aud", json!("kubernetes")), "must be made with"),
+            ("no expiry", with("exp", json!(null)), "must be made with"),
+            ("expiry is text", with("exp", json!("tomorrow")), "must be made with"),
+            ("expired", with("exp", json!(NOW - 31)), "expired"),
+            ("long expired", with("exp", json!(0)), "expired"),
+            ("not yet", with("nbf", json!(NOW + 100)), "valid only"),
+            ("no subject", with("sub", json!(null)), "must be made with"),
+            ("a user", with("sub", json!("alice")), "subject"),
+            ("no account", with("sub", json!("system:serviceaccount:shop:")), "subject"),
+            ("three parts", with("sub", json!("system:serviceaccount:a:b:c")), "subject"),
+            ("empty node", with("tulle.dev/node", json!("")), "node"),
+            ("node is a number", with("tulle.dev/node", json!(1)), "must be made with"),
+        ];
+        let verifier = Verifier::new(&own).expect("verifier");
+        assert!(verifier.verify(&signed(&own, &good), NOW).is_ok());
+        assert!(verifier.verify(&with("aud", json!(["x", "istio-ca"])), NOW).is_ok());
+        for (name, token, expected) in cases {
+            let error = verifier.verify(&token, NOW).expect_err(name).to_string();
+            assert!(error.contains(expected), "{name}: {error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics_or_passes(text in "[A-Za-z0-9_.=-]{0,200}") {
+            static KEY: std::sync::OnceLock<Verifier> = std::sync::OnceLock::new();
+            let verifier = KEY.get_or_init(|| Verifier::new(&key()).expect("verifier"));
+            prop_assert!(verifier.verify(&text, NOW).is_err());
+        }
+    }
+}

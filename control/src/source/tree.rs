@@ -60,7 +60,9 @@ impl fmt::Display for FieldError {
 
 /// Reads one document.
 pub fn parse(document: &str) -> Result<Node, FieldError> {
-    match serde_saphyr::from_str::<Spanned<Value>>(document) {
+    // YAML 1.2: a pod may be called `n` or `on`; only true and false are booleans.
+    let options = serde_saphyr::options! { strict_booleans: true };
+    match serde_saphyr::from_str_with_options::<Spanned<Value>>(document, options) {
         Ok(spanned) => Ok(node(spanned)),
         Err(error) => Err(FieldError {
             line: error.location().map_or(0, |at| at.line()),

@@ -1,1 +1,126 @@
+//! Golden cases: each file of `testdata/` holds manifests and, below a marker line, the resources and conditions that
+//! they must become. `UPDATE=1 cargo test -p control` rewrites them; the difference is reviewed.
 
+use std::path::PathBuf;
+
+use serde_json::Value;
+use serde_json::json;
+
+use crate::resource::{Kind, ResourceSet, view};
+use crate::source::files::{Files, parse};
+use crate::translate::{Settings, Translation, translate};
+
+const MARKER: &str = "\n# ==== becomes ====\n";
+
+fn load(text: &str) -> Translation {
+    let mut files = Files::default();
+    let path = "case.yaml".to_owned();
+    let loaded =
+        files.update(&std::collections::BTreeSet::from([path.clone()]), vec![(path, Ok(text.as_bytes().to_vec()))]);
+    translate(&loaded.world, &Settings::default())
+}
+
+fn show(translation: Translation) -> Value {
+    let accounts = json!(translation.accounts);
+    let conditions = json!(translation.conditions);
+    let set = ResourceSet::new(translation.resources, &ResourceSet::default());
+    let of = |kind: Kind| -> Value { set.of(kind).values().map(|r| view::resource(r)).collect() };
+    json!({
+        "addresses": of(Kind::Address),
+        "authorizations": of(Kind::Authorization),
+        "conditions": conditions,
+        "accounts": accounts,
+    })
+}
+
+#[test]
+fn manifests_become_what_the_golden_files_say() {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/translate/testdata");
+    let mut cases: Vec<PathBuf> =
+        std::fs::read_dir(&folder).expect("testdata").map(|entry| entry.expect("entry").path()).collect();
+    cases.sort();
+    assert!(cases.len() >= 8, "cases are missing");
+    let mut wrong = Vec::new();
+    for path in cases {
+        let text = std::fs::read_to_string(&path).expect("case");
+        let (input, expected) = text.split_once(MARKER).unwrap_or((&text, ""));
+        let found = serde_saphyr::to_string(&show(load(input))).expect("YAML");
+        if std::env::var_os("UPDATE").is_some() {
+            std::fs::write(&path, format!("{input}{MARKER}{found}")).expect("write");
+        } else if found.trim() != expected.trim() {
+            wrong.push(format!("{}:\n{found}", path.display()));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn translation_depends_on_nothing_but_the_world() {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/translate/testdata");
+    for entry in std::fs::read_dir(&folder).expect("testdata") {
+        let text = std::fs::read_to_string(entry.expect("entry").path()).expect("case");
+        let input = text.split_once(MARKER).map_or(text.as_str(), |(input, _)| input);
+        // The order of documents must not matter.
+        let mut documents: Vec<&str> = input.split("\n---\n").collect();
+        let forward = load(input);
+        documents.reverse();
+        let backward = load(&documents.join("\n---\n"));
+        assert_eq!(show(forward), show(backward));
+        assert!(parse(input.as_bytes()).unknown.is_empty());
+    }
+}
+
+#[test]
+fn labels_decide_enrolment_by_precedence() {
+    // namespace, its labels, pod labels, pod spec, annotations → HBONE
+    let cases: &[(&str, &str, &str, &str, &str, bool)] = &[
+        ("shop", "", "", "", "", false),
+        ("shop", "tulle.dev/mesh: enabled", "", "", "", true),
+        ("shop", "tulle.dev/mesh: enabled", "tulle.dev/mesh: disabled", "", "", false),
+        ("shop", "", "tulle.dev/mesh: enabled", "", "", true),
+        ("shop", "istio.io/dataplane-mode: ambient", "", "", "", true),
+        ("shop", "istio.io/dataplane-mode: ambient", "istio.io/dataplane-mode: none", "", "", false),
+        ("shop", "istio.io/dataplane-mode: ambient, tulle.dev/mesh: disabled", "", "", "", false),
+        ("shop", "istio.io/dataplane-mode: none, tulle.dev/mesh: enabled", "", "", "", true),
+        ("shop", "tulle.dev/mesh: enabled", "istio.io/dataplane-mode: none", "", "", false),
+        ("shop", "tulle.dev/mesh: maybe", "", "", "", false),
+        ("shop", "tulle.dev/mesh: enabled", "", "hostNetwork: true", "", false),
+        ("shop", "tulle.dev/mesh: enabled", "", "", "ambient.istio.io/redirection: pending", false),
+        ("shop", "tulle.dev/mesh: enabled", "", "", "ambient.istio.io/redirection: enabled", true),
+        ("shop", "", "", "", "ambient.istio.io/redirection: enabled", false),
+        ("shop", "tulle.dev/egress: deny", "", "", "", true),
+        ("shop", "tulle.dev/egress: deny", "tulle.dev/mesh: disabled", "", "", true),
+        ("shop", "tulle.dev/egress: dney", "", "", "", true),
+        ("shop", "tulle.dev/egress: audit", "", "", "", false),
+        ("shop", "tulle.dev/egress: deny", "", "hostNetwork: true", "", false),
+        ("kube-system", "", "tulle.dev/mesh: enabled", "", "", false),
+        ("kube-system", "tulle.dev/mesh: enabled", "", "", "", true),
+        ("istio-system", "", "tulle.dev/mesh: enabled", "", "", false),
+        ("tulle-system", "", "tulle.dev/mesh: enabled", "", "", false),
+        ("tulle-system", "tulle.dev/mesh: enabled", "", "", "", true),
+    ];
+    for (namespace, of_namespace, of_pod, spec, annotations, expected) in cases {
+        let text = format!(
+            "apiVersion: v1\nkind: Namespace\nmetadata: {{name: {namespace}, labels: {{{of_namespace}}}}}\n---\n\
+             apiVersion: v1\nkind: Pod\nmetadata: {{name: p, namespace: {namespace}, labels: {{{of_pod}}}, annotations: {{{annotations}}}}}\n\
+             spec: {{nodeName: n, {spec}}}\nstatus: {{podIP: 10.0.0.1}}\n"
+        );
+        let shown = show(load(&text));
+        let protocol = &shown["addresses"][0]["resource"]["workload"]["protocol"];
+        assert_eq!(protocol == "HBONE", *expected, "{text}{shown}");
+    }
+}
+
+#[test]
+fn many_pods_become_as_many_workloads() {
+    let mut text =
+        String::from("apiVersion: v1\nkind: Namespace\nmetadata: {name: a, labels: {tulle.dev/mesh: enabled}}\n");
+    for i in 0..2_000 {
+        text.push_str(&format!(
+            "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: p-{i}, namespace: a, labels: {{app: x{}}}}}\nspec: {{nodeName: n{}}}\nstatus: {{podIP: 10.{}.{}.1}}\n",
+            i % 50, i % 10, i / 250, i % 250
+        ));
+    }
+    let translation = load(&text);
+    assert_eq!(translation.resources.len(), 2_000);
+}

@@ -71,14 +71,14 @@ fn anonymous(line: u64, message: &str) -> decode::DecodeError {
     }
 }
 
-/// Splits at `---` lines. A marker at the start of a line cannot stand inside a scalar, so no parser is needed, and
-/// one broken document does not swallow the next.
+/// Splits at `---` and `...` lines. A marker at the start of a line cannot stand inside a scalar, so no parser is
+/// needed, and one broken document does not swallow the next.
 fn documents(text: &str) -> Vec<(u64, &str)> {
     let mut found = Vec::new();
     let (mut start, mut start_line) = (0, 1);
     let mut offset = 0;
     for (line, content) in (1u64..).zip(text.split_inclusive('\n')) {
-        let rest = content.strip_prefix("---");
+        let rest = content.strip_prefix("---").or_else(|| content.strip_prefix("..."));
         if rest.is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n'])) {
             found.push((start_line, &text[start..offset]));
             // What follows the marker on its line belongs to the new document.
@@ -93,7 +93,7 @@ fn documents(text: &str) -> Vec<(u64, &str)> {
 }
 
 fn is_blank(document: &str) -> bool {
-    document.lines().map(str::trim).all(|line| line.is_empty() || line.starts_with('#') || line == "...")
+    document.lines().map(str::trim).all(|line| line.is_empty() || line.starts_with('#'))
 }
 
 /// A file as found on disk: its content, or why it cannot be read.
@@ -262,3 +262,6 @@ fn show(kind: &str, namespace: &str, name: &str) -> String {
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
+
+#[cfg(test)]
+mod tests;
