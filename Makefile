@@ -1,0 +1,47 @@
+# The only entry point for people and for CI. `make help` lists the targets.
+
+CARGO ?= cargo
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test bench check fmt lint tidy fuzz-smoke reference
+
+help: ## This list.
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+
+build: ## All programs, for development, in target/debug/.
+	$(CARGO) build --workspace --locked
+
+demo: build ## Two nodes and a small shop: what the mesh does, shown in under a minute. BREAK=rules|authz|tls, KEEP=1.
+	@./.ci/tools.sh
+	@if [ -n "$(BREAK)" ]; then $(CARGO) build -p ztunnel --locked --features sabotage --bin ztunnel-sabotage; fi
+	@KEEP=$(KEEP) target/debug/lab demo $(if $(BREAK),--break $(BREAK))
+
+test: ## Everything, root and rootless, with one summary. ONLY=<regex> chooses.
+	@./.ci/test.sh
+
+bench: ## Speed: direct, Tulle, and the ztunnel that PEER_ZTUNNEL names.
+	@./.ci/tools.sh
+	$(CARGO) build --workspace --locked --release
+	target/release/lab bench
+
+check: ## Before a commit: lints, and all tests that need no namespaces.
+	@$(MAKE) --no-print-directory lint
+	$(CARGO) test --workspace --locked --lib --bins
+	$(CARGO) test --locked -p e2e --test tidy
+	$(CARGO) test --locked -p ztunnel --test reference --test malformed --test fuzz_smoke
+
+fmt: ## Formats the code.
+	$(CARGO) fmt --all
+
+lint: ## Formatting and clippy; warnings are errors.
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+tidy: ## The shape of the tree: layers, headers, lengths, links.
+	$(CARGO) test --locked -p e2e --test tidy
+
+fuzz-smoke: ## Every parser of foreign bytes, with many more cases than `make test` gives it.
+	PROPTEST_CASES=$${PROPTEST_CASES:-20000} $(CARGO) test --locked -p ztunnel --test fuzz_smoke
+
+reference: ## Writes docs/reference.md from the code.
+	UPDATE=1 $(CARGO) test --locked -p ztunnel --test reference
