@@ -144,5 +144,6 @@ fi
 echo
 for failure in "${failures[@]}"; do echo "FAILED $failure"; done
 [ "$skipped" = 0 ] || echo "SKIPPED $skipped: see above; with CI set they would be failures"
-echo "$passed passed, $failed failed in $((SECONDS - began)) s"
+echo "took $((SECONDS - began)) s"
+echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]
