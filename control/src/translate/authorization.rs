@@ -9,14 +9,14 @@ use tulle_proto::security;
 use tulle_proto::security::string_match::MatchType;
 
 use crate::model::{
-    Action, AuthorizationPolicy, AuthorizationSpec, Compare, Condition, ConditionKey, Operation, Rule, Source, Spec,
-    Target, TextMatch, World,
+    Action, AuthorizationPolicy, AuthorizationSpec, Compare, Condition, ConditionKey, Meta, Operation, Pod, Rule,
+    Source, Spec, Target, TextMatch, World,
 };
 use crate::resource::{Kind, Resource};
 use crate::translate::Selecting;
 use crate::translate::Settings;
 use crate::translate::denial;
-use crate::translate::service::octets;
+use crate::translate::service::{Endpoints, octets};
 
 /// What became of one policy.
 pub(super) struct Translated<'a> {
@@ -28,15 +28,16 @@ pub(super) struct Translated<'a> {
 pub(super) fn translate<'a>(
     policy: &'a AuthorizationPolicy,
     world: &'a World,
+    endpoints: &'a Endpoints,
     settings: &'a Settings,
 ) -> Translated<'a> {
     match &policy.spec {
         Spec::Unreadable { target, reason } => {
             let everything = Target::Everything;
             let target = target.as_ref().unwrap_or(&everything);
-            unreadable(policy, target, reason, world, settings)
+            unreadable(policy, target, reason, world, endpoints, settings)
         }
-        Spec::Good(spec) => readable(policy, spec, world, settings),
+        Spec::Good(spec) => readable(policy, spec, world, endpoints, settings),
     }
 }
 
@@ -45,9 +46,18 @@ fn unreadable<'a>(
     target: &Target,
     reason: &str,
     world: &'a World,
+    endpoints: &'a Endpoints,
     settings: &'a Settings,
 ) -> Translated<'a> {
     let meta = &policy.meta;
+    if meta.annotation("istio.io/dry-run") == Some("true") {
+        let message = format!("The spec cannot be read; a dry run denies nothing: {reason}");
+        return Translated {
+            resource: None,
+            selecting: None,
+            conditions: vec![Condition::failing("Accepted", "Invalid", message)],
+        };
+    }
     let scope = scope(policy, target, settings);
     let applies = match target {
         Target::Everything => "everything that it could apply to".to_owned(),
@@ -56,7 +66,7 @@ fn unreadable<'a>(
     let message = format!("The spec cannot be read, so {applies} is denied: {reason}");
     Translated {
         resource: scope.map(|scope| denial(&meta.namespace, &meta.name, scope)),
-        selecting: selecting(policy, target.clone(), world, settings),
+        selecting: selecting(policy, target.clone(), world, endpoints, settings),
         conditions: vec![Condition::failing("Accepted", "Invalid", message)],
     }
 }
@@ -65,6 +75,7 @@ fn readable<'a>(
     policy: &'a AuthorizationPolicy,
     spec: &AuthorizationSpec,
     world: &'a World,
+    endpoints: &'a Endpoints,
     settings: &'a Settings,
 ) -> Translated<'a> {
     let mut conditions = Vec::new();
@@ -112,7 +123,7 @@ fn readable<'a>(
     resource.dry_run = spec.dry_run;
     Translated {
         resource: Some(resource),
-        selecting: selecting(policy, spec.target.clone(), world, settings),
+        selecting: selecting(policy, spec.target.clone(), world, endpoints, settings),
         conditions,
     }
 }
@@ -177,27 +188,33 @@ fn selecting<'a>(
     policy: &'a AuthorizationPolicy,
     target: Target,
     world: &'a World,
+    endpoints: &'a Endpoints,
     settings: &'a Settings,
 ) -> Option<Selecting<'a>> {
     let meta = &policy.meta;
     let everywhere = settings.is_root(&meta.namespace);
-    let applies: Box<dyn Fn(&crate::model::Pod) -> bool + 'a> = match target {
+    let applies: Box<dyn Fn(&Pod) -> bool + 'a> = match target {
         Target::Everything | Target::Nothing => return None,
         Target::Pods(selector) => Box::new(move |pod| {
             (everywhere || pod.meta.namespace == meta.namespace) && selector.matches(&pod.meta.labels)
         }),
         Target::Services(names) => Box::new(move |pod| {
             pod.meta.namespace == meta.namespace
-                && names.iter().any(|name| {
-                    let key = (meta.namespace.clone(), name.clone());
-                    world.services.get(&key).is_some_and(|service| {
-                        !service.selector.is_empty()
-                            && service.selector.iter().all(|(k, v)| pod.meta.labels.get(k) == Some(v))
-                    })
-                })
+                && names.iter().any(|name| behind(pod, meta, name, world, endpoints, settings))
         }),
     };
     Some(Selecting { name: meta.path(), applies })
+}
+
+/// True for a pod that the service selects, or that serves it by an endpoint slice.
+fn behind(pod: &Pod, policy: &Meta, service: &str, world: &World, endpoints: &Endpoints, settings: &Settings) -> bool {
+    let key = (policy.namespace.clone(), service.to_owned());
+    world.services.get(&key).is_some_and(|service| {
+        let selector = &service.selector;
+        let selected = !selector.is_empty() && selector.iter().all(|(k, v)| pod.meta.labels.get(k) == Some(v));
+        let name = format!("{}/{}", policy.namespace, settings.hostname(&service.meta));
+        selected || endpoints.serves(pod, &name)
+    })
 }
 
 fn beyond_l4(rule: &Rule) -> Vec<&str> {

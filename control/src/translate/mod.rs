@@ -109,10 +109,11 @@ struct Selecting<'a> {
 /// Translates the whole world.
 pub fn translate(world: &World, settings: &Settings) -> Translation {
     let mut conditions = Conditions::default();
+    let endpoints = service::Endpoints::new(world, settings);
     let mut resources = Vec::new();
     let mut selecting = Vec::new();
     for policy in world.authorization_policies.values() {
-        let one = authorization::translate(policy, world, settings);
+        let one = authorization::translate(policy, world, &endpoints, settings);
         one.conditions.into_iter().for_each(|c| conditions.add("AuthorizationPolicy", &policy.meta, c));
         resources.extend(one.resource);
         selecting.extend(one.selecting);
@@ -136,7 +137,6 @@ pub fn translate(world: &World, settings: &Settings) -> Translation {
             .into_iter()
             .for_each(|c| conditions.add("Namespace", &namespace.meta, c));
     }
-    let endpoints = service::Endpoints::new(world, settings);
     for service in world.services.values().filter(|s| !s.external_name) {
         resources.push(service::translate(service, settings));
     }
@@ -165,7 +165,10 @@ fn denial(namespace: &str, name: &str, scope: tulle_proto::security::Scope) -> R
     use tulle_proto::security;
     let message = security::Authorization {
         name: name.to_owned(),
-        namespace: namespace.to_owned(),
+        namespace: match scope {
+            security::Scope::Global => String::new(),
+            _ => namespace.to_owned(),
+        },
         scope: scope.into(),
         action: security::Action::Deny.into(),
         // A rule without clauses always matches.

@@ -99,8 +99,16 @@ impl<'a> Plan<'a> {
         self.mesh.iter().chain(nested.flatten())
     }
 
+    /// True unless an older policy of the same rank stands before it.
+    fn decides(&self, rank: &Rank<'a>) -> bool {
+        let firsts = self.namespaces.values().filter_map(|ranks| ranks.first());
+        rank.target != Target::Everything
+            || self.mesh.first().into_iter().chain(firsts).any(|first| std::ptr::eq(first, rank))
+    }
+
     pub(super) fn resources(&self) -> Vec<Resource> {
         self.all()
+            .filter(|rank| self.decides(rank))
             .filter_map(|rank| {
                 let rules = self.rules(rank)?;
                 let meta = &rank.policy.meta;
@@ -110,24 +118,20 @@ impl<'a> Plan<'a> {
     }
 
     pub(super) fn conditions(&self, conditions: &mut Conditions) {
-        let firsts = self.namespaces.values().filter_map(|ranks| ranks.first());
-        let deciding: Vec<&str> =
-            self.mesh.first().into_iter().chain(firsts).map(|rank| rank.policy.meta.name.as_str()).collect();
         for rank in self.all() {
-            let meta = &rank.policy.meta;
             let condition = match &rank.policy.spec {
                 Spec::Unreadable { reason, .. } => Condition::failing(
                     "Accepted",
                     "Invalid",
                     format!("The spec cannot be read, so STRICT holds for what it selects: {reason}"),
                 ),
-                Spec::Good(spec) if spec.target == Target::Everything && !deciding.contains(&meta.name.as_str()) => {
+                Spec::Good(_) if !self.decides(rank) => {
                     let message = "An older one of the same rank decides".into();
                     Condition::failing("Enforced", "Overridden", message)
                 }
                 Spec::Good(_) => Condition::holding("Enforced", "Enforced", "Enforced".into()),
             };
-            conditions.add("PeerAuthentication", meta, condition);
+            conditions.add("PeerAuthentication", &rank.policy.meta, condition);
         }
     }
 }

@@ -220,6 +220,11 @@ impl Endpoints {
         }
     }
 
+    pub(super) fn serves(&self, pod: &Pod, service: &str) -> bool {
+        let key = (pod.meta.namespace.clone(), pod.meta.name.clone());
+        self.pods.get(&key).is_some_and(|membership| membership.contains_key(service))
+    }
+
     pub(super) fn of_pod(&self, pod: &Pod) -> Membership {
         self.pods.get(&(pod.meta.namespace.clone(), pod.meta.name.clone())).cloned().unwrap_or_default()
     }

@@ -221,7 +221,9 @@ impl Subscription {
             self.on_demand(kind, set)
         };
         if !knows_dry_run {
-            changes.changed.retain(|_, resource| !resource.dry_run);
+            // A policy that became a dry run must not stay in force as it was.
+            let hidden = changes.changed.extract_if(.., |_, resource| resource.dry_run);
+            changes.removed.extend(hidden.map(|(name, _)| name));
         }
         changes
     }
@@ -307,3 +309,6 @@ fn encode(resource: &Resource) -> tulle_proto::discovery::Resource {
         ttl: None,
     }
 }
+
+#[cfg(test)]
+mod tests;
