@@ -194,11 +194,12 @@ fn explain(lab: &Lab, from: &str) -> anyhow::Result<Value> {
 }
 
 fn explain_agrees(lab: &Lab) -> anyhow::Result<String> {
-    for from in [FRONTEND, CLERK] {
+    for (from, expected) in [(FRONTEND, "allowed"), (CLERK, "denied")] {
         let explained = explain(lab, from)?;
         let verdict = explained["verdict"].as_str().unwrap_or_default().to_owned();
         let passes = reaches_payments(lab, from)?;
         ensure!(passes == (verdict == "allowed"), "{from}: explain says {verdict}, the traffic passes: {passes}");
+        ensure!(verdict == expected, "{from} is {verdict}, by explain and traffic alike, and should be {expected}");
     }
     let explained = explain(lab, CLERK)?.to_string();
     ensure!(explained.contains("shop/no-office"), "explain does not name the policy: {explained}");
