@@ -27,8 +27,7 @@ bench: ## Speed: direct, Tulle, and the ztunnel that PEER_ZTUNNEL names.
 check: ## Before a commit: lints, and all tests that need no namespaces.
 	@$(MAKE) --no-print-directory lint
 	$(CARGO) test --workspace --locked --lib --bins
-	$(CARGO) test --locked -p e2e --test tidy
-	$(CARGO) test --locked -p ztunnel --test reference --test malformed --test fuzz_smoke
+	$(CARGO) test --workspace --locked --test tidy --test reference --test malformed --test fuzz_smoke
 
 fmt: ## Formats the code.
 	$(CARGO) fmt --all
@@ -38,10 +37,10 @@ lint: ## Formatting and clippy; warnings are errors.
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 
 tidy: ## The shape of the tree: layers, headers, lengths, links.
-	$(CARGO) test --locked -p e2e --test tidy
+	$(CARGO) test --workspace --locked --test tidy
 
 fuzz-smoke: ## Every parser of foreign bytes, with many more cases than `make test` gives it.
-	PROPTEST_CASES=$${PROPTEST_CASES:-20000} $(CARGO) test --locked -p ztunnel --test fuzz_smoke
+	PROPTEST_CASES=$${PROPTEST_CASES:-20000} $(CARGO) test --workspace --locked --test fuzz_smoke
 
 reference: ## Writes docs/reference.md from the code.
-	UPDATE=1 $(CARGO) test --locked -p ztunnel --test reference
+	UPDATE=1 $(CARGO) test --workspace --locked --test reference
