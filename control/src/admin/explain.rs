@@ -108,7 +108,7 @@ async fn endpoint(
         "expectedIdentities": choice.expected_identities,
     });
     let key = (choice.namespace.clone(), choice.name.clone());
-    let captured = view.world().pods.get(&key).is_some();
+    let captured = view.world().pods.contains_key(&key);
     if !captured {
         value["note"] = json!("not a pod of the mesh: nobody authorises there");
         return (value, None);

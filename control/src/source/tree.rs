@@ -175,12 +175,12 @@ impl<'a> Cursor<'a> {
     }
 
     /// A field. Absent if this is not a map; call [`Cursor::map`] to insist.
-    pub fn get(&self, key: &str) -> Cursor<'a> {
+    pub fn get(&self, key: &str) -> Self {
         let found = self.node.and_then(|node| match &node.value {
             Value::Map(entries) => entries.iter().find(|(k, _)| k == key).map(|(_, v)| v),
             _ => None,
         });
-        Cursor {
+        Self {
             line: found.map_or(self.line, |node| node.line),
             node: found,
             path: if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) },
@@ -188,7 +188,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Entries of a map; none if absent.
-    pub fn map(&self) -> Read<Vec<(&'a str, Cursor<'a>)>> {
+    pub fn map(&self) -> Read<Vec<(&'a str, Self)>> {
         let Some(node) = self.node else {
             return Ok(Vec::new());
         };
@@ -200,7 +200,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Items of a list; none if absent.
-    pub fn list(&self) -> Read<Vec<Cursor<'a>>> {
+    pub fn list(&self) -> Read<Vec<Self>> {
         let Some(node) = self.node else {
             return Ok(Vec::new());
         };
@@ -284,7 +284,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Items as texts.
-    pub fn texts(&self) -> Read<Vec<(&'a str, Cursor<'a>)>> {
+    pub fn texts(&self) -> Read<Vec<(&'a str, Self)>> {
         self.list()?.into_iter().map(|item| Ok((item.required_text()?, item))).collect()
     }
 

@@ -138,14 +138,14 @@ impl Endpoints {
             let meta = &service.meta;
             let name = format!("{}/{}", meta.namespace, settings.hostname(meta));
             match slices.get(&(meta.namespace.as_str(), meta.name.as_str())) {
-                Some(slices) => this.from_slices(service, &name, slices, world, &by_address),
-                None => this.from_selector(service, &name, world),
+                Some(slices) => this.add_slices(service, &name, slices, world, &by_address),
+                None => this.add_selected(service, &name, world),
             }
         }
         this
     }
 
-    fn from_selector(&mut self, service: &Service, name: &str, world: &World) {
+    fn add_selected(&mut self, service: &Service, name: &str, world: &World) {
         // Without a selector nobody is selected, rather than everybody.
         if service.selector.is_empty() {
             return;
@@ -161,7 +161,7 @@ impl Endpoints {
         }
     }
 
-    fn from_slices(
+    fn add_slices(
         &mut self,
         service: &Service,
         name: &str,

@@ -169,7 +169,7 @@ fn operation(at: &Cursor<'_>) -> Read<Operation> {
 fn refuse_unknown(at: &Cursor<'_>, l4: &[&str], beyond: &[&str]) -> Read<()> {
     for (key, field) in at.map()? {
         let known = |name: &&str| *name == key || negated(name) == key;
-        if !l4.iter().chain(beyond).any(|name| known(name)) {
+        if !l4.iter().chain(beyond).any(known) {
             return Err(field.error("is not a known field"));
         }
     }
