@@ -543,7 +543,7 @@ fn end_supervisor(pid: u32, unreachable: bool) -> anyhow::Result<()> {
 /// Removes what the lab made, entry by entry: a wrong path must not cost anybody else's files.
 fn remove_state(paths: &Paths, keep_logs: bool) -> anyhow::Result<()> {
     let Ok(entries) = std::fs::read_dir(&paths.0) else { return Ok(()) };
-    let ours = ["objects", "netns", "logs", "ca", "bin", "etc", "lab.sock", "lab.json", "config.json"];
+    let ours = ["objects", "netns", "logs", "ca", "bin", "etc", "lab.sock", "lab.json", "config.json", "lock"];
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let known = ours.contains(&name.as_str())

@@ -90,6 +90,10 @@ impl Paths {
     pub fn socket(&self) -> PathBuf {
         self.0.join("lab.sock")
     }
+    /// Held by the supervisor.
+    pub fn lock(&self) -> PathBuf {
+        self.0.join("lock")
+    }
     /// The view for others.
     pub fn view(&self) -> PathBuf {
         self.0.join("lab.json")

@@ -60,7 +60,11 @@ pub fn main(options: &Options) -> anyhow::Result<bool> {
     ensure_tools()?;
     let broken = options.broken.as_deref().filter(|part| !part.is_empty());
     let programs = programs_dir()?;
-    let mut config = LabConfig { state: Some(Paths::default_dir().with_file_name("tulle-demo")), ..LabConfig::default() };
+    let mut config = LabConfig::default();
+    if options.keep {
+        // A place that can be typed; otherwise one that nobody else uses.
+        config.state = Some(Paths::default_dir().with_file_name("tulle-demo"));
+    }
     if let Some(part) = broken {
         anyhow::ensure!(steps::PARTS.contains(&part), "{part} cannot be broken; choose one of {}", steps::PARTS.join(", "));
         let program = programs.join("ztunnel-sabotage");

@@ -52,6 +52,8 @@ pub fn run(state: &Path) -> anyhow::Result<()> {
     // Children that a pod leaves behind come to us, so that ending the lab ends them.
     nix::sys::prctl::set_child_subreaper(true)?;
     let paths = Paths(state.to_path_buf());
+    let lock = std::fs::File::create(paths.lock())?;
+    lock.try_lock().with_context(|| format!("another lab is starting at {}", state.display()))?;
     let config: Config = serde_json::from_str(&std::fs::read_to_string(paths.config())?)
         .with_context(|| format!("{} is not a configuration", paths.config().display()))?;
     let (jobs, queue) = mpsc::sync_channel(JOBS_MAX);
