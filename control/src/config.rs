@@ -147,6 +147,7 @@ impl std::str::FromStr for Source {
 pub fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = match &text[digits.len()..] {
+        _ if digits.is_empty() => return Err(format!("`{text}` is not a duration such as 90s, 15m or 24h")),
         "" | "s" => 1,
         "m" => 60,
         "h" => 3600,

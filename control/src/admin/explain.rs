@@ -146,7 +146,7 @@ fn inbound_view(inbound: &InboundAnswer) -> Value {
         "code": inbound.code,
         "text": inbound.text,
         "policy": inbound.policy,
-        "rule": if inbound.policy.is_empty() { Value::Null } else { json!(inbound.rule) },
+        "rule": if inbound.policy.is_empty() || inbound.rule < 0 { Value::Null } else { json!(inbound.rule) },
         "evaluated": inbound.evaluated,
         "policyVersions": inbound.policy_versions,
         "generation": inbound.generation,
@@ -211,14 +211,9 @@ fn find_target(view: &View, text: &str) -> Result<(IpAddr, u16), String> {
     if let Some(service) = view.world().services.get(&key)
         && let Some(address) = service.addresses.first()
     {
-        let port = match (port, service.ports.as_slice()) {
-            (Some(port), _) => port,
-            (None, [only]) => only.port,
-            (None, ports) => {
-                let list: Vec<String> = ports.iter().map(|p| p.port.to_string()).collect();
-                return Err(format!("{path} serves the ports {}; name one", list.join(", ")));
-            }
-        };
+        // Without a port the first one is meant; the answer shows which.
+        let port = port.or_else(|| service.ports.first().map(|first| first.port));
+        let port = port.ok_or_else(|| format!("{path} has no TCP port; name one, as in {path}:80"))?;
         return Ok((*address, port));
     }
     let pod = find_pod(view, path).ok_or_else(|| format!("there is no service or running pod {path}"))?;

@@ -247,14 +247,18 @@ pub(super) fn explain(value: &Value) -> String {
         ));
         let inbound = &endpoint["inbound"];
         if inbound.is_object() {
-            let verdict = if inbound["allowed"] == true { "allowed" } else { "DENIED" };
-            text.push_str(&format!("          {verdict}: {}\n", sentence(inbound)));
-            if !cell(&inbound["policy"]).is_empty() {
-                text.push_str(&format!(
-                    "          policy {}, rule {}\n",
-                    cell(&inbound["policy"]),
-                    cell(&inbound["rule"])
-                ));
+            let (allowed, sentence) = (inbound["allowed"] == true, sentence(inbound));
+            let verdict = match (allowed, sentence.starts_with("allowed") || sentence.starts_with("denied")) {
+                (_, true) => "",
+                (true, false) => "allowed: ",
+                (false, false) => "denied: ",
+            };
+            text.push_str(&format!("          {verdict}{sentence}\n"));
+            let policy = cell(&inbound["policy"]);
+            if !policy.is_empty() {
+                let rule =
+                    inbound["rule"].as_u64().map_or("no rule of it matched".into(), |rule| format!("rule {rule}"));
+                text.push_str(&format!("          policy {policy}, {rule}\n"));
             }
             let evaluated = cell(&inbound["evaluated"]);
             if !evaluated.is_empty() {
