@@ -12,6 +12,7 @@ use clap::Args;
 use clap::Parser;
 use clap::Subcommand;
 
+use crate::bench;
 use crate::demo;
 use crate::dial;
 use crate::exec;
@@ -123,6 +124,14 @@ enum Command {
         #[arg(long)]
         keep_logs: bool,
     },
+    /// Measure the mesh beside no mesh, and prove that it did the work.
+    Bench(bench::Options),
+    /// A process of the bench inside a pod.
+    #[command(hide = true)]
+    BenchAgent {
+        #[command(subcommand)]
+        agent: bench::Agent,
+    },
     /// The lab's own process.
     #[command(hide = true)]
     Supervise {
@@ -227,6 +236,11 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Down { state, keep_logs } => {
             Lab::attach(&state.dir())?.down(keep_logs)?;
             println!("the lab at {} is down", state.dir().display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Bench(options) => bench::main(&options),
+        Command::BenchAgent { agent } => {
+            bench::agent(&agent)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Supervise { state } => {

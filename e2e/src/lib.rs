@@ -34,6 +34,8 @@ pub mod sniff;
 
 pub mod scenario;
 
+pub mod bench;
+
 pub mod demo;
 
 pub mod cli;

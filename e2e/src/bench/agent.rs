@@ -1,0 +1,125 @@
+//! The bench's processes inside pods: the server, the load generator, and the client that must be refused.
+//!
+//! They are processes of their own so that the CPU of the proxies can be told from theirs. A generator that cannot end
+//! by itself is ended by a watchdog, so that the bench never hangs. Limits: internal, its arguments may change.
+
+use std::io::Read;
+use std::io::Write;
+use std::net::IpAddr;
+use std::net::SocketAddr;
+use std::net::TcpStream;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use std::time::Instant;
+
+use anyhow::Context;
+
+use crate::bench::closed;
+use crate::bench::paced;
+use crate::bench::server;
+use crate::bench::work::Order;
+use crate::bench::work::PORT_REQUESTS;
+use crate::bench::work::Probed;
+use crate::bench::work::REQUEST;
+use crate::bench::work::Work;
+
+/// Beyond the time of the order, for opening, finishing and a busy machine.
+const WATCHDOG: Duration = Duration::from_secs(40);
+/// Between two tries of the denied client.
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Arguments of `lab bench-agent`.
+#[derive(Debug, clap::Subcommand)]
+pub enum Agent {
+    /// The server.
+    Serve {
+        /// Text of which answers are made.
+        #[arg(long)]
+        marker: String,
+    },
+    /// The load generator.
+    Run {
+        /// A [`Order`] as JSON.
+        #[arg(long)]
+        order: String,
+    },
+    /// The client that must be refused; ends with standard input.
+    Probe {
+        /// The server.
+        #[arg(long)]
+        to: IpAddr,
+    },
+}
+
+/// Runs one of them to its end.
+pub fn main(agent: &Agent) -> anyhow::Result<()> {
+    raise_descriptors();
+    match agent {
+        Agent::Serve { marker } => on_one_thread(server::serve(marker)),
+        Agent::Run { order } => {
+            let order: Order = serde_json::from_str(order).context("the order is not one")?;
+            if !matches!(order.work, Work::Hold { .. }) {
+                watchdog(Duration::from_millis(order.warm_ms + order.run_ms) + WATCHDOG);
+            }
+            match order.work {
+                Work::Paced { .. } | Work::PacedConnects { .. } => paced::run(order),
+                _ => on_one_thread(closed::run(order)),
+            }
+        }
+        Agent::Probe { to } => probe(SocketAddr::new(*to, PORT_REQUESTS)),
+    }
+}
+
+fn on_one_thread(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    tokio::task::LocalSet::new().block_on(&runtime, work)
+}
+
+/// Five thousand connections are more than the usual soft limit; the hard one is the machine's word.
+fn raise_descriptors() {
+    use nix::sys::resource::Resource;
+    if let Ok((_, hard)) = nix::sys::resource::getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = nix::sys::resource::setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+fn watchdog(patience: Duration) {
+    std::thread::spawn(move || {
+        std::thread::sleep(patience);
+        eprintln!("the load did not end within {patience:?}");
+        std::process::exit(3);
+    });
+}
+
+/// Tries once a second whether the server answers.
+fn probe(to: SocketAddr) -> anyhow::Result<()> {
+    let ended = AtomicBool::new(false);
+    let mut probed = Probed::default();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+            ended.store(true, Ordering::SeqCst);
+        });
+        let mut next = Instant::now();
+        while !ended.load(Ordering::SeqCst) {
+            probed.attempts += 1;
+            probed.passed += u64::from(answers(to));
+            next += PROBE_INTERVAL;
+            // Short naps, so that the end is noticed soon.
+            while Instant::now() < next && !ended.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        }
+    });
+    println!("{}", serde_json::to_string(&probed)?);
+    Ok(())
+}
+
+fn answers(to: SocketAddr) -> bool {
+    let patience = Duration::from_millis(900);
+    let Ok(mut stream) = TcpStream::connect_timeout(&to, patience) else { return false };
+    let _ = stream.set_read_timeout(Some(patience));
+    let _ = stream.write_all(&[b'x'; REQUEST]);
+    stream.read(&mut [0; 1]).is_ok_and(|length| length > 0)
+}

@@ -1,0 +1,125 @@
+//! What the kernel knows: CPU and memory of processes, bytes of links, and the machine itself, all read from `/proc`.
+//!
+//! CPU is user and system time of whole processes, which the kernel scales to what the scheduler measured, in steps of
+//! 10 ms. Softirq work that the kernel does while a process runs is charged to that process, so a proxy's figure holds
+//! part of the network stack's work. Limits: Linux only; a process that has gone cannot be read.
+
+use anyhow::Context;
+use serde::Serialize;
+
+/// Ticks a second of `/proc/<pid>/stat`; fixed in the kernel's ABI for all architectures Linux runs containers on.
+const TICKS: f64 = 100.0;
+
+/// Seconds of CPU that a process has used, children excluded.
+pub(super) fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
+    let path = format!("/proc/{pid}/stat");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("{path}: has the process ended?"))?;
+    parse_cpu(&text).with_context(|| format!("{path} is not as expected"))
+}
+
+fn parse_cpu(stat: &str) -> Option<f64> {
+    // The name, in parentheses, may hold anything.
+    let (_, fields) = stat.rsplit_once(')')?;
+    let mut fields = fields.split_whitespace().skip(11);
+    let user: f64 = fields.next()?.parse().ok()?;
+    let system: f64 = fields.next()?.parse().ok()?;
+    Some((user + system) / TICKS)
+}
+
+/// Resident memory of a process, bytes.
+pub(super) fn resident(pid: u32) -> anyhow::Result<u64> {
+    let path = format!("/proc/{pid}/status");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("{path}: has the process ended?"))?;
+    parse_kib(&text, "VmRSS:").map(|kib| kib * 1024).with_context(|| format!("{path} has no VmRSS"))
+}
+
+fn parse_kib(text: &str, key: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(key))?.split_whitespace().next()?.parse().ok()
+}
+
+/// Bytes received and sent on `interface` in the network namespace of a process, headers included.
+pub(super) fn link_bytes(pid: u32, interface: &str) -> anyhow::Result<u64> {
+    let path = format!("/proc/{pid}/net/dev");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("{path}: has the process ended?"))?;
+    parse_link(&text, interface).with_context(|| format!("{path} has no {interface}"))
+}
+
+fn parse_link(text: &str, interface: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.trim_start().strip_prefix(interface)?.strip_prefix(':'))?;
+    let mut fields = line.split_whitespace();
+    let received: u64 = fields.next()?.parse().ok()?;
+    let sent: u64 = fields.nth(7)?.parse().ok()?;
+    Some(received + sent)
+}
+
+/// Seconds of CPU that the whole machine has used since it started, idle and stolen time excluded.
+pub(super) fn busy_seconds() -> anyhow::Result<f64> {
+    let text = std::fs::read_to_string("/proc/stat").context("/proc/stat cannot be read")?;
+    parse_busy(&text).context("/proc/stat is not as expected")
+}
+
+fn parse_busy(text: &str) -> Option<f64> {
+    let fields: Vec<f64> =
+        text.lines().next()?.split_whitespace().skip(1).filter_map(|field| field.parse().ok()).collect();
+    // user nice system idle iowait irq softirq steal; guests are in user already.
+    Some((fields.get(..3)?.iter().sum::<f64>() + fields.get(5..7)?.iter().sum::<f64>()) / TICKS)
+}
+
+/// The machine, for the report.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Machine {
+    /// Model name of the first processor.
+    pub(super) cpu: String,
+    /// Processors that this process may use.
+    pub(super) cpus: usize,
+    /// Memory in MiB.
+    pub(super) memory_mib: u64,
+    /// Kernel release.
+    pub(super) kernel: String,
+    /// Load average of the last minute, at the start.
+    pub(super) load_before: f64,
+    /// Niceness of the bench and of everything it starts.
+    pub(super) nice: i32,
+    /// Highest number of open files.
+    pub(super) descriptors: u64,
+}
+
+/// Describes the machine; what cannot be read is empty or 0.
+pub(super) fn describe() -> Machine {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let cpuinfo = read("/proc/cpuinfo");
+    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    let stat = read("/proc/self/stat");
+    let nice = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(16)?.parse().ok());
+    Machine {
+        cpu: model.map(|(_, name)| name.trim().to_owned()).unwrap_or_default(),
+        cpus: std::thread::available_parallelism().map_or(0, usize::from),
+        memory_mib: parse_kib(&read("/proc/meminfo"), "MemTotal:").unwrap_or_default() / 1024,
+        kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+        load_before: read("/proc/loadavg").split_whitespace().next().and_then(|it| it.parse().ok()).unwrap_or_default(),
+        nice: nice.unwrap_or_default(),
+        descriptors: nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
+            .map_or(0, |(_, hard)| hard),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::bench::machine::parse_busy;
+    use crate::bench::machine::parse_cpu;
+    use crate::bench::machine::parse_kib;
+    use crate::bench::machine::parse_link;
+
+    #[test]
+    fn files_of_proc_are_read_by_their_fields() {
+        let stat = "7 (a) b) S 1 7 7 0 -1 4194560 100 0 0 0 250 50 0 0 20 -10 3 0 100";
+        assert_eq!(parse_cpu(stat), Some(3.0));
+        assert_eq!(parse_cpu("short"), None);
+        assert_eq!(parse_kib("VmPeak:\t 9 kB\nVmRSS:\t  2048 kB\n", "VmRSS:"), Some(2048));
+        let dev =
+            "Inter-| Receive | Transmit\n    lo: 1 0 0 0 0 0 0 0 1 0\n  eth0: 1000 1 0 0 0 0 0 0 234 5 0 0 0 0 0 0\n";
+        assert_eq!(parse_link(dev, "eth0"), Some(1234));
+        assert_eq!(parse_link(dev, "eth1"), None);
+        assert_eq!(parse_busy("cpu  100 100 100 9999 9999 50 50 777 0 0\ncpu0 1"), Some(4.0));
+    }
+}

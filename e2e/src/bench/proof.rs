@@ -1,0 +1,229 @@
+//! Whether a row did the work that it claims: what crossed the link, what both proxies recorded, who was kept out.
+//!
+//! A fast row that skipped encryption, identity, policy or accounting would win every comparison, so each is looked at
+//! in the same run, with the proxies' own counters against the client's and the link's against both. Judging is pure;
+//! gathering is the caller's. Limits: the contents of the link are looked at while a bounded part of each load runs
+//! again, because looking at all of it would take the processor that is being measured; its byte count is checked for
+//! every part of every round.
+
+use std::fs::File;
+use std::io::Read;
+use std::io::Seek;
+use std::io::SeekFrom;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use tulle_proto::names;
+
+use crate::bench::work::Probed;
+use crate::bench::work::Totals;
+use crate::sniff::Sniffed;
+
+/// Counters of one proxy for connections from the client to the server with both identities proven.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counted {
+    /// Records in the log.
+    pub(super) records: u64,
+    /// Connections in `istio_tcp_connections_closed_total`.
+    pub(super) connections: u64,
+    /// Bytes in `istio_tcp_received_bytes_total` and `istio_tcp_sent_bytes_total`.
+    pub(super) bytes: u64,
+}
+
+/// What is wrong with a run through the mesh: `counted` for the client's and the server's proxy, `link` in bytes.
+pub(super) fn of_counts(totals: &Totals, counted: [Counted; 2], link: u64) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for (side, counted) in ["client's", "server's"].into_iter().zip(counted) {
+        let Counted { records, connections, bytes } = counted;
+        if records != totals.connections || connections != totals.connections {
+            wrong.push(format!(
+                "{} connections were made; the {side} proxy logged {records} with both identities and counted {connections}",
+                totals.connections
+            ));
+        }
+        if bytes < totals.payload {
+            wrong.push(format!("{} payload bytes were carried; the {side} proxy counted {bytes}", totals.payload));
+        }
+    }
+    if link < totals.payload {
+        wrong.push(format!("{} payload bytes were carried; {link} bytes crossed the node link", totals.payload));
+    }
+    wrong
+}
+
+/// What is wrong with a run however it was carried.
+pub(super) fn of_totals(totals: &Totals) -> Vec<String> {
+    if totals.failed == 0 {
+        return Vec::new();
+    }
+    let first = totals.error.as_deref().unwrap_or("no reason given");
+    vec![format!("{} connections or requests failed, the first: {first}", totals.failed)]
+}
+
+/// What is wrong with what crossed the node link during a run through the mesh.
+pub(super) fn of_capture(totals: &Totals, seen: &Sniffed) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let tls = &seen.tls;
+    if seen.markers.values().any(|count| *count > 0) {
+        wrong.push("payload was found unencrypted on the node link".to_owned());
+    }
+    if tls.not_tls > 0 {
+        wrong.push(format!("{} directions on port 15008 carried something other than TLS records", tls.not_tls));
+    }
+    if tls.server_hellos_other > 0 {
+        wrong.push(format!("{} handshakes chose a version other than TLS 1.3", tls.server_hellos_other));
+    }
+    if tls.encrypted_bytes < totals.payload {
+        wrong.push(format!(
+            "{} payload bytes were carried; {} encrypted bytes crossed the link",
+            totals.payload, tls.encrypted_bytes
+        ));
+    }
+    let other: Vec<String> = seen
+        .tcp_ports
+        .keys()
+        .filter(|port| ![names::PORT_HBONE, names::PORT_CONTROL_GRPC].contains(port))
+        .map(u16::to_string)
+        .collect();
+    if !other.is_empty() {
+        wrong.push(format!("TCP beside the mesh's crossed the node link, ports {}", other.join(", ")));
+    }
+    wrong
+}
+
+/// What is wrong with the denied client's tries: `seconds` it ran, `refusals` that the server's proxy logged by policy.
+pub(super) fn of_denied(probed: &Probed, seconds: f64, refusals: u64) -> Vec<String> {
+    let mut wrong = Vec::new();
+    if probed.passed > 0 {
+        wrong.push(format!("{} of {} denied connections were answered", probed.passed, probed.attempts));
+    }
+    // A try may take as long as its patience on a busy machine, so half of one a second is enough.
+    if (probed.attempts as f64) < seconds / 2.0 {
+        wrong.push(format!("only {} denied connections were tried in {seconds:.0} s", probed.attempts));
+    }
+    if refusals + 1 < probed.attempts {
+        wrong.push(format!("{} connections were denied; {refusals} refusals name the policy", probed.attempts));
+    }
+    wrong
+}
+
+/// Sum of the samples of `metric` whose labels hold each of `labels`.
+pub(super) fn metric_sum(text: &str, metric: &str, labels: &[&str]) -> u64 {
+    text.lines()
+        .filter_map(|line| line.strip_prefix(metric)?.strip_prefix('{')?.rsplit_once("} "))
+        .filter(|(found, _)| labels.iter().all(|label| found.contains(label)))
+        .filter_map(|(_, value)| value.trim().parse::<u64>().ok())
+        .sum()
+}
+
+/// A log that is read on from where it was left.
+#[derive(Debug)]
+pub(super) struct LogTail {
+    path: PathBuf,
+    at: u64,
+}
+
+impl LogTail {
+    /// From the end as of now.
+    pub(super) fn at_end(path: PathBuf) -> anyhow::Result<Self> {
+        let at = std::fs::metadata(&path).with_context(|| format!("{} cannot be read", path.display()))?.len();
+        Ok(Self { path, at })
+    }
+
+    /// Number of whole lines since then that hold each of `words`.
+    pub(super) fn count(&mut self, words: &[&str]) -> anyhow::Result<u64> {
+        let mut file = File::open(&self.path).with_context(|| format!("{} cannot be read", self.path.display()))?;
+        file.seek(SeekFrom::Start(self.at))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
+        self.at += whole as u64;
+        let text = String::from_utf8_lossy(&bytes[..whole]);
+        Ok(text.lines().filter(|line| words.iter().all(|word| line.contains(word))).count() as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::bench::proof::Counted;
+    use crate::bench::proof::LogTail;
+    use crate::bench::proof::metric_sum;
+    use crate::bench::proof::of_capture;
+    use crate::bench::proof::of_counts;
+    use crate::bench::proof::of_denied;
+    use crate::bench::proof::of_totals;
+    use crate::bench::work::Probed;
+    use crate::bench::work::Totals;
+    use crate::sniff::Sniffed;
+    use crate::sniff::Tls;
+
+    #[test]
+    fn a_run_is_proven_only_if_every_counter_agrees() {
+        let totals = Totals { payload: 1000, connections: 3, ..Totals::default() };
+        let good = Counted { records: 3, connections: 3, bytes: 1000 };
+        assert!(of_counts(&totals, [good, good], 1400).is_empty());
+        for (what, one, link) in [
+            ("a record is missing", Counted { records: 2, ..good }, 1400),
+            ("a record came twice", Counted { records: 4, ..good }, 1400),
+            ("a connection was not counted", Counted { connections: 0, ..good }, 1400),
+            ("bytes were not counted", Counted { bytes: 999, ..good }, 1400),
+            ("bytes took another way", good, 900),
+        ] {
+            assert_eq!(of_counts(&totals, [good, one], link).len(), 1, "{what}");
+        }
+        assert!(of_totals(&totals).is_empty());
+        assert_eq!(of_totals(&Totals { failed: 1, ..totals }).len(), 1);
+    }
+
+    #[test]
+    fn a_capture_proves_encryption_only_if_it_saw_enough_and_nothing_else() {
+        let totals = Totals { payload: 100, ..Totals::default() };
+        let good = Sniffed {
+            tcp_ports: [(15008, 300), (15012, 5)].into(),
+            markers: [("m".to_owned(), 0)].into(),
+            tls: Tls { encrypted_bytes: 150, encrypted_records: 3, ..Tls::default() },
+            ..Sniffed::default()
+        };
+        assert!(of_capture(&totals, &good).is_empty());
+        let bad = [
+            Sniffed { markers: [("m".to_owned(), 1)].into(), ..good.clone() },
+            Sniffed { tcp_ports: [(9001, 1)].into(), ..good.clone() },
+            Sniffed { tls: Tls { not_tls: 1, ..good.tls.clone() }, ..good.clone() },
+            Sniffed { tls: Tls { server_hellos_other: 1, ..good.tls.clone() }, ..good.clone() },
+            Sniffed { tls: Tls::default(), ..good.clone() },
+        ];
+        for seen in bad {
+            assert_eq!(of_capture(&totals, &seen).len(), 1, "{seen:?}");
+        }
+    }
+
+    #[test]
+    fn denial_is_proven_by_tries_that_were_refused_by_policy() {
+        let probed = Probed { attempts: 10, passed: 0 };
+        assert!(of_denied(&probed, 10.0, 10).is_empty());
+        assert_eq!(of_denied(&probed, 10.0, 3).len(), 1, "refused by something else");
+        assert_eq!(of_denied(&probed, 100.0, 10).len(), 1, "too few tries");
+        assert_eq!(of_denied(&Probed { attempts: 10, passed: 1 }, 10.0, 10).len(), 1);
+    }
+
+    #[test]
+    fn metrics_are_summed_by_labels() {
+        let text = "# HELP x y\nx_total{a=\"1\",b=\"2\"} 5\nx_total{a=\"1\",b=\"3\"} 7\nx_total{a=\"9\"} 1\nxx_total{a=\"1\"} 8\n";
+        assert_eq!(metric_sum(text, "x_total", &["a=\"1\""]), 12);
+        assert_eq!(metric_sum(text, "x_total", &["a=\"1\"", "b=\"3\""]), 7);
+        assert_eq!(metric_sum(text, "none", &[]), 0);
+    }
+
+    #[test]
+    fn a_log_is_read_on_and_half_a_line_is_left() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("log");
+        std::fs::write(&path, "old a\n")?;
+        let mut tail = LogTail::at_end(path.clone())?;
+        std::fs::write(&path, "old a\nnew a b\nhalf a")?;
+        assert_eq!(tail.count(&["a"])?, 1);
+        std::fs::write(&path, "old a\nnew a b\nhalf a b\n")?;
+        assert_eq!(tail.count(&["a", "b"])?, 1);
+        Ok(())
+    }
+}

@@ -1,0 +1,123 @@
+//! What the bench asks of its load generator, and what comes back: plain data, exchanged as JSON lines between the
+//! process that measures and the one in the client's pod.
+//!
+//! The generator says when the measured part begins and ends, so that the other side samples the proxies' CPU over
+//! exactly that part; totals come last, when every connection is closed, because the proofs count whole connections.
+//! Limits: one client pod, one server pod, raw TCP.
+
+use std::net::IpAddr;
+
+use serde::Deserialize;
+use serde::Serialize;
+
+/// Requests are this long, in bytes.
+pub(super) const REQUEST: usize = 100;
+/// Responses are this long, in bytes.
+pub(super) const RESPONSE: usize = 1024;
+/// This many first bytes of a request come back at the front of its response, so that a mix-up is noticed.
+pub(super) const ECHO: usize = 16;
+/// Answers requests until the client closes.
+pub(super) const PORT_REQUESTS: u16 = 9001;
+/// Swallows everything; at the end says how much, as 8 bytes, big endian.
+pub(super) const PORT_SINK: u16 = 9002;
+/// Sends until the client closes.
+pub(super) const PORT_SOURCE: u16 = 9003;
+/// Answers one request and closes.
+pub(super) const PORT_ONCE: u16 = 9004;
+/// Every port of the server.
+pub(super) const PORTS: [u16; 4] = [PORT_REQUESTS, PORT_SINK, PORT_SOURCE, PORT_ONCE];
+
+/// One kind of load.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Work {
+    /// As many bytes as possible to the server; units are bytes.
+    Upload { streams: usize },
+    /// As many bytes as possible from the server; units are bytes.
+    Download { streams: usize },
+    /// Requests one after the other on each of some lasting connections; units are requests.
+    Requests { connections: usize },
+    /// Requests at fixed times, whatever the answers do; units are requests.
+    Paced { connections: usize, per_second: u32, beside_upload: bool },
+    /// A connection for each request, as many as possible; units are connections.
+    Connects { at_once: usize },
+    /// A connection for each request, at fixed times; units are connections.
+    PacedConnects { per_second: u32 },
+    /// Connections that do nothing after their first request, until standard input ends; units are connections.
+    Hold { connections: usize },
+}
+
+/// One run of the generator.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Order {
+    /// The server.
+    pub(super) to: IpAddr,
+    /// What to do.
+    pub(super) work: Work,
+    /// Load before the measured part, milliseconds.
+    pub(super) warm_ms: u64,
+    /// The measured part, milliseconds.
+    pub(super) run_ms: u64,
+    /// Ends the measured part early: bytes of bulk load, requests or connections.
+    pub(super) limit: Option<u64>,
+    /// Text of which the payload is made.
+    pub(super) marker: String,
+}
+
+/// The measured part.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Measured {
+    /// What was done: see [`Work`].
+    pub(super) units: u64,
+    /// Its length in seconds.
+    pub(super) seconds: f64,
+    /// From the intended time of sending to the end of the response, microseconds; only of paced work.
+    pub(super) latency: Option<Latency>,
+    /// Bytes of the upload beside paced requests.
+    pub(super) beside_bytes: u64,
+}
+
+/// Exact percentiles (to three digits), microseconds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Latency {
+    /// Median.
+    pub p50: f64,
+    /// 90 of 100 are below.
+    pub p90: f64,
+    /// 99 of 100 are below.
+    pub p99: f64,
+    /// The worst.
+    pub(super) max: f64,
+}
+
+/// Everything from the first connection to the last close, warming included.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Totals {
+    /// Payload bytes, both ways.
+    pub(super) payload: u64,
+    /// Connections opened.
+    pub(super) connections: u64,
+    /// Connections or requests that went wrong.
+    pub(super) failed: u64,
+    /// The first thing that went wrong.
+    pub(super) error: Option<String>,
+}
+
+/// A line from the generator.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) enum Line {
+    /// The measured part begins.
+    Begin,
+    /// It has ended.
+    End(Measured),
+    /// Every connection is closed.
+    Gone(Totals),
+}
+
+/// What the denied client saw.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Probed {
+    /// Connections tried.
+    pub(super) attempts: u64,
+    /// Of them, those on which the server answered.
+    pub(super) passed: u64,
+}
