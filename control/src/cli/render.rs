@@ -256,8 +256,9 @@ pub(super) fn explain(value: &Value) -> String {
             text.push_str(&format!("          {verdict}{sentence}\n"));
             let policy = cell(&inbound["policy"]);
             if !policy.is_empty() {
-                let rule =
-                    inbound["rule"].as_u64().map_or("no rule of it matched".into(), |rule| format!("rule {rule}"));
+                let rule = inbound["rule"]
+                    .as_u64()
+                    .map_or_else(|| "no rule of it matched".into(), |rule| format!("rule {rule}"));
                 text.push_str(&format!("          policy {policy}, {rule}\n"));
             }
             let evaluated = cell(&inbound["evaluated"]);
