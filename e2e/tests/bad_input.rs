@@ -12,7 +12,9 @@ use serde_json::Value;
 /// Files for control that are wrong as YAML, as objects, or as policies.
 fn bad_files() -> Vec<(String, String)> {
     let policy = |spec: &str| {
-        format!("apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: NAME, namespace: far}}\nspec: {spec}\n")
+        format!(
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: NAME, namespace: far}}\nspec: {spec}\n"
+        )
     };
     let texts = [
         "kind: [".to_owned(),
@@ -38,7 +40,11 @@ fn bad_files() -> Vec<(String, String)> {
         policy("{selector: {matchLabels: 3}}"),
         policy("[1, 2]"),
     ];
-    texts.into_iter().enumerate().map(|(i, text)| (format!("bad-{i:02}.yaml"), text.replace("NAME", &format!("bad-{i}")))).collect()
+    texts
+        .into_iter()
+        .enumerate()
+        .map(|(i, text)| (format!("bad-{i:02}.yaml"), text.replace("NAME", &format!("bad-{i}"))))
+        .collect()
 }
 
 #[test]
@@ -60,13 +66,14 @@ fn bad_files_are_named_and_disturb_nobody() -> anyhow::Result<()> {
     let (_, reasons) = lab.get("control", 15014, "/readyz")?;
     let said = format!("{}{reasons}{}", lab.log("control"), lab.control_get("/debug/conditions")?);
     for (index, (name, text)) in files.iter().enumerate() {
-        let named = said.contains(name) || said.contains(&format!("bad-{index}\"")) || said.contains(&format!("bad-{index} "));
+        let named =
+            said.contains(name) || said.contains(&format!("bad-{index}\"")) || said.contains(&format!("bad-{index} "));
         assert!(named, "nothing is said about {name}: {text:?}");
     }
     // A change to something else still goes through.
     lab.apply_yaml(&scenario::peer_authentication("shop", "STRICT"))?;
     assert_eq!(lab.view()?.control.pid, pid, "control is the same process");
-    scenario::all_well(&load.finish()?, 20)
+    scenario::all_well(&load.finish()?, 5)
 }
 
 #[test]
@@ -90,7 +97,10 @@ fn bad_tunnels_are_refused_one_by_one() -> anyhow::Result<()> {
         ("another method", vec!["--method", "GET", "--connect", &target]),
         ("bytes that are no HTTP/2", vec!["--raw", "00000000000000000000"]),
         ("a request of HTTP/1", vec!["--raw", "434f4e4e45435420780d0a0d0a"]),
-        ("an endless header frame", vec!["--raw", "505249202a20485454502f322e300d0a0d0a534d0d0a0d0affffff0100000000010000"]),
+        (
+            "an endless header frame",
+            vec!["--raw", "505249202a20485454502f322e300d0a0d0a534d0d0a0d0affffff0100000000010000"],
+        ),
         ("bytes that are no TLS", vec!["--bare", "160301ffff010000"]),
     ];
     for (what, arguments) in bad {
@@ -110,7 +120,7 @@ fn bad_tunnels_are_refused_one_by_one() -> anyhow::Result<()> {
     }
     let after: Vec<_> = lab.view()?.nodes.into_iter().map(|node| node.pid).collect();
     assert_eq!(after, pids, "no proxy was restarted");
-    scenario::all_well(&load.finish()?, 20)
+    scenario::all_well(&load.finish()?, 5)
 }
 
 #[test]
