@@ -113,6 +113,7 @@ pub fn main(options: &Options) -> anyhow::Result<ExitCode> {
         proven: Vec::new(),
     };
     whole_run(&mut report, bench.check_policies().map(|line| vec![line]));
+    whole_run(&mut report, bench.first_contact(TULLE));
     let denied = bench.start_denied()?;
     if !options.no_memory {
         // First, while the proxies are fresh: a peak of before would be in every later figure.
@@ -197,7 +198,7 @@ fn memory(bench: &Bench, options: &Options, report: &mut Report) {
     for held in rows::HELD {
         // A short run shows the way with fewer connections.
         let held = if options.quick { held / 10 } else { held };
-        let name = if held == 0 { "memory, fresh".to_owned() } else { format!("memory, {held} idle connections") };
+        let name = if held == 0 { "memory, one tunnel".to_owned() } else { format!("memory, {held} idle connections") };
         let fail = |wrong: String| Failure { test: name.clone(), variant: TULLE, wrong };
         let result = if held == 0 { bench.resident().map(|rss| (rss, vec![])) } else { bench.hold(TULLE, held) };
         match result {
