@@ -569,7 +569,13 @@ fn rules_are_sabotaged() -> bool {
 fn watch_directory(path: &std::path::Path, changed: Arc<Notify>) -> Option<notify::RecommendedWatcher> {
     use notify::Watcher as _;
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty())?;
-    let mut watcher = notify::recommended_watcher(move |_| changed.notify_one()).ok()?;
+    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        // Reading the file is an event too; waking on it would read again, for ever.
+        if !event.is_ok_and(|event| event.kind.is_access()) {
+            changed.notify_one();
+        }
+    })
+    .ok()?;
     watcher.watch(directory, notify::RecursiveMode::NonRecursive).ok()?;
     Some(watcher)
 }
