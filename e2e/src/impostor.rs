@@ -43,7 +43,8 @@ pub fn main(options: &Options) -> anyhow::Result<()> {
     let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, names::PORT_HBONE)).await.context("the mesh's port")?;
+        let listener =
+            TcpListener::bind((Ipv6Addr::UNSPECIFIED, names::PORT_HBONE)).await.context("the mesh's port")?;
         println!("{{\"listening\":true}}");
         loop {
             let (tcp, _) = listener.accept().await?;

@@ -66,7 +66,11 @@ pub fn main(options: &Options) -> anyhow::Result<bool> {
         config.state = Some(Paths::default_dir().with_file_name("tulle-demo"));
     }
     if let Some(part) = broken {
-        anyhow::ensure!(steps::PARTS.contains(&part), "{part} cannot be broken; choose one of {}", steps::PARTS.join(", "));
+        anyhow::ensure!(
+            steps::PARTS.contains(&part),
+            "{part} cannot be broken; choose one of {}",
+            steps::PARTS.join(", ")
+        );
         let program = programs.join("ztunnel-sabotage");
         anyhow::ensure!(
             program.is_file(),
@@ -171,7 +175,8 @@ mod tests {
     #[test]
     fn a_sabotaged_run_is_right_only_when_exactly_its_own_steps_fail() {
         let run = |red: &dyn Fn(&crate::demo::Step) -> bool| -> Vec<Outcome> {
-            let outcome = |step: &crate::demo::Step| Outcome { step: step.name, held: !red(step), detail: String::new() };
+            let outcome =
+                |step: &crate::demo::Step| Outcome { step: step.name, held: !red(step), detail: String::new() };
             steps::STEPS.iter().map(outcome).collect()
         };
         assert!(misjudged(&run(&|_| false), None).is_empty());

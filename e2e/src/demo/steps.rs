@@ -135,7 +135,10 @@ fn say(lab: &Lab, word: &str) -> anyhow::Result<crate::sniff::Sniffed> {
 fn readable_before(lab: &Lab) -> anyhow::Result<String> {
     let word = scenario::marker();
     let seen = say(lab, &word)?;
-    ensure!(seen.markers[&word] > 0, "the marker did not show up on the link, so its absence later would prove nothing");
+    ensure!(
+        seen.markers[&word] > 0,
+        "the marker did not show up on the link, so its absence later would prove nothing"
+    );
     Ok(format!("a random marker was read {} times", seen.markers[&word]))
 }
 
@@ -255,5 +258,8 @@ fn control_killed(lab: &Lab) -> anyhow::Result<String> {
         let connected = ["node-1", "node-2"].iter().all(|node| nodes[*node]["connected"] == true);
         if connected { Ok(()) } else { Err(anyhow::anyhow!("{nodes}")) }
     })?;
-    Ok(format!("{} requests without control, none failed; both nodes reconnected when it returned", kept.len() + fresh.len()))
+    Ok(format!(
+        "{} requests without control, none failed; both nodes reconnected when it returned",
+        kept.len() + fresh.len()
+    ))
 }

@@ -46,7 +46,7 @@ use crate::topology;
 
 /// How often ended processes are noticed.
 const TICK: Duration = Duration::from_millis(100);
-/// How often something that was not reached is tried again, and how long such a try may take.
+/// How often something that was not reached is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 /// How long a leaving pod waits for the nodes to forget it before it is asked to end.
 const FORGET: Duration = Duration::from_secs(2);
@@ -180,7 +180,8 @@ impl Engine {
             let retry = !self.missing.is_empty() && last_try.elapsed() >= RETRY;
             if changed || retry {
                 last_try = Instant::now();
-                self.settle_or_log(RETRY);
+                // One look at everything: whoever waits for it asks again in a second.
+                self.settle_or_log(Duration::ZERO);
             }
         }
     }
