@@ -105,7 +105,6 @@ pub fn main(options: &Options) -> anyhow::Result<ExitCode> {
         }),
         variants: vec![DIRECT, TULLE],
         peer,
-        tests: Vec::new(),
         order: Vec::new(),
         values: Values::new(),
         failures: BTreeSet::new(),
@@ -145,7 +144,6 @@ fn whole_run(report: &mut Report, checked: anyhow::Result<Vec<String>>) {
 fn loads(bench: &Bench, options: &Options, report: &mut Report, proved: &mut Proved) {
     let (warm_ms, run_ms) = options.times();
     let tests: Vec<_> = rows::tests().into_iter().filter(|test| test.name.contains(&options.only)).collect();
-    report.tests.extend(tests.iter().map(|test| test.name.to_owned()));
     let variants = report.variants.clone();
     for round in 0..options.rounds() {
         for (index, test) in tests.iter().enumerate() {
@@ -219,7 +217,6 @@ fn memory(bench: &Bench, options: &Options, report: &mut Report) {
                 report.failures.insert(fail(format!("{error:#}")));
             }
         }
-        report.tests.push(name);
     }
     std::thread::sleep(measure::AFTER_CLOSE);
     if let Ok(rss) = bench.resident() {

@@ -42,8 +42,6 @@ pub(super) struct Report {
     pub(super) variants: Vec<&'static str>,
     /// Why there is no peer.
     pub(super) peer: String,
-    /// Loads in the order of the table.
-    pub(super) tests: Vec<String>,
     /// Figures in the order of each load's.
     pub(super) order: Vec<(String, &'static str)>,
     /// Values.
@@ -224,7 +222,6 @@ mod tests {
             settings: serde_json::json!({}),
             variants: vec!["direct", "tulle"],
             peer: "no peer binary".to_owned(),
-            tests: vec![row.0.clone()],
             order: vec![row.clone()],
             values: BTreeMap::from([(row, values)]),
             failures: BTreeSet::new(),
@@ -244,7 +241,7 @@ mod tests {
         let mut report = report();
         let wrong = "payload was found".to_owned();
         report.failures.insert(Failure { test: "upload, 1 stream".to_owned(), variant: "tulle", wrong });
-        assert!(report.table().contains("FAILED") && !report.table().contains("5.00 |"));
+        assert!(report.table().contains("FAILED") && !report.table().contains(" 5.00 "));
         assert!(report.notes().contains("payload was found"));
         assert_eq!(report.json()["rows"][0]["variants"]["tulle"]["proven"], false);
     }
