@@ -87,10 +87,7 @@ impl Issued {
         };
         let identity = leaf_identity(leaf)?;
         if identity != *expected {
-            return Err(IssuedError::WrongIdentity {
-                found: identity,
-                expected: expected.clone(),
-            });
+            return Err(IssuedError::WrongIdentity { found: identity, expected: expected.clone() });
         }
         let facts = facts(leaf)?;
         Ok(Self {
@@ -112,39 +109,25 @@ pub(crate) struct Facts {
 }
 
 pub(crate) fn facts(certificate: &CertificateDer<'_>) -> Result<Facts, VerifyError> {
-    let (_, parsed) = X509Certificate::from_der(certificate)
-        .map_err(|error| VerifyError::Unreadable(error.to_string()))?;
+    let (_, parsed) =
+        X509Certificate::from_der(certificate).map_err(|error| VerifyError::Unreadable(error.to_string()))?;
     Ok(Facts {
         not_before: parsed.validity().not_before.timestamp(),
         not_after: parsed.validity().not_after.timestamp(),
-        serial: parsed
-            .raw_serial()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect(),
+        serial: parsed.raw_serial().iter().map(|byte| format!("{byte:02x}")).collect(),
     })
 }
 
-fn read_entry(
-    entry: &str,
-    index: usize,
-    chain: &mut Vec<CertificateDer<'static>>,
-) -> Result<(), IssuedError> {
+fn read_entry(entry: &str, index: usize, chain: &mut Vec<CertificateDer<'static>>) -> Result<(), IssuedError> {
     let before = chain.len();
     for certificate in CertificateDer::pem_slice_iter(entry.as_bytes()) {
-        chain.push(certificate.map_err(|error| IssuedError::Pem {
-            index,
-            reason: format!("{error:?}"),
-        })?);
+        chain.push(certificate.map_err(|error| IssuedError::Pem { index, reason: format!("{error:?}") })?);
         if chain.len() > MAX_ENTRIES {
             return Err(IssuedError::TooLong(chain.len()));
         }
     }
     if chain.len() == before {
-        return Err(IssuedError::Pem {
-            index,
-            reason: "no certificate in it".into(),
-        });
+        return Err(IssuedError::Pem { index, reason: "no certificate in it".into() });
     }
     Ok(())
 }

@@ -5,8 +5,8 @@
 //! a certificate says.
 
 use rcgen::{
-    CertificateParams, CertificateSigningRequestParams, DistinguishedName, IsCa, KeyPair,
-    PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType,
+    CertificateParams, CertificateSigningRequestParams, DistinguishedName, IsCa, KeyPair, PKCS_ECDSA_P256_SHA256,
+    PublicKeyData, SanType,
 };
 use rustls_pki_types::CertificateSigningRequestDer;
 use rustls_pki_types::PrivatePkcs8KeyDer;
@@ -36,23 +36,14 @@ pub struct RequestError {
 
 /// Makes a P-256 key and a request with an empty subject and one critical URI SAN.
 pub fn request(identity: &SpiffeId) -> Result<Request, RequestError> {
-    let fail = |reason| RequestError {
-        identity: identity.clone(),
-        reason,
-    };
+    let fail = |reason| RequestError { identity: identity.clone(), reason };
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(fail)?;
     let mut params = CertificateParams::default();
     // An empty subject is what makes the SAN critical.
     params.distinguished_name = DistinguishedName::new();
     params.subject_alt_names = vec![SanType::URI(identity.as_str().try_into().map_err(fail)?)];
-    let csr_pem = params
-        .serialize_request(&key)
-        .and_then(|csr| csr.pem())
-        .map_err(fail)?;
-    Ok(Request {
-        key: key.into(),
-        csr_pem,
-    })
+    let csr_pem = params.serialize_request(&key).and_then(|csr| csr.pem()).map_err(fail)?;
+    Ok(Request { key: key.into(), csr_pem })
 }
 
 /// What the CA takes from a request.
@@ -76,9 +67,7 @@ pub enum CsrError {
     #[error("the certificate request cannot be read: {0}")]
     Read(String),
     /// The signature does not fit the public key.
-    #[error(
-        "the signature of the certificate request is wrong: the requester does not hold the key"
-    )]
+    #[error("the signature of the certificate request is wrong: the requester does not hold the key")]
     Signature,
     /// Another key type than ECDSA P-256.
     #[error("the key of the certificate request is not ECDSA P-256")]
@@ -87,9 +76,7 @@ pub enum CsrError {
     #[error("the certificate request asks for a CA certificate")]
     AsksForCa,
     /// Not exactly one URI SAN.
-    #[error(
-        "the certificate request names {0} subject alternative names; it must name exactly one, a SPIFFE URI"
-    )]
+    #[error("the certificate request names {0} subject alternative names; it must name exactly one, a SPIFFE URI")]
     Names(usize),
     /// The one SAN is not a SPIFFE id.
     #[error("the certificate request names something else than a SPIFFE id: {0}")]
@@ -108,26 +95,20 @@ pub fn parse_csr(pem: &str) -> Result<ParsedCsr, CsrError> {
         rcgen::Error::UnsupportedSignatureAlgorithm => CsrError::KeyType,
         other => CsrError::Read(other.to_string()),
     })?;
-    if csr.public_key.algorithm() != &PKCS_ECDSA_P256_SHA256
-        || csr.public_key.der_bytes().len() != P256_POINT
-    {
+    if csr.public_key.algorithm() != &PKCS_ECDSA_P256_SHA256 || csr.public_key.der_bytes().len() != P256_POINT {
         return Err(CsrError::KeyType);
     }
     if matches!(csr.params.is_ca, IsCa::Ca(_)) {
         return Err(CsrError::AsksForCa);
     }
     let identity = match csr.params.subject_alt_names.as_slice() {
-        [SanType::URI(uri)] => uri
-            .as_str()
-            .parse::<SpiffeId>()
-            .map_err(|error| CsrError::Identity(error.to_string()))?,
+        [SanType::URI(uri)] => {
+            uri.as_str().parse::<SpiffeId>().map_err(|error| CsrError::Identity(error.to_string()))?
+        }
         [other] => return Err(CsrError::Identity(format!("{other:?}"))),
         names => return Err(CsrError::Names(names.len())),
     };
-    Ok(ParsedCsr {
-        identity,
-        public_key: csr.public_key,
-    })
+    Ok(ParsedCsr { identity, public_key: csr.public_key })
 }
 
 /// Bytes of an uncompressed P-256 point.
@@ -137,8 +118,7 @@ const P256_POINT: usize = 65;
 mod tests {
     use proptest::prelude::*;
     use rcgen::{
-        BasicConstraints, CertificateParams, IsCa, KeyPair, PKCS_ECDSA_P256_SHA256,
-        PKCS_ECDSA_P384_SHA384, SanType,
+        BasicConstraints, CertificateParams, IsCa, KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_ECDSA_P384_SHA384, SanType,
     };
 
     use crate::{SpiffeId, parse_csr, request};
@@ -152,11 +132,7 @@ mod tests {
         let mut params = CertificateParams::default();
         params.subject_alt_names = vec![SanType::URI(id().as_str().try_into().expect("ascii"))];
         change(&mut params);
-        params
-            .serialize_request(&key)
-            .expect("csr")
-            .pem()
-            .expect("pem")
+        params.serialize_request(&key).expect("csr").pem().expect("pem")
     }
 
     #[test]
@@ -171,53 +147,29 @@ mod tests {
             let key = KeyPair::generate_for(&PKCS_ECDSA_P384_SHA384).expect("key");
             let mut params = CertificateParams::default();
             params.subject_alt_names = vec![SanType::URI(id().as_str().try_into().expect("ascii"))];
-            params
-                .serialize_request(&key)
-                .expect("csr")
-                .pem()
-                .expect("pem")
+            params.serialize_request(&key).expect("csr").pem().expect("pem")
         };
         let uri = |text: &str| SanType::URI(text.try_into().expect("ascii"));
         let other = uri("spiffe://cluster.local/ns/shop/sa/admin");
         let cases: Vec<(&str, String, &str)> = vec![
             ("empty", String::new(), "not PEM"),
             ("text", "hello".into(), "not PEM"),
-            (
-                "certificate block",
-                "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n".into(),
-                "not PEM",
-            ),
+            ("certificate block", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n".into(), "not PEM"),
             (
                 "no DER inside",
-                "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n"
-                    .into(),
+                "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n".into(),
                 "cannot be read",
             ),
-            (
-                "huge",
-                format!("{}{}", "x".repeat(20_000), csr(|_| {})),
-                "at most",
-            ),
+            ("huge", format!("{}{}", "x".repeat(20_000), csr(|_| {})), "at most"),
             ("other curve", p384, "P-256"),
             ("no name", csr(|p| p.subject_alt_names.clear()), "0 subject"),
-            (
-                "two names",
-                csr(|p| p.subject_alt_names.push(other)),
-                "2 subject",
-            ),
+            ("two names", csr(|p| p.subject_alt_names.push(other)), "2 subject"),
             (
                 "a DNS name",
-                csr(|p| {
-                    p.subject_alt_names =
-                        vec![SanType::DnsName("cart.shop".try_into().expect("ascii"))]
-                }),
+                csr(|p| p.subject_alt_names = vec![SanType::DnsName("cart.shop".try_into().expect("ascii"))]),
                 "something else",
             ),
-            (
-                "a web address",
-                csr(|p| p.subject_alt_names = vec![uri("https://cart.shop/")]),
-                "something else",
-            ),
+            ("a web address", csr(|p| p.subject_alt_names = vec![uri("https://cart.shop/")]), "something else"),
         ];
         for (name, pem, expected) in cases {
             let error = parse_csr(&pem).expect_err(name).to_string();
@@ -242,9 +194,7 @@ mod tests {
         let mut changed = body.clone().into_bytes();
         changed[at] = if changed[at] == b'A' { b'B' } else { b'A' };
         let changed = String::from_utf8(changed).expect("ascii");
-        let pem = format!(
-            "-----BEGIN CERTIFICATE REQUEST-----\n{changed}\n-----END CERTIFICATE REQUEST-----\n"
-        );
+        let pem = format!("-----BEGIN CERTIFICATE REQUEST-----\n{changed}\n-----END CERTIFICATE REQUEST-----\n");
         assert!(parse_csr(&pem).is_err());
     }
 

@@ -60,10 +60,8 @@ impl Roots {
             if index == MAX_ROOTS {
                 return Err(RootsError::TooMany);
             }
-            certificates.push(certificate.map_err(|error| RootsError::Pem {
-                index: index + 1,
-                reason: format!("{error:?}"),
-            })?);
+            certificates
+                .push(certificate.map_err(|error| RootsError::Pem { index: index + 1, reason: format!("{error:?}") })?);
         }
         Self::from_der(certificates)
     }
@@ -78,26 +76,16 @@ impl Roots {
         }
         let mut anchors = Vec::with_capacity(certificates.len());
         for (index, certificate) in certificates.iter().enumerate() {
-            let anchor = webpki::anchor_from_trusted_cert(certificate).map_err(|reason| {
-                RootsError::Anchor {
-                    index: index + 1,
-                    reason,
-                }
-            })?;
+            let anchor = webpki::anchor_from_trusted_cert(certificate)
+                .map_err(|reason| RootsError::Anchor { index: index + 1, reason })?;
             anchors.push(anchor.to_owned());
         }
-        Ok(Self(Arc::new(Inner {
-            certificates,
-            anchors,
-        })))
+        Ok(Self(Arc::new(Inner { certificates, anchors })))
     }
 
     /// The bundle as PEM, in order.
     pub fn to_pem(&self) -> String {
-        self.certificates()
-            .iter()
-            .map(|certificate| pem::encode("CERTIFICATE", certificate))
-            .collect()
+        self.certificates().iter().map(|certificate| pem::encode("CERTIFICATE", certificate)).collect()
     }
 
     /// The certificates, in order.

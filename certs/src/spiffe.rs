@@ -32,9 +32,7 @@ pub struct SpiffeId {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum SpiffeIdError {
     /// The shape is wrong.
-    #[error(
-        "`{0}` is not a SPIFFE id of the form spiffe://<trust domain>/ns/<namespace>/sa/<service account>"
-    )]
+    #[error("`{0}` is not a SPIFFE id of the form spiffe://<trust domain>/ns/<namespace>/sa/<service account>")]
     Shape(String),
     /// A part is empty or too long.
     #[error("the {part} has {len} bytes; it must have 1 to {max}")]
@@ -66,11 +64,7 @@ pub enum SpiffeIdError {
 
 impl SpiffeId {
     /// Joins the parts. Fails if one is empty, too long, or has a character that SPIFFE does not allow.
-    pub fn new(
-        trust_domain: &str,
-        namespace: &str,
-        service_account: &str,
-    ) -> Result<Self, SpiffeIdError> {
+    pub fn new(trust_domain: &str, namespace: &str, service_account: &str) -> Result<Self, SpiffeIdError> {
         check_trust_domain(trust_domain)?;
         check_segment("namespace", namespace, MAX_NAMESPACE)?;
         check_segment("service account", service_account, MAX_SERVICE_ACCOUNT)?;
@@ -78,11 +72,7 @@ impl SpiffeId {
         // At most 9 + 255 + 4 + 63, so it fits; the lengths were checked above.
         let td_end = (SCHEME.len() + trust_domain.len()) as u16;
         let ns_end = td_end + ("/ns/".len() + namespace.len()) as u16;
-        Ok(Self {
-            uri: uri.into(),
-            td_end,
-            ns_end,
-        })
+        Ok(Self { uri: uri.into(), td_end, ns_end })
     }
 
     /// The whole id, `spiffe://…`.
@@ -123,14 +113,9 @@ impl FromStr for SpiffeId {
         let shape = || SpiffeIdError::Shape(shorten(text));
         let rest = text.strip_prefix(SCHEME).ok_or_else(shape)?;
         let mut parts = rest.split('/');
-        let (Some(td), Some("ns"), Some(ns), Some("sa"), Some(sa), None) = (
-            parts.next(),
-            parts.next(),
-            parts.next(),
-            parts.next(),
-            parts.next(),
-            parts.next(),
-        ) else {
+        let (Some(td), Some("ns"), Some(ns), Some("sa"), Some(sa), None) =
+            (parts.next(), parts.next(), parts.next(), parts.next(), parts.next(), parts.next())
+        else {
             return Err(shape());
         };
         Self::new(td, ns, sa)
@@ -152,12 +137,9 @@ impl fmt::Debug for SpiffeId {
 fn check_trust_domain(text: &str) -> Result<(), SpiffeIdError> {
     let part = "trust domain";
     check_length(part, text, MAX_TRUST_DOMAIN)?;
-    check_characters(
-        part,
-        text,
-        "lower-case letters, digits, '.', '-' and '_'",
-        |c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '-' | '_'),
-    )
+    check_characters(part, text, "lower-case letters, digits, '.', '-' and '_'", |c| {
+        c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '-' | '_')
+    })
 }
 
 fn check_segment(part: &'static str, text: &str, max: usize) -> Result<(), SpiffeIdError> {
@@ -173,11 +155,7 @@ fn check_segment(part: &'static str, text: &str, max: usize) -> Result<(), Spiff
 
 fn check_length(part: &'static str, text: &str, max: usize) -> Result<(), SpiffeIdError> {
     if text.is_empty() || text.len() > max {
-        return Err(SpiffeIdError::Length {
-            part,
-            len: text.len(),
-            max,
-        });
+        return Err(SpiffeIdError::Length { part, len: text.len(), max });
     }
     Ok(())
 }
@@ -190,11 +168,7 @@ fn check_characters(
 ) -> Result<(), SpiffeIdError> {
     match text.chars().find(|c| !is_allowed(*c)) {
         None => Ok(()),
-        Some(found) => Err(SpiffeIdError::Character {
-            part,
-            found,
-            allowed,
-        }),
+        Some(found) => Err(SpiffeIdError::Character { part, found, allowed }),
     }
 }
 
@@ -215,18 +189,13 @@ mod tests {
 
     #[test]
     fn parts_come_back_as_they_were_given() {
-        let id: SpiffeId = "spiffe://cluster.local/ns/shop/sa/cart"
-            .parse()
-            .expect("valid");
+        let id: SpiffeId = "spiffe://cluster.local/ns/shop/sa/cart".parse().expect("valid");
         assert_eq!(id.trust_domain(), "cluster.local");
         assert_eq!(id.namespace(), "shop");
         assert_eq!(id.service_account(), "cart");
         assert_eq!(id.principal(), "cluster.local/ns/shop/sa/cart");
         assert_eq!(id.to_string(), "spiffe://cluster.local/ns/shop/sa/cart");
-        assert_eq!(
-            id,
-            SpiffeId::new("cluster.local", "shop", "cart").expect("valid")
-        );
+        assert_eq!(id, SpiffeId::new("cluster.local", "shop", "cart").expect("valid"));
     }
 
     #[test]

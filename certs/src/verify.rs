@@ -46,9 +46,7 @@ pub enum VerifyError {
     #[error("the peer's certificate is not valid: {0}")]
     Invalid(webpki::Error),
     /// The leaf names no URI.
-    #[error(
-        "the peer's certificate names no identity (no URI among its subject alternative names)"
-    )]
+    #[error("the peer's certificate names no identity (no URI among its subject alternative names)")]
     NoIdentity,
     /// The leaf names several URIs.
     #[error("the peer's certificate names {0} URIs; exactly one is allowed")]
@@ -63,14 +61,12 @@ pub fn leaf_identity(leaf: &CertificateDer<'_>) -> Result<SpiffeId, VerifyError>
     if leaf.len() > MAX_CERTIFICATE_BYTES {
         return Err(VerifyError::Unreadable(format!("{} bytes", leaf.len())));
     }
-    let (rest, certificate) = X509Certificate::from_der(leaf)
-        .map_err(|error| VerifyError::Unreadable(error.to_string()))?;
+    let (rest, certificate) =
+        X509Certificate::from_der(leaf).map_err(|error| VerifyError::Unreadable(error.to_string()))?;
     if !rest.is_empty() {
         return Err(VerifyError::Unreadable("bytes after its end".into()));
     }
-    let names = certificate
-        .subject_alternative_name()
-        .map_err(|error| VerifyError::Unreadable(error.to_string()))?;
+    let names = certificate.subject_alternative_name().map_err(|error| VerifyError::Unreadable(error.to_string()))?;
     let Some(names) = names else {
         return Err(VerifyError::NoIdentity);
     };
@@ -109,23 +105,14 @@ pub fn verify_chain(
         Usage::Client => KeyUsage::client_auth(),
     };
     end_entity
-        .verify_for_usage(
-            algorithms().all,
-            roots.anchors(),
-            intermediates,
-            now,
-            usage,
-            None,
-            None,
-        )
+        .verify_for_usage(algorithms().all, roots.anchors(), intermediates, now, usage, None, None)
         .map_err(VerifyError::Invalid)?;
     leaf_identity(leaf)
 }
 
 fn algorithms() -> &'static WebPkiSupportedAlgorithms {
-    static ALGORITHMS: LazyLock<WebPkiSupportedAlgorithms> = LazyLock::new(|| {
-        rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms
-    });
+    static ALGORITHMS: LazyLock<WebPkiSupportedAlgorithms> =
+        LazyLock::new(|| rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms);
     &ALGORITHMS
 }
 

@@ -19,9 +19,7 @@ use rustls_pki_types::pem::PemObject;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::Roots;
-use crate::ca::{
-    CaError, TokenKey, crypto, new_key, past_half_life, self_signed_root, signed_intermediate,
-};
+use crate::ca::{CaError, TokenKey, crypto, new_key, past_half_life, self_signed_root, signed_intermediate};
 use crate::issued;
 
 /// Trusted roots, PEM; may be shown to anybody.
@@ -52,12 +50,7 @@ pub(super) fn open(dir: &Path, now: i64) -> Result<Loaded, CaError> {
     let (roots, root_key) = open_root(dir, now)?;
     let (intermediate, intermediate_key) = open_intermediate(dir, &roots, root_key, now)?;
     let token_key = open_token_key(dir)?;
-    Ok(Loaded {
-        roots,
-        intermediate,
-        intermediate_key,
-        token_key,
-    })
+    Ok(Loaded { roots, intermediate, intermediate_key, token_key })
 }
 
 /// Held until dropped; the kernel releases it if the process dies.
@@ -79,10 +72,8 @@ fn open_root(dir: &Path, now: i64) -> Result<(Roots, Option<KeyPair>), CaError> 
     let key_path = dir.join(ROOT_KEY);
     let key = read_key(&key_path)?;
     if let Some(bundle) = read(&cert_path)? {
-        let roots = Roots::from_pem(bundle.as_bytes()).map_err(|source| CaError::Roots {
-            path: cert_path.clone(),
-            source,
-        })?;
+        let roots =
+            Roots::from_pem(bundle.as_bytes()).map_err(|source| CaError::Roots { path: cert_path.clone(), source })?;
         if let (Some(key), Some(own)) = (&key, roots.certificates().first())
             && !fits(own, key)
         {
@@ -105,10 +96,8 @@ fn open_root(dir: &Path, now: i64) -> Result<(Roots, Option<KeyPair>), CaError> 
     };
     let certificate = self_signed_root(&key, now)?;
     write(&cert_path, &certificate.pem(), 0o644)?;
-    let roots = Roots::from_der(vec![certificate.into()]).map_err(|source| CaError::Roots {
-        path: cert_path,
-        source,
-    })?;
+    let roots =
+        Roots::from_der(vec![certificate.into()]).map_err(|source| CaError::Roots { path: cert_path, source })?;
     Ok((roots, Some(key)))
 }
 
@@ -127,11 +116,7 @@ fn open_intermediate(
         Err(why) => why,
     };
     let (Some(root_key), Some(root)) = (root_key, roots.certificates().first()) else {
-        return Err(CaError::NoRootKey {
-            path: cert_path,
-            key: dir.join(ROOT_KEY),
-            why,
-        });
+        return Err(CaError::NoRootKey { path: cert_path, key: dir.join(ROOT_KEY), why });
     };
     let root_not_after = issued::facts(root).map_err(crypto)?.not_after;
     let issuer = Issuer::from_ca_cert_der(root, root_key).map_err(crypto)?;
@@ -150,11 +135,10 @@ fn load_intermediate(dir: &Path, roots: &Roots, now: i64) -> Result<Stored, CaEr
     let (Some(text), Some(key)) = (read(&cert_path)?, read_key(&dir.join(CA_KEY))?) else {
         return Ok(Err("or its key is missing".into()));
     };
-    let certificate =
-        CertificateDer::from_pem_slice(text.as_bytes()).map_err(|error| CaError::Content {
-            path: cert_path.clone(),
-            reason: format!("it has no certificate in PEM: {error:?}"),
-        })?;
+    let certificate = CertificateDer::from_pem_slice(text.as_bytes()).map_err(|error| CaError::Content {
+        path: cert_path.clone(),
+        reason: format!("it has no certificate in PEM: {error:?}"),
+    })?;
     if !fits(&certificate, &key) {
         return Ok(Err(format!("does not fit {CA_KEY}")));
     }
@@ -176,10 +160,7 @@ fn open_token_key(dir: &Path) -> Result<TokenKey, CaError> {
             key
         }
     };
-    Ok(TokenKey {
-        private_pem: key.serialize_pem(),
-        public_pem: key.public_key_pem(),
-    })
+    Ok(TokenKey { private_pem: key.serialize_pem(), public_pem: key.public_key_pem() })
 }
 
 /// One signature and the validity: webpki has no entry point for a CA certificate on its own.
@@ -193,14 +174,9 @@ fn chains(certificate: &CertificateDer<'_>, roots: &Roots, now: i64) -> Result<(
         return Err("it is not a CA certificate".into());
     }
     let signed_by_root = roots.certificates().iter().any(|root| {
-        X509Certificate::from_der(root)
-            .is_ok_and(|(_, root)| parsed.verify_signature(Some(root.public_key())).is_ok())
+        X509Certificate::from_der(root).is_ok_and(|(_, root)| parsed.verify_signature(Some(root.public_key())).is_ok())
     });
-    if signed_by_root {
-        Ok(())
-    } else {
-        Err("no root signed it".into())
-    }
+    if signed_by_root { Ok(()) } else { Err("no root signed it".into()) }
 }
 
 fn fits(certificate: &CertificateDer<'_>, key: &KeyPair) -> bool {
@@ -214,7 +190,9 @@ fn read_key(path: &Path) -> Result<Option<KeyPair>, CaError> {
     };
     KeyPair::from_pem(&text).map(Some).map_err(|error| CaError::Content {
         path: path.to_owned(),
-        reason: format!("it is not a PKCS#8 private key in PEM ({error}); restore it, or remove it to have a new one made"),
+        reason: format!(
+            "it is not a PKCS#8 private key in PEM ({error}); restore it, or remove it to have a new one made"
+        ),
     })
 }
 
@@ -230,9 +208,7 @@ fn read(path: &Path) -> Result<Option<String>, CaError> {
         }
         Ok(_) => {}
     }
-    std::fs::read_to_string(path)
-        .map(Some)
-        .map_err(|source| io("read", path, source))
+    std::fs::read_to_string(path).map(Some).map_err(|source| io("read", path, source))
 }
 
 fn write(path: &Path, text: &str, mode: u32) -> Result<(), CaError> {
@@ -242,21 +218,12 @@ fn write(path: &Path, text: &str, mode: u32) -> Result<(), CaError> {
     // One left by a run that died may have another mode.
     let _ = std::fs::remove_file(&temporary);
     let fail = |source| io("write", &temporary, source);
-    let mut file = OpenOptions::new()
-        .create_new(true)
-        .write(true)
-        .mode(mode)
-        .open(&temporary)
-        .map_err(fail)?;
+    let mut file = OpenOptions::new().create_new(true).write(true).mode(mode).open(&temporary).map_err(fail)?;
     file.write_all(text.as_bytes()).map_err(fail)?;
     file.sync_all().map_err(fail)?;
     std::fs::rename(&temporary, path).map_err(|source| io("rename to", path, source))
 }
 
 fn io(action: &'static str, path: &Path, source: std::io::Error) -> CaError {
-    CaError::Io {
-        action,
-        path: PathBuf::from(path),
-        source,
-    }
+    CaError::Io { action, path: PathBuf::from(path), source }
 }

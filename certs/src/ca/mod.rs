@@ -12,9 +12,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use rcgen::{
-    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType,
-    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256,
-    SanType, SerialNumber,
+    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType, SerialNumber,
 };
 use rustls::crypto::SecureRandom;
 use rustls_pki_types::CertificateDer;
@@ -116,9 +115,7 @@ pub enum CaError {
         why: String,
     },
     /// The intermediate is over, so nothing can be signed.
-    #[error(
-        "the intermediate certificate expired at {0} (Unix seconds): restart control or renew it"
-    )]
+    #[error("the intermediate certificate expired at {0} (Unix seconds): restart control or renew it")]
     Expired(i64),
     /// A name for the server certificate is neither DNS name nor address.
     #[error("`{0}` is neither a DNS name nor an IP address")]
@@ -133,8 +130,7 @@ impl Authority {
     pub fn open(dir: &Path, now: i64) -> Result<Self, CaError> {
         let loaded = files::open(dir, now)?;
         let facts = issued::facts(&loaded.intermediate).map_err(crypto)?;
-        let issuer = Issuer::from_ca_cert_der(&loaded.intermediate, loaded.intermediate_key)
-            .map_err(crypto)?;
+        let issuer = Issuer::from_ca_cert_der(&loaded.intermediate, loaded.intermediate_key).map_err(crypto)?;
         Ok(Self {
             roots: loaded.roots,
             issuer,
@@ -168,45 +164,22 @@ impl Authority {
     /// Signs a leaf for `identity` with the request's key. `life_s` seconds are capped to [`LEAF_LIFE_S`] and raised
     /// to [`SHORTEST_LEAF_LIFE_S`]; 0 or less means the default. Returns leaf, intermediate, and all roots in one
     /// string, each PEM, as the CA protocol wants it.
-    pub fn sign(
-        &self,
-        csr: &ParsedCsr,
-        identity: &SpiffeId,
-        life_s: i64,
-        now: i64,
-    ) -> Result<Vec<String>, CaError> {
+    pub fn sign(&self, csr: &ParsedCsr, identity: &SpiffeId, life_s: i64, now: i64) -> Result<Vec<String>, CaError> {
         let mut params = leaf_params(self.leaf_validity(life_s, now)?)?;
         params.distinguished_name = DistinguishedName::new();
-        params.subject_alt_names =
-            vec![SanType::URI(identity.as_str().try_into().map_err(crypto)?)];
-        params.extended_key_usages = vec![
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ];
-        let leaf = params
-            .signed_by(&csr.public_key, &self.issuer)
-            .map_err(crypto)?;
-        Ok(vec![
-            leaf.pem(),
-            pem::encode("CERTIFICATE", &self.intermediate),
-            self.roots.to_pem(),
-        ])
+        params.subject_alt_names = vec![SanType::URI(identity.as_str().try_into().map_err(crypto)?)];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let leaf = params.signed_by(&csr.public_key, &self.issuer).map_err(crypto)?;
+        Ok(vec![leaf.pem(), pem::encode("CERTIFICATE", &self.intermediate), self.roots.to_pem()])
     }
 
     /// Makes a key and a serverAuth certificate for control itself. `names` are DNS names and addresses.
-    pub fn server_certificate(
-        &self,
-        names: &[String],
-        now: i64,
-    ) -> Result<ServerCertificate, CaError> {
+    pub fn server_certificate(&self, names: &[String], now: i64) -> Result<ServerCertificate, CaError> {
         let (not_before, not_after) = self.validity(SERVER_LIFE_S, now)?;
         let key = new_key()?;
         let mut params = leaf_params((not_before, not_after))?;
         params.distinguished_name = common_name("tulle control");
-        params.subject_alt_names = names
-            .iter()
-            .map(|name| server_name(name))
-            .collect::<Result<_, _>>()?;
+        params.subject_alt_names = names.iter().map(|name| server_name(name)).collect::<Result<_, _>>()?;
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         let leaf = params.signed_by(&key, &self.issuer).map_err(crypto)?;
         Ok(ServerCertificate {
@@ -218,11 +191,7 @@ impl Authority {
     }
 
     fn leaf_validity(&self, life_s: i64, now: i64) -> Result<(i64, i64), CaError> {
-        let life_s = if life_s <= 0 {
-            LEAF_LIFE_S
-        } else {
-            life_s.clamp(SHORTEST_LEAF_LIFE_S, LEAF_LIFE_S)
-        };
+        let life_s = if life_s <= 0 { LEAF_LIFE_S } else { life_s.clamp(SHORTEST_LEAF_LIFE_S, LEAF_LIFE_S) };
         self.validity(life_s, now)
     }
 
@@ -250,10 +219,7 @@ fn new_key() -> Result<KeyPair, CaError> {
 }
 
 fn self_signed_root(key: &KeyPair, now: i64) -> Result<Certificate, CaError> {
-    let mut params = ca_params(
-        "Tulle root CA",
-        (now - LONGEST_BACKDATE_S, now + ROOT_LIFE_S),
-    )?;
+    let mut params = ca_params("Tulle root CA", (now - LONGEST_BACKDATE_S, now + ROOT_LIFE_S))?;
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.self_signed(key).map_err(crypto)
 }
@@ -265,10 +231,7 @@ fn signed_intermediate(
     now: i64,
 ) -> Result<Certificate, CaError> {
     let not_after = (now + INTERMEDIATE_LIFE_S).min(root_not_after);
-    let mut params = ca_params(
-        "Tulle intermediate CA",
-        (now - LONGEST_BACKDATE_S, not_after),
-    )?;
+    let mut params = ca_params("Tulle intermediate CA", (now - LONGEST_BACKDATE_S, not_after))?;
     // It signs leaves only.
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.use_authority_key_identifier_extension = true;
@@ -311,9 +274,7 @@ fn common_name(name: &str) -> DistinguishedName {
 
 fn random_serial() -> Result<SerialNumber, CaError> {
     let mut bytes = [0u8; 16];
-    random()
-        .fill(&mut bytes)
-        .map_err(|_| CaError::Crypto("the system has no randomness".into()))?;
+    random().fill(&mut bytes).map_err(|_| CaError::Crypto("the system has no randomness".into()))?;
     // A positive number without a leading zero byte.
     bytes[0] = bytes[0] & 0x7f | 0x40;
     Ok(SerialNumber::from_slice(&bytes))

@@ -38,33 +38,19 @@ fn issued_chain_proves_its_identity_in_both_roles() {
         let proven = verify_chain(&issued.chain, &issued.roots, usage, at(NOW));
         assert_eq!(proven, Ok(id("cart")));
     }
-    let late = verify_chain(
-        &issued.chain,
-        &issued.roots,
-        Usage::Server,
-        at(NOW + LEAF_LIFE_S + 1),
-    );
+    let late = verify_chain(&issued.chain, &issued.roots, Usage::Server, at(NOW + LEAF_LIFE_S + 1));
     assert!(matches!(late, Err(VerifyError::Invalid(_))), "{late:?}");
-    assert_eq!(
-        verify_chain(&[], &issued.roots, Usage::Server, at(NOW)),
-        Err(VerifyError::NoCertificate)
-    );
+    assert_eq!(verify_chain(&[], &issued.roots, Usage::Server, at(NOW)), Err(VerifyError::NoCertificate));
 }
 
 #[test]
 fn another_root_is_not_trusted() {
-    let (one, two) = (
-        tempfile::tempdir().expect("dir"),
-        tempfile::tempdir().expect("dir"),
-    );
+    let (one, two) = (tempfile::tempdir().expect("dir"), tempfile::tempdir().expect("dir"));
     let one = Authority::open(one.path(), NOW).expect("open");
     let two = Authority::open(two.path(), NOW).expect("open");
     let issued = issue(&one, "cart", 0, NOW);
     let foreign = verify_chain(&issued.chain, two.roots(), Usage::Client, at(NOW));
-    assert!(
-        matches!(foreign, Err(VerifyError::Invalid(_))),
-        "{foreign:?}"
-    );
+    assert!(matches!(foreign, Err(VerifyError::Invalid(_))), "{foreign:?}");
 }
 
 #[test]
@@ -74,17 +60,10 @@ fn server_certificate_is_no_client_certificate_and_has_no_identity() {
     let names = ["localhost".to_owned(), "127.0.0.1".into(), "::1".into()];
     let server = authority.server_certificate(&names, NOW).expect("server");
     let as_client = verify_chain(&server.chain, authority.roots(), Usage::Client, at(NOW));
-    assert!(
-        matches!(as_client, Err(VerifyError::Invalid(_))),
-        "{as_client:?}"
-    );
+    assert!(matches!(as_client, Err(VerifyError::Invalid(_))), "{as_client:?}");
     let as_server = verify_chain(&server.chain, authority.roots(), Usage::Server, at(NOW));
     assert_eq!(as_server, Err(VerifyError::NoIdentity));
-    assert!(
-        authority
-            .server_certificate(&["not a name".into()], NOW)
-            .is_err()
-    );
+    assert!(authority.server_certificate(&["not a name".into()], NOW).is_err());
 }
 
 #[test]
@@ -101,11 +80,7 @@ fn life_is_capped_and_short_lives_are_backdated_little() {
     ];
     for (asked, life, back) in cases {
         let issued = issue(&authority, "cart", asked, NOW);
-        assert_eq!(
-            (issued.not_after, issued.not_before),
-            (NOW + life, NOW - back),
-            "asked {asked}"
-        );
+        assert_eq!((issued.not_after, issued.not_before), (NOW + life, NOW - back), "asked {asked}");
     }
 }
 
@@ -118,11 +93,7 @@ fn leaf_never_outlives_the_intermediate() {
     let chain = authority.sign(&csr, &id("a"), 0, late).expect("signed");
     let issued = Issued::parse(&chain, &id("a")).expect("answer");
     assert_eq!(issued.not_after, authority.not_after());
-    assert!(
-        authority
-            .sign(&csr, &id("a"), 0, authority.not_after())
-            .is_err()
-    );
+    assert!(authority.sign(&csr, &id("a"), 0, authority.not_after()).is_err());
 }
 
 #[test]
@@ -151,26 +122,15 @@ fn opening_again_changes_nothing_until_half_life_and_then_the_intermediate_only(
 fn keys_are_private_and_racing_openers_agree() {
     let dir = tempfile::tempdir().expect("dir");
     let all: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..8)
-            .map(|_| scope.spawn(|| Authority::open(dir.path(), NOW).expect("open")))
-            .collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().expect("no panic"))
-            .collect()
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| Authority::open(dir.path(), NOW).expect("open"))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
     });
     for one in &all {
-        assert_eq!(
-            one.sign_roots_and_intermediate(),
-            all[0].sign_roots_and_intermediate()
-        );
+        assert_eq!(one.sign_roots_and_intermediate(), all[0].sign_roots_and_intermediate());
         assert_eq!(one.token_key().public_pem, all[0].token_key().public_pem);
     }
     for name in [files::ROOT_KEY, files::CA_KEY, files::TOKEN_KEY] {
-        let mode = std::fs::metadata(dir.path().join(name))
-            .expect("exists")
-            .permissions()
-            .mode();
+        let mode = std::fs::metadata(dir.path().join(name)).expect("exists").permissions().mode();
         assert_eq!(mode & 0o777, 0o600, "{name}");
     }
 }
@@ -189,25 +149,14 @@ fn damage_is_named_and_never_replaces_the_root() {
         let dir = tempfile::tempdir().expect("dir");
         Authority::open(dir.path(), NOW).expect("open");
         std::fs::write(dir.path().join(name), content).expect("write");
-        let error = Authority::open(dir.path(), NOW)
-            .err()
-            .expect("refused")
-            .to_string();
-        assert!(
-            error.contains(expected) && error.contains(name),
-            "{name}: {error}"
-        );
+        let error = Authority::open(dir.path(), NOW).err().expect("refused").to_string();
+        assert!(error.contains(expected) && error.contains(name), "{name}: {error}");
     }
 }
 
 #[test]
 fn an_interrupted_run_is_completed() {
-    for lost in [
-        files::ROOT_CERT,
-        files::CA_CERT,
-        files::CA_KEY,
-        files::TOKEN_KEY,
-    ] {
+    for lost in [files::ROOT_CERT, files::CA_CERT, files::CA_KEY, files::TOKEN_KEY] {
         let dir = tempfile::tempdir().expect("dir");
         let first = Authority::open(dir.path(), NOW).expect("open");
         std::fs::remove_file(dir.path().join(lost)).expect("remove");
@@ -229,31 +178,15 @@ fn answers_that_are_not_what_was_asked_are_refused() {
         ("nothing", vec![], "0 entries"),
         ("no roots", chain[..1].to_vec(), "1 entries"),
         ("too many", vec![chain[0].clone(); 40], "at most"),
-        (
-            "leaf is text",
-            vec!["x".into(), chain[2].clone()],
-            "not a certificate",
-        ),
-        (
-            "roots are text",
-            vec![chain[0].clone(), "x".into()],
-            "roots",
-        ),
-        (
-            "root first",
-            vec![chain[2].clone(), chain[2].clone()],
-            "no identity",
-        ),
+        ("leaf is text", vec!["x".into(), chain[2].clone()], "not a certificate"),
+        ("roots are text", vec![chain[0].clone(), "x".into()], "roots"),
+        ("root first", vec![chain[2].clone(), chain[2].clone()], "no identity"),
     ];
     for (name, chain, expected) in cases {
-        let error = Issued::parse(&chain, &id("cart"))
-            .expect_err(name)
-            .to_string();
+        let error = Issued::parse(&chain, &id("cart")).expect_err(name).to_string();
         assert!(error.contains(expected), "{name}: {error}");
     }
-    let error = Issued::parse(&chain, &id("admin"))
-        .expect_err("other")
-        .to_string();
+    let error = Issued::parse(&chain, &id("admin")).expect_err("other").to_string();
     assert!(error.contains("sa/cart, asked was for"), "{error}");
 }
 
