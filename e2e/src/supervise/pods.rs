@@ -135,8 +135,8 @@ impl Running {
             .collect();
         let pid = self.processes.first().and_then(|(_, process)| process.pid());
         // Once it listens it counts as listening while it lives: reading the tables walks every socket of the machine.
-        self.facts.ready = all_live
-            && (self.facts.ready || ports.is_empty() || pid.is_some_and(|pid| listens(pid, &ports)));
+        self.facts.ready =
+            all_live && (self.facts.ready || ports.is_empty() || pid.is_some_and(|pid| listens(pid, &ports)));
         self.facts != before
     }
 
