@@ -1,0 +1,87 @@
+//! The fuzz targets of control's parsers, for a bounded time on stable: good input, damaged in the usual ways.
+//! `PROPTEST_CASES` sets how often; `fuzz/` searches without end.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(unreachable_pub, reason = "the included files are a library in fuzz/")]
+
+#[path = "../../fuzz/src/control.rs"]
+mod targets;
+#[path = "../../fuzz/src/mutate.rs"]
+mod mutate;
+
+use std::fs;
+use std::path::PathBuf;
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use prost::Message as _;
+use tulle_proto::discovery::{DeltaDiscoveryRequest, Node};
+use tulle_proto::names;
+
+/// Good input for a target.
+fn seeds(target: &str) -> Vec<Vec<u8>> {
+    match target {
+        // What users write, and every case of translation.
+        "manifest" => ["../e2e/examples/shop", "src/translate/testdata"].into_iter().flat_map(files).collect(),
+        "token" => vec![b"eyJhbGciOiJFUzI1NiJ9.eyJpc3MiOiJ0dWxsZSJ9.c2lnbmF0dXJl".to_vec()],
+        "discovery" => vec![stream()],
+        other => panic!("{other} has no seed; add one"),
+    }
+}
+
+fn files(folder: &str) -> Vec<Vec<u8>> {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(folder);
+    let mut paths: Vec<PathBuf> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    paths.into_iter().map(|path| fs::read(path).unwrap()).collect()
+}
+
+/// The beginning of a stream: both types, then an acknowledgement.
+fn stream() -> Vec<u8> {
+    let request = |type_url: &str| DeltaDiscoveryRequest {
+        node: Some(Node { id: "node-1".into(), ..Default::default() }),
+        type_url: type_url.into(),
+        resource_names_subscribe: vec!["*".into()],
+        initial_resource_versions: [("shop/cart".to_owned(), "1".to_owned())].into(),
+        ..Default::default()
+    };
+    let mut bytes = Vec::new();
+    for request in [
+        request(names::TYPE_ADDRESS),
+        request(names::TYPE_AUTHORIZATION),
+        DeltaDiscoveryRequest { response_nonce: "1".into(), ..request(names::TYPE_ADDRESS) },
+    ] {
+        request.encode_length_delimited(&mut bytes).unwrap();
+    }
+    bytes
+}
+
+/// A failing case is printed, shrunk; the tree is not written to.
+fn runner() -> TestRunner {
+    TestRunner::new(Config { failure_persistence: None, ..Config::default() })
+}
+
+#[test]
+fn no_target_breaks_on_damaged_input() {
+    for (name, target) in targets::TARGETS {
+        let seeds = seeds(name);
+        seeds.iter().for_each(|seed| target(seed));
+        let edits = prop::collection::vec(any::<mutate::Edit>(), 1..8);
+        let result = runner().run(&(0..seeds.len(), edits), |(seed, edits)| {
+            target(&mutate::mutate(&seeds[seed], &edits));
+            Ok(())
+        });
+        result.unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+}
+
+#[test]
+fn no_target_breaks_on_noise() {
+    for (name, target) in targets::TARGETS {
+        let result = runner().run(&prop::collection::vec(any::<u8>(), 0..200), |bytes| {
+            target(&bytes);
+            Ok(())
+        });
+        result.unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+}

@@ -1,0 +1,59 @@
+//! Parsers of the control plane.
+//!
+//! The same rules as for the node's: bytes in, a panic when a promise is broken.
+
+use control::authn::Verifier;
+use control::source::files;
+use control::xds::session::Session;
+use prost::Message as _;
+use tulle_proto::discovery::DeltaDiscoveryRequest;
+
+/// A target.
+pub type Target = fn(&[u8]);
+
+/// Every target of this file, by name.
+pub const TARGETS: &[(&str, Target)] = &[("manifest", manifest), ("token", token), ("discovery", discovery)];
+
+/// A file of objects, from a user.
+pub fn manifest(data: &[u8]) {
+    let parsed = files::parse(data);
+    let lines = data.iter().filter(|byte| **byte == b'\n').count() as u64 + 1;
+    for error in &parsed.errors {
+        let text = error.error.to_string();
+        assert!(!text.is_empty());
+        assert!((1..=lines + 1).contains(&error.error.line), "line {} of {lines}: {text}", error.error.line);
+    }
+}
+
+/// The public half of a key whose private half nobody has.
+const KEY: &str = "-----BEGIN PUBLIC KEY-----
+MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEeTUiPazQr9VMKRpXwwhBdgcXFFt1
+4PI5qDf1iiiDO2EbzpWd3rXfwNrVPDYgWENEW0TCSjMmVV4IPDUGkav67Q==
+-----END PUBLIC KEY-----
+";
+
+/// A bearer token, from a caller.
+pub fn token(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let key = tulle_certs::ca::TokenKey { private_pem: String::new(), public_pem: KEY.to_owned() };
+    let verifier = Verifier::new(&key).expect("the key is one");
+    let refused = verifier.verify(text, 1_800_000_000).expect_err("nobody can sign with this key");
+    assert!(!refused.to_string().is_empty());
+}
+
+/// A request on a discovery stream, from a node.
+pub fn discovery(data: &[u8]) {
+    let mut session = Session::new(true);
+    // Several requests on one stream, each after its length.
+    let mut rest = data;
+    while let Ok(request) = DeltaDiscoveryRequest::decode_length_delimited(&mut rest) {
+        if let Err(violation) = session.handle_request(&request) {
+            assert!(!violation.to_string().is_empty());
+            return;
+        }
+        let _ = (session.acked_generation(), session.nacks(), session.subscriptions());
+        if rest.is_empty() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! The fuzz targets of the node's parsers, for a bounded time on stable: good input, damaged in the usual ways.
+//! `PROPTEST_CASES` sets how often; `fuzz/` searches without end.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(unreachable_pub, reason = "the included files are a library in fuzz/")]
+
+#[path = "../../fuzz/src/mutate.rs"]
+mod mutate;
+#[path = "../../fuzz/src/node.rs"]
+mod node;
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use prost::Message as _;
+use tulle_certs::ca::Authority;
+use tulle_certs::{SpiffeId, request};
+use tulle_proto::security::string_match::MatchType;
+use tulle_proto::security::{Action, Address as Cidr, Authorization, Clause, Match, Rule, Scope, StringMatch};
+use tulle_proto::workload::address::Type;
+use tulle_proto::workload::{Address, NetworkAddress, Port, PortList, Service, TunnelProtocol, Workload};
+
+const NOW: i64 = 1_800_000_000;
+
+/// Good input for a target.
+fn seeds(target: &str) -> Vec<Vec<u8>> {
+    let texts = |texts: &[&str]| texts.iter().map(|text| text.as_bytes().to_vec()).collect();
+    match target {
+        "connect" => texts(&["10.0.0.1:80", "[fd00::1]:8080", "cart.shop.svc.cluster.local:80"]),
+        "baggage" => texts(&[
+            "k8s.cluster.name=c1,k8s.namespace.name=shop,k8s.deployment.name=cart,service.name=cart,service.version=v1",
+        ]),
+        "forwarded" => texts(&["for=\"10.0.0.1:4000\";host=cart.shop.svc.cluster.local", "for=\"[fd00::1]:4000\""]),
+        "traceparent" => texts(&["00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"]),
+        "denial" => texts(&["code=POLICY_DENIED; policy=shop/no-office; rule=0; text=denied by policy shop/no-office"]),
+        "pods" => texts(&[
+            r#"[{"uid":"u-1","name":"cart-0","namespace":"shop","serviceAccount":"cart","netns":"/run/netns/cart-0","ips":["10.0.0.1","fd00::1"],"enrolled":true,"probePorts":[8080]}]"#,
+        ]),
+        "duration" => texts(&["1h30m", "250ms"]),
+        "spiffe" => texts(&["spiffe://cluster.local/ns/shop/sa/cart"]),
+        "address" => vec![workload().encode_to_vec(), service().encode_to_vec()],
+        "authorization" => vec![policy().encode_to_vec()],
+        "csr" | "roots" | "issued" | "certificate" => certificates(target),
+        other => panic!("{other} has no seed; add one"),
+    }
+}
+
+fn workload() -> Address {
+    let workload = Workload {
+        uid: "Kubernetes//Pod/shop/cart-0".into(),
+        name: "cart-0".into(),
+        namespace: "shop".into(),
+        addresses: vec![vec![10, 0, 0, 1].into(), vec![0xfd; 16].into()],
+        tunnel_protocol: TunnelProtocol::Hbone.into(),
+        service_account: "cart".into(),
+        node: "node-1".into(),
+        services: [("shop/cart.shop.svc.cluster.local".to_owned(), ports())].into(),
+        authorization_policies: vec!["shop/no-office".into()],
+        ..Default::default()
+    };
+    Address { r#type: Some(Type::Workload(workload)) }
+}
+
+fn ports() -> PortList {
+    PortList { ports: vec![Port { service_port: 80, target_port: 8080, ..Default::default() }] }
+}
+
+fn service() -> Address {
+    let service = Service {
+        name: "cart".into(),
+        namespace: "shop".into(),
+        hostname: "cart.shop.svc.cluster.local".into(),
+        addresses: vec![NetworkAddress { address: vec![10, 96, 0, 1].into(), ..Default::default() }],
+        ports: ports().ports,
+        ..Default::default()
+    };
+    Address { r#type: Some(Type::Service(service)) }
+}
+
+fn policy() -> Authorization {
+    let only = Match {
+        namespaces: vec![StringMatch { match_type: Some(MatchType::Exact("office".into())) }],
+        source_ips: vec![Cidr { address: vec![10, 0, 0, 0].into(), length: 8 }],
+        destination_ports: vec![8080],
+        ..Default::default()
+    };
+    Authorization {
+        name: "policy".into(),
+        namespace: "shop".into(),
+        scope: Scope::WorkloadSelector.into(),
+        action: Action::Deny.into(),
+        rules: vec![Rule { clauses: vec![Clause { matches: vec![only] }] }],
+        ..Default::default()
+    }
+}
+
+/// Real ones, from a real authority.
+fn certificates(target: &str) -> Vec<Vec<u8>> {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::open(dir.path(), NOW).unwrap();
+    let id = SpiffeId::new("cluster.local", "shop", "cart").unwrap();
+    let request = request(&id).unwrap();
+    let parsed = tulle_certs::parse_csr(&request.csr_pem).unwrap();
+    let chain = authority.sign(&parsed, &id, 3600, NOW).unwrap();
+    let roots = chain.last().unwrap().clone();
+    vec![match target {
+        "csr" => request.csr_pem.into_bytes(),
+        "roots" => roots.into_bytes(),
+        "issued" => chain.join("\n\n").into_bytes(),
+        _ => tulle_certs::Roots::from_pem(roots.as_bytes()).unwrap().certificates()[0].to_vec(),
+    }]
+}
+
+/// A failing case is printed, shrunk; the tree is not written to.
+fn runner() -> TestRunner {
+    TestRunner::new(Config { failure_persistence: None, ..Config::default() })
+}
+
+#[test]
+fn no_target_breaks_on_damaged_input() {
+    for (name, target) in node::TARGETS {
+        let seeds = seeds(name);
+        seeds.iter().for_each(|seed| target(seed));
+        let edits = prop::collection::vec(any::<mutate::Edit>(), 1..8);
+        let result = runner().run(&(0..seeds.len(), edits), |(seed, edits)| {
+            target(&mutate::mutate(&seeds[seed], &edits));
+            Ok(())
+        });
+        result.unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+}
+
+#[test]
+fn no_target_breaks_on_noise() {
+    for (name, target) in node::TARGETS {
+        let result = runner().run(&prop::collection::vec(any::<u8>(), 0..200), |bytes| {
+            target(&bytes);
+            Ok(())
+        });
+        result.unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+}
