@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
@@ -96,9 +97,13 @@ pub fn main(options: &Options) -> anyhow::Result<()> {
             ended.store(true, Ordering::SeqCst);
         });
         let mut frame = vec![0_u8; FRAME_MAX];
+        let mut ending = false;
         loop {
-            // Asked before reading: what arrived before the end is still read to the last.
-            let ending = ended.load(Ordering::SeqCst);
+            if !ending && ended.load(Ordering::SeqCst) {
+                // Nothing new comes in from here on; what came before is still read to the last.
+                close(&socket);
+                ending = true;
+            }
             match nix::sys::socket::recvfrom::<LinkAddr>(socket.as_raw_fd(), &mut frame) {
                 Ok((length, Some(from))) if from.ifindex() == index as usize => analysis.frame(&frame[..length]),
                 Ok(_) => {}
@@ -111,6 +116,14 @@ pub fn main(options: &Options) -> anyhow::Result<()> {
     sniffed.lost = lost(&socket)?;
     println!("{}", serde_json::to_string(&sniffed)?);
     Ok(())
+}
+
+/// Lets no further frame in: a filter that takes none.
+fn close(socket: &impl AsFd) {
+    // BPF_RET with 0 bytes to keep.
+    let nothing = libc::sock_filter { code: 6, jt: 0, jf: 0, k: 0 };
+    // Without the filter the end is reached at the next pause of the traffic.
+    let _ = socket2::SockRef::from(socket).attach_filter(&[nothing]);
 }
 
 #[allow(unsafe_code)]
