@@ -90,6 +90,9 @@ pub struct Node {
     /// Inbound TLS handshakes of one pod under way.
     #[arg(long, env = "TULLE_POD_MAX_HANDSHAKES", default_value_t = 128)]
     pub pod_max_handshakes: usize,
+    /// Open inbound tunnels of one pod.
+    #[arg(long, env = "TULLE_POD_MAX_TUNNELS", default_value_t = 2048)]
+    pub pod_max_tunnels: usize,
     /// How long a half-closed connection may stay silent.
     #[arg(long, env = "TULLE_HALF_OPEN_TIMEOUT", default_value = "5m", value_parser = duration)]
     pub half_open_timeout: Duration,
@@ -109,10 +112,10 @@ pub struct Node {
     #[arg(long, env = "POOL_UNUSED_RELEASE_TIMEOUT", default_value = "5m", value_parser = duration)]
     pub pool_idle: Duration,
     /// Receive window of a stream, bytes.
-    #[arg(long, env = "HTTP2_STREAM_WINDOW_SIZE", default_value_t = 1 << 20)]
+    #[arg(long, env = "HTTP2_STREAM_WINDOW_SIZE", default_value_t = 256 << 10)]
     pub stream_window: u32,
     /// Receive window of a tunnel, bytes.
-    #[arg(long, env = "HTTP2_CONNECTION_WINDOW_SIZE", default_value_t = 128 << 20)]
+    #[arg(long, env = "HTTP2_CONNECTION_WINDOW_SIZE", default_value_t = 32 << 20)]
     pub connection_window: u32,
     /// Largest DATA frame, bytes.
     #[arg(long, env = "HTTP2_FRAME_SIZE", default_value_t = 1 << 20)]

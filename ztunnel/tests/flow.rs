@@ -272,12 +272,7 @@ fn talk(to: &str, bytes: usize) -> std::io::Result<String> {
     let to: SocketAddr = to.parse().unwrap();
     let mut tcp = TcpStream::connect_timeout(&to, Duration::from_secs(5))?;
     tcp.set_read_timeout(Some(Duration::from_secs(10)))?;
-    let mut greeting = Vec::new();
-    while greeting.last() != Some(&b'\n') {
-        let mut byte = [0];
-        tcp.read_exact(&mut byte)?;
-        greeting.push(byte[0]);
-    }
+    let greeting = greeting(&mut tcp)?;
     let mut writer = tcp.try_clone()?;
     let sender = std::thread::spawn(move || {
         let _ = writer.write_all(&vec![b'x'; bytes]);
@@ -287,7 +282,18 @@ fn talk(to: &str, bytes: usize) -> std::io::Result<String> {
     tcp.read_to_end(&mut back)?;
     sender.join().unwrap();
     assert_eq!(back.len(), bytes);
-    Ok(String::from_utf8(greeting).unwrap().trim().to_owned())
+    Ok(greeting)
+}
+
+/// The server's first line, which may come in pieces.
+fn greeting(tcp: &mut TcpStream) -> std::io::Result<String> {
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') {
+        let mut byte = [0];
+        tcp.read_exact(&mut byte)?;
+        line.push(byte[0]);
+    }
+    Ok(String::from_utf8(line).unwrap().trim().to_owned())
 }
 
 #[test]
@@ -364,13 +370,13 @@ fn connections_from_before_capture_live_on_and_are_counted() {
                 Err(error) => assert!(Instant::now() < deadline, "{error}"),
             }
         };
-        let mut buffer = [0; 64];
-        assert!(tcp.read(&mut buffer).unwrap() > 0);
+        greeting(&mut tcp).unwrap();
         ready.send(()).unwrap();
         wait.recv().unwrap();
         tcp.write_all(b"still here").unwrap();
-        let read = tcp.read(&mut buffer).unwrap();
-        buffer[..read].to_vec()
+        let mut back = [0; 10];
+        tcp.read_exact(&mut back).unwrap();
+        back.to_vec()
     });
     is_ready.recv().unwrap();
     let mut node = Node::start(&lab, lab.pods_file(&["a", "b"]));

@@ -170,7 +170,11 @@ fn start_pods(
                 .then(|| config.keepalive_time + config.keepalive_interval * config.keepalive_retries),
             reuse_port: config.port_reuse,
         },
-        limits: Limits { connections: config.pod_max_connections, handshakes: config.pod_max_handshakes },
+        limits: Limits {
+            connections: config.pod_max_connections,
+            handshakes: config.pod_max_handshakes,
+            tunnels: config.pod_max_tunnels,
+        },
         preexisting: config.preexisting,
         trust_domain: config.trust_domain.clone(),
     });

@@ -15,7 +15,7 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 use tulle_certs::SpiffeId;
 use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
@@ -28,8 +28,8 @@ use crate::capture::pods::{Pod, Source};
 use crate::capture::rules::Rules;
 use crate::capture::{self, preexisting, probe};
 use crate::config::Preexisting;
-use crate::flow::{Limits, LocalPod, Shared};
-use crate::state::{EgressMode, Protocol, Snapshot};
+use crate::flow::{Limits, LocalPod, Shared, describes};
+use crate::state::{EgressMode, Protocol, Snapshot, Workload};
 
 /// How long port 15008 stays open after release.
 const LINGER: Duration = Duration::from_secs(30);
@@ -45,11 +45,13 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_
 /// What is wanted of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Wanted {
+    /// The list or control has said whether to capture it.
+    known: bool,
     capture: bool,
     /// Connections from before capture must end.
     reset: bool,
-    /// Nothing but TCP and names may leave.
-    tcp_only: bool,
+    /// Nothing but TCP and names may leave. `None`: control has not said.
+    tcp_only: Option<bool>,
 }
 
 /// Actual state of a pod's capture.
@@ -121,6 +123,15 @@ struct Running {
     task: JoinHandle<()>,
 }
 
+impl Running {
+    /// Whether the list still has the pod as it was started, apart from its enrolment.
+    fn is_for(&self, uid: &str, listed: &[Pod]) -> bool {
+        let as_started = Pod { enrolled: None, ..self.pod.clone() };
+        !self.task.is_finished()
+            && listed.iter().any(|pod| pod.uid == uid && Pod { enrolled: None, ..pod.clone() } == as_started)
+    }
+}
+
 impl Pods {
     /// Every pod's state. The count of connections from before capture is that of the last [`Self::recount`].
     pub fn status(&self) -> Vec<Status> {
@@ -186,7 +197,13 @@ impl Pods {
                     }
                     self.set_problem(problem);
                     self.listed.store(true, Ordering::Relaxed);
-                    listed = list.pods;
+                    let bad = !list.errors.is_empty();
+                    let before = std::mem::replace(&mut listed, list.pods);
+                    if bad {
+                        // One of the unreadable entries may be any of them.
+                        let new: BTreeSet<String> = listed.iter().map(|pod| pod.uid.clone()).collect();
+                        listed.extend(before.into_iter().filter(|pod| !new.contains(&pod.uid)));
+                    }
                 }
                 Ok(None) => {}
                 Err(error) => self.set_problem(Some(error)),
@@ -202,6 +219,12 @@ impl Pods {
         }
         // The pods' own tasks watch the same drain.
         stopping.forced().await;
+    }
+
+    /// Whether flows of the pod may still need its certificate.
+    fn is_served(&self, uid: &str) -> bool {
+        let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+        board.get(uid).is_some_and(|entry| entry.local.is_some())
     }
 
     fn set_problem(&self, problem: Option<String>) {
@@ -225,19 +248,19 @@ impl Pods {
     ) {
         let mut identities = BTreeSet::new();
         // Gone, or another pod under the same uid: its task ends and cleans up.
-        running.retain(|uid, run| {
-            let same = listed.iter().any(|pod| {
-                pod.uid == *uid && Pod { enrolled: None, ..pod.clone() } == Pod { enrolled: None, ..run.pod.clone() }
-            });
-            if !same {
+        let mut ended: HashMap<String, JoinHandle<()>> = HashMap::new();
+        let changed: Vec<String> =
+            running.iter().filter(|(uid, run)| !run.is_for(uid, listed)).map(|(uid, _)| uid.clone()).collect();
+        for uid in changed {
+            if let Some(run) = running.remove(&uid) {
                 let _ = run.desired.send(None);
+                ended.insert(uid, run.task);
             }
-            same && !run.task.is_finished()
-        });
+        }
         for pod in listed {
-            let wanted = wanted(pod, snapshot, environment.preexisting);
-            if wanted.capture {
-                identities.extend(identity(pod, snapshot, &environment.trust_domain));
+            let wanted = wanted(pod, snapshot, environment);
+            if wanted.capture || self.is_served(&pod.uid) {
+                identities.extend(identity(pod, snapshot, environment));
             }
             if let Some(run) = running.get(&pod.uid) {
                 run.desired.send_if_modified(|current| {
@@ -257,6 +280,9 @@ impl Pods {
                 stop: stop.clone(),
                 home: next_home.fetch_add(1, Ordering::Relaxed),
                 lingering: None,
+                predecessor: ended.remove(&pod.uid),
+                rules: Arc::default(),
+                cleaned: false,
             };
             let task = tokio::spawn(task.run());
             running.insert(pod.uid.clone(), Running { desired, pod: pod.clone(), task });
@@ -282,22 +308,32 @@ fn status(entry: &Entry) -> Status {
     }
 }
 
-/// What is wanted of `pod`, by the list and by control.
-fn wanted(pod: &Pod, snapshot: &Snapshot, preexisting: Preexisting) -> Wanted {
-    let workload = snapshot
-        .workload_by_pod(&pod.namespace, &pod.name)
-        .filter(|workload| workload.pod_uid.is_empty() || *workload.pod_uid == *pod.uid);
-    let hbone = workload.is_some_and(|workload| workload.protocol == Protocol::Hbone);
-    let deny = workload.is_some_and(|workload| workload.egress == EgressMode::Deny);
-    let selected = workload.is_some_and(|workload| snapshot.policies_for(workload).next().is_some());
-    let capture = pod.enrolled.unwrap_or(hbone);
-    Wanted { capture, reset: preexisting == Preexisting::Reset || deny || selected, tcp_only: deny }
+/// Control's description of `pod`.
+fn described<'a>(pod: &'a Pod, snapshot: &'a Snapshot, environment: &Environment) -> Option<&'a Arc<Workload>> {
+    let cluster = environment.shared.cluster.clone();
+    snapshot
+        .workloads_by_pod(&pod.namespace, &pod.name)
+        .find(|workload| describes(workload, &pod.uid, &pod.service_account, &cluster))
 }
 
-fn identity(pod: &Pod, snapshot: &Snapshot, trust_domain: &str) -> Option<SpiffeId> {
-    match snapshot.workload_by_pod(&pod.namespace, &pod.name) {
+/// What is wanted of `pod`, by the list and by control.
+fn wanted(pod: &Pod, snapshot: &Snapshot, environment: &Environment) -> Wanted {
+    let workload = described(pod, snapshot, environment);
+    let hbone = workload.is_some_and(|workload| workload.protocol == Protocol::Hbone);
+    let deny = workload.map(|workload| workload.egress == EgressMode::Deny);
+    let selected = workload.is_some_and(|workload| snapshot.policies_for(workload).next().is_some());
+    Wanted {
+        known: pod.enrolled.is_some() || workload.is_some(),
+        capture: pod.enrolled.unwrap_or(hbone),
+        reset: environment.preexisting == Preexisting::Reset || deny == Some(true) || selected,
+        tcp_only: deny,
+    }
+}
+
+fn identity(pod: &Pod, snapshot: &Snapshot, environment: &Environment) -> Option<SpiffeId> {
+    match described(pod, snapshot, environment) {
         Some(workload) => Some(workload.identity.clone()),
-        None => SpiffeId::new(trust_domain, &pod.namespace, &pod.service_account).ok(),
+        None => SpiffeId::new(&environment.trust_domain, &pod.namespace, &pod.service_account).ok(),
     }
 }
 
@@ -314,6 +350,12 @@ struct PodTask {
     /// An earlier serving that still carries connections: `Draining` says that the pod is captured again, being dropped
     /// that it is gone.
     lingering: Option<Drain>,
+    /// The task that had the pod before its entry changed; nothing is touched before it has ended.
+    predecessor: Option<JoinHandle<()>>,
+    /// What is installed. Held while it changes, so that a late release cannot take away what a new capture brought.
+    rules: Arc<tokio::sync::Mutex<Option<Rules>>>,
+    /// Rules that an earlier proxy left behind were looked for.
+    cleaned: bool,
 }
 
 /// A pod that is being served.
@@ -327,45 +369,65 @@ struct Serving {
 
 impl PodTask {
     async fn run(mut self) {
+        if let Some(predecessor) = self.predecessor.take() {
+            let _ = predecessor.await;
+        }
         self.post(|_| {});
         let mut pause = RETRY.0;
         let mut serving: Option<Serving> = None;
         loop {
             let desired = self.desired.borrow_and_update().clone();
             let Some(wanted) = desired else { break };
-            match (&serving, wanted.capture) {
-                (None, true) => match self.start(&wanted).await {
-                    Ok(started) => {
-                        serving = Some(started);
-                        pause = RETRY.0;
-                        continue;
-                    }
-                    Err(reason) => {
-                        tracing::warn!(pod = %self.name(), %reason, "capture failed; trying again");
-                        self.state("Failed", reason);
-                        let draining = self.draining();
-                        let changed = timeout(pause, self.desired.changed());
-                        tokio::select! { _ = changed => {}, () = draining => break }
-                        pause = (pause * 2).min(RETRY.1);
-                        continue;
-                    }
-                },
-                (Some(_), false) => {
-                    if let Some(released) = serving.take() {
-                        self.release(released).await;
-                    }
-                    continue;
+            let done = match (serving.take(), wanted.capture) {
+                (None, true) => self.start(&wanted).await.map(|started| serving = Some(started)),
+                (Some(released), false) => self.release(released).await,
+                (Some(running), true) => {
+                    let adjusted = self.adjust(&running, &wanted).await;
+                    serving = Some(running);
+                    adjusted
                 }
-                (Some(running), true) => self.adjust(running, &wanted).await,
-                (None, false) => self.state("Uncaptured", String::new()),
-            }
+                (None, false) => self.stay_out(&wanted).await,
+            };
+            let again = match done {
+                Ok(()) => {
+                    pause = RETRY.0;
+                    None
+                }
+                Err(reason) => {
+                    tracing::warn!(pod = %self.name(), %reason, "capture failed; trying again");
+                    self.state("Failed", reason);
+                    pause = (pause * 2).min(RETRY.1);
+                    Some(pause)
+                }
+            };
             let draining = self.draining();
             tokio::select! {
                 changed = self.desired.changed() => if changed.is_err() { break },
+                () = sleep(again.unwrap_or_default()), if again.is_some() => {}
                 () = draining => break,
             }
         }
         self.finish(serving).await;
+    }
+
+    /// Not captured: makes sure that no rules are left from another time.
+    async fn stay_out(&mut self, wanted: &Wanted) -> Result<(), String> {
+        if !wanted.known {
+            // Rules that are there stay: better no traffic than traffic past the mesh.
+            self.state("Uncaptured", "control has not said yet whether the pod is in the mesh".into());
+            return Ok(());
+        }
+        if !self.cleaned && self.lingering.is_none() {
+            let _slot = self.slots.acquire().await.map_err(|error| error.to_string())?;
+            if let Ok(netns) = Netns::open(&self.pod.netns)
+                && capture::installed(&netns).await.is_ok()
+            {
+                capture::remove(&netns).await.map_err(|error| format!("rules of an earlier capture stay: {error}"))?;
+            }
+            self.cleaned = true;
+        }
+        self.state("Uncaptured", String::new());
+        Ok(())
     }
 
     fn name(&self) -> String {
@@ -398,7 +460,7 @@ impl PodTask {
     }
 
     /// Listeners, rules, proof; in this order, so that nothing is redirected to nowhere.
-    async fn start(&self, wanted: &Wanted) -> Result<Serving, String> {
+    async fn start(&mut self, wanted: &Wanted) -> Result<Serving, String> {
         self.state("Pending", "installing".into());
         if let Some(lingering) = &self.lingering {
             lingering.advance(Phase::Draining);
@@ -407,9 +469,15 @@ impl PodTask {
         let netns = Netns::open(&self.pod.netns)
             .map_err(|error| format!("cannot open the network namespace {}: {error}", self.pod.netns.display()))?;
         self.check_owner(&netns).await?;
+        self.cleaned = false;
         let serving = self.listen(netns).await?;
-        let rules = self.rules(wanted, &BTreeSet::new());
-        capture::apply(&serving.netns, rules).await.map_err(|error| error.to_string())?;
+        let mut rules = self.rules(wanted, &BTreeSet::new());
+        if wanted.tcp_only.is_none() {
+            // Control has not said; what an earlier proxy installed stays until it does.
+            rules.tcp_only =
+                capture::installed(&serving.netns).await.is_ok_and(|table| table.contains("filter_output"));
+        }
+        self.install(&serving.netns, rules).await?;
         let proven = if rules_are_sabotaged() { Ok(()) } else { probe::verify(&serving.netns, &self.pod.ips).await };
         if let Err(reason) = proven {
             end(&serving);
@@ -467,6 +535,9 @@ impl PodTask {
             inbound: Arc::default(),
             outbound: Arc::default(),
             handshakes: Arc::default(),
+            tunnels: Arc::default(),
+            service_account: self.pod.service_account.as_str().into(),
+            cluster: env.shared.cluster.clone(),
             refused: AtomicU64::new(0),
         });
         serve_pod(&env.workers, self.home, &env.shared, &local, listeners, &captured_watch, &tunnels_watch)
@@ -480,45 +551,58 @@ impl PodTask {
             probe_ports: self.pod.probe_ports.clone(),
             reset: if wanted.reset { old.iter().copied().collect() } else { Vec::new() },
             dns: false,
-            tcp_only: wanted.tcp_only,
+            tcp_only: wanted.tcp_only.unwrap_or(false),
             released: false,
         }
     }
 
+    async fn install(&self, netns: &Netns, rules: Rules) -> Result<(), String> {
+        let mut installed = self.rules.lock().await;
+        if installed.as_ref() == Some(&rules) {
+            return Ok(());
+        }
+        *installed = None;
+        capture::apply(netns, rules.clone()).await.map_err(|error| error.to_string())?;
+        *installed = Some(rules);
+        Ok(())
+    }
+
     /// Brings the rules of a served pod up to date.
-    async fn adjust(&self, serving: &Serving, wanted: &Wanted) {
+    async fn adjust(&self, serving: &Serving, wanted: &Wanted) -> Result<(), String> {
         let mut old = BTreeSet::new();
         self.post(|entry| old.clone_from(&entry.old));
-        if !wanted.tcp_only && (!wanted.reset || old.is_empty()) {
-            return;
+        let mut rules = self.rules(wanted, &old);
+        if wanted.tcp_only.is_none() {
+            rules.tcp_only = self.rules.lock().await.as_ref().is_some_and(|installed| installed.tcp_only);
         }
-        if let Err(error) = capture::apply(&serving.netns, self.rules(wanted, &old)).await {
-            self.state("Failed", error.to_string());
-        }
+        self.install(&serving.netns, rules).await?;
+        self.state("Captured", String::new());
+        Ok(())
     }
 
     /// Back to plain networking. What flows goes on; tunnels that peers still open are served for a while.
-    async fn release(&mut self, serving: Serving) {
+    async fn release(&mut self, serving: Serving) -> Result<(), String> {
         let rules = Rules { released: true, v6: self.pod.ips.iter().any(IpAddr::is_ipv6), ..Rules::default() };
-        if let Err(error) = capture::apply(&serving.netns, rules).await {
-            tracing::warn!(pod = %self.name(), %error, "the redirect rules could not be removed");
-        }
+        // A failure is told and tried again by `stay_out`, which finds the table.
+        let released = self.install(&serving.netns, rules).await;
         serving.captured.advance(Phase::Draining);
-        self.state("Uncaptured", String::new());
         tracing::info!(pod = %self.name(), "released");
         let (again, watch) = drain();
-        self.lingering = Some(again);
-        tokio::spawn(linger(serving, watch, self.stop.watch()));
+        tokio::spawn(linger(serving, watch, self.stop.watch(), self.rules.clone()));
+        if released.is_ok() {
+            self.lingering = Some(again);
+            self.state("Uncaptured", String::new());
+        }
+        released
     }
 
-    /// The pod is gone, or the proxy stops. In the second case the rules stay: what is enrolled fails closed.
+    /// The pod is gone, or the proxy stops. The rules stay either way: a namespace that is still there although the pod
+    /// is not listed any more fails closed.
     async fn finish(self, serving: Option<Serving>) {
         let stop = self.stop.watch();
         if !stop.is_draining() {
             if let Some(serving) = serving {
                 end(&serving);
-                // Its namespace usually went with it.
-                let _ = capture::remove(&serving.netns).await;
                 let pod = self.pod.uid.clone();
                 self.environment.workers.run_all(move |worker| worker.pool.forget(&pod));
             }
@@ -537,7 +621,7 @@ impl PodTask {
 
 /// The last part of a release: until nothing flows any more, the pod is captured `again`, it is gone (then `again` is
 /// forced), or the proxy stops.
-async fn linger(serving: Serving, again: Drained, stop: Drained) {
+async fn linger(serving: Serving, again: Drained, stop: Drained, rules: Arc<tokio::sync::Mutex<Option<Rules>>>) {
     tokio::select! { () = sleep(LINGER) => {}, () = again.draining() => {}, () = stop.draining() => {} }
     serving.tunnels.advance(Phase::Draining);
     serving.flows.advance(Phase::Draining);
@@ -546,11 +630,13 @@ async fn linger(serving: Serving, again: Drained, stop: Drained) {
         tokio::select! { () = sleep(LINGER_LOOK) => {}, () = again.forced() => break, () = stop.forced() => break }
     }
     end(&serving);
-    if !again.is_draining()
-        && !stop.is_draining()
-        && let Err(error) = capture::remove(&serving.netns).await
-    {
-        tracing::warn!(%error, "the rules of a released pod could not be removed");
+    // Under the lock, so that a new capture is either seen here or installs after us.
+    let mut installed = rules.lock().await;
+    if !again.is_draining() && !stop.is_draining() {
+        *installed = None;
+        if let Err(error) = capture::remove(&serving.netns).await {
+            tracing::warn!(%error, "the rules of a released pod could not be removed");
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 //! The node's pods, as `TULLE_PODS` lists them.
 //!
 //! The file is YAML or JSON and is replaced by rename. A list that cannot be read changes nothing: the pods in force stay,
-//! and the error says where it is wrong. One bad entry rejects itself only.
+//! and the error says where it is wrong. One bad entry rejects itself only; what it said before stays in force, because a
+//! pod that is in the mesh must not fall out of it by a mistake.
 
 use std::collections::HashSet;
 use std::io::{self, Read as _};
@@ -55,7 +56,7 @@ pub struct Pods {
 /// If it is not a list at all; line and column where the parser stopped.
 pub fn parse(text: &str) -> Result<Pods, String> {
     if text.trim().is_empty() {
-        return Ok(Pods::default());
+        return Err("the file is empty; a node without pods is written as []".to_owned());
     }
     let entries: Vec<serde_json::Value> = serde_saphyr::from_str(text).map_err(|error| error.to_string())?;
     let mut pods = Pods::default();
@@ -144,7 +145,7 @@ mod tests {
         let pods = parse(yaml).unwrap();
         assert_eq!(pods, parse(json).unwrap());
         assert_eq!(pods.pods[0].enrolled, Some(true));
-        assert!(parse("").unwrap().pods.is_empty());
+        assert!(parse("[]").unwrap().pods.is_empty());
     }
 
     #[test]
@@ -168,7 +169,7 @@ mod tests {
 
     #[test]
     fn something_else_than_a_list_is_an_error() {
-        for text in ["{", "a: 1", "- [", "{\"uid\": 1}"] {
+        for text in ["", " \n", "{", "a: 1", "- [", "{\"uid\": 1}"] {
             assert!(parse(text).is_err(), "{text}");
         }
     }

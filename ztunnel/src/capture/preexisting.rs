@@ -40,8 +40,8 @@ fn parse(table: &str) -> BTreeSet<Pair> {
         .filter_map(|line| {
             let mut fields = line.split_ascii_whitespace().skip(1);
             let (local, remote, state) = (fields.next()?, fields.next()?, fields.next()?);
-            // 01: ESTABLISHED, 08: CLOSE_WAIT.
-            matches!(state, "01" | "08").then_some(())?;
+            // ESTABLISHED, SYN_SENT, SYN_RECV, CLOSE_WAIT: whatever may still carry bytes.
+            matches!(state, "01" | "02" | "03" | "08").then_some(())?;
             Some((address(local)?, address(remote)?))
         })
         .take(MOST)
@@ -50,12 +50,13 @@ fn parse(table: &str) -> BTreeSet<Pair> {
 
 fn foreign(all: &BTreeSet<Pair>) -> BTreeSet<Pair> {
     let ours = |port: u16| matches!(port, PORT_OUTBOUND | PORT_INBOUND_PLAINTEXT | PORT_HBONE);
+    let own: BTreeSet<IpAddr> = all.iter().map(|(local, _)| local.ip()).collect();
     let captured: BTreeSet<SocketAddr> =
         all.iter().filter(|(local, _)| ours(local.port())).map(|(_, remote)| *remote).collect();
     all.iter()
         .filter(|(local, remote)| {
             !ours(local.port())
-                && !ours(remote.port())
+                && !(ours(remote.port()) && own.contains(&remote.ip()))
                 && !local.ip().is_loopback()
                 && !captured.contains(local)
                 && !all.contains(&(*remote, *local))
@@ -105,7 +106,12 @@ mod tests {
         let all = parse(TABLE);
         assert_eq!(all.len(), 5);
         let found = foreign(&all);
-        let expected = ("10.0.0.1:8080".parse().unwrap(), "10.0.0.2:49153".parse().unwrap());
-        assert_eq!(found.into_iter().collect::<Vec<_>>(), vec![expected]);
+        let expected = [("10.0.0.1:8080", "10.0.0.2:49153"), ("10.0.0.1:49155", "10.0.0.3:15008")]
+            .map(|(local, remote)| (local.parse().unwrap(), remote.parse().unwrap()));
+        assert_eq!(
+            found.into_iter().collect::<Vec<_>>(),
+            expected,
+            "a port of ours at another host is nothing of ours"
+        );
     }
 }

@@ -139,7 +139,10 @@ impl Rules {
             }
             if self.tcp_only && hook == "output" {
                 text.push_str("    oifname \"lo\" accept\n");
-                text.push_str("    meta l4proto { tcp, ipv6-icmp } accept\n");
+                text.push_str("    meta l4proto tcp accept\n");
+                text.push_str(
+                    "    icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld2-listener-report } accept\n",
+                );
                 text.push_str("    udp dport 53 accept\n");
                 text.push_str("    ct direction reply accept\n");
                 text.push_str("    counter reject with icmpx admin-prohibited\n");

@@ -51,13 +51,16 @@ pub struct Limits {
     pub connections: usize,
     /// Inbound TLS handshakes under way.
     pub handshakes: usize,
+    /// Open inbound tunnels.
+    pub tunnels: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        // A node has some ten million kilobytes for proxying at most; a pod's share of connections (5 KB each) stays
-        // under 100 MB. 128 handshakes are 60 ms of one core.
-        Self { connections: 16_384, handshakes: 128 }
+        // Each direction for itself, so that a flood from outside does not take the pod's own connections away. 5 KB each
+        // make 160 MB. 128 handshakes are 60 ms of one core. A tunnel is 100 KB idle, and 100 of its streams are needed
+        // for the connections.
+        Self { connections: 16_384, handshakes: 128, tunnels: 2048 }
     }
 }
 
@@ -83,6 +86,12 @@ pub struct LocalPod {
     pub outbound: Arc<AtomicUsize>,
     /// Handshakes under way.
     pub handshakes: Arc<AtomicUsize>,
+    /// Open inbound tunnels.
+    pub tunnels: Arc<AtomicUsize>,
+    /// spec.serviceAccountName.
+    pub service_account: Arc<str>,
+    /// Id of this node's cluster: another cluster may have a pod of the same name.
+    pub cluster: Arc<str>,
     /// Connections refused for lack of budget.
     pub refused: AtomicU64,
 }
@@ -103,10 +112,12 @@ impl LocalPod {
     /// # Errors
     /// `OverBudget`.
     pub fn connection(&self, direction: &Arc<AtomicUsize>) -> Result<Permit, Outcome> {
-        let live = self.inbound.load(Ordering::Relaxed) + self.outbound.load(Ordering::Relaxed);
+        let live = direction.load(Ordering::Relaxed);
         if live >= self.limits.connections {
             self.refused.fetch_add(1, Ordering::Relaxed);
-            let text = format!("the pod has {live} connections, its limit (TULLE_POD_MAX_CONNECTIONS); retry later");
+            let text = format!(
+                "the pod has {live} connections in this direction, its limit (TULLE_POD_MAX_CONNECTIONS); retry later"
+            );
             return Err(Outcome::new(Code::OverBudget, text));
         }
         direction.fetch_add(1, Ordering::Relaxed);
@@ -126,11 +137,35 @@ impl LocalPod {
         Ok(Permit(self.handshakes.clone()))
     }
 
-    /// What control says about the pod. A description of an earlier pod of the same name does not count.
-    pub fn workload<'a>(&self, snapshot: &'a Snapshot) -> Option<&'a Arc<Workload>> {
-        let workload = snapshot.workload_by_pod(&self.namespace, &self.name)?;
-        (workload.pod_uid.is_empty() || workload.pod_uid == self.uid).then_some(workload)
+    /// One more inbound tunnel.
+    ///
+    /// # Errors
+    /// `OverBudget`.
+    pub fn tunnel(&self) -> Result<Permit, Outcome> {
+        let open = self.tunnels.load(Ordering::Relaxed);
+        if open >= self.limits.tunnels {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+            let text = format!("the pod has {open} open tunnels, its limit (TULLE_POD_MAX_TUNNELS); retry later");
+            return Err(Outcome::new(Code::OverBudget, text));
+        }
+        self.tunnels.fetch_add(1, Ordering::Relaxed);
+        Ok(Permit(self.tunnels.clone()))
     }
+
+    /// What control says about the pod. A description of an earlier pod of the same name, or of another cluster's, does
+    /// not count: it would lend this pod their identity and policies.
+    pub fn workload<'a>(&'a self, snapshot: &'a Snapshot) -> Option<&'a Arc<Workload>> {
+        snapshot
+            .workloads_by_pod(&self.namespace, &self.name)
+            .find(|workload| describes(workload, &self.uid, &self.service_account, &self.cluster))
+    }
+}
+
+/// Whether `workload` is control's description of the pod with this uid, account and cluster.
+pub fn describes(workload: &Workload, uid: &str, service_account: &str, cluster: &str) -> bool {
+    (workload.pod_uid.is_empty() || *workload.pod_uid == *uid)
+        && workload.identity.service_account() == service_account
+        && (cluster.is_empty() || *workload.cluster == *cluster)
 }
 
 impl Shared {

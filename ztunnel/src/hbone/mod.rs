@@ -36,8 +36,8 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            stream_window: 1 << 20,
-            connection_window: 128 << 20,
+            stream_window: 256 << 10,
+            connection_window: 32 << 20,
             frame_size: 1 << 20,
             max_streams: 100,
             idle: Duration::from_secs(300),

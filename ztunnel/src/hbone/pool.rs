@@ -29,6 +29,12 @@ use crate::outcome::{Code, Outcome};
 /// Share of a tunnel's streams, in percent, from which on the next tunnel is opened ahead.
 const CROWDED: usize = 80;
 
+/// Tunnels that are tried for one connection.
+const ATTEMPTS: usize = 4;
+
+/// Unused tunnels that a worker keeps: some 100 KB each. Beyond, the ones unused for longest go.
+const MOST_IDLE: usize = 1024;
+
 /// Tunnels of one key. With 100 streams each it is far more than a pod's connection budget.
 const MOST_TUNNELS: usize = 256;
 
@@ -78,6 +84,11 @@ pub struct Lease {
 }
 
 impl Lease {
+    /// No new streams on this tunnel: it does not answer.
+    pub fn retire(&self) {
+        self.tunnel.retire();
+    }
+
     /// Who the other side proved to be.
     pub fn peer(&self) -> &SpiffeId {
         &self.tunnel.peer
@@ -133,7 +144,8 @@ impl Pool {
 
     /// The least used tunnel of `key`, or a new one.
     async fn tunnel(&self, key: &Key, dialer: &Dialer) -> Result<Rc<Tunnel>, Outcome> {
-        loop {
+        // A peer may finish the handshake and hang up, or others may fill a fresh tunnel before us.
+        for _ in 0..ATTEMPTS {
             let mut attempt = {
                 let mut entries = self.entries.borrow_mut();
                 let entry = entries.entry(key.clone()).or_default();
@@ -166,6 +178,8 @@ impl Pool {
                 Ok(None) | Err(_) => return Err(Outcome::new(Code::Internal, "a tunnel attempt was lost")),
             }
         }
+        let text = format!("{} tunnels to {} were of no use; retry later", ATTEMPTS, key.address);
+        Err(Outcome::new(Code::TunnelFailed, text))
     }
 
     /// The attempt under way, or a new one.
@@ -239,9 +253,21 @@ impl Pool {
         });
     }
 
+    /// Retires the longest unused tunnels beyond [`MOST_IDLE`].
+    fn cap_idle(&self) {
+        let entries = self.entries.borrow();
+        let mut idle: Vec<&Rc<Tunnel>> =
+            entries.values().flat_map(|entry| &entry.tunnels).filter(|tunnel| tunnel.streams.get() == 0).collect();
+        if idle.len() > MOST_IDLE {
+            idle.sort_by_key(|tunnel| tunnel.idle_since.get());
+            idle[..idle.len() - MOST_IDLE].iter().for_each(|tunnel| tunnel.retire());
+        }
+    }
+
     /// Closes what has been idle for long enough; when the next one is due.
     fn sweep(&self) -> Option<tokio::time::Instant> {
         let now = tokio::time::Instant::now();
+        self.cap_idle();
         let mut next: Option<tokio::time::Instant> = None;
         self.entries.borrow_mut().retain(|_, entry| {
             entry.tunnels.retain(|tunnel| {

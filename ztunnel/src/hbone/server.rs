@@ -10,11 +10,17 @@ use h2::RecvStream;
 use h2::server::SendResponse;
 use http::Request;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::base::drain::Drained;
 use crate::hbone::{Config, FRAME_BUDGET, HEADER_LIST, PENDING_RESETS, SEND_BUFFER, SERVER_STREAMS};
 use crate::outcome::{Code, Outcome};
+
+/// How long streams that crossed a goodbye on the wire are still taken.
+const CROSSING: Duration = Duration::from_secs(5);
+
+/// How long a tunnel without streams stays open. Our own peers close theirs after five minutes.
+const IDLE: Duration = Duration::from_secs(900);
 
 /// A request and the means to answer it.
 pub type Incoming = (Request<RecvStream>, SendResponse<Bytes>);
@@ -50,25 +56,46 @@ where
         .map_err(|error| Outcome::new(Code::TunnelFailed, error.to_string()))?;
 
     let mut goodbye = false;
+    let mut closed_since: Option<Instant> = None;
+    let idle = sleep(IDLE);
     let draining = drained.draining();
     let forced = drained.forced();
     let expired = sleep(lifetime);
-    tokio::pin!(draining, forced, expired);
+    tokio::pin!(draining, forced, expired, idle);
     loop {
         tokio::select! {
             stream = connection.accept() => match stream {
-                Some(Ok(stream)) => handle(stream),
+                // A peer that does not answer the goodbye may open streams for ever; it gets none.
+                Some(Ok((_, mut respond))) if closed_since.is_some_and(|since| Instant::now() >= since) => {
+                    respond.send_reset(h2::Reason::REFUSED_STREAM);
+                }
+                Some(Ok(stream)) => {
+                    idle.as_mut().reset(Instant::now() + IDLE);
+                    handle(stream);
+                }
                 Some(Err(error)) if error.is_go_away() || error.is_io() => return Ok(()),
                 Some(Err(error)) => return Err(Outcome::new(Code::TunnelFailed, error.to_string())),
                 None => return Ok(()),
             },
             () = &mut draining, if !goodbye => {
                 goodbye = true;
+                closed_since.get_or_insert(Instant::now() + CROSSING);
                 connection.graceful_shutdown();
             }
-            () = &mut expired, if !goodbye => {
+            () = &mut expired, if closed_since.is_none() => {
+                // Whose certificate has expired proves nothing any more, not even for a moment.
+                closed_since = Some(Instant::now());
                 goodbye = true;
                 connection.graceful_shutdown();
+            }
+            () = &mut idle, if !goodbye => {
+                if connection.has_streams() {
+                    idle.as_mut().reset(Instant::now() + IDLE);
+                } else {
+                    goodbye = true;
+                    closed_since.get_or_insert(Instant::now() + CROSSING);
+                    connection.graceful_shutdown();
+                }
             }
             () = &mut forced => {
                 connection.abrupt_shutdown(h2::Reason::NO_ERROR);

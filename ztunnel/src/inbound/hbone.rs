@@ -26,12 +26,15 @@ use crate::hbone::headers::{self, Authority, Baggage, Forwarded, TraceId};
 use crate::hbone::server;
 use crate::hbone::{READ_BUFFER, TLS_BUFFER};
 use crate::inbound::recheck::Live;
-use crate::inbound::{Request, admit};
+use crate::inbound::{Request, admit, stopped};
 use crate::outcome::{Code, Outcome, chain};
 use crate::relay::{self, TcpSide};
 use crate::state::Snapshot;
 use crate::telemetry::{ConnRecord, Direction};
 use crate::tls::peer_identity;
+
+/// How long a new connection may stay silent. A proxy's ClientHello follows its SYN at once.
+const FIRST_BYTE: Duration = Duration::from_secs(5);
 
 /// What a tunnel proved, shared by its streams.
 struct Tunnel {
@@ -76,6 +79,13 @@ async fn tunnel(
     peer: SocketAddr,
     local: SocketAddr,
 ) -> Result<(), Outcome> {
+    // Held as long as the tunnel is open.
+    let _tunnel = pod.tunnel()?;
+    // Who says nothing takes no place among the handshakes.
+    let first = timeout(FIRST_BYTE, tcp.readable()).await;
+    if !matches!(first, Ok(Ok(()))) {
+        return Err(Outcome::new(Code::TlsFailed, "the peer sent nothing after connecting"));
+    }
     let permit = pod.handshake()?;
     let (_, workload) = shared.known(pod).await?;
     let cert = shared.certificate(&workload).await?;
@@ -117,10 +127,7 @@ async fn stream(tunnel: &Tunnel, request: http::Request<RecvStream>, mut respond
     let shared = &tunnel.shared;
     let mut record = ConnRecord::new(shared.metrics.clone(), Direction::Inbound, tunnel.peer, tunnel.local);
     describe(tunnel, &request, &mut record);
-    let outcome = tokio::select! {
-        outcome = carry(tunnel, request, &mut respond, &mut record) => outcome,
-        () = tunnel.pod.drained.forced() => Outcome::new(Code::Drained, "the proxy or the pod went away"),
-    };
+    let outcome = carry(tunnel, request, &mut respond, &mut record).await;
     record.finish(&outcome);
 }
 
@@ -193,13 +200,9 @@ async fn carry(
     };
     let counts = record.counts.clone();
     let recv = async { Ok(request.into_body()) };
-    tokio::select! {
-        outcome = relay::tunnel(tcp, send, recv, TcpSide::Server, &counts, shared.relay) => outcome,
-        outcome = registration.cut() => {
-            respond.send_reset(h2::Reason::CANCEL);
-            outcome
-        }
-    }
+    // A stop resets the stream, so the other side cannot take it for an end.
+    let stop = stopped(&pod.drained, &registration);
+    relay::tunnel(tcp, send, recv, TcpSide::Server, &counts, shared.relay, stop).await
 }
 
 /// The application's address: always this pod's, with the port that the authority means.

@@ -19,6 +19,7 @@ use tulle_certs::SpiffeId;
 pub use hbone::serve as serve_tunnel;
 pub use plaintext::serve as serve_plaintext;
 
+use crate::base::drain::Drained;
 use crate::flow::{LocalPod, PATIENCE, Shared};
 use crate::inbound::recheck::{Live, Registration};
 use crate::outcome::{Code, Outcome};
@@ -33,6 +34,14 @@ struct Request {
     source: IpAddr,
     /// The application's address.
     target: SocketAddr,
+}
+
+/// Completes when the connection may not go on: a policy forbids it, or the pod's flows have to end.
+async fn stopped(drained: &Drained, registration: &Registration) -> Outcome {
+    tokio::select! {
+        outcome = registration.cut() => outcome,
+        () = drained.forced() => Outcome::new(Code::Drained, "the proxy or the pod went away"),
+    }
 }
 
 /// Registers, authorises, dials. The registration ends with the connection.
@@ -64,7 +73,12 @@ async fn admit(
         }
     }
     let dial = pod.sockets.connect_from(request.source, request.target);
-    match timeout(shared.hbone.connect_timeout.min(PATIENCE * 2), dial).await {
+    let dialled = tokio::select! {
+        biased;
+        outcome = stopped(&pod.drained, &registration) => return Err(outcome),
+        dialled = timeout(shared.hbone.connect_timeout.min(PATIENCE * 2), dial) => dialled,
+    };
+    match dialled {
         Ok(Ok(tcp)) => Ok((tcp, registration, workload)),
         Ok(Err(error)) => Err(Outcome::new(Code::ConnectFailed, format!("application at {}: {error}", request.target))),
         Err(_) => {

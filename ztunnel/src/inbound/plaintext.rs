@@ -13,8 +13,8 @@ use crate::base::sockets::{original_destination, reset};
 use crate::capture::probe;
 use crate::flow::{LocalPod, Shared};
 use crate::inbound::recheck::Live;
-use crate::inbound::{Request, admit};
-use crate::outcome::{Code, Outcome};
+use crate::inbound::{Request, admit, stopped};
+use crate::outcome::Outcome;
 use crate::relay;
 use crate::telemetry::{ConnRecord, Direction};
 
@@ -32,10 +32,8 @@ pub async fn serve(shared: Shared, live: Rc<Live>, pod: Arc<LocalPod>, tcp: TcpS
     record.source.workload = snapshot.workload_by_ip(&shared.network, source.ip()).cloned();
     record.destination.workload = pod.workload(&snapshot).cloned();
     drop(snapshot);
-    let outcome = tokio::select! {
-        outcome = carry(&shared, &live, &pod, tcp, Request { identity: None, source: source.ip(), target }, &mut record) => outcome,
-        () = pod.drained.forced() => Outcome::new(Code::Drained, "the proxy or the pod went away"),
-    };
+    let request = Request { identity: None, source: source.ip(), target };
+    let outcome = carry(&shared, &live, &pod, tcp, request, &mut record).await;
     record.finish(&outcome);
 }
 
@@ -62,8 +60,5 @@ async fn carry(
     record.destination.workload = Some(workload);
     record.opened();
     let counts = record.counts.clone();
-    tokio::select! {
-        outcome = relay::tcp(tcp, server, &counts, shared.relay) => outcome,
-        outcome = registration.cut() => outcome,
-    }
+    relay::tcp(tcp, server, &counts, shared.relay, stopped(&pod.drained, &registration)).await
 }

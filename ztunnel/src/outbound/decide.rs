@@ -87,15 +87,12 @@ pub fn decide(
         if workload.waypoint.is_some() {
             return Err(waypoint(&workload.uid));
         }
+        if !workload.is_pod() {
+            may_leave(source, destination)?;
+        }
         return Ok(to_workload(workload.clone(), destination, None));
     }
-    if source.egress == EgressMode::Deny {
-        let text = format!(
-            "{destination} is outside the cluster, and namespace {} is labelled tulle.dev/egress: deny",
-            source.namespace
-        );
-        return Err(Outcome::new(Code::EgressDenied, text));
-    }
+    may_leave(source, destination)?;
     Ok(Plan::Plain(Plain { address: destination, destination: None, service: None }))
 }
 
@@ -112,13 +109,35 @@ fn to_service(
     let prefer = IpFamily::of(destination.ip());
     match lb::pick(snapshot, service, destination.port(), source, prefer, random) {
         Ok(Choice { workload, ip, port }) => {
+            if !workload.is_pod() && !is_api_server(service) {
+                may_leave(source, SocketAddr::new(ip, port))?;
+            }
             Ok(to_workload(workload, SocketAddr::new(ip, port), Some(service.clone())))
         }
         Err(NoChoice::Passthrough) => {
+            may_leave(source, destination)?;
             Ok(Plan::Plain(Plain { address: destination, destination: None, service: Some(service.clone()) }))
         }
         Err(none) => Err(Outcome::new(Code::NoEndpoint, none.to_string())),
     }
+}
+
+/// Whether a connection may leave the cluster. What is no pod is outside, also behind a Service: otherwise a Service of
+/// any namespace could lead there.
+fn may_leave(source: &Workload, destination: SocketAddr) -> Result<(), Outcome> {
+    if source.egress != EgressMode::Deny {
+        return Ok(());
+    }
+    let text = format!(
+        "{destination} is outside the cluster, and namespace {} is labelled tulle.dev/egress: deny",
+        source.namespace
+    );
+    Err(Outcome::new(Code::EgressDenied, text))
+}
+
+/// `default/kubernetes`, which the API server itself keeps.
+fn is_api_server(service: &Service) -> bool {
+    *service.namespace == *"default" && *service.name == *"kubernetes"
 }
 
 fn to_workload(workload: Arc<Workload>, target: SocketAddr, service: Option<Arc<Service>>) -> Plan {

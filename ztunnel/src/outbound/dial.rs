@@ -16,8 +16,9 @@ use crate::base::sockets::reset;
 use crate::flow::{LocalPod, Shared};
 use crate::hbone::client::Dialer;
 use crate::hbone::headers::{self, Baggage, Forwarded, TraceId};
-use crate::hbone::pool::{Key, Opened, Pool};
+use crate::hbone::pool::{Key, Lease, Opened, Pool};
 use crate::outbound::decide::{Hbone, Plain};
+use crate::outbound::{ended, forbidden};
 use crate::outcome::{Code, Outcome};
 use crate::relay::{self, TcpSide};
 use crate::state::Workload;
@@ -36,7 +37,11 @@ pub(super) async fn tunnel(
     counts: &Rc<Counts>,
 ) -> Outcome {
     record.hbone = Some(plan.address);
-    let Opened { response, send, lease } = match open(shared, pool, pod, source, plan, record).await {
+    let opened = tokio::select! {
+        opened = open(shared, pool, pod, source, plan, record) => opened,
+        outcome = ended(pod) => Err(outcome),
+    };
+    let Opened { response, send, lease } = match opened {
         Ok(opened) => opened,
         Err(outcome) => {
             reset(tcp);
@@ -46,7 +51,9 @@ pub(super) async fn tunnel(
     record.source.identity = Some(source.identity.clone());
     record.destination.identity = Some(lease.peer().clone());
     record.opened();
-    let outcome = relay::tunnel(tcp, send, accepted(response, shared), TcpSide::Client, counts, shared.relay).await;
+    let outcome =
+        relay::tunnel(tcp, send, accepted(response, shared, &lease), TcpSide::Client, counts, shared.relay, ended(pod))
+            .await;
     drop(lease);
     outcome
 }
@@ -101,13 +108,17 @@ fn describe(source: &Workload, plan: &Hbone, record: &ConnRecord, trace: TraceId
 }
 
 /// The other proxy's answer. It answers after its own connect, so it gets that long and a little more.
-async fn accepted(response: ResponseFuture, shared: &Shared) -> Result<h2::RecvStream, Outcome> {
+async fn accepted(response: ResponseFuture, shared: &Shared, lease: &Lease) -> Result<h2::RecvStream, Outcome> {
     let patience = shared.hbone.connect_timeout * 2;
     match timeout(patience, response).await {
         Ok(Ok(response)) if response.status() == StatusCode::OK => Ok(response.into_body()),
         Ok(Ok(response)) => Err(headers::refused(&response)),
         Ok(Err(error)) => Err(Outcome::new(Code::TunnelFailed, error.to_string())),
-        Err(_) => Err(Outcome::new(Code::ConnectTimeout, "the destination's proxy did not answer CONNECT in time")),
+        Err(_) => {
+            // Whatever is at the other end, the next connection should not find the same silence.
+            lease.retire();
+            Err(Outcome::new(Code::ConnectTimeout, "the destination's proxy did not answer CONNECT in time"))
+        }
     }
 }
 
@@ -123,7 +134,15 @@ pub(super) async fn plain(
     match timeout(shared.hbone.connect_timeout, pod.sockets.connect(plan.address)).await {
         Ok(Ok(server)) => {
             record.opened();
-            relay::tcp(tcp, server, counts, shared.relay).await
+            // What is outside the cluster may become forbidden while it lasts.
+            let outside = plan.destination.as_ref().is_none_or(|workload| !workload.is_pod());
+            let stop = async {
+                tokio::select! {
+                    outcome = ended(pod) => outcome,
+                    outcome = forbidden(shared, pod), if outside => outcome,
+                }
+            };
+            relay::tcp(tcp, server, counts, shared.relay, stop).await
         }
         Ok(Err(error)) => {
             reset(tcp);

@@ -18,13 +18,18 @@ use crate::base::{Counts, canonical};
 use crate::capture::probe;
 use crate::flow::{LocalPod, Shared};
 use crate::hbone::pool::Pool;
-use crate::outcome::Outcome;
+use crate::outcome::{Code, Outcome};
+use crate::state::EgressMode;
 use crate::telemetry::{ConnRecord, Direction};
 
 /// Serves one captured connection to its end.
 pub async fn serve(shared: Shared, pool: Rc<Pool>, pod: Arc<LocalPod>, tcp: TcpStream) {
     // Not redirected: somebody dialled the proxy's port itself. There is nothing to proxy to.
     let (Ok(destination), Ok(source)) = (original_destination(&tcp), tcp.peer_addr()) else { return reset(tcp) };
+    // Dialled directly while connection tracking is on: the "original" destination is the listener itself.
+    if tcp.local_addr().is_ok_and(|local| canonical(local) == destination) {
+        return reset(tcp);
+    }
     if probe::is_outbound_probe(destination) {
         // Not `try_write`: a stream that was just registered does not know yet that it is writable.
         let _ = AsyncWriteExt::write_all(&mut { tcp }, probe::TOKEN).await;
@@ -32,15 +37,29 @@ pub async fn serve(shared: Shared, pool: Rc<Pool>, pod: Arc<LocalPod>, tcp: TcpS
     }
     let mut record = ConnRecord::new(shared.metrics.clone(), Direction::Outbound, canonical(source), destination);
     let counts = record.counts.clone();
-    let outcome = tokio::select! {
-        outcome = carry(&shared, &pool, &pod, tcp, destination, &mut record, &counts) => outcome,
-        () = pod.drained.forced() => drained(),
-    };
+    let outcome = carry(&shared, &pool, &pod, tcp, destination, &mut record, &counts).await;
     record.finish(&outcome);
 }
 
-fn drained() -> Outcome {
-    Outcome::new(crate::outcome::Code::Drained, "the proxy or the pod went away")
+/// Completes when the pod's flows have to end.
+async fn ended(pod: &LocalPod) -> Outcome {
+    pod.drained.forced().await;
+    Outcome::new(Code::Drained, "the proxy or the pod went away")
+}
+
+/// Completes when the pod may no longer reach the outside.
+async fn forbidden(shared: &Shared, pod: &LocalPod) -> Outcome {
+    let mut changes = shared.reader.subscribe();
+    loop {
+        let snapshot = shared.reader.load();
+        if pod.workload(&snapshot).is_some_and(|workload| workload.egress == EgressMode::Deny) {
+            let text = "the namespace was labelled tulle.dev/egress: deny";
+            return Outcome::new(Code::EgressDenied, text);
+        }
+        if changes.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+    }
 }
 
 async fn carry(
@@ -61,7 +80,11 @@ async fn carry(
         record.destination.workload = plan.destination().cloned();
         Ok((permit, source, plan))
     };
-    let (_permit, source, plan) = match planned.await {
+    let planned = tokio::select! {
+        planned = planned => planned,
+        outcome = ended(pod) => Err(outcome),
+    };
+    let (_permit, source, plan) = match planned {
         Ok(planned) => planned,
         Err(outcome) => {
             reset(tcp);

@@ -1,7 +1,7 @@
 //! Copying bytes both ways until both sides are done, and saying exactly how it ended.
 //!
 //! Three pumps (TCP to tunnel, tunnel to TCP, TCP to TCP) and one rule for ending: an end of stream travels as a half
-//! close, a reset as a reset, and a half-closed connection whose other half stays silent for too long is reaped.
+//! close, a reset as a reset, whoever stops a connection resets it (a cut must not look like an end), and a half-closed connection whose other half stays silent for too long is reaped.
 //! An idle connection owns no buffer; a buffer lives from readable to written. Nothing waits on a timer while both
 //! halves are open.
 
@@ -61,6 +61,7 @@ pub async fn tunnel(
     side: TcpSide,
     counts: &Counts,
     limits: Limits,
+    stop: impl Future<Output = Outcome>,
 ) -> Outcome {
     let (into_tunnel, from_tunnel) = match side {
         TcpSide::Client => (&counts.up, &counts.down),
@@ -74,6 +75,7 @@ pub async fn tunnel(
         },
         counts,
         limits,
+        stop,
     )
     .await;
     match result {
@@ -93,7 +95,7 @@ pub async fn tunnel(
             sockets::reset(tcp);
             stream_outcome(&error, side)
         }
-        Ended::Broken(Break::Refused(outcome)) => {
+        Ended::Broken(Break::Refused(outcome)) | Ended::Stopped(outcome) => {
             send.send_reset(h2::Reason::CANCEL);
             sockets::reset(tcp);
             outcome
@@ -102,12 +104,19 @@ pub async fn tunnel(
 }
 
 /// Relays between two TCP connections, `client` being the one that began.
-pub async fn tcp(client: TcpStream, server: TcpStream, counts: &Counts, limits: Limits) -> Outcome {
+pub async fn tcp(
+    client: TcpStream,
+    server: TcpStream,
+    counts: &Counts,
+    limits: Limits,
+    stop: impl Future<Output = Outcome>,
+) -> Outcome {
     let result = both(
         async { pumps::tcp_to_tcp(&client, &server, &counts.up).await.map_err(TcpBreak::up) },
         async { pumps::tcp_to_tcp(&server, &client, &counts.down).await.map_err(TcpBreak::down) },
         counts,
         limits,
+        stop,
     )
     .await;
     match result {
@@ -116,6 +125,11 @@ pub async fn tcp(client: TcpStream, server: TcpStream, counts: &Counts, limits: 
             sockets::reset(client);
             sockets::reset(server);
             half_open(limits)
+        }
+        Ended::Stopped(outcome) => {
+            sockets::reset(client);
+            sockets::reset(server);
+            outcome
         }
         Ended::Broken(TcpBreak { code, error }) => {
             sockets::reset(client);
@@ -159,27 +173,38 @@ fn stream_outcome(error: &h2::Error, side: TcpSide) -> Outcome {
 
 enum Ended<E> {
     Finished,
+    Stopped(Outcome),
     HalfOpen,
     Broken(E),
 }
 
-/// Runs both directions; the first failure ends both.
+/// Runs both directions until `stop`; the first failure ends both.
 async fn both<E>(
     up: impl Future<Output = Result<(), E>>,
     down: impl Future<Output = Result<(), E>>,
     counts: &Counts,
     limits: Limits,
+    stop: impl Future<Output = Outcome>,
 ) -> Ended<E> {
     let mut up = pin!(up);
     let mut down = pin!(down);
+    let mut stop = pin!(stop);
+    // A connection that may no longer be moves not one more byte: `stop` is looked at first.
     let up_first = tokio::select! {
+        biased;
+        outcome = &mut stop => return Ended::Stopped(outcome),
         result = &mut up => match result { Ok(()) => true, Err(error) => return Ended::Broken(error) },
         result = &mut down => match result { Ok(()) => false, Err(error) => return Ended::Broken(error) },
     };
     loop {
         let before = counts.total();
         let rest = async { if up_first { down.as_mut().await } else { up.as_mut().await } };
-        match tokio::time::timeout(limits.half_open, rest).await {
+        let ended = tokio::select! {
+            biased;
+            outcome = &mut stop => return Ended::Stopped(outcome),
+            ended = tokio::time::timeout(limits.half_open, rest) => ended,
+        };
+        match ended {
             Ok(Ok(())) => return Ended::Finished,
             Ok(Err(error)) => return Ended::Broken(error),
             Err(_) if counts.total() == before => return Ended::HalfOpen,

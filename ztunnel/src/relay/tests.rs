@@ -1,3 +1,4 @@
+use std::future::pending;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -18,7 +19,7 @@ async fn bytes_and_half_close_pass_both_ways() {
     let (mut client, client_proxy) = pair().await;
     let (server_proxy, mut server) = pair().await;
     let counts = Counts::default();
-    let relay = tcp(client_proxy, server_proxy, &counts, Limits::default());
+    let relay = tcp(client_proxy, server_proxy, &counts, Limits::default(), pending());
     let talk = async {
         client.write_all(b"question").await.unwrap();
         client.shutdown().await.unwrap();
@@ -41,7 +42,7 @@ async fn a_reset_is_carried_as_a_reset() {
     let (client, client_proxy) = pair().await;
     let (server_proxy, mut server) = pair().await;
     let counts = Counts::default();
-    let relay = tcp(client_proxy, server_proxy, &counts, Limits::default());
+    let relay = tcp(client_proxy, server_proxy, &counts, Limits::default(), pending());
     let talk = async {
         crate::base::sockets::reset(client);
         let error = server.read(&mut [0; 8]).await.unwrap_err();
@@ -57,6 +58,7 @@ async fn a_silent_half_open_connection_is_reaped() {
     let (server_proxy, _server) = pair().await;
     let counts = Counts::default();
     client.shutdown().await.unwrap();
-    let outcome = tcp(client_proxy, server_proxy, &counts, Limits { half_open: Duration::from_millis(50) }).await;
+    let outcome =
+        tcp(client_proxy, server_proxy, &counts, Limits { half_open: Duration::from_millis(50) }, pending()).await;
     assert_eq!(outcome.code, Code::HalfOpen);
 }

@@ -85,6 +85,16 @@ impl Snapshot {
         group.iter().find(|workload| *workload.name == *name && *workload.namespace == *namespace)
     }
 
+    /// Every workload that a pod of this name may be: several clusters may have one.
+    pub fn workloads_by_pod<'a>(
+        &'a self,
+        namespace: &'a str,
+        name: &'a str,
+    ) -> impl Iterator<Item = &'a Arc<Workload>> {
+        let group = self.pods.group(&self.pod_key(namespace, name));
+        group.iter().filter(move |workload| *workload.name == *name && *workload.namespace == *namespace)
+    }
+
     pub(super) fn pod_key(&self, namespace: &str, name: &str) -> u64 {
         self.pod_hasher.hash_one((namespace, name))
     }

@@ -125,8 +125,13 @@ impl ConnRecord {
             metrics.failed.get_or_create(&labels).inc();
         }
         if outcome.code.fault() == Fault::Policy {
-            let rule = outcome.rule.map_or_else(String::new, |rule| rule.to_string());
-            let policy = outcome.policy.clone().unwrap_or_default();
+            let rule = outcome
+                .rule
+                .filter(|_| self.direction == Direction::Inbound)
+                .map_or_else(String::new, |rule| rule.to_string());
+            // The far proxy's word for a policy is for the log; as a label it could make any number of series.
+            let own = self.direction == Direction::Inbound;
+            let policy = outcome.policy.clone().filter(|_| own).unwrap_or_default();
             let reporter = self.direction.reporter();
             let labels = DenialLabels { reporter, code: outcome.code.name(), policy, rule };
             metrics.denials.get_or_create(&labels).inc();
