@@ -121,7 +121,7 @@ pub fn main(options: &Options) -> anyhow::Result<()> {
 /// Lets no further frame in: a filter that takes none.
 fn close(socket: &impl AsFd) {
     // BPF_RET with 0 bytes to keep.
-    let nothing = libc::sock_filter { code: 6, jt: 0, jf: 0, k: 0 };
+    let nothing = socket2::SockFilter::new(6, 0, 0, 0);
     // Without the filter the end is reached at the next pause of the traffic.
     let _ = socket2::SockRef::from(socket).attach_filter(&[nothing]);
 }
