@@ -22,7 +22,7 @@ fn the_commands_of_the_opt_in_page_do_what_it_says() -> anyhow::Result<()> {
         eprintln!("SKIPPED: no lab on this machine: {why}");
         return Ok(());
     }
-    let top = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/"));
+    let top = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or_else(|| Path::new("/"));
     let page = fs::read_to_string(top.join("docs/opt-in.md"))?;
     let steps = steps(&page);
     assert!(steps.len() > 10, "the page has only {} commands", steps.len());
