@@ -55,11 +55,9 @@ fn foreign(all: &BTreeSet<Pair>) -> BTreeSet<Pair> {
         all.iter().filter(|(local, _)| ours(local.port())).map(|(_, remote)| *remote).collect();
     all.iter()
         .filter(|(local, remote)| {
-            !ours(local.port())
-                && !(ours(remote.port()) && own.contains(&remote.ip()))
-                && !local.ip().is_loopback()
-                && !captured.contains(local)
-                && !all.contains(&(*remote, *local))
+            let of_proxy = ours(local.port()) || (ours(remote.port()) && own.contains(&remote.ip()));
+            let within_pod = local.ip().is_loopback() || all.contains(&(*remote, *local));
+            !(of_proxy || within_pod || captured.contains(local))
         })
         .copied()
         .collect()

@@ -79,7 +79,7 @@ where
             },
             () = &mut draining, if !goodbye => {
                 goodbye = true;
-                closed_since.get_or_insert(Instant::now() + CROSSING);
+                closed_since.get_or_insert_with(|| Instant::now() + CROSSING);
                 connection.graceful_shutdown();
             }
             () = &mut expired, if closed_since.is_none() => {
@@ -93,7 +93,7 @@ where
                     idle.as_mut().reset(Instant::now() + IDLE);
                 } else {
                     goodbye = true;
-                    closed_since.get_or_insert(Instant::now() + CROSSING);
+                    closed_since.get_or_insert_with(|| Instant::now() + CROSSING);
                     connection.graceful_shutdown();
                 }
             }
