@@ -4,6 +4,8 @@
 //! only, and textual: code inside macros and paths through re-exports can escape it, which is the price of running in a
 //! second. Every checker is a function of text and is itself tested on bad input at the end of this file.
 
+#![allow(clippy::expect_used, clippy::panic)]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
