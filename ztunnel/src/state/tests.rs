@@ -108,7 +108,7 @@ fn a_workload_that_leaves_a_service_leaves_its_endpoints() {
 #[test]
 fn only_candidates_are_in_a_port_table() {
     let named = |service: &str, workload: Workload| behind(workload, "shop", service);
-    let mut endpoints = vec![
+    let mut endpoints = [
         workload("shop", "ready", "10.0.0.1"),
         Workload { healthy: false, ..workload("shop", "unready", "10.0.0.2") },
         Workload { capacity: 0, ..workload("shop", "weightless", "10.0.0.3") },

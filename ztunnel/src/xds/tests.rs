@@ -56,7 +56,7 @@ fn resource(type_url: &str, name: &str, version: &str, value: Vec<u8>) -> Resour
     Resource {
         name: name.to_owned(),
         version: version.to_owned(),
-        resource: Some(Any { type_url: type_url.to_owned(), value: value.into() }),
+        resource: Some(Any { type_url: type_url.to_owned(), value }),
         ..Resource::default()
     }
 }
@@ -86,7 +86,7 @@ fn policy(name: &str, version: &str) -> Resource {
 
 fn broken(mut resource: Resource) -> Resource {
     if let Some(content) = &mut resource.resource {
-        content.value = vec![0xff; 3].into();
+        content.value = vec![0xff; 3];
     }
     resource.version.push_str("-broken");
     resource

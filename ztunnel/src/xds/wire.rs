@@ -88,7 +88,8 @@ mod tests {
 
     #[test]
     fn unknown_fields_are_found_where_they_are() {
-        let cases: &[(&str, &[u8], Option<Vec<Path>>)] = &[
+        type Case = (&'static str, &'static [u8], Option<Vec<Path>>);
+        let cases: &[Case] = &[
             ("nothing", &[], Some(vec![])),
             ("a known scalar", &[0x08, 0x01], Some(vec![])),
             ("an unknown varint", &[0x18, 0x01], Some(vec![vec![]])),

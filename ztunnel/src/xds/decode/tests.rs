@@ -47,7 +47,7 @@ fn resource(name: &str, type_url: &str, value: Vec<u8>) -> Resource {
     Resource {
         name: name.to_owned(),
         version: "v1".to_owned(),
-        resource: Some(Any { type_url: type_url.to_owned(), value: value.into() }),
+        resource: Some(Any { type_url: type_url.to_owned(), value }),
         ..Default::default()
     }
 }
@@ -83,7 +83,7 @@ fn service(from: wds::Service) -> ServiceSpec {
 }
 
 fn info(info: &WorkloadInfo) -> wds::Extension {
-    let config = Any { type_url: TYPE_WORKLOAD_INFO.to_owned(), value: info.encode_to_vec().into() };
+    let config = Any { type_url: TYPE_WORKLOAD_INFO.to_owned(), value: info.encode_to_vec() };
     wds::Extension { name: EXTENSION_WORKLOAD.to_owned(), config: Some(config) }
 }
 
