@@ -73,7 +73,7 @@ fn bad_files_are_named_and_disturb_nobody() -> anyhow::Result<()> {
     // A change to something else still goes through.
     lab.apply_yaml(&scenario::peer_authentication("shop", "STRICT"))?;
     assert_eq!(lab.view()?.control.pid, pid, "control is the same process");
-    scenario::all_well(&load.finish()?, 5)
+    scenario::all_well(&load.finish()?, 2)
 }
 
 #[test]
@@ -120,7 +120,7 @@ fn bad_tunnels_are_refused_one_by_one() -> anyhow::Result<()> {
     }
     let after: Vec<_> = lab.view()?.nodes.into_iter().map(|node| node.pid).collect();
     assert_eq!(after, pids, "no proxy was restarted");
-    scenario::all_well(&load.finish()?, 5)
+    scenario::all_well(&load.finish()?, 2)
 }
 
 #[test]
