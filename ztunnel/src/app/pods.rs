@@ -379,7 +379,15 @@ impl PodTask {
             let desired = self.desired.borrow_and_update().clone();
             let Some(wanted) = desired else { break };
             let done = match (serving.take(), wanted.capture) {
-                (None, true) => self.start(&wanted).await.map(|started| serving = Some(started)),
+                (None, true) => match self.start(&wanted).await {
+                    Ok(started) => {
+                        // Only now are the connections from before known, which may have to end.
+                        let adjusted = self.adjust(&started, &wanted).await;
+                        serving = Some(started);
+                        adjusted
+                    }
+                    Err(reason) => Err(reason),
+                },
                 (Some(released), false) => self.release(released).await,
                 (Some(running), true) => {
                     let adjusted = self.adjust(&running, &wanted).await;
