@@ -161,14 +161,15 @@ async fn carry(
     record: &mut ConnRecord,
 ) -> Outcome {
     let (shared, pod) = (&tunnel.shared, &tunnel.pod);
-    let admitted = async {
+    // Boxed: what it takes to open a connection must not weigh on it while it is idle.
+    let admitted = Box::pin(async {
         let permit = pod.connection(&pod.inbound)?;
         let target = target(tunnel, &request)?;
         record.hbone = Some(target);
         let facts = Request { identity: Some(tunnel.source_identity.clone()), source: tunnel.peer.ip(), target };
         let admitted = admit(shared, &tunnel.live, pod, &facts).await?;
         Ok((permit, admitted))
-    };
+    });
     let (_permit, (tcp, registration, workload)) = match admitted.await {
         Ok(admitted) => admitted,
         Err(outcome) => {

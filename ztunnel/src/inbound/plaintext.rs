@@ -45,11 +45,12 @@ async fn carry(
     request: Request,
     record: &mut ConnRecord,
 ) -> Outcome {
-    let admitted = async {
+    // Boxed: what it takes to open a connection must not weigh on it while it is idle.
+    let admitted = Box::pin(async {
         let permit = pod.connection(&pod.inbound)?;
         let admitted = admit(shared, live, pod, &request).await?;
         Ok((permit, admitted))
-    };
+    });
     let (_permit, (server, registration, workload)) = match admitted.await {
         Ok(admitted) => admitted,
         Err(outcome) => {

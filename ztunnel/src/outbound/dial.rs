@@ -38,7 +38,7 @@ pub(super) async fn tunnel(
 ) -> Outcome {
     record.hbone = Some(plan.address);
     let opened = tokio::select! {
-        opened = open(shared, pool, pod, source, plan, record) => opened,
+        opened = Box::pin(open(shared, pool, pod, source, plan, record)) => opened,
         outcome = ended(pod) => Err(outcome),
     };
     let Opened { response, send, lease } = match opened {

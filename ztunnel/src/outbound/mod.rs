@@ -71,7 +71,8 @@ async fn carry(
     record: &mut ConnRecord,
     counts: &Rc<Counts>,
 ) -> Outcome {
-    let planned = async {
+    // Boxed, here and below: what it takes to open a connection must not weigh on it while it is idle.
+    let planned = Box::pin(async {
         let permit = pod.connection(&pod.outbound)?;
         let (snapshot, source) = shared.known(pod).await?;
         record.source.workload = Some(source.clone());
@@ -79,7 +80,7 @@ async fn carry(
         record.service = plan.service().cloned();
         record.destination.workload = plan.destination().cloned();
         Ok((permit, source, plan))
-    };
+    });
     let planned = tokio::select! {
         planned = planned => planned,
         outcome = ended(pod) => Err(outcome),

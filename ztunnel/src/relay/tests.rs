@@ -1,3 +1,5 @@
+//! Relays over loopback: what passes, how it ends, and that nothing is left hanging.
+
 use std::future::pending;
 use std::time::Duration;
 
