@@ -117,7 +117,7 @@ impl Baggage {
             let entry = entry.split(';').next().unwrap_or("");
             let Some((key, value)) = entry.split_once('=') else { continue };
             let value = value.trim();
-            if value.is_empty() || value.len() > 253 {
+            if !is_name(value) {
                 continue;
             }
             let slot = match key.trim() {
@@ -169,7 +169,7 @@ impl Forwarded {
                     .parse::<SocketAddr>()
                     .ok()
                     .or_else(|| value.parse::<IpAddr>().ok().map(|ip| SocketAddr::new(ip, 0)));
-            } else if key.trim().eq_ignore_ascii_case("host") && !value.is_empty() && value.len() <= 253 {
+            } else if key.trim().eq_ignore_ascii_case("host") && is_name(value) {
                 forwarded.host = Some(value.to_owned());
             }
         }
@@ -220,6 +220,11 @@ impl fmt::Display for TraceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:032x}", self.0)
     }
+}
+
+/// Whether `value` may be a name: short, and of visible ASCII, so that it can be written into a header as it was read.
+fn is_name(value: &str) -> bool {
+    (1..=253).contains(&value.len()) && value.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 /// `part`, if it is exactly `len` hexadecimal digits.
