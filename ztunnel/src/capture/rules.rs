@@ -197,7 +197,7 @@ fn dns_zones() -> String {
 }
 
 /// Sabotage of test builds: `TULLE_BREAK=rules` installs the table without its redirects.
-pub(super) fn rules_are_broken() -> bool {
+pub(crate) fn rules_are_broken() -> bool {
     cfg!(feature = "sabotage") && std::env::var("TULLE_BREAK").is_ok_and(|part| part == "rules")
 }
 
