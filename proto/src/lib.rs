@@ -32,7 +32,7 @@ pub mod ca {
     tonic::include_proto!("istio.v1.auth");
 }
 
-/// `tulle.workload.v1alpha1`: our extension of a workload.
+/// `tulle.workload.v1alpha1`: our extensions of a workload and of a service.
 pub mod tulle_workload {
     tonic::include_proto!("tulle.workload.v1alpha1");
 }

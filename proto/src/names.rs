@@ -39,6 +39,10 @@ pub const TYPE_AUTHORIZATION: &str = "type.googleapis.com/istio.security.Authori
 pub const TYPE_WORKLOAD_INFO: &str = "type.googleapis.com/tulle.workload.v1alpha1.WorkloadInfo";
 /// Name of the workload extension that carries it.
 pub const EXTENSION_WORKLOAD: &str = "tulle.dev/workload";
+/// Type URL of [`crate::tulle_workload::ServiceInfo`].
+pub const TYPE_SERVICE_INFO: &str = "type.googleapis.com/tulle.workload.v1alpha1.ServiceInfo";
+/// Name of the service extension that carries it.
+pub const EXTENSION_SERVICE: &str = "tulle.dev/service";
 /// Name of the authorization extension that carries the whole L7 policy.
 pub const EXTENSION_L7: &str = "tulle.dev/l7";
 /// Name of the authorization extension that marks a stand-in for an unreadable policy.
