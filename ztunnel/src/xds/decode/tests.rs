@@ -107,6 +107,8 @@ fn values_are_carried_over() {
         egress: 2,
         probe_ports: vec![8081],
         policy_versions: BTreeMap::from([("shop/p".to_owned(), "abc".to_owned())]),
+        hostname: "db-0".into(),
+        subdomain: "db".into(),
     };
     let mapped = vec![0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 0, 0, 2];
     let pod = workload(wds::Workload {
