@@ -43,6 +43,9 @@ pub const EXTENSION_WORKLOAD: &str = "tulle.dev/workload";
 pub const TYPE_SERVICE_INFO: &str = "type.googleapis.com/tulle.workload.v1alpha1.ServiceInfo";
 /// Name of the service extension that carries it.
 pub const EXTENSION_SERVICE: &str = "tulle.dev/service";
+/// In front of the host name of a Service of type ExternalName, so that peers which do not know the type do not take it
+/// for a headless Service.
+pub const EXTERNAL_NAME_PREFIX: &str = "_external.";
 /// Name of the authorization extension that carries the whole L7 policy.
 pub const EXTENSION_L7: &str = "tulle.dev/l7";
 /// Name of the authorization extension that marks a stand-in for an unreadable policy.

@@ -17,6 +17,9 @@ pub use policy::{
     Action, AuthorizationPolicy, AuthorizationSpec, Compare, ConditionKey, MtlsMode, NetworkPolicy, Operation,
     PeerAuthentication, PeerAuthenticationSpec, Rule, Source, Spec, Target, TextMatch, Unenforced, When,
 };
-pub use service::{Endpoint, EndpointSlice, Service, ServicePort, SlicePort, TargetPort, TrafficScope};
+pub use service::{
+    Endpoint, EndpointSlice, NamedPort, Service, ServiceNames, ServicePort, SlicePort, TargetPort, TrafficScope,
+    Transport,
+};
 pub use workload::{ContainerPort, Namespace, Node, Phase, Pod, ServiceAccount};
 pub use world::{Object, World};

@@ -26,6 +26,45 @@ pub struct Service {
     pub publish_not_ready: bool,
     /// type ExternalName: no endpoints of its own.
     pub external_name: bool,
+    /// What its name stands for beyond addresses.
+    pub names: ServiceNames,
+}
+
+/// What DNS must know of a Service besides its endpoints.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ServiceNames {
+    /// clusterIP: None.
+    pub headless: bool,
+    /// spec.clusterIPs: what the name stands for.
+    pub addresses: Vec<IpAddr>,
+    /// Every port, also those that are not TCP.
+    pub ports: Vec<NamedPort>,
+    /// spec.externalName, if the type is ExternalName and it is a name; else empty.
+    pub external_name: String,
+}
+
+/// A port of any transport.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedPort {
+    /// Name; may be empty when it is the only one.
+    pub name: String,
+    /// Number that clients dial.
+    pub number: u16,
+    /// Transport.
+    pub transport: Transport,
+    /// spec.ports[].appProtocol, else empty.
+    pub app_protocol: String,
+}
+
+/// What carries a port's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
 }
 
 /// One port.
@@ -96,4 +135,6 @@ pub struct Endpoint {
     pub pod: Option<String>,
     /// nodeName; may be empty.
     pub node: String,
+    /// hostname: its name below the Service's; may be empty.
+    pub hostname: String,
 }

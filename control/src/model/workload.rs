@@ -28,6 +28,10 @@ pub struct Pod {
     pub ports: Vec<ContainerPort>,
     /// Ports that the kubelet probes.
     pub probe_ports: BTreeSet<u16>,
+    /// spec.hostname; may be empty.
+    pub hostname: String,
+    /// spec.subdomain: the headless Service below which `hostname` is a name; may be empty.
+    pub subdomain: String,
 }
 
 /// Life cycle of a pod.

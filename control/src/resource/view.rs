@@ -90,6 +90,7 @@ fn workload(w: &workload::Workload) -> Value {
         "podUid": info.pod_uid,
         "probePorts": info.probe_ports,
         "egress": info.egress().as_str_name(),
+        "dnsName": if info.hostname.is_empty() { String::new() } else { format!("{}.{}", info.hostname, info.subdomain) },
         "policyVersions": info.policy_versions,
     }))
 }
@@ -125,6 +126,26 @@ fn service(s: &workload::Service) -> Value {
         "loadBalancing": balancing,
         "ipFamilies": s.ip_families().as_str_name(),
         "canonical": s.canonical,
+        "info": service_info(&s.extensions),
+    }))
+}
+
+fn service_info(extensions: &[workload::Extension]) -> Value {
+    let info = extensions
+        .iter()
+        .find(|e| e.name == names::EXTENSION_SERVICE)
+        .and_then(|e| e.config.as_ref())
+        .and_then(|any| tulle_workload::ServiceInfo::decode(any.value.as_slice()).ok())
+        .unwrap_or_default();
+    let port = |port: &tulle_workload::PortInfo| {
+        let transport = port.protocol().as_str_name().trim_start_matches("TRANSPORT_");
+        format!("{}/{transport} {}", port.number, port.name).trim_end().to_owned()
+    };
+    pruned(json!({
+        "ports": info.ports.iter().map(port).collect::<Vec<_>>(),
+        "externalName": info.external_name,
+        "headless": info.headless,
+        "clusterAddresses": info.cluster_addresses.iter().map(|a| ip(a)).collect::<Vec<_>>(),
     }))
 }
 

@@ -4,6 +4,7 @@
 //! take some tens of milliseconds, and equal worlds give equal bytes, which is what makes versions hold over restarts.
 
 mod authorization;
+mod dns;
 mod enrol;
 mod mtls;
 mod network;
@@ -140,6 +141,8 @@ pub fn translate(world: &World, settings: &Settings) -> Translation {
     for service in world.services.values().filter(|s| !s.external_name) {
         resources.push(service::translate(service, settings));
     }
+    let aliases = world.services.values().filter(|s| s.external_name);
+    resources.extend(aliases.filter_map(|service| dns::external_name(service, settings)));
     let mut accounts: BTreeMap<String, BTreeSet<(String, String)>> = BTreeMap::new();
     let mut nodes = BTreeSet::new();
     for pod in world.pods.values() {

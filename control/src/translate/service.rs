@@ -14,6 +14,7 @@ use tulle_proto::workload::load_balancing::{HealthPolicy, Mode, Scope};
 use crate::model::{EndpointSlice, Pod, Service, ServicePort, TargetPort, TrafficScope, World};
 use crate::resource::{Kind, Resource};
 use crate::translate::Settings;
+use crate::translate::dns;
 
 /// Bytes of an address in network order.
 pub(super) fn octets(ip: &IpAddr) -> Vec<u8> {
@@ -39,6 +40,7 @@ pub(super) fn translate(service: &Service, settings: &Settings) -> Resource {
         load_balancing: balancing(service),
         ip_families: families(service).into(),
         canonical: true,
+        extensions: dns::extension(&dns::service_info(service)),
         ..workload::Service::default()
     };
     let aliases = service.addresses.iter().map(|ip| format!("/{ip}")).collect();
@@ -111,6 +113,8 @@ pub(super) type Membership = BTreeMap<String, Vec<workload::Port>>;
 pub(super) struct Outsider {
     pub(super) slice: Key,
     pub(super) node: String,
+    /// Its name in DNS, and the Service below which it is one.
+    pub(super) hostname: (String, String),
     pub(super) services: Membership,
 }
 
@@ -213,6 +217,7 @@ impl Endpoints {
             let outsider = self.outsiders.entry((slice.meta.namespace.clone(), *ip)).or_insert_with(|| Outsider {
                 slice: (slice.meta.namespace.clone(), slice.meta.name.clone()),
                 node: endpoint.node.clone(),
+                hostname: (endpoint.hostname.clone(), slice.service.clone()),
                 services: Membership::new(),
             });
             let list = outsider.services.entry(service.to_owned()).or_default();

@@ -12,7 +12,7 @@ use crate::model::{Pod, World};
 use crate::resource::{Kind, Resource};
 use crate::translate::Settings;
 use crate::translate::enrol;
-use crate::translate::service::{Endpoints, octets};
+use crate::translate::service::{Endpoints, Outsider, octets};
 use crate::translate::telemetry;
 
 /// The resource of one pod.
@@ -31,6 +31,8 @@ pub(super) fn translate(
         pod_uid: meta.uid.clone(),
         egress: egress(pod, world, settings).into(),
         probe_ports: pod.probe_ports.iter().map(|port| (*port).into()).collect(),
+        hostname: if pod.subdomain.is_empty() { String::new() } else { pod.hostname.clone() },
+        subdomain: if pod.hostname.is_empty() { String::new() } else { pod.subdomain.clone() },
         ..WorkloadInfo::default()
     };
     let message = workload::Workload {
@@ -120,6 +122,7 @@ pub(super) fn outsiders(endpoints: &Endpoints, settings: &Settings) -> Vec<Resou
                 node: outsider.node.clone(),
                 cluster_id: settings.cluster_id.clone(),
                 workload_type: workload::WorkloadType::Pod.into(),
+                extensions: extension(&dns_name(outsider)),
                 services: outsider
                     .services
                     .iter()
@@ -133,4 +136,12 @@ pub(super) fn outsiders(endpoints: &Endpoints, settings: &Settings) -> Vec<Resou
             resource(uid, message, vec![format!("/{ip}")])
         })
         .collect()
+}
+
+fn dns_name(outsider: &Outsider) -> WorkloadInfo {
+    let (hostname, subdomain) = outsider.hostname.clone();
+    if hostname.is_empty() {
+        return WorkloadInfo::default();
+    }
+    WorkloadInfo { hostname, subdomain, ..WorkloadInfo::default() }
 }

@@ -8,8 +8,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::model::{
-    ContainerPort, Endpoint, EndpointSlice, Meta, Namespace, Node, Object, Phase, Pod, Service, ServiceAccount,
-    ServicePort, SlicePort, TargetPort, TrafficScope,
+    ContainerPort, Endpoint, EndpointSlice, Meta, NamedPort, Namespace, Node, Object, Phase, Pod, Service,
+    ServiceAccount, ServiceNames, ServicePort, SlicePort, TargetPort, TrafficScope, Transport,
 };
 use crate::source::decode::text_map;
 use crate::source::tree::{Cursor, Read, Value};
@@ -58,6 +58,8 @@ pub(super) fn pod(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
         ready: pod_ready(&status)?,
         ports,
         probe_ports,
+        hostname: spec.get("hostname").text_or_empty()?,
+        subdomain: spec.get("subdomain").text_or_empty()?,
     })))
 }
 
@@ -158,8 +160,44 @@ pub(super) fn service(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
         scope: traffic_scope(&spec)?,
         publish_not_ready: spec.get("publishNotReadyAddresses").boolean()?.unwrap_or(false),
         external_name: spec.get("type").text()? == Some("ExternalName"),
+        names: service_names(&spec)?,
         meta,
     })))
+}
+
+/// What the name stands for. An ExternalName that is an address is no name, as in kube-dns.
+fn service_names(spec: &Cursor<'_>) -> Read<ServiceNames> {
+    let cluster_ip = spec.get("clusterIP").text()?;
+    let mut names = ServiceNames { headless: cluster_ip == Some("None"), ..ServiceNames::default() };
+    for at in std::iter::once(spec.get("clusterIP")).chain(spec.get("clusterIPs").list()?) {
+        if let Some(text) = at.text()?.filter(|text| !matches!(*text, "" | "None")) {
+            let one = address(&at, text)?;
+            if !names.addresses.contains(&one) {
+                names.addresses.push(one);
+            }
+        }
+    }
+    for item in spec.get("ports").list()? {
+        let protocol = item.get("protocol");
+        names.ports.push(NamedPort {
+            name: item.get("name").text_or_empty()?,
+            number: item.get("port").port()?.unwrap_or_default(),
+            transport: match protocol.text()? {
+                Some("UDP") => Transport::Udp,
+                Some("SCTP") => Transport::Sctp,
+                _ => Transport::Tcp,
+            },
+            app_protocol: item.get("appProtocol").text_or_empty()?,
+        });
+    }
+    if spec.get("type").text()? == Some("ExternalName") {
+        let target = spec.get("externalName").text_or_empty()?;
+        let target = target.trim_end_matches('.');
+        if target.parse::<IpAddr>().is_err() {
+            target.clone_into(&mut names.external_name);
+        }
+    }
+    Ok(names)
 }
 
 fn service_port(item: &Cursor<'_>) -> Read<Option<ServicePort>> {
@@ -227,6 +265,7 @@ pub(super) fn endpoint_slice(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
             ready: item.get("conditions").get("ready").boolean()?.unwrap_or(true),
             pod: target.get("name").text()?.filter(|_| is_pod).map(str::to_owned),
             node: item.get("nodeName").text_or_empty()?,
+            hostname: item.get("hostname").text_or_empty()?,
         });
     }
     let service = meta.label("kubernetes.io/service-name").unwrap_or_default().to_owned();
