@@ -93,6 +93,9 @@ pub struct Node {
     /// Open inbound tunnels of one pod.
     #[arg(long, env = "TULLE_POD_MAX_TUNNELS", default_value_t = 2048)]
     pub pod_max_tunnels: usize,
+    /// Bytes that the flows of one pod may buffer, windows that peers were given included.
+    #[arg(long, env = "TULLE_POD_MAX_BUFFER", default_value_t = 64 << 20)]
+    pub pod_max_buffer: usize,
     /// How long a half-closed connection may stay silent.
     #[arg(long, env = "TULLE_HALF_OPEN_TIMEOUT", default_value = "5m", value_parser = duration)]
     pub half_open_timeout: Duration,

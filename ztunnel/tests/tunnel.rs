@@ -13,20 +13,25 @@ use std::time::Duration;
 use bytes::Bytes;
 use h2::RecvStream;
 use http::{HeaderMap, Response, StatusCode};
-use tokio::net::TcpListener;
+use tokio::io::AsyncReadExt;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::LocalSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tulle_certs::ca::Authority;
 use tulle_certs::{Issued, SpiffeId, request};
+use ztunnel::base::Counts;
+use ztunnel::base::budget::Budget;
 use ztunnel::base::drain::{Drain, Drained, Phase, drain};
 use ztunnel::base::netns::{Netns, NetnsThread};
 use ztunnel::base::sockets::{Options, PodSockets};
+use ztunnel::base::window::{FLOOR, Window};
 use ztunnel::hbone::client::Dialer;
 use ztunnel::hbone::headers::connect_request;
 use ztunnel::hbone::pool::{Key, Opened, Pool};
 use ztunnel::hbone::{Config, server};
 use ztunnel::outcome::Code;
+use ztunnel::relay::{self, TcpSide, Terms};
 use ztunnel::tls::WorkloadCert;
 
 fn now() -> i64 {
@@ -63,45 +68,74 @@ const B: &str = "spiffe://cluster.local/ns/shop/sa/b";
 fn dialer(cert: Arc<WorkloadCert>) -> Dialer {
     let netns = Netns::open(Path::new("/proc/self/ns/net")).unwrap();
     let options = Options { mark: 0, keepalive: None, user_timeout: None, reuse_port: false };
-    Dialer { sockets: Arc::new(PodSockets::new(netns, NetnsThread::start().unwrap(), options)), cert }
+    let sockets = Arc::new(PodSockets::new(netns, NetnsThread::start().unwrap(), options));
+    Dialer { sockets, cert, budget: Budget::new(64 << 20) }
 }
 
 fn key(expected: &str, address: SocketAddr) -> Key {
     Key { source: A.parse().unwrap(), pod: "a".into(), expected: vec![expected.parse().unwrap()].into(), address }
 }
 
-/// Echoes every stream, except those to port 1, which are never read, and those to port 2, which are refused.
-async fn serve(listener: TcpListener, cert: Arc<WorkloadCert>, drained: Drained, tunnels: Rc<Cell<usize>>) {
+/// What the serving side has.
+#[derive(Clone)]
+struct Side {
+    cert: Arc<WorkloadCert>,
+    drained: Drained,
+    tunnels: Rc<Cell<usize>>,
+    budget: Arc<Budget>,
+    /// Where streams to port 3 are relayed to.
+    application: SocketAddr,
+    relayed: Rc<Counts>,
+}
+
+/// Echoes every stream, except those to port 1, which are never read, those to port 2, which are refused, and those to
+/// port 3, which go to the application.
+async fn serve(listener: TcpListener, side: Side) {
     loop {
         let (tcp, _) = listener.accept().await.unwrap();
-        let (acceptor, drained, tunnels) = (TlsAcceptor::from(cert.server_config()), drained.clone(), tunnels.clone());
+        let side = side.clone();
         tokio::task::spawn_local(async move {
-            let Ok(tls) = acceptor.accept(tcp).await else { return };
-            tunnels.set(tunnels.get() + 1);
-            let _ =
-                server::serve(tls, Config::default(), drained, Duration::from_secs(60), |(request, mut respond)| {
-                    tokio::task::spawn_local(async move {
-                        let port = request.uri().port_u16().unwrap_or(0);
-                        if port == 2 {
-                            let refused = Response::builder().status(StatusCode::UNAUTHORIZED).body(()).unwrap();
-                            respond.send_response(refused, true).unwrap();
-                            return;
-                        }
-                        let mut send = respond.send_response(Response::new(()), false).unwrap();
-                        let mut body = request.into_body();
-                        if port == 1 {
-                            std::future::pending::<()>().await;
-                        }
-                        while let Some(Ok(chunk)) = body.data().await {
-                            let _ = body.flow_control().release_capacity(chunk.len());
-                            send.send_data(chunk, false).unwrap();
-                        }
-                        let _ = send.send_data(Bytes::new(), true);
-                    });
-                })
-                .await;
+            let Ok(tls) = TlsAcceptor::from(side.cert.server_config()).accept(tcp).await else { return };
+            side.tunnels.set(side.tunnels.get() + 1);
+            let config = Config::default();
+            let window = Window::new(&side.budget, config.stream_window, config.connection_window);
+            let handle = |incoming| {
+                tokio::task::spawn_local(answer(side.clone(), window.clone(), incoming));
+            };
+            let _ = server::serve(tls, config, side.drained.clone(), Duration::from_secs(60), &window, handle).await;
         });
     }
+}
+
+async fn answer(side: Side, window: Rc<Window>, (request, mut respond): server::Incoming) {
+    let port = request.uri().port_u16().unwrap_or(0);
+    if port == 2 {
+        let refused = Response::builder().status(StatusCode::UNAUTHORIZED).body(()).unwrap();
+        respond.send_response(refused, true).unwrap();
+        return;
+    }
+    let mut send = respond.send_response(Response::new(()), false).unwrap();
+    let mut body = request.into_body();
+    let slot = window.enter();
+    let waiting = slot.stalled();
+    if port == 1 {
+        std::future::pending::<()>().await;
+    }
+    drop(waiting);
+    if port == 3 {
+        let tcp = TcpStream::connect(side.application).await.unwrap();
+        socket2::SockRef::from(&tcp).set_send_buffer_size(4096).unwrap();
+        let limits = relay::Limits::default();
+        let terms = Terms { counts: &side.relayed, limits, budget: &side.budget };
+        let recv = async { Ok(body) };
+        relay::tunnel(tcp, send, recv, TcpSide::Server, terms, &slot, std::future::pending()).await;
+        return;
+    }
+    while let Some(Ok(chunk)) = body.data().await {
+        let _ = body.flow_control().release_capacity(chunk.len());
+        send.send_data(chunk, false).unwrap();
+    }
+    let _ = send.send_data(Bytes::new(), true);
 }
 
 struct World {
@@ -111,27 +145,56 @@ struct World {
     dialer: Dialer,
     drain: Drain,
     tunnels: Rc<Cell<usize>>,
+    side: Side,
+    /// Where the application's connections arrive, unread.
+    application: TcpListener,
 }
 
 impl World {
     async fn new(config: Config) -> Self {
+        Self::with_budget(config, Budget::new(64 << 20)).await
+    }
+
+    /// With what the serving side may buffer.
+    async fn with_budget(config: Config, budget: Arc<Budget>) -> Self {
         let pki = Pki::new();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let application = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        // What the kernel takes is not what the proxy holds.
+        socket2::SockRef::from(&application).set_recv_buffer_size(4096).unwrap();
         let address = listener.local_addr().unwrap();
         let (drain, drained) = drain();
         let tunnels = Rc::new(Cell::new(0));
-        tokio::task::spawn_local(serve(listener, pki.cert(B), drained, tunnels.clone()));
+        let side = Side {
+            cert: pki.cert(B),
+            drained,
+            tunnels: tunnels.clone(),
+            budget,
+            application: application.local_addr().unwrap(),
+            relayed: Rc::default(),
+        };
+        tokio::task::spawn_local(serve(listener, side.clone()));
         let dialer = dialer(pki.cert(A));
-        Self { pki, address, pool: Pool::new(config), dialer, drain, tunnels }
+        Self { pki, address, pool: Pool::new(config), dialer, drain, tunnels, side, application }
     }
 
     async fn open(&self, target: &str) -> Result<Opened, ztunnel::outcome::Outcome> {
+        self.open_from("a", target).await
+    }
+
+    /// On tunnels of the pod `pod`.
+    async fn open_from(&self, pod: &str, target: &str) -> Result<Opened, ztunnel::outcome::Outcome> {
         let request = connect_request(target, HeaderMap::new()).unwrap();
-        self.pool.open(&key(B, self.address), &self.dialer, &request).await
+        let key = Key { pod: pod.into(), ..key(B, self.address) };
+        self.pool.open(&key, &self.dialer, &request).await
     }
 
     async fn echo(&self, text: &'static [u8]) -> Vec<u8> {
-        let mut opened = self.open("10.0.0.1:80").await.unwrap();
+        self.echo_from("a", text).await
+    }
+
+    async fn echo_from(&self, pod: &str, text: &'static [u8]) -> Vec<u8> {
+        let mut opened = self.open_from(pod, "10.0.0.1:80").await.unwrap();
         opened.send.send_data(Bytes::from_static(text), true).unwrap();
         let response = opened.response.await.unwrap();
         read_all(response.into_body()).await
@@ -275,5 +338,61 @@ fn a_draining_server_serves_what_was_open_and_new_streams_find_another_tunnel() 
         world.drain.advance(Phase::Draining);
         opened.send.send_data(Bytes::from_static(b" and after"), true).unwrap();
         assert_eq!(read_all(body).await, b" and after");
+    });
+}
+
+/// Sends on each stream what its window takes, until nothing has moved for a while; how much it was.
+async fn fill(streams: &mut [Opened]) -> usize {
+    let mut sent = 0;
+    loop {
+        let before = sent;
+        for opened in streams.iter_mut() {
+            opened.send.reserve_capacity(64 * 1024);
+            let ready = timeout(Duration::from_millis(5), poll_fn(|cx| opened.send.poll_capacity(cx))).await;
+            let ready = opened.send.capacity().min(if ready.is_ok() { 64 * 1024 } else { 0 });
+            if ready > 0 {
+                opened.send.send_data(Bytes::from(vec![7; ready]), false).unwrap();
+                sent += ready;
+            }
+        }
+        if sent == before {
+            return sent;
+        }
+    }
+}
+
+#[test]
+fn who_reads_nothing_is_held_to_the_budget_and_loses_no_byte() {
+    run(async || {
+        let budget = Budget::new(2 << 20);
+        let world = World::with_budget(Config::default(), budget.clone()).await;
+        let mut streams = Vec::new();
+        for _ in 0..60 {
+            streams.push(world.open("10.0.0.1:3").await.unwrap());
+        }
+        let sent = fill(&mut streams).await;
+        let passed = usize::try_from(world.side.relayed.up.get()).unwrap();
+        let (held, bound) = (sent - passed, budget.limit() + FLOOR);
+        assert!(held <= bound, "{held} bytes are held, {bound} may be; without a budget it is 15 MB");
+        assert!(held > budget.limit() / 4, "a budget that nobody can use proves nothing: {held}");
+        assert!(budget.used() <= bound && budget.waits() > 0, "{budget:?}");
+        assert_eq!(world.tunnels.get(), 1);
+
+        assert_eq!(world.echo_from("other", b"not stalled").await, b"not stalled", "another pod's tunnel goes on");
+
+        // Somebody reads: everything arrives, and the window is whole again.
+        for opened in &mut streams {
+            opened.send.send_data(Bytes::new(), true).unwrap();
+        }
+        let mut arrived = 0;
+        for _ in 0..streams.len() {
+            let (mut tcp, _) = world.application.accept().await.unwrap();
+            let mut all = Vec::new();
+            tcp.read_to_end(&mut all).await.unwrap();
+            arrived += all.len();
+        }
+        assert_eq!(arrived, sent);
+        assert_eq!(world.echo(b"and so does the first").await, b"and so does the first");
+        assert!(budget.used() <= bound, "{budget:?}");
     });
 }

@@ -174,6 +174,7 @@ fn start_pods(
             connections: config.pod_max_connections,
             handshakes: config.pod_max_handshakes,
             tunnels: config.pod_max_tunnels,
+            buffer: config.pod_max_buffer,
         },
         preexisting: config.preexisting,
         trust_domain: config.trust_domain.clone(),
@@ -295,7 +296,9 @@ fn serve_admin(
         });
     let metrics_routes = ["/metrics", "/stats/prometheus"].into_iter().fold(Routes::default(), |routes, path| {
         let (registry, metrics, dropped) = (registry.clone(), answers.shared.metrics.clone(), dropped.clone());
+        let pods = answers.pods.clone();
         routes.route(path, move |_, _| {
+            pods.show_buffers(&metrics);
             metrics.log_dropped.set(dropped.dropped_lines() as u64);
             let mut body = String::new();
             let encoded = prometheus_client::encoding::text::encode(&mut body, &registry);

@@ -20,6 +20,7 @@ use tulle_certs::SpiffeId;
 use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
 use crate::app::worker::{Listeners, Worker, serve_pod};
+use crate::base::budget::Budget;
 use crate::base::drain::{Drain, Drained, Phase, drain};
 use crate::base::netns::{Netns, NetnsThread, local_addresses, run_blocking};
 use crate::base::sockets::{Options, PodSockets};
@@ -30,6 +31,7 @@ use crate::capture::{self, preexisting, probe};
 use crate::config::Preexisting;
 use crate::flow::{Limits, LocalPod, Shared, describes};
 use crate::state::{EgressMode, Protocol, Snapshot, Workload};
+use crate::telemetry::metrics::Metrics;
 
 /// How long port 15008 stays open after release.
 const LINGER: Duration = Duration::from_secs(30);
@@ -75,6 +77,10 @@ pub struct Status {
     pub inbound_connections: usize,
     /// Live outbound connections.
     pub outbound_connections: usize,
+    /// Bytes that its flows buffer or have promised to peers to buffer.
+    pub buffered_bytes: usize,
+    /// How often one of its flows was slowed down because that was too much.
+    pub buffer_waits: u64,
 }
 
 /// What pods are started with.
@@ -175,6 +181,18 @@ impl Pods {
         board.values().filter_map(|entry| entry.local.as_ref()).fold((0, 0), |(inbound, outbound), pod| {
             (inbound + pod.inbound.load(Ordering::Relaxed), outbound + pod.outbound.load(Ordering::Relaxed))
         })
+    }
+
+    /// Brings the gauges of buffered bytes up to date.
+    pub fn show_buffers(&self, metrics: &Metrics) {
+        let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut bytes, mut pressed) = (0, 0);
+        for pod in board.values().filter_map(|entry| entry.local.as_ref()) {
+            bytes += pod.buffers.used();
+            pressed += i64::from(pod.buffers.is_pressed());
+        }
+        metrics.buffered.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+        metrics.pressed.set(pressed);
     }
 
     /// Keeps the pods as listed in `path` until `stop` drains; then ends their flows by its phases.
@@ -305,6 +323,8 @@ fn status(entry: &Entry) -> Status {
         preexisting: entry.old.len(),
         inbound_connections: count(|local| &local.inbound),
         outbound_connections: count(|local| &local.outbound),
+        buffered_bytes: entry.local.as_ref().map_or(0, |local| local.buffers.used()),
+        buffer_waits: entry.local.as_ref().map_or(0, |local| local.buffers.waits()),
     }
 }
 
@@ -545,6 +565,7 @@ impl PodTask {
             outbound: Arc::default(),
             handshakes: Arc::default(),
             tunnels: Arc::default(),
+            buffers: Budget::new(env.limits.buffer),
             service_account: self.pod.service_account.as_str().into(),
             cluster: env.shared.cluster.clone(),
             refused: AtomicU64::new(0),

@@ -2,10 +2,12 @@
 //!
 //! Nothing here knows the word "workload". Everything above may use it.
 
+pub mod budget;
 pub mod drain;
 pub mod netns;
 pub mod pace;
 pub mod sockets;
+pub mod window;
 pub mod workers;
 
 use std::cell::Cell;

@@ -1,7 +1,7 @@
 //! What every connection of a local pod needs: the shared handles, the pod itself, and its budget.
 //!
-//! A pod's budget is what keeps one pod from taking the proxy away from its neighbours: connections, and handshakes under
-//! way. Waiting for knowledge (the workload, its policies, its certificate) happens here too, always with a deadline:
+//! A pod's budget is what keeps one pod from taking the proxy away from its neighbours: connections, tunnels,
+//! handshakes under way and buffered bytes. Waiting for knowledge (the workload, its policies, its certificate) happens here too, always with a deadline:
 //! nothing is guessed before, and nobody waits for ever.
 
 use std::future::Future;
@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
 
+use crate::base::budget::Budget;
 use crate::base::drain::Drained;
 use crate::base::sockets::PodSockets;
 use crate::hbone;
@@ -53,14 +54,16 @@ pub struct Limits {
     pub handshakes: usize,
     /// Open inbound tunnels.
     pub tunnels: usize,
+    /// Bytes in buffers, and in windows that peers were given.
+    pub buffer: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         // Each direction for itself, so that a flood from outside does not take the pod's own connections away. 5 KB each
         // make 160 MB. 128 handshakes are 60 ms of one core. A tunnel is 100 KB idle, and 100 of its streams are needed
-        // for the connections.
-        Self { connections: 16_384, handshakes: 128, tunnels: 2048 }
+        // for the connections. 64 MiB is 256 streams at full window, or 25 Gbit/s over 20 ms.
+        Self { connections: 16_384, handshakes: 128, tunnels: 2048, buffer: 64 << 20 }
     }
 }
 
@@ -88,6 +91,8 @@ pub struct LocalPod {
     pub handshakes: Arc<AtomicUsize>,
     /// Open inbound tunnels.
     pub tunnels: Arc<AtomicUsize>,
+    /// What its flows may buffer.
+    pub buffers: Arc<Budget>,
     /// spec.serviceAccountName.
     pub service_account: Arc<str>,
     /// Id of this node's cluster: another cluster may have a pod of the same name.

@@ -13,14 +13,16 @@ use std::time::Duration;
 use bytes::Bytes;
 use h2::client::SendRequest;
 use rustls::pki_types::ServerName;
-use tokio::io::BufReader;
+use tokio::io::{AsyncRead, AsyncWrite, BufReader};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_rustls::TlsConnector;
 use tulle_certs::SpiffeId;
 
+use crate::base::budget::Budget;
 use crate::base::pace::Paced;
 use crate::base::sockets::PodSockets;
+use crate::base::window::{Slot, Window};
 use crate::base::workers;
 use crate::hbone::{Config, FRAME_BUDGET, HEADER_LIST, READ_BUFFER, SEND_BUFFER, TLS_BUFFER};
 use crate::outcome::{Code, Outcome, chain};
@@ -33,6 +35,8 @@ pub struct Dialer {
     pub sockets: Arc<PodSockets>,
     /// The source's certificate.
     pub cert: Arc<WorkloadCert>,
+    /// What the source pod may buffer.
+    pub budget: Arc<Budget>,
 }
 
 /// An open tunnel.
@@ -48,12 +52,18 @@ pub struct Tunnel {
     /// When the last stream ended.
     pub idle_since: Cell<Instant>,
     closed: Rc<Cell<bool>>,
+    window: Rc<Window>,
 }
 
 impl Tunnel {
     /// A handle to open a stream with.
     pub fn sender(&self) -> SendRequest<Bytes> {
         self.send.clone()
+    }
+
+    /// One more stream in its receive window.
+    pub fn enter(&self) -> Slot {
+        self.window.enter()
     }
 
     /// Whether new streams have a chance.
@@ -132,10 +142,11 @@ async fn handshake(
     let peer = peer_identity(session.peer_certificates())
         .map_err(|error| Outcome::new(Code::TlsFailed, format!("tunnel to {address}: {error}")))?;
 
+    let window = Window::new(&dialer.budget, config.stream_window, config.connection_window);
     let (send, connection) = h2::client::Builder::new()
         .enable_push(false)
         .initial_window_size(config.stream_window)
-        .initial_connection_window_size(config.connection_window)
+        .initial_connection_window_size(window.target())
         .max_frame_size(config.frame_size)
         .max_header_list_size(HEADER_LIST)
         .max_send_buffer_size(SEND_BUFFER)
@@ -147,8 +158,9 @@ async fn handshake(
         .map_err(|error| Outcome::new(Code::TunnelFailed, format!("tunnel to {address}: {error}")))?;
     let closed = Rc::new(Cell::new(false));
     let flag = closed.clone();
+    let sizes = window.clone();
     workers::spawn(async move {
-        if let Err(error) = connection.await {
+        if let Err(error) = drive(connection, &sizes).await {
             tracing::debug!(%address, %error, "tunnel ended");
         }
         flag.set(true);
@@ -160,7 +172,21 @@ async fn handshake(
         streams: Cell::new(0),
         idle_since: Cell::new(Instant::now()),
         closed,
+        window,
     })
+}
+
+/// Keeps the tunnel going until it ends, and its receive window as large as it should be.
+async fn drive<T>(mut connection: h2::client::Connection<T, Bytes>, window: &Window) -> Result<(), h2::Error>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    loop {
+        tokio::select! {
+            ended = &mut connection => return ended,
+            size = window.changed() => connection.set_target_window_size(size),
+        }
+    }
 }
 
 /// Sorts a failed handshake: somebody else's certificate, or anything else.

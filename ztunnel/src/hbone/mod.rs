@@ -16,8 +16,8 @@ use std::time::Duration;
 pub struct Config {
     /// Receive window of a stream, bytes.
     pub stream_window: u32,
-    /// Receive window of a tunnel, bytes: at least `stream_window` for each of `max_streams`, so that slow streams
-    /// never stop the others. It bounds what a peer can make us buffer.
+    /// Largest receive window of a tunnel, bytes: `stream_window` for each of `max_streams`, so that slow streams never
+    /// stop the others. A tunnel begins with one stream's and gets more as it needs it and the pod's budget has it.
     pub connection_window: u32,
     /// Largest DATA frame accepted, bytes.
     pub frame_size: u32,

@@ -21,6 +21,7 @@ use tokio::sync::watch;
 use tokio::time::sleep_until;
 use tulle_certs::SpiffeId;
 
+use crate::base::window::Slot;
 use crate::base::workers;
 use crate::hbone::Config;
 use crate::hbone::client::{Dialer, Tunnel, connect};
@@ -79,6 +80,8 @@ pub struct Opened {
 
 /// One stream of a tunnel, until dropped.
 pub struct Lease {
+    /// Its part in the tunnel's receive window.
+    pub window: Slot,
     tunnel: Rc<Tunnel>,
     pool: Weak<Pool>,
 }
@@ -129,7 +132,7 @@ impl Pool {
         for _ in 0..3 {
             let tunnel = self.tunnel(key, dialer).await?;
             tunnel.streams.set(tunnel.streams.get() + 1);
-            let lease = Lease { tunnel, pool: self.this.clone() };
+            let lease = Lease { window: tunnel.enter(), tunnel, pool: self.this.clone() };
             match open_on(&lease.tunnel, request).await {
                 Ok((response, send)) => return Ok(Opened { response, send, lease }),
                 Err(error) => {

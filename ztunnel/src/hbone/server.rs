@@ -13,6 +13,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::base::drain::Drained;
+use crate::base::window::Window;
 use crate::hbone::{Config, FRAME_BUDGET, HEADER_LIST, PENDING_RESETS, SEND_BUFFER, SERVER_STREAMS};
 use crate::outcome::{Code, Outcome};
 
@@ -35,6 +36,7 @@ pub async fn serve<T>(
     config: Config,
     drained: Drained,
     lifetime: Duration,
+    window: &Window,
     mut handle: impl FnMut(Incoming),
 ) -> Result<(), Outcome>
 where
@@ -42,7 +44,7 @@ where
 {
     let handshake = h2::server::Builder::new()
         .initial_window_size(config.stream_window)
-        .initial_connection_window_size(config.connection_window)
+        .initial_connection_window_size(window.target())
         .max_frame_size(config.frame_size)
         .max_header_list_size(HEADER_LIST)
         .max_send_buffer_size(SEND_BUFFER)
@@ -77,6 +79,7 @@ where
                 Some(Err(error)) => return Err(Outcome::new(Code::TunnelFailed, error.to_string())),
                 None => return Ok(()),
             },
+            size = window.changed() => connection.set_target_window_size(size),
             () = &mut draining, if !goodbye => {
                 goodbye = true;
                 closed_since.get_or_insert_with(|| Instant::now() + CROSSING);

@@ -20,6 +20,7 @@ use tulle_certs::SpiffeId;
 
 use crate::base::pace::Paced;
 use crate::base::sockets::reset;
+use crate::base::window::Window;
 use crate::base::{canonical, unix_now, workers};
 use crate::flow::{LocalPod, Shared};
 use crate::hbone::headers::{self, Authority, Baggage, Forwarded, TraceId};
@@ -28,7 +29,7 @@ use crate::hbone::{READ_BUFFER, TLS_BUFFER};
 use crate::inbound::recheck::Live;
 use crate::inbound::{Request, admit, stopped};
 use crate::outcome::{Code, Outcome, chain};
-use crate::relay::{self, TcpSide};
+use crate::relay::{self, TcpSide, Terms};
 use crate::state::Snapshot;
 use crate::telemetry::{ConnRecord, Direction};
 use crate::tls::peer_identity;
@@ -45,6 +46,7 @@ struct Tunnel {
     local: SocketAddr,
     source_identity: SpiffeId,
     own_identity: SpiffeId,
+    window: Rc<Window>,
 }
 
 /// Serves one tunnel to its end.
@@ -106,8 +108,11 @@ async fn tunnel(
     let gauge = shared.metrics.tunnels.clone();
     let config = shared.hbone;
     let own_identity = cert.identity.clone();
-    let context = Rc::new(Tunnel { shared, live, pod: pod.clone(), peer, local, source_identity, own_identity });
-    let result = server::serve(tls, config, pod.drained.clone(), lifetime, |(request, respond)| {
+    let window = Window::new(&pod.buffers, config.stream_window, config.connection_window);
+    let context =
+        Tunnel { shared, live, pod: pod.clone(), peer, local, source_identity, own_identity, window: window.clone() };
+    let context = Rc::new(context);
+    let result = server::serve(tls, config, pod.drained.clone(), lifetime, &window, |(request, respond)| {
         let context = context.clone();
         workers::spawn(async move { stream(&context, request, respond).await });
     })
@@ -161,6 +166,9 @@ async fn carry(
     record: &mut ConnRecord,
 ) -> Outcome {
     let (shared, pod) = (&tunnel.shared, &tunnel.pod);
+    let window = tunnel.window.enter();
+    // First bytes may come with the request, and nobody takes them yet.
+    let waiting = window.stalled();
     // Boxed: what it takes to open a connection must not weigh on it while it is idle.
     let admitted = Box::pin(async {
         let permit = pod.connection(&pod.inbound)?;
@@ -199,11 +207,13 @@ async fn carry(
             return Outcome::new(Code::TunnelFailed, error.to_string());
         }
     };
+    drop(waiting);
     let counts = record.counts.clone();
     let recv = async { Ok(request.into_body()) };
     // A stop resets the stream, so the other side cannot take it for an end.
     let stop = stopped(&pod.drained, &registration);
-    relay::tunnel(tcp, send, recv, TcpSide::Server, &counts, shared.relay, stop).await
+    let terms = Terms { counts: &counts, limits: shared.relay, budget: &pod.buffers };
+    relay::tunnel(tcp, send, recv, TcpSide::Server, terms, &window, stop).await
 }
 
 /// The application's address: always this pod's, with the port that the authority means.

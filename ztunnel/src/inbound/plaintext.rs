@@ -15,7 +15,7 @@ use crate::flow::{LocalPod, Shared};
 use crate::inbound::recheck::Live;
 use crate::inbound::{Request, admit, stopped};
 use crate::outcome::Outcome;
-use crate::relay;
+use crate::relay::{self, Terms};
 use crate::telemetry::{ConnRecord, Direction};
 
 /// Serves one connection to its end.
@@ -61,5 +61,6 @@ async fn carry(
     record.destination.workload = Some(workload);
     record.opened();
     let counts = record.counts.clone();
-    relay::tcp(tcp, server, &counts, shared.relay, stopped(&pod.drained, &registration)).await
+    let terms = Terms { counts: &counts, limits: shared.relay, budget: &pod.buffers };
+    relay::tcp(tcp, server, terms, stopped(&pod.drained, &registration)).await
 }

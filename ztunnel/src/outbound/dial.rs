@@ -20,7 +20,7 @@ use crate::hbone::pool::{Key, Lease, Opened, Pool};
 use crate::outbound::decide::{Hbone, Plain};
 use crate::outbound::{ended, forbidden};
 use crate::outcome::{Code, Outcome};
-use crate::relay::{self, TcpSide};
+use crate::relay::{self, TcpSide, Terms};
 use crate::state::Workload;
 use crate::telemetry::ConnRecord;
 
@@ -51,9 +51,9 @@ pub(super) async fn tunnel(
     record.source.identity = Some(source.identity.clone());
     record.destination.identity = Some(lease.peer().clone());
     record.opened();
-    let outcome =
-        relay::tunnel(tcp, send, accepted(response, shared, &lease), TcpSide::Client, counts, shared.relay, ended(pod))
-            .await;
+    let terms = Terms { counts, limits: shared.relay, budget: &pod.buffers };
+    let recv = accepted(response, shared, &lease);
+    let outcome = relay::tunnel(tcp, send, recv, TcpSide::Client, terms, &lease.window, ended(pod)).await;
     drop(lease);
     outcome
 }
@@ -73,7 +73,7 @@ async fn open(
         expected: plan.expected.clone(),
         address: plan.address,
     };
-    let dialer = Dialer { sockets: pod.sockets.clone(), cert };
+    let dialer = Dialer { sockets: pod.sockets.clone(), cert, budget: pod.buffers.clone() };
     let trace = TraceId::new(rand::rng().random());
     record.trace = Some(trace.to_string());
     let request = headers::connect_request(&plan.authority.to_string(), describe(source, plan, record, trace))
@@ -142,7 +142,8 @@ pub(super) async fn plain(
                     outcome = forbidden(shared, pod), if outside => outcome,
                 }
             };
-            relay::tcp(tcp, server, counts, shared.relay, stop).await
+            let terms = Terms { counts, limits: shared.relay, budget: &pod.buffers };
+            relay::tcp(tcp, server, terms, stop).await
         }
         Ok(Err(error)) => {
             reset(tcp);

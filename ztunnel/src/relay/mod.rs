@@ -2,19 +2,22 @@
 //!
 //! Three pumps (TCP to tunnel, tunnel to TCP, TCP to TCP) and one rule for ending: an end of stream travels as a half
 //! close, a reset as a reset, whoever stops a connection resets it (a cut must not look like an end), and a half-closed connection whose other half stays silent for too long is reaped.
-//! An idle connection owns no buffer; a buffer lives from readable to written. Nothing waits on a timer while both
+//! An idle connection owns no buffer; a buffer lives from readable to written, and counts in its pod's budget. Nothing waits on a timer while both
 //! halves are open.
 
 mod pumps;
 
 use std::future::Future;
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use h2::{RecvStream, SendStream};
 use tokio::net::TcpStream;
 
+use crate::base::budget::{Budget, Ledger};
+use crate::base::window::Slot;
 use crate::base::{Counts, sockets};
 use crate::outcome::{Code, Outcome};
 
@@ -30,6 +33,17 @@ impl Default for Limits {
         // Long enough for a server that thinks about a request whose client has finished sending.
         Self { half_open: Duration::from_secs(300) }
     }
+}
+
+/// What a relay counts in, and what bounds it.
+#[derive(Clone, Copy, Debug)]
+pub struct Terms<'a> {
+    /// Bytes moved.
+    pub counts: &'a Counts,
+    /// Limits of this relay.
+    pub limits: Limits,
+    /// Of the pod whose connection it is.
+    pub budget: &'a Arc<Budget>,
 }
 
 /// How one direction ended when it did not end well.
@@ -59,19 +73,21 @@ pub async fn tunnel(
     mut send: SendStream<Bytes>,
     recv: impl Future<Output = Result<RecvStream, Outcome>>,
     side: TcpSide,
-    counts: &Counts,
-    limits: Limits,
+    terms: Terms<'_>,
+    window: &Slot,
     stop: impl Future<Output = Outcome>,
 ) -> Outcome {
+    let Terms { counts, limits, budget } = terms;
+    let ledger = Ledger::new(budget);
     let (into_tunnel, from_tunnel) = match side {
         TcpSide::Client => (&counts.up, &counts.down),
         TcpSide::Server => (&counts.down, &counts.up),
     };
     let result = both(
-        pumps::tcp_to_stream(&tcp, &mut send, into_tunnel),
+        pumps::tcp_to_stream(&tcp, &mut send, into_tunnel, &ledger),
         async {
             let mut recv = recv.await.map_err(Break::Refused)?;
-            pumps::stream_to_tcp(&mut recv, &tcp, from_tunnel).await
+            pumps::stream_to_tcp(&mut recv, &tcp, from_tunnel, window).await
         },
         counts,
         limits,
@@ -107,13 +123,14 @@ pub async fn tunnel(
 pub async fn tcp(
     client: TcpStream,
     server: TcpStream,
-    counts: &Counts,
-    limits: Limits,
+    terms: Terms<'_>,
     stop: impl Future<Output = Outcome>,
 ) -> Outcome {
+    let Terms { counts, limits, budget } = terms;
+    let (up, down) = (Ledger::new(budget), Ledger::new(budget));
     let result = both(
-        async { pumps::tcp_to_tcp(&client, &server, &counts.up).await.map_err(TcpBreak::up) },
-        async { pumps::tcp_to_tcp(&server, &client, &counts.down).await.map_err(TcpBreak::down) },
+        async { pumps::tcp_to_tcp(&client, &server, &counts.up, &up).await.map_err(TcpBreak::up) },
+        async { pumps::tcp_to_tcp(&server, &client, &counts.down, &down).await.map_err(TcpBreak::down) },
         counts,
         limits,
         stop,

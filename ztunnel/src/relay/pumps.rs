@@ -3,16 +3,16 @@
 use std::cell::Cell;
 use std::future::poll_fn;
 use std::io;
+use std::sync::Arc;
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes};
 use h2::{RecvStream, SendStream};
 use tokio::net::TcpStream;
 
+use crate::base::budget::{Ledger, SMALL};
 use crate::base::pace::{TURN, Turn};
+use crate::base::window::Slot;
 use crate::relay::Break;
-
-/// First read of a burst. Most requests fit; a stream that fills it gets more.
-const SMALL: usize = 4 * 1024;
 
 /// Chunks of a tunnel written to the application with one call.
 const GATHER: usize = 16;
@@ -27,6 +27,12 @@ pub(super) enum TcpFailure {
 /// How much to read next: doubles while reads fill the buffer, returns to small when they do not.
 struct ReadSize(usize);
 
+impl Default for ReadSize {
+    fn default() -> Self {
+        Self(SMALL)
+    }
+}
+
 impl ReadSize {
     fn adapt(&mut self, got: usize) {
         if got >= self.0 {
@@ -38,12 +44,13 @@ impl ReadSize {
 }
 
 /// Waits until `tcp` is readable and reads at most `limit` bytes. `None`: end of stream.
-async fn read_chunk(tcp: &TcpStream, limit: usize) -> io::Result<Option<Bytes>> {
+async fn read_chunk(tcp: &TcpStream, limit: usize, ledger: &Arc<Ledger>) -> io::Result<Option<Bytes>> {
     loop {
         // The buffer exists only between readable and handed over: an idle connection owns none.
         tcp.readable().await?;
-        let mut buffer = BytesMut::with_capacity(limit);
-        match tcp.try_read_buf(&mut bytes::BufMut::limit(&mut buffer, limit)) {
+        let mut buffer = ledger.buffer(limit).await;
+        let size = buffer.size();
+        match tcp.try_read_buf(&mut (&mut buffer.data).limit(size)) {
             Ok(0) => return Ok(None),
             Ok(_) => return Ok(Some(buffer.freeze())),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -57,14 +64,15 @@ pub(super) async fn tcp_to_stream(
     tcp: &TcpStream,
     send: &mut SendStream<Bytes>,
     count: &Cell<u64>,
+    ledger: &Arc<Ledger>,
 ) -> Result<(), Break> {
-    let mut size = ReadSize(SMALL);
+    let mut size = ReadSize::default();
     let mut turn = Turn::default();
     loop {
         // Ask for the window only once there is something to send: an idle stream must not hold the tunnel's.
         tcp.readable().await.map_err(Break::Tcp)?;
         let window = capacity(send, size.0).await?;
-        let Some(chunk) = read_chunk(tcp, window.min(size.0)).await.map_err(Break::Tcp)? else {
+        let Some(chunk) = read_chunk(tcp, window.min(size.0), ledger).await.map_err(Break::Tcp)? else {
             send.reserve_capacity(0);
             return send.send_data(Bytes::new(), true).map_err(Break::Stream);
         };
@@ -95,17 +103,23 @@ async fn capacity(send: &mut SendStream<Bytes>, wanted: usize) -> Result<usize, 
 
 /// Tunnel to application. The window is given back only after the application took the bytes, so that a slow reader
 /// slows its own sender and the memory of a stream stays within its window.
-pub(super) async fn stream_to_tcp(recv: &mut RecvStream, tcp: &TcpStream, count: &Cell<u64>) -> Result<(), Break> {
+pub(super) async fn stream_to_tcp(
+    recv: &mut RecvStream,
+    tcp: &TcpStream,
+    count: &Cell<u64>,
+    window: &Slot,
+) -> Result<(), Break> {
     let mut turn = Turn::default();
     let mut chunks: Vec<Bytes> = Vec::new();
     loop {
         let ended = gather(recv, &mut chunks).await?;
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
-        write_all(tcp, &mut chunks).await.map_err(Break::Tcp)?;
+        write_all(tcp, &mut chunks, Some(window)).await.map_err(Break::Tcp)?;
         chunks.shrink_to(0);
         count.set(count.get() + bytes as u64);
         if bytes > 0 {
             recv.flow_control().release_capacity(bytes).map_err(Break::Stream)?;
+            window.carried(bytes);
         }
         if ended {
             shutdown(tcp).map_err(Break::Tcp)?;
@@ -145,25 +159,30 @@ async fn gather(recv: &mut RecvStream, chunks: &mut Vec<Bytes>) -> Result<bool, 
 }
 
 /// One TCP connection to another.
-pub(super) async fn tcp_to_tcp(from: &TcpStream, to: &TcpStream, count: &Cell<u64>) -> Result<(), TcpFailure> {
-    let mut size = ReadSize(SMALL);
+pub(super) async fn tcp_to_tcp(
+    from: &TcpStream,
+    to: &TcpStream,
+    count: &Cell<u64>,
+    ledger: &Arc<Ledger>,
+) -> Result<(), TcpFailure> {
+    let mut size = ReadSize::default();
     let mut turn = Turn::default();
     let mut chunks = Vec::with_capacity(1);
     loop {
-        let Some(chunk) = read_chunk(from, size.0).await.map_err(TcpFailure::Read)? else {
+        let Some(chunk) = read_chunk(from, size.0, ledger).await.map_err(TcpFailure::Read)? else {
             return shutdown(to).map_err(TcpFailure::Write);
         };
         let bytes = chunk.len();
         size.adapt(bytes);
         chunks.push(chunk);
-        write_all(to, &mut chunks).await.map_err(TcpFailure::Write)?;
+        write_all(to, &mut chunks, None).await.map_err(TcpFailure::Write)?;
         count.set(count.get() + bytes as u64);
         turn.spend(bytes).await;
     }
 }
 
-/// Writes all chunks and leaves the list empty.
-async fn write_all(tcp: &TcpStream, chunks: &mut Vec<Bytes>) -> io::Result<()> {
+/// Writes all chunks and leaves the list empty. While the reader takes none, `window` knows that its stream is stalled.
+async fn write_all(tcp: &TcpStream, chunks: &mut Vec<Bytes>, window: Option<&Slot>) -> io::Result<()> {
     let mut first = 0;
     while first < chunks.len() {
         let mut slices = [io::IoSlice::new(&[]); GATHER];
@@ -184,7 +203,10 @@ async fn write_all(tcp: &TcpStream, chunks: &mut Vec<Bytes>) -> io::Result<()> {
                     }
                 }
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => tcp.writable().await?,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let _stalled = window.map(Slot::stalled);
+                tcp.writable().await?;
+            }
             Err(error) => return Err(error),
         }
     }

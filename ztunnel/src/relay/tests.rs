@@ -7,8 +7,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::base::Counts;
+use crate::base::budget::Budget;
 use crate::outcome::Code;
-use crate::relay::{Limits, tcp};
+use crate::relay::{Limits, Terms, tcp};
 
 async fn pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -21,7 +22,9 @@ async fn bytes_and_half_close_pass_both_ways() {
     let (mut client, client_proxy) = pair().await;
     let (server_proxy, mut server) = pair().await;
     let counts = Counts::default();
-    let relay = tcp(client_proxy, server_proxy, &counts, Limits::default(), pending());
+    let budget = Budget::new(1 << 20);
+    let terms = Terms { counts: &counts, limits: Limits::default(), budget: &budget };
+    let relay = tcp(client_proxy, server_proxy, terms, pending());
     let talk = async {
         client.write_all(b"question").await.unwrap();
         client.shutdown().await.unwrap();
@@ -44,7 +47,9 @@ async fn a_reset_is_carried_as_a_reset() {
     let (client, client_proxy) = pair().await;
     let (server_proxy, mut server) = pair().await;
     let counts = Counts::default();
-    let relay = tcp(client_proxy, server_proxy, &counts, Limits::default(), pending());
+    let budget = Budget::new(1 << 20);
+    let terms = Terms { counts: &counts, limits: Limits::default(), budget: &budget };
+    let relay = tcp(client_proxy, server_proxy, terms, pending());
     let talk = async {
         crate::base::sockets::reset(client);
         let error = server.read(&mut [0; 8]).await.unwrap_err();
@@ -60,7 +65,8 @@ async fn a_silent_half_open_connection_is_reaped() {
     let (server_proxy, _server) = pair().await;
     let counts = Counts::default();
     client.shutdown().await.unwrap();
-    let outcome =
-        tcp(client_proxy, server_proxy, &counts, Limits { half_open: Duration::from_millis(50) }, pending()).await;
+    let limits = Limits { half_open: Duration::from_millis(50) };
+    let terms = Terms { counts: &counts, limits, budget: &Budget::new(1 << 20) };
+    let outcome = tcp(client_proxy, server_proxy, terms, pending()).await;
     assert_eq!(outcome.code, Code::HalfOpen);
 }

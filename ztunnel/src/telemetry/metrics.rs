@@ -88,6 +88,10 @@ pub struct Metrics {
     pub handshakes_failed: Counter,
     /// Live inbound tunnels.
     pub tunnels: Gauge,
+    /// Bytes that flows buffer or have promised to peers to buffer. Set when asked for.
+    pub buffered: Gauge,
+    /// Pods whose buffers are more than three quarters full. Set when asked for.
+    pub pressed: Gauge,
     /// Access log lines that were dropped.
     pub log_dropped: Gauge<u64, AtomicU64>,
 }
@@ -107,6 +111,8 @@ impl Metrics {
             shed: Counter::default(),
             handshakes_failed: Counter::default(),
             tunnels: Gauge::default(),
+            buffered: Gauge::default(),
+            pressed: Gauge::default(),
             log_dropped: Gauge::default(),
         };
         let build = Family::<BuildLabels, Gauge>::default();
@@ -131,6 +137,16 @@ impl Metrics {
             "tulle_handshakes_failed",
             "Inbound TLS handshakes that failed",
             metrics.handshakes_failed.clone(),
+        );
+        registry.register(
+            "tulle_buffered_bytes",
+            "Bytes buffered for connections, windows that peers were given included",
+            metrics.buffered.clone(),
+        );
+        registry.register(
+            "tulle_buffer_pressed_pods",
+            "Pods that use more than three quarters of TULLE_POD_MAX_BUFFER",
+            metrics.pressed.clone(),
         );
         registry.register("tulle_access_log_dropped", "Access log lines dropped", metrics.log_dropped.clone());
         metrics
