@@ -45,6 +45,7 @@ pub fn workload(namespace: &str, name: &str, ip: &str) -> Workload {
         pod_uid: "".into(),
         probe_ports: Vec::new(),
         groups: Vec::new(),
+        dns_name: None,
         canonical_name: name.into(),
         canonical_revision: "latest".into(),
         workload_name: name.into(),
@@ -82,6 +83,7 @@ pub fn service(namespace: &str, name: &str, vip: &str) -> ServiceSpec {
         visibility: Visibility::Public,
         waypoint: None,
         weighted_waypoints: Vec::new(),
+        info: None,
     }
 }
 

@@ -27,12 +27,13 @@ mod workload;
 pub use endpoints::{Candidate, Endpoint, Endpoints, PortTable};
 pub use policy::{Action, Clause, Match, Policy, Rule, Scope, ServiceAccount, StringMatch};
 pub use service::{
-    HealthPolicy, IpFamilies, IpFamily, LoadBalancing, LocalityScope, Mode, Service, ServiceSpec, Visibility,
+    HealthPolicy, IpFamilies, IpFamily, LoadBalancing, LocalityScope, Mode, NamedPort, Service, ServiceInfo,
+    ServiceSpec, Transport, Visibility,
 };
 pub use snapshot::Snapshot;
 pub use store::{Applied, Change, Reader, Writer, store};
 pub use versions::{LogEntry, LogName, VersionLog};
 pub use workload::{
-    AppProtocol, ApplicationTunnel, EgressMode, GatewayAddress, GatewayTarget, Locality, Memberships, Port, Protocol,
-    Workload, WorkloadType,
+    AppProtocol, ApplicationTunnel, DnsName, EgressMode, GatewayAddress, GatewayTarget, Locality, Memberships, Port,
+    Protocol, Workload, WorkloadType,
 };

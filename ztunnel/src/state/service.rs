@@ -115,6 +115,53 @@ pub struct LoadBalancing {
     pub health_policy: HealthPolicy,
 }
 
+/// What a service's name stands for beyond its endpoints: the extension `tulle.dev/service`, as `tulle_workload.proto`
+/// documents it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServiceInfo {
+    /// Every port, also those that are not TCP.
+    pub ports: Vec<NamedPort>,
+    /// Another name that it stands for. Empty: none.
+    pub external_name: Arc<str>,
+    /// clusterIP: None.
+    pub headless: bool,
+    /// What its name stands for. Empty: all of its virtual addresses.
+    pub cluster_addresses: Vec<IpAddr>,
+}
+
+/// A port of any transport.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedPort {
+    /// Port that clients dial.
+    pub number: u16,
+    /// Name. Empty: the only port, without a name.
+    pub name: Arc<str>,
+    /// What carries its bytes.
+    pub transport: Transport,
+}
+
+/// What carries a port's bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
+impl Transport {
+    /// The word in the name of an SRV record.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Sctp => "sctp",
+        }
+    }
+}
+
 /// A service as control describes it. The fields are those of `workload.proto`, which documents units and defaults.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceSpec {
@@ -144,6 +191,8 @@ pub struct ServiceSpec {
     pub waypoint: Option<GatewayAddress>,
     /// Waypoints to choose from by weight, before `waypoint`.
     pub weighted_waypoints: Vec<(GatewayAddress, u32)>,
+    /// What its name stands for. `None`: control has not said.
+    pub info: Option<Box<ServiceInfo>>,
 }
 
 impl ServiceSpec {

@@ -169,6 +169,15 @@ impl FromIterator<(Arc<str>, Vec<Port>)> for Memberships {
     }
 }
 
+/// The name of an endpoint below a service's name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DnsName {
+    /// spec.hostname of the pod, one label in lower case.
+    pub hostname: Arc<str>,
+    /// Name of the service, in the workload's own namespace.
+    pub subdomain: Arc<str>,
+}
+
 /// See the module's header. The fields are those of `workload.proto`, which documents units and defaults.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Workload {
@@ -218,6 +227,8 @@ pub struct Workload {
     pub probe_ports: Vec<u16>,
     /// NetworkPolicy peer groups.
     pub groups: Vec<u32>,
+    /// Its name below a service's. `None`: that of its address.
+    pub dns_name: Option<Box<DnsName>>,
     /// Canonical service name, for telemetry.
     pub canonical_name: Arc<str>,
     /// Canonical revision, for telemetry.

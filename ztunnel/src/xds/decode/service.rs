@@ -3,10 +3,16 @@
 //! Two values are not judged as strictly as the rest, as the peer does: an unknown visibility is PUBLIC, and a subject
 //! alternative name that is no SPIFFE id is left out, which only narrows what a client accepts.
 
+use prost::Message;
+use tulle_proto::names::{EXTENSION_SERVICE, TYPE_SERVICE_INFO};
+use tulle_proto::tulle_workload as own;
 use tulle_proto::workload as wire;
 use tulle_proto::workload::load_balancing;
 
-use crate::state::{HealthPolicy, IpFamilies, LoadBalancing, LocalityScope, Mode, ServiceSpec, Visibility};
+use crate::state::{
+    HealthPolicy, IpFamilies, LoadBalancing, LocalityScope, Mode, NamedPort, ServiceInfo, ServiceSpec, Transport,
+    Visibility,
+};
 use crate::xds::decode::field::{self, Strings};
 use crate::xds::decode::workload::{gateway, ports};
 
@@ -27,6 +33,7 @@ pub(super) fn service(from: wire::Service, version: &str, strings: &mut Strings)
         let destination = waypoint.destination.ok_or_else(|| "weighted_waypoints has no destination".to_owned())?;
         weighted_waypoints.push((gateway("weighted_waypoints", destination, strings)?, waypoint.weight));
     }
+    let info = service_info(&from.extensions, strings)?.map(Box::new);
     Ok(ServiceSpec {
         version: version.into(),
         name: strings.share(&from.name),
@@ -49,6 +56,7 @@ pub(super) fn service(from: wire::Service, version: &str, strings: &mut Strings)
         },
         waypoint: from.waypoint.map(|address| gateway("waypoint", address, strings)).transpose()?,
         weighted_waypoints,
+        info,
     })
 }
 
@@ -78,4 +86,36 @@ fn balancing(from: wire::LoadBalancing) -> Result<LoadBalancing, String> {
             load_balancing::HealthPolicy::AllowAll => HealthPolicy::AllowAll,
         },
     })
+}
+
+/// Our own extension. Other extensions are other people's.
+fn service_info(extensions: &[wire::Extension], strings: &mut Strings) -> Result<Option<ServiceInfo>, String> {
+    let Some(extension) = extensions.iter().find(|extension| extension.name == EXTENSION_SERVICE) else {
+        return Ok(None);
+    };
+    let config = extension.config.as_ref().filter(|config| config.type_url == TYPE_SERVICE_INFO);
+    let config = config.ok_or_else(|| format!("extension {EXTENSION_SERVICE} has no {TYPE_SERVICE_INFO}"))?;
+    let info =
+        own::ServiceInfo::decode(&*config.value).map_err(|error| format!("extension {EXTENSION_SERVICE}: {error}"))?;
+    let port = |port: &own::PortInfo, strings: &mut Strings| {
+        Ok::<_, String>(NamedPort {
+            number: field::port("ports.number", port.number)?,
+            name: strings.share(&port.name.to_ascii_lowercase()),
+            transport: match field::known("ports.protocol", port.protocol)? {
+                own::TransportProtocol::TransportTcp => Transport::Tcp,
+                own::TransportProtocol::TransportUdp => Transport::Udp,
+                own::TransportProtocol::TransportSctp => Transport::Sctp,
+            },
+        })
+    };
+    Ok(Some(ServiceInfo {
+        ports: info.ports.iter().map(|one| port(one, strings)).collect::<Result<_, _>>()?,
+        external_name: strings.share(&info.external_name.to_ascii_lowercase()),
+        headless: info.headless,
+        cluster_addresses: info
+            .cluster_addresses
+            .iter()
+            .map(|bytes| field::ip("cluster_addresses", bytes))
+            .collect::<Result<_, _>>()?,
+    }))
 }

@@ -125,6 +125,8 @@ fn values_are_carried_over() {
     assert_eq!(pod.identity.to_string(), "spiffe://td.example/ns/shop/sa/cart");
     assert_eq!((&*pod.pod_uid, pod.egress, pod.capacity), ("u-1", EgressMode::Deny, 7));
     assert_eq!((pod.groups.as_slice(), pod.probe_ports.as_slice()), (&[3, 4][..], &[8081][..]));
+    let name = pod.dns_name.as_ref().map(|name| (&*name.hostname, &*name.subdomain));
+    assert_eq!(name, Some(("db-0", "db")));
     assert_eq!(&*pod.policy_versions["shop/p"], "abc");
 
     let cart = service(wds::Service {

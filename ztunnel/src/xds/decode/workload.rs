@@ -9,8 +9,8 @@ use tulle_proto::tulle_workload as info;
 use tulle_proto::workload as wire;
 
 use crate::state::{
-    AppProtocol, ApplicationTunnel, EgressMode, GatewayAddress, GatewayTarget, Locality, Port, Protocol, Workload,
-    WorkloadType,
+    AppProtocol, ApplicationTunnel, DnsName, EgressMode, GatewayAddress, GatewayTarget, Locality, Port, Protocol,
+    Workload, WorkloadType,
 };
 use crate::xds::decode::field::{self, Strings};
 
@@ -79,6 +79,7 @@ pub(super) fn workload(from: wire::Workload, version: &str, strings: &mut String
         },
         pod_uid: strings.share(&info.pod_uid),
         probe_ports: info.probe_ports.iter().map(|p| field::port("probe_ports", *p)).collect::<Result<_, _>>()?,
+        dns_name: dns_name(&info, strings).map(Box::new),
         groups: info.groups,
         canonical_name: strings.share(&from.canonical_name),
         canonical_revision: strings.share(&from.canonical_revision),
@@ -97,6 +98,18 @@ pub(super) fn workload(from: wire::Workload, version: &str, strings: &mut String
             .transpose()?
             .map(Box::new),
         application_tunnel: from.application_tunnel.map(application_tunnel).transpose()?.flatten(),
+    })
+}
+
+/// A name that is no label is nobody's: it is left out, as DNS servers leave it out.
+fn dns_name(info: &info::WorkloadInfo, strings: &mut Strings) -> Option<DnsName> {
+    let label = |text: &str| {
+        let fits = !text.is_empty() && text.len() <= 63;
+        fits && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+    };
+    (label(&info.hostname) && label(&info.subdomain)).then(|| DnsName {
+        hostname: strings.share(&info.hostname.to_ascii_lowercase()),
+        subdomain: strings.share(&info.subdomain.to_ascii_lowercase()),
     })
 }
 
