@@ -90,6 +90,12 @@ pub struct Node {
     /// Inbound TLS handshakes of one pod under way.
     #[arg(long, env = "TULLE_POD_MAX_HANDSHAKES", default_value_t = 128)]
     pub pod_max_handshakes: usize,
+    /// Inbound TLS handshakes of one pod a second; twice as many at once.
+    #[arg(long, env = "TULLE_POD_MAX_HANDSHAKE_RATE", default_value_t = 1000)]
+    pub pod_max_handshake_rate: u32,
+    /// The same of one source.
+    #[arg(long, env = "TULLE_SOURCE_MAX_HANDSHAKE_RATE", default_value_t = 200)]
+    pub source_max_handshake_rate: u32,
     /// Open inbound tunnels of one pod.
     #[arg(long, env = "TULLE_POD_MAX_TUNNELS", default_value_t = 2048)]
     pub pod_max_tunnels: usize,

@@ -30,7 +30,7 @@ use crate::base::netns::NetnsThread;
 use crate::base::sockets::Options;
 use crate::base::workers::Workers;
 use crate::config::{LogFormat, Node};
-use crate::flow::{Limits, Shared};
+use crate::flow::{GateLimits, Limits, Shared};
 use crate::hbone;
 use crate::identity::{self, Control, RootCa, TokenSource};
 use crate::relay;
@@ -172,8 +172,12 @@ fn start_pods(
         },
         limits: Limits {
             connections: config.pod_max_connections,
-            handshakes: config.pod_max_handshakes,
-            tunnels: config.pod_max_tunnels,
+            gate: GateLimits {
+                handshakes: config.pod_max_handshakes,
+                rate: config.pod_max_handshake_rate,
+                source_rate: config.source_max_handshake_rate,
+                tunnels: config.pod_max_tunnels,
+            },
             buffer: config.pod_max_buffer,
         },
         preexisting: config.preexisting,

@@ -29,7 +29,7 @@ use crate::capture::pods::{Pod, Source};
 use crate::capture::rules::{Rules, rules_are_broken};
 use crate::capture::{self, preexisting, probe};
 use crate::config::Preexisting;
-use crate::flow::{Limits, LocalPod, Shared, describes};
+use crate::flow::{Gate, Limits, LocalPod, Shared, describes};
 use crate::state::{EgressMode, Protocol, Snapshot, Workload};
 use crate::telemetry::metrics::Metrics;
 
@@ -77,6 +77,10 @@ pub struct Status {
     pub inbound_connections: usize,
     /// Live outbound connections.
     pub outbound_connections: usize,
+    /// Open inbound tunnels.
+    pub inbound_tunnels: usize,
+    /// Connections, tunnels and handshakes refused for lack of budget.
+    pub refused: u64,
     /// Bytes that its flows buffer or have promised to peers to buffer.
     pub buffered_bytes: usize,
     /// How often one of its flows was slowed down because that was too much.
@@ -323,6 +327,8 @@ fn status(entry: &Entry) -> Status {
         preexisting: entry.old.len(),
         inbound_connections: count(|local| &local.inbound),
         outbound_connections: count(|local| &local.outbound),
+        inbound_tunnels: entry.local.as_ref().map_or(0, |local| local.gate.tunnels()),
+        refused: entry.local.as_ref().map_or(0, |local| local.refused.load(Ordering::Relaxed)),
         buffered_bytes: entry.local.as_ref().map_or(0, |local| local.buffers.used()),
         buffer_waits: entry.local.as_ref().map_or(0, |local| local.buffers.waits()),
     }
@@ -563,8 +569,7 @@ impl PodTask {
             limits: env.limits,
             inbound: Arc::default(),
             outbound: Arc::default(),
-            handshakes: Arc::default(),
-            tunnels: Arc::default(),
+            gate: Gate::new(env.limits.gate),
             buffers: Budget::new(env.limits.buffer),
             service_account: self.pod.service_account.as_str().into(),
             cluster: env.shared.cluster.clone(),

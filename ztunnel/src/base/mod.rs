@@ -2,6 +2,7 @@
 //!
 //! Nothing here knows the word "workload". Everything above may use it.
 
+pub mod bucket;
 pub mod budget;
 pub mod drain;
 pub mod netns;

@@ -4,6 +4,8 @@
 //! handshakes under way and buffered bytes. Waiting for knowledge (the workload, its policies, its certificate) happens here too, always with a deadline:
 //! nothing is guessed before, and nobody waits for ever.
 
+mod gate;
+
 use std::future::Future;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -15,6 +17,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::base::budget::Budget;
 use crate::base::drain::Drained;
 use crate::base::sockets::PodSockets;
+pub use crate::flow::gate::{Gate, GateLimits, Pass};
 use crate::hbone;
 use crate::identity::Identities;
 use crate::outcome::{Code, Outcome};
@@ -50,10 +53,8 @@ pub struct Shared {
 pub struct Limits {
     /// Connections in both directions.
     pub connections: usize,
-    /// Inbound TLS handshakes under way.
-    pub handshakes: usize,
-    /// Open inbound tunnels.
-    pub tunnels: usize,
+    /// Inbound tunnels and their handshakes.
+    pub gate: GateLimits,
     /// Bytes in buffers, and in windows that peers were given.
     pub buffer: usize,
 }
@@ -61,9 +62,10 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         // Each direction for itself, so that a flood from outside does not take the pod's own connections away. 5 KB each
-        // make 160 MB. 128 handshakes are 60 ms of one core. A tunnel is 100 KB idle, and 100 of its streams are needed
-        // for the connections. 64 MiB is 256 streams at full window, or 25 Gbit/s over 20 ms.
-        Self { connections: 16_384, handshakes: 128, tunnels: 2048, buffer: 64 << 20 }
+        // make 160 MB. 128 handshakes are 60 ms of one core, 1000 a second half of one. A tunnel is 100 KB idle, and 100
+        // of its streams are needed for the connections. 64 MiB is 256 streams at full window, or 25 Gbit/s over 20 ms.
+        let gate = GateLimits { handshakes: 128, rate: 1000, source_rate: 200, tunnels: 2048 };
+        Self { connections: 16_384, gate, buffer: 64 << 20 }
     }
 }
 
@@ -87,10 +89,8 @@ pub struct LocalPod {
     pub inbound: Arc<AtomicUsize>,
     /// Live outbound connections.
     pub outbound: Arc<AtomicUsize>,
-    /// Handshakes under way.
-    pub handshakes: Arc<AtomicUsize>,
-    /// Open inbound tunnels.
-    pub tunnels: Arc<AtomicUsize>,
+    /// Inbound tunnels and their handshakes.
+    pub gate: Arc<Gate>,
     /// What its flows may buffer.
     pub buffers: Arc<Budget>,
     /// spec.serviceAccountName.
@@ -129,32 +129,27 @@ impl LocalPod {
         Ok(Permit(direction.clone()))
     }
 
-    /// One more handshake.
+    /// One more inbound tunnel from `source`.
     ///
     /// # Errors
     /// `OverBudget`.
-    pub fn handshake(&self) -> Result<Permit, Outcome> {
-        if self.handshakes.load(Ordering::Relaxed) >= self.limits.handshakes {
-            self.refused.fetch_add(1, Ordering::Relaxed);
-            return Err(Outcome::new(Code::OverBudget, "the pod has too many TLS handshakes under way; retry later"));
-        }
-        self.handshakes.fetch_add(1, Ordering::Relaxed);
-        Ok(Permit(self.handshakes.clone()))
+    pub fn tunnel(&self, source: IpAddr) -> Result<Pass, Outcome> {
+        self.counted(self.gate.tunnel(source))
     }
 
-    /// One more inbound tunnel.
+    /// One more handshake from `source`, when it is its turn.
     ///
     /// # Errors
-    /// `OverBudget`.
-    pub fn tunnel(&self) -> Result<Permit, Outcome> {
-        let open = self.tunnels.load(Ordering::Relaxed);
-        if open >= self.limits.tunnels {
+    /// `HandshakeLimit`.
+    pub async fn handshake(&self, source: IpAddr) -> Result<Pass, Outcome> {
+        self.counted(self.gate.handshake(source).await)
+    }
+
+    fn counted<T>(&self, result: Result<T, Outcome>) -> Result<T, Outcome> {
+        if result.is_err() {
             self.refused.fetch_add(1, Ordering::Relaxed);
-            let text = format!("the pod has {open} open tunnels, its limit (TULLE_POD_MAX_TUNNELS); retry later");
-            return Err(Outcome::new(Code::OverBudget, text));
         }
-        self.tunnels.fetch_add(1, Ordering::Relaxed);
-        Ok(Permit(self.tunnels.clone()))
+        result
     }
 
     /// What control says about the pod. A description of an earlier pod of the same name, or of another cluster's, does

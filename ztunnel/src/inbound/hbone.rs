@@ -82,13 +82,13 @@ async fn tunnel(
     local: SocketAddr,
 ) -> Result<(), Outcome> {
     // Held as long as the tunnel is open.
-    let _tunnel = pod.tunnel()?;
+    let _tunnel = pod.tunnel(peer.ip())?;
     // Who says nothing takes no place among the handshakes.
     let first = timeout(FIRST_BYTE, tcp.readable()).await;
     if !matches!(first, Ok(Ok(()))) {
         return Err(Outcome::new(Code::TlsFailed, "the peer sent nothing after connecting"));
     }
-    let permit = pod.handshake()?;
+    let permit = pod.handshake(peer.ip()).await?;
     let (_, workload) = shared.known(pod).await?;
     let cert = shared.certificate(&workload).await?;
     let transport = Paced::new(BufReader::with_capacity(READ_BUFFER, tcp));
