@@ -356,6 +356,37 @@ fn traffic_is_tunnelled_authorised_and_cut() {
     assert!(from("a", "10.99.0.3:8080", 10).is_ok());
 }
 
+/// Waits until the pods' inbound connections are as many as wanted.
+fn await_inbound(node: &Node, wanted: usize, patience: Duration) {
+    let deadline = Instant::now() + patience;
+    while node.pods.connections().0 != wanted {
+        assert!(Instant::now() < deadline, "{:?} connections, not {wanted}", node.pods.connections());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_client_that_goes_before_its_application_answers_ends_the_attempt() {
+    let lab = Lab::new("r");
+    let mut node = Node::start(&lab, lab.pods_file(&["a", "b"]));
+    node.describe(&["a", "b"]);
+    node.wait(&[("a", "Captured"), ("b", "Captured")]);
+    // An application that never answers: the dial would go on for ten seconds.
+    let drop = "add table inet silent; add chain inet silent in { type filter hook input priority 0; }; \
+        add rule inet silent in tcp dport 7777 drop";
+    sh(&format!("ip netns exec {} nft '{drop}'", lab.netns("b")));
+    let (go, wait) = std::sync::mpsc::channel::<()>();
+    let client = lab.within("a", move || {
+        let tcp = TcpStream::connect("10.99.0.2:7777").unwrap();
+        wait.recv().unwrap();
+        socket2::SockRef::from(&tcp).set_linger(Some(Duration::ZERO)).unwrap();
+    });
+    await_inbound(&node, 1, Duration::from_secs(5));
+    go.send(()).unwrap();
+    client.join().unwrap();
+    await_inbound(&node, 0, Duration::from_secs(3));
+}
+
 #[test]
 fn connections_from_before_capture_live_on_and_are_counted() {
     let lab = Lab::new("p");

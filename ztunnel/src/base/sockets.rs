@@ -1,7 +1,7 @@
 //! Sockets of one pod: made in its namespace, marked as ours, with every option set before use.
 //!
 //! A few connected-to-be sockets a family are kept ready ([`STASH`]), so that a new connection does not wait for the
-//! namespace thread. Options that listeners pass on to accepted sockets are set on the listener, once.
+//! namespace thread. A burst of one pod waits for itself, not in front of the others ([`TURNS`]). Options that listeners pass on to accepted sockets are set on the listener, once.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -12,6 +12,7 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
 
 use crate::base::canonical;
 use crate::base::netns::{Netns, NetnsThread};
@@ -19,6 +20,9 @@ use crate::base::netns::{Netns, NetnsThread};
 /// Sockets kept ready for each pod and family. Enough for a burst of connections within one round trip to the
 /// namespace thread; 16 idle sockets are some 32 KB of kernel memory a pod.
 const STASH: usize = 8;
+
+/// Requests of one pod that the namespace thread may have at a time: some 600 µs, which is what a neighbour waits at most.
+const TURNS: usize = 4;
 
 /// Connections waiting to be accepted. The kernel caps it at `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
@@ -59,12 +63,15 @@ pub struct PodSockets {
     options: Options,
     /// IPv4 and IPv6.
     stash: [Mutex<Vec<Socket>>; 2],
+    /// Who waits here is a connection, and those have a budget.
+    turns: Semaphore,
 }
 
 impl PodSockets {
     /// Sockets in `netns`.
     pub fn new(netns: Netns, thread: NetnsThread, options: Options) -> Self {
-        Self { netns, thread, options, stash: [Mutex::default(), Mutex::default()] }
+        let stash = [Mutex::default(), Mutex::default()];
+        Self { netns, thread, options, stash, turns: Semaphore::new(TURNS) }
     }
 
     /// The namespace.
@@ -75,7 +82,13 @@ impl PodSockets {
     /// A socket to connect to `to`'s family with.
     async fn socket(&self, v6: bool) -> io::Result<Socket> {
         let stash = &self.stash[usize::from(v6)];
-        if let Some(socket) = stash.lock().unwrap_or_else(PoisonError::into_inner).pop() {
+        let ready = || stash.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        if let Some(socket) = ready() {
+            return Ok(socket);
+        }
+        let _turn = self.turns.acquire().await.map_err(io::Error::other)?;
+        // Whoever had the turn before has left some.
+        if let Some(socket) = ready() {
             return Ok(socket);
         }
         let options = self.options.clone();
@@ -195,4 +208,46 @@ pub fn reset(stream: TcpStream) {
     let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
     debug_assert!(stream.as_raw_fd() >= 0);
     drop(stream);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    use super::{Options, PodSockets};
+    use crate::base::netns::{Netns, NetnsThread};
+
+    #[tokio::test]
+    async fn a_burst_of_one_pod_leaves_room_for_the_others() {
+        let netns = Netns::open(Path::new("/proc/self/ns/net")).unwrap();
+        let thread = NetnsThread::start().unwrap();
+        let options = Options { mark: 0, keepalive: None, user_timeout: None, reuse_port: false };
+        let pod = || Arc::new(PodSockets::new(netns.clone(), thread.clone(), options.clone()));
+        let (busy, quiet) = (pod(), pod());
+        // The thread is held up, so that everything that is asked for now stands in its queue.
+        let (go, wait) = channel::<()>();
+        let held = tokio::spawn({
+            let (thread, netns) = (thread.clone(), netns.clone());
+            async move { thread.run(&netns, move || wait.recv().map_err(std::io::Error::other)).await }
+        });
+        tokio::task::yield_now().await;
+        let mut burst = tokio::task::JoinSet::new();
+        for _ in 0..5000 {
+            let busy = busy.clone();
+            burst.spawn(async move { busy.socket(false).await.map(drop) });
+        }
+        tokio::task::yield_now().await;
+        let neighbour = tokio::spawn(async move { quiet.socket(false).await.map(drop) });
+        tokio::task::yield_now().await;
+        go.send(()).unwrap();
+        held.await.unwrap().unwrap();
+        let neighbour = tokio::time::timeout(Duration::from_secs(10), neighbour).await.unwrap().unwrap();
+        assert!(neighbour.is_ok(), "the burst took the whole queue: {neighbour:?}");
+        while let Some(done) = burst.join_next().await {
+            done.unwrap().unwrap();
+        }
+    }
 }

@@ -3,6 +3,7 @@
 //! What a peer says about itself in headers is for logs only. Who it is comes from its certificate, and where it may go is
 //! always the address at which its tunnel arrived.
 
+use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -178,7 +179,15 @@ async fn carry(
         let admitted = admit(shared, &tunnel.live, pod, &facts).await?;
         Ok((permit, admitted))
     });
-    let (_permit, (tcp, registration, workload)) = match admitted.await {
+    let admitted = tokio::select! {
+        admitted = admitted => admitted,
+        // Nobody waits for the application any more: it is not to see a connection without a client.
+        _ = poll_fn(|cx| respond.poll_reset(cx)) => {
+            let text = "the client's proxy took its request back before the application was reached";
+            Err(Outcome::new(Code::ClientReset, text))
+        }
+    };
+    let (_permit, (tcp, registration, workload)) = match admitted {
         Ok(admitted) => admitted,
         Err(outcome) => {
             // The peer may have gone; then there is nobody to tell.
