@@ -234,14 +234,9 @@ impl Code {
                 row("BAD_REQUEST", "DENY", 400, F::Client, R::No, "a CONNECT request that is not valid")
             }
             Self::OverBudget => row("OVER_BUDGET", "DENY", 429, F::Client, R::Later, "the pod's budget is used up"),
-            Self::HandshakeLimit => row(
-                "HANDSHAKE_LIMIT",
-                "DENY",
-                429,
-                F::Client,
-                R::Later,
-                "too many TLS handshakes of this source, or to this pod",
-            ),
+            Self::HandshakeLimit => {
+                row("HANDSHAKE_LIMIT", "DENY", 429, F::Client, R::Later, "too many TLS handshakes with the pod")
+            }
             Self::ClientReset => row("CLIENT_RESET", "-", 499, F::Client, R::No, "the client reset the connection"),
             Self::ServerReset => {
                 row("SERVER_RESET", "-", 502, F::Destination, R::No, "the destination reset the connection")
