@@ -14,6 +14,6 @@ mod verify;
 
 pub use issued::{Issued, IssuedError, not_after};
 pub use request::{CsrError, MAX_CSR_BYTES, ParsedCsr, Request, RequestError, parse_csr, request};
-pub use roots::{MAX_ROOTS, Roots, RootsError};
+pub use roots::{MAX_ROOTS, Roots, RootsError, fingerprint};
 pub use spiffe::{SpiffeId, SpiffeIdError};
 pub use verify::{Usage, VerifyError, leaf_identity, verify_chain};

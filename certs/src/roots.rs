@@ -9,6 +9,7 @@ use std::sync::Arc;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::TrustAnchor;
 use rustls_pki_types::pem::PemObject;
+use sha2::{Digest, Sha256};
 use thiserror::Error;
 
 use crate::pem;
@@ -83,6 +84,11 @@ impl Roots {
         Ok(Self(Arc::new(Inner { certificates, anchors })))
     }
 
+    /// SHA-256 of each certificate, lower-case hex, in order.
+    pub fn fingerprints(&self) -> Vec<String> {
+        self.certificates().iter().map(|certificate| fingerprint(certificate)).collect()
+    }
+
     /// The bundle as PEM, in order.
     pub fn to_pem(&self) -> String {
         self.certificates().iter().map(|certificate| pem::encode("CERTIFICATE", certificate)).collect()
@@ -97,6 +103,11 @@ impl Roots {
     pub fn anchors(&self) -> &[TrustAnchor<'static>] {
         &self.0.anchors
     }
+}
+
+/// SHA-256 of a certificate in DER, lower-case hex: what people compare (`openssl x509 -fingerprint -sha256`).
+pub fn fingerprint(certificate: &[u8]) -> String {
+    Sha256::digest(certificate).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl PartialEq for Roots {

@@ -1,5 +1,5 @@
-//! The CA directory: `root-cert.pem` (a bundle, its first certificate is ours), `root-key.pem`, `ca-cert.pem` and
-//! `ca-key.pem` (the intermediate), `token-key.pem`.
+//! The CA directory: `root-cert.pem` (a bundle of all trusted roots), `root-key.pem` (of the one that signs), `ca-cert.pem`
+//! and `ca-key.pem` (the intermediate), `token-key.pem`; during a rotation also `next-root-key.pem` or `old-root-key.pem`.
 //!
 //! Several processes may come first at once (`control serve` twice, `control token`), so everything happens under an
 //! exclusive lock on `.lock`, and files are replaced by rename. An interrupted run leaves at worst a key without its
@@ -19,6 +19,7 @@ use rustls_pki_types::pem::PemObject;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::Roots;
+use crate::ca::rotate::{self, Rotation};
 use crate::ca::{CaError, TokenKey, crypto, new_key, past_half_life, self_signed_root, signed_intermediate};
 use crate::issued;
 
@@ -32,6 +33,10 @@ pub const CA_CERT: &str = "ca-cert.pem";
 pub const CA_KEY: &str = "ca-key.pem";
 /// The key that signs tokens.
 pub const TOKEN_KEY: &str = "token-key.pem";
+/// Key of a root that is announced and does not sign yet; see [`crate::ca::rotate`].
+pub const NEXT_ROOT_KEY: &str = "next-root-key.pem";
+/// Key of the root that signed before, until it is retired.
+pub const OLD_ROOT_KEY: &str = "old-root-key.pem";
 
 /// Largest file that is read, bytes: a bundle of 64 roots has about 100 KiB.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
@@ -41,20 +46,28 @@ pub(super) struct Loaded {
     pub(super) intermediate: CertificateDer<'static>,
     pub(super) intermediate_key: KeyPair,
     pub(super) token_key: TokenKey,
+    pub(super) rotation: Rotation,
 }
 
 /// Loads the directory and makes what is missing.
 pub(super) fn open(dir: &Path, now: i64) -> Result<Loaded, CaError> {
     std::fs::create_dir_all(dir).map_err(|source| io("create", dir, source))?;
     let _lock = lock(dir)?;
-    let (roots, root_key) = open_root(dir, now)?;
-    let (intermediate, intermediate_key) = open_intermediate(dir, &roots, root_key, now)?;
+    let root = open_root(dir, now)?;
+    let roots = root.roots.clone();
+    let (intermediate, intermediate_key) = open_intermediate(dir, root, now)?;
     let token_key = open_token_key(dir)?;
-    Ok(Loaded { roots, intermediate, intermediate_key, token_key })
+    let rotation = rotate::state(dir, &roots, &intermediate)?;
+    Ok(Loaded { roots, intermediate, intermediate_key, token_key, rotation })
+}
+
+/// The two certificate files as they are now, for noticing that another process replaced them.
+pub(super) fn certificates(dir: &Path) -> Result<(Option<String>, Option<String>), CaError> {
+    Ok((read(&dir.join(ROOT_CERT))?, read(&dir.join(CA_CERT))?))
 }
 
 /// Held until dropped; the kernel releases it if the process dies.
-fn lock(dir: &Path) -> Result<File, CaError> {
+pub(super) fn lock(dir: &Path) -> Result<File, CaError> {
     let path = dir.join(".lock");
     let file = OpenOptions::new()
         .create(true)
@@ -67,59 +80,75 @@ fn lock(dir: &Path) -> Result<File, CaError> {
     Ok(file)
 }
 
-fn open_root(dir: &Path, now: i64) -> Result<(Roots, Option<KeyPair>), CaError> {
+/// The trusted roots, and which of them signs.
+struct Root {
+    roots: Roots,
+    /// The certificate that belongs to the key. Without a key any root may have signed.
+    signing: Option<(CertificateDer<'static>, KeyPair)>,
+}
+
+fn open_root(dir: &Path, now: i64) -> Result<Root, CaError> {
     let cert_path = dir.join(ROOT_CERT);
     let key_path = dir.join(ROOT_KEY);
     let key = read_key(&key_path)?;
-    if let Some(bundle) = read(&cert_path)? {
-        let roots =
-            Roots::from_pem(bundle.as_bytes()).map_err(|source| CaError::Roots { path: cert_path.clone(), source })?;
-        if let (Some(key), Some(own)) = (&key, roots.certificates().first())
-            && !fits(own, key)
-        {
-            return Err(CaError::Content {
-                path: key_path,
-                reason: format!(
-                    "it is not the key of the first certificate in {ROOT_CERT}; put the certificate of this key first"
-                ),
-            });
-        }
-        return Ok((roots, key));
+    if let Some(roots) = read_roots(dir)? {
+        let Some(key) = key else { return Ok(Root { roots, signing: None }) };
+        let Some(own) = of_key(&roots, &key) else {
+            let reason =
+                format!("it is the key of no certificate in {ROOT_CERT}; add the certificate of this key there");
+            return Err(CaError::Content { path: key_path, reason });
+        };
+        return Ok(Root { signing: Some((own, key)), roots });
     }
     let key = match key {
         Some(key) => key,
-        None => {
-            let key = new_key()?;
-            write(&key_path, &key.serialize_pem(), 0o600)?;
-            key
-        }
+        None => make_key(&key_path)?,
     };
     let certificate = self_signed_root(&key, now)?;
     write(&cert_path, &certificate.pem(), 0o644)?;
+    let certificate = CertificateDer::from(certificate);
     let roots =
-        Roots::from_der(vec![certificate.into()]).map_err(|source| CaError::Roots { path: cert_path, source })?;
-    Ok((roots, Some(key)))
+        Roots::from_der(vec![certificate.clone()]).map_err(|source| CaError::Roots { path: cert_path, source })?;
+    Ok(Root { roots, signing: Some((certificate, key)) })
 }
 
-fn open_intermediate(
-    dir: &Path,
-    roots: &Roots,
-    root_key: Option<KeyPair>,
-    now: i64,
-) -> Result<(CertificateDer<'static>, KeyPair), CaError> {
+/// The bundle. `None`: there is no file.
+pub(super) fn read_roots(dir: &Path) -> Result<Option<Roots>, CaError> {
+    let path = dir.join(ROOT_CERT);
+    let Some(bundle) = read(&path)? else { return Ok(None) };
+    Roots::from_pem(bundle.as_bytes()).map(Some).map_err(|source| CaError::Roots { path, source })
+}
+
+/// The root of the bundle that belongs to a key.
+pub(super) fn of_key(roots: &Roots, key: &KeyPair) -> Option<CertificateDer<'static>> {
+    roots.certificates().iter().find(|root| fits(root, key)).cloned()
+}
+
+pub(super) fn make_key(path: &Path) -> Result<KeyPair, CaError> {
+    let key = new_key()?;
+    write(path, &key.serialize_pem(), 0o600)?;
+    Ok(key)
+}
+
+fn open_intermediate(dir: &Path, root: Root, now: i64) -> Result<(CertificateDer<'static>, KeyPair), CaError> {
     let cert_path = dir.join(CA_CERT);
-    let why = match load_intermediate(dir, roots, now)? {
-        Ok((certificate, key, half_over)) if !half_over || root_key.is_none() => {
+    // With the key at hand only its own root counts: that is how the intermediate follows when the root is rotated.
+    let signers = match &root.signing {
+        Some((own, _)) => std::slice::from_ref(own),
+        None => root.roots.certificates(),
+    };
+    let why = match load_intermediate(dir, signers, now)? {
+        Ok((certificate, key, half_over)) if !half_over || root.signing.is_none() => {
             return Ok((certificate, key));
         }
         Ok(_) => "is past half of its life".to_owned(),
         Err(why) => why,
     };
-    let (Some(root_key), Some(root)) = (root_key, roots.certificates().first()) else {
+    let Some((own, root_key)) = root.signing else {
         return Err(CaError::NoRootKey { path: cert_path, key: dir.join(ROOT_KEY), why });
     };
-    let root_not_after = issued::facts(root).map_err(crypto)?.not_after;
-    let issuer = Issuer::from_ca_cert_der(root, root_key).map_err(crypto)?;
+    let root_not_after = issued::facts(&own).map_err(crypto)?.not_after;
+    let issuer = Issuer::from_ca_cert_der(&own, root_key).map_err(crypto)?;
     let key = new_key()?;
     let certificate = signed_intermediate(&key, &issuer, root_not_after, now)?;
     write(&dir.join(CA_KEY), &key.serialize_pem(), 0o600)?;
@@ -128,9 +157,9 @@ fn open_intermediate(
 }
 
 /// The stored intermediate, its key, and whether half its life is over; or why there is none to use.
-type Stored = Result<(CertificateDer<'static>, KeyPair, bool), String>;
+pub(super) type Stored = Result<(CertificateDer<'static>, KeyPair, bool), String>;
 
-fn load_intermediate(dir: &Path, roots: &Roots, now: i64) -> Result<Stored, CaError> {
+pub(super) fn load_intermediate(dir: &Path, signers: &[CertificateDer<'_>], now: i64) -> Result<Stored, CaError> {
     let cert_path = dir.join(CA_CERT);
     let (Some(text), Some(key)) = (read(&cert_path)?, read_key(&dir.join(CA_KEY))?) else {
         return Ok(Err("or its key is missing".into()));
@@ -142,8 +171,8 @@ fn load_intermediate(dir: &Path, roots: &Roots, now: i64) -> Result<Stored, CaEr
     if !fits(&certificate, &key) {
         return Ok(Err(format!("does not fit {CA_KEY}")));
     }
-    if let Err(error) = chains(&certificate, roots, now) {
-        return Ok(Err(format!("is not valid under {ROOT_CERT} ({error})")));
+    if let Err(error) = chains(&certificate, signers, now) {
+        return Ok(Err(format!("cannot be used with {ROOT_CERT} ({error})")));
     }
     let facts = issued::facts(&certificate).map_err(crypto)?;
     let half_over = past_half_life(facts.not_before, facts.not_after, now);
@@ -154,17 +183,13 @@ fn open_token_key(dir: &Path) -> Result<TokenKey, CaError> {
     let path = dir.join(TOKEN_KEY);
     let key = match read_key(&path)? {
         Some(key) => key,
-        None => {
-            let key = new_key()?;
-            write(&path, &key.serialize_pem(), 0o600)?;
-            key
-        }
+        None => make_key(&path)?,
     };
     Ok(TokenKey { private_pem: key.serialize_pem(), public_pem: key.public_key_pem() })
 }
 
 /// One signature and the validity: webpki has no entry point for a CA certificate on its own.
-fn chains(certificate: &CertificateDer<'_>, roots: &Roots, now: i64) -> Result<(), String> {
+fn chains(certificate: &CertificateDer<'_>, signers: &[CertificateDer<'_>], now: i64) -> Result<(), String> {
     let (_, parsed) = X509Certificate::from_der(certificate).map_err(|e| e.to_string())?;
     let validity = parsed.validity();
     if now < validity.not_before.timestamp() || now >= validity.not_after.timestamp() {
@@ -173,18 +198,18 @@ fn chains(certificate: &CertificateDer<'_>, roots: &Roots, now: i64) -> Result<(
     if !parsed.is_ca() {
         return Err("it is not a CA certificate".into());
     }
-    let signed_by_root = roots.certificates().iter().any(|root| {
+    let signed_by_root = signers.iter().any(|root| {
         X509Certificate::from_der(root).is_ok_and(|(_, root)| parsed.verify_signature(Some(root.public_key())).is_ok())
     });
     if signed_by_root { Ok(()) } else { Err("no root signed it".into()) }
 }
 
-fn fits(certificate: &CertificateDer<'_>, key: &KeyPair) -> bool {
+pub(super) fn fits(certificate: &CertificateDer<'_>, key: &KeyPair) -> bool {
     X509Certificate::from_der(certificate)
         .is_ok_and(|(_, parsed)| *parsed.public_key().subject_public_key.data == *key.der_bytes())
 }
 
-fn read_key(path: &Path) -> Result<Option<KeyPair>, CaError> {
+pub(super) fn read_key(path: &Path) -> Result<Option<KeyPair>, CaError> {
     let Some(text) = read(path)? else {
         return Ok(None);
     };
@@ -211,7 +236,7 @@ fn read(path: &Path) -> Result<Option<String>, CaError> {
     std::fs::read_to_string(path).map(Some).map_err(|source| io("read", path, source))
 }
 
-fn write(path: &Path, text: &str, mode: u32) -> Result<(), CaError> {
+pub(super) fn write(path: &Path, text: &str, mode: u32) -> Result<(), CaError> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".tmp");
     let temporary = path.with_file_name(name);
@@ -224,6 +249,6 @@ fn write(path: &Path, text: &str, mode: u32) -> Result<(), CaError> {
     std::fs::rename(&temporary, path).map_err(|source| io("rename to", path, source))
 }
 
-fn io(action: &'static str, path: &Path, source: std::io::Error) -> CaError {
+pub(super) fn io(action: &'static str, path: &Path, source: std::io::Error) -> CaError {
     CaError::Io { action, path: PathBuf::from(path), source }
 }

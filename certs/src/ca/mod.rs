@@ -5,6 +5,7 @@
 //! lives at most 24 hours and never outlives the intermediate; the files are described in [`files`].
 
 pub mod files;
+pub mod rotate;
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -24,6 +25,7 @@ use crate::ParsedCsr;
 use crate::Roots;
 use crate::RootsError;
 use crate::SpiffeId;
+use crate::ca::rotate::Rotation;
 use crate::issued;
 use crate::pem;
 
@@ -49,6 +51,7 @@ pub struct Authority {
     not_before: i64,
     not_after: i64,
     token_key: TokenKey,
+    rotation: Rotation,
 }
 
 /// The ECDSA P-256 key of the tokens that `control token` prints.
@@ -138,12 +141,37 @@ impl Authority {
             not_before: facts.not_before,
             not_after: facts.not_after,
             token_key: loaded.token_key,
+            rotation: loaded.rotation,
         })
     }
 
     /// True once half of the intermediate's life is over: open the directory again, which renews it.
     pub fn wants_renewal(&self, now: i64) -> bool {
         past_half_life(self.not_before, self.not_after, now)
+    }
+
+    /// True if the directory holds other certificates than these: another process renewed or rotated. Reads two files.
+    pub fn is_stale(&self, dir: &Path) -> Result<bool, CaError> {
+        let (roots, intermediate) = files::certificates(dir)?;
+        let own = pem::encode("CERTIFICATE", &self.intermediate);
+        let same_intermediate = intermediate.is_some_and(|text| text.trim() == own.trim());
+        let roots = roots.and_then(|text| Roots::from_pem(text.as_bytes()).ok());
+        Ok(!same_intermediate || roots.as_ref() != Some(&self.roots))
+    }
+
+    /// Where a rotation stands in the directory now. A switch shows in no certificate until somebody opens it.
+    pub fn rotation_in(&self, dir: &Path) -> Result<Rotation, CaError> {
+        rotate::state(dir, &self.roots, &self.intermediate)
+    }
+
+    /// Where a rotation of the root stood when this was opened.
+    pub fn rotation(&self) -> &Rotation {
+        &self.rotation
+    }
+
+    /// The certificate that signs leaves.
+    pub fn intermediate(&self) -> &CertificateDer<'static> {
+        &self.intermediate
     }
 
     /// All trusted roots.
