@@ -17,6 +17,7 @@ use std::process::Command;
 use nix::mount::MsFlags;
 use nix::sched::CloneFlags;
 use nix::sys::prctl;
+use nix::sys::signal::SigSet;
 use nix::sys::signal::Signal;
 
 /// Where a process runs.
@@ -65,6 +66,8 @@ impl Placement {
         command.process_group(0);
         before_exec(command, move || {
             prctl::set_pdeathsig(Signal::SIGKILL)?;
+            // The supervisor waits for its signals by blocking them; its children must get theirs.
+            SigSet::empty().thread_set_mask()?;
             prepared.enter()
         });
         Ok(())
