@@ -42,6 +42,8 @@ pub enum Command {
     Serve(Serve),
     /// Print a token for a node proxy or a service account.
     Token(Token),
+    /// Replace the root (in three steps, one a call) or the intermediate, without dropping a connection.
+    Rotate(Rotate),
 }
 
 /// `control serve`.
@@ -65,6 +67,9 @@ pub struct Serve {
     /// Trust domain of all identities.
     #[arg(long, env = "TULLE_CONTROL_TRUST_DOMAIN", default_value = names::DEFAULT_DOMAIN)]
     pub trust_domain: String,
+    /// Other names of the trust domain, as while it is renamed: principals of policies that name one of them hold for all.
+    #[arg(long, env = "TULLE_CONTROL_TRUST_DOMAIN_ALIASES", value_delimiter = ',')]
+    pub trust_domain_aliases: Vec<String>,
     /// Suffix of service names.
     #[arg(long, env = "TULLE_CONTROL_CLUSTER_DOMAIN", default_value = names::DEFAULT_DOMAIN)]
     pub cluster_domain: String,
@@ -86,6 +91,7 @@ impl Serve {
             cluster_id: self.cluster_id.clone(),
             cluster_domain: self.cluster_domain.clone(),
             trust_domain: self.trust_domain.clone(),
+            trust_domain_aliases: self.trust_domain_aliases.clone(),
             root_namespace: self.root_namespace.clone(),
             istio_root_namespace: self.istio_root_namespace.clone(),
         }
@@ -122,6 +128,34 @@ pub struct Token {
     /// Namespace of the node account.
     #[arg(long, env = "TULLE_CONTROL_ROOT_NAMESPACE", default_value = names::DEFAULT_ROOT_NAMESPACE)]
     pub root_namespace: String,
+}
+
+/// `control rotate`.
+#[derive(Debug, Clone, Args)]
+pub struct Rotate {
+    /// What to replace.
+    pub what: Replaced,
+    /// The CA directory of the control plane.
+    #[arg(long, env = "TULLE_CONTROL_CA_DIR")]
+    pub ca_dir: PathBuf,
+    /// The running control plane's HTTP address: it knows whether every node is ready for the next step.
+    #[arg(long, env = "TULLE_CONTROL", default_value = "http://127.0.0.1:15014")]
+    pub control: String,
+    /// Wait this long for the step to become safe, and for control to take it over. Default: not at all.
+    #[arg(long, value_parser = duration, conflicts_with = "force")]
+    pub wait: Option<Duration>,
+    /// Do not ask the nodes: those that are behind lose connections until they have caught up.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// What can be replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Replaced {
+    /// The root: announced first, then it signs, then the old one goes.
+    Root,
+    /// The intermediate that signs leaves.
+    Intermediate,
 }
 
 /// Where objects come from.

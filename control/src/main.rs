@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use control::app;
+use control::cli;
 use control::config::{Cli, Command, LogFormat};
 use control::telemetry;
 
@@ -27,6 +28,10 @@ fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Token(token) => {
             println!("{}", app::token(&token)?);
+            Ok(())
+        }
+        Command::Rotate(rotate) => {
+            println!("{}", cli::rotate(&rotate)?);
             Ok(())
         }
         Command::Serve(serve) => {

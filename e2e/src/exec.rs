@@ -23,7 +23,7 @@ pub fn exec(state: &Path, place: &str, argv: &[String]) -> anyhow::Result<std::c
     let (program, arguments) = argv.split_first().context("no command; write it after `--`")?;
     let paths = Paths(state.to_path_buf());
     let view = View::read(&paths)?;
-    let (placement, env) = find(&view, place)?;
+    let (placement, env) = find(&paths, &view, place)?;
     if view.rootless {
         rootless::join(view.pid)?;
     }
@@ -31,13 +31,19 @@ pub fn exec(state: &Path, place: &str, argv: &[String]) -> anyhow::Result<std::c
         .prepare()
         .and_then(|prepared| prepared.enter())
         .with_context(|| format!("{place} cannot be entered; it takes the user who started the lab"))?;
-    let error = Command::new(program).args(arguments).env("PATH", path_with(&paths.bin())).envs(env).exec();
+    // Last, where `control` and `tulle` are that were built with this program.
+    let mut path = path_with(&paths.bin());
+    if let Some(own) = std::env::current_exe().ok().as_deref().and_then(Path::parent) {
+        path.push(":");
+        path.push(own);
+    }
+    let error = Command::new(program).args(arguments).env("PATH", path).envs(env).exec();
     Err(error).with_context(|| format!("{program} cannot be run"))
 }
 
 type Env = Vec<(&'static str, String)>;
 
-fn find(view: &View, place: &str) -> anyhow::Result<(Placement, Env)> {
+fn find(paths: &Paths, view: &View, place: &str) -> anyhow::Result<(Placement, Env)> {
     if let Some((namespace, name)) = place.split_once('/') {
         let pod =
             view.pod(namespace, name).with_context(|| format!("there is no pod {place}; `lab status` lists them"))?;
@@ -58,5 +64,10 @@ fn find(view: &View, place: &str) -> anyhow::Result<(Placement, Env)> {
             view.nodes.len()
         )
     })?;
-    Ok((Placement { netns: Some(netns.clone()), ..Placement::default() }, vec![]))
+    // `control token` and `control rotate` find the CA as the control of this lab does.
+    let env = match place {
+        "control" => vec![("TULLE_CONTROL_CA_DIR", paths.ca().display().to_string())],
+        _ => vec![],
+    };
+    Ok((Placement { netns: Some(netns.clone()), ..Placement::default() }, env))
 }

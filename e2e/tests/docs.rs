@@ -17,15 +17,25 @@ struct Step {
 
 #[test]
 fn the_commands_of_the_opt_in_page_do_what_it_says() -> anyhow::Result<()> {
+    follow("docs/opt-in.md", 10)
+}
+
+#[test]
+fn the_commands_of_the_identity_page_do_what_it_says() -> anyhow::Result<()> {
+    follow("docs/identity.md", 6)
+}
+
+/// Runs the commands of a page, of which there are at least `least`.
+fn follow(page: &str, least: usize) -> anyhow::Result<()> {
     if let Err(why) = scenario::possible() {
         assert!(std::env::var_os("CI").is_none(), "no lab on this machine: {why}");
         eprintln!("SKIPPED: no lab on this machine: {why}");
         return Ok(());
     }
     let top = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or_else(|| Path::new("/"));
-    let page = fs::read_to_string(top.join("docs/opt-in.md"))?;
+    let page = fs::read_to_string(top.join(page))?;
     let steps = steps(&page);
-    assert!(steps.len() > 10, "the page has only {} commands", steps.len());
+    assert!(steps.len() >= least, "the page has only {} commands", steps.len());
 
     // A `lab` that keeps its state out of the way of a lab that somebody is using.
     let dir = tempfile::tempdir()?;

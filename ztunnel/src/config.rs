@@ -54,6 +54,10 @@ pub struct Node {
     /// Trust domain of pods that control has not described yet.
     #[arg(long, env = "TRUST_DOMAIN", default_value = "cluster.local")]
     pub trust_domain: String,
+    /// Other names of the trust domain, as while it is renamed, comma-separated: peers that prove an identity there count
+    /// as those of the own domain.
+    #[arg(long, env = "TULLE_TRUST_DOMAIN_ALIASES", value_delimiter = ',')]
+    pub trust_domain_aliases: Vec<String>,
     /// Where discovery comes from.
     #[arg(long, env = "XDS_ADDRESS", default_value = "https://control.tulle-system.svc:15012")]
     pub xds_address: String,

@@ -32,7 +32,7 @@ use ztunnel::hbone::pool::{Key, Opened, Pool};
 use ztunnel::hbone::{Config, server};
 use ztunnel::outcome::Code;
 use ztunnel::relay::{self, TcpSide, Terms};
-use ztunnel::tls::WorkloadCert;
+use ztunnel::tls::{Aliases, WorkloadCert};
 
 fn now() -> i64 {
     i64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()).unwrap()
@@ -58,7 +58,7 @@ fn cert(dir: &Path, id: &str) -> Arc<WorkloadCert> {
     let authority = Authority::open(dir, now()).unwrap();
     let asked = request(&id).unwrap();
     let chain = authority.sign(&tulle_certs::parse_csr(&asked.csr_pem).unwrap(), &id, 3600, now()).unwrap();
-    Arc::new(WorkloadCert::new(Issued::parse(&chain, &id).unwrap(), asked.key).unwrap())
+    Arc::new(WorkloadCert::new(Issued::parse(&chain, &id).unwrap(), asked.key, &Aliases::default()).unwrap())
 }
 
 const A: &str = "spiffe://cluster.local/ns/shop/sa/a";

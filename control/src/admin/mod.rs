@@ -21,11 +21,15 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tulle_certs::ca::Authority;
+use tulle_certs::ca::rotate::Rotation;
+use tulle_certs::fingerprint;
 use tulle_proto::node::node_message::Answer;
 use tulle_proto::node::node_question::Question;
 use tulle_proto::node::{NodeStatus, StatusQuestion};
 
+use crate::base;
 use crate::base::Stop;
+use crate::ca::rotation;
 use crate::ca::server::Counters;
 use crate::model::ObjectConditions;
 use crate::model::World;
@@ -99,6 +103,7 @@ fn router(state: State) -> Router {
         .route("/debug/problems", get(async |state: At| problems(&state)))
         .route("/debug/nodes", get(async |state: At| nodes(&state)))
         .route("/debug/sync", get(async |state: At| sync(&state)))
+        .route("/debug/ca", get(async |state: At| Json(certificate_authority(&state).await)))
         .route("/debug/status", get(async |state: At| Json(status(&state).await)))
         .route(
             "/debug/explain",
@@ -215,6 +220,36 @@ async fn status(state: &State) -> Value {
     })
 }
 
+/// The CA as it signs now, and what a rotation under way waits for.
+async fn certificate_authority(state: &State) -> Value {
+    let names = state.view.borrow().nodes.clone().into_iter().chain(state.registry.attached());
+    let asked = names.collect::<BTreeSet<_>>().into_iter().map(|name| async {
+        let answer = match state.registry.ask(&name, Question::Status(StatusQuestion {})).await {
+            Ok(Answer::Status(status)) => Ok(status.certificates),
+            Ok(_) => Err("it answered another question".to_owned()),
+            Err(error) => Err(error.to_string()),
+        };
+        (name, answer)
+    });
+    let nodes: rotation::Answers = futures_util::future::join_all(asked).await.into_iter().collect();
+    let authority = state.authority.load();
+    let issuer = fingerprint(authority.intermediate());
+    let (step, since) = match authority.rotation() {
+        Rotation::Settled => ("settled", None),
+        Rotation::Announced { since, .. } => ("announced", Some(*since)),
+        Rotation::Switched { since, .. } => ("switched", Some(*since)),
+    };
+    json!({
+        "roots": authority.roots().fingerprints(),
+        "intermediate": issuer,
+        "intermediateNotAfter": authority.not_after(),
+        "rotation": step,
+        "since": since,
+        "safeAfter": authority.rotation().safe_after(),
+        "waitsFor": rotation::waits_for(authority.rotation(), &issuer, &nodes, base::unix_now()),
+    })
+}
+
 fn node_status(status: &NodeStatus) -> Value {
     let pods: Vec<Value> = status
         .pods
@@ -242,6 +277,8 @@ fn node_status(status: &NodeStatus) -> Value {
                 "state": certificate.state,
                 "notAfter": certificate.not_after,
                 "error": certificate.error,
+                "roots": certificate.roots,
+                "issuer": certificate.issuer,
             })
         })
         .collect();

@@ -73,6 +73,7 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     let node_states = Arc::new(xds::server::Nodes::default());
     let registry = Arc::new(nodes::Registry::default());
     let counters = Arc::new(ca::server::Counters::default());
+    let (told, trust) = watch::channel(tls::trust(&authority.load()));
     let services = grpc::Services {
         xds: xds::server::Server::new(
             Arc::clone(&verifier),
@@ -92,6 +93,7 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
             verifier,
             registry: Arc::clone(&registry),
             root_namespace: serve.root_namespace.clone(),
+            trust,
             stop: stop.clone(),
         },
     };
@@ -108,7 +110,7 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     let tasks = vec![
         tokio::spawn(source::files::watch::run(folder, loaded_sender, stop.clone())),
         tokio::spawn(engine.run(loaded, stop.clone())),
-        tokio::spawn(tls::renew(serve.ca_dir.clone(), authority, server_tls.clone(), stop.clone())),
+        tokio::spawn(tls::renew(serve.ca_dir.clone(), authority, server_tls.clone(), told, stop.clone())),
         tokio::spawn(grpc::serve(grpc_listener, server_tls, services, stop.clone())),
         tokio::spawn(admin::serve(http_listener, state, stop)),
     ];

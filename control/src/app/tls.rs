@@ -2,6 +2,7 @@
 //!
 //! A renewed intermediate comes from the CA directory, where another replica may have put it first.
 
+use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,14 +11,17 @@ use anyhow::Context;
 use arc_swap::ArcSwap;
 use rustls::ServerConfig;
 use rustls::crypto::aws_lc_rs;
-use tulle_certs::ca::Authority;
+use tokio::sync::watch;
 use tulle_certs::ca::past_half_life;
+use tulle_certs::ca::{Authority, CaError};
+use tulle_certs::fingerprint;
+use tulle_proto::node::TrustQuestion;
 
 use crate::base;
 use crate::base::Stop;
 
-/// Between two looks at the clock. Certificates live for days.
-const CHECK: Duration = Duration::from_secs(60);
+/// Between two looks at the clock and at the CA directory. Certificates live for days, but who rotates waits for it.
+const CHECK: Duration = Duration::from_secs(2);
 
 struct Current {
     config: Arc<ServerConfig>,
@@ -54,29 +58,67 @@ fn issue(authority: &Authority, names: &[String], now: i64) -> anyhow::Result<Cu
     Ok(Current { config: Arc::new(config), not_before: certificate.not_before, not_after: certificate.not_after })
 }
 
-/// Renews the intermediate and the server certificate until it is told to stop.
-pub(super) async fn renew(ca_dir: PathBuf, authority: Arc<ArcSwap<Authority>>, tls: ServerTls, mut stop: Stop) {
+/// What nodes are told about the CA.
+pub(super) fn trust(authority: &Authority) -> TrustQuestion {
+    TrustQuestion { roots: authority.roots().fingerprints(), issuer: fingerprint(authority.intermediate()) }
+}
+
+/// Renews the intermediate and the server certificate, and takes over what others changed in the CA directory (another
+/// replica, `control rotate`), until it is told to stop.
+pub(super) async fn renew(
+    ca_dir: PathBuf,
+    authority: Arc<ArcSwap<Authority>>,
+    tls: ServerTls,
+    told: watch::Sender<TrustQuestion>,
+    mut stop: Stop,
+) {
+    let mut last_error = String::new();
     loop {
         tokio::select! {
             () = stop.requested() => return,
             () = tokio::time::sleep(CHECK) => {}
         }
         let now = base::unix_now();
-        if authority.load().wants_renewal(now) {
-            match Authority::open(&ca_dir, now) {
-                Ok(renewed) => {
-                    authority.store(Arc::new(renewed));
-                    tracing::info!("the intermediate certificate was renewed");
+        let mut new_issuer = false;
+        match reopen(&ca_dir, &authority.load(), now) {
+            Ok(None) => last_error.clear(),
+            Ok(Some(renewed)) => {
+                last_error.clear();
+                let question = trust(&renewed);
+                tracing::info!(roots = question.roots.len(), rotation = ?renewed.rotation(), "took over the CA directory");
+                new_issuer = renewed.intermediate() != authority.load().intermediate();
+                authority.store(Arc::new(renewed));
+                told.send_if_modified(|last| std::mem::replace(last, question.clone()) != question);
+            }
+            Err(error) => {
+                // Once for each kind of trouble, not at each look. What is loaded goes on signing.
+                let error = error.to_string();
+                if error != last_error {
+                    tracing::error!(error, "cannot use the CA directory; the CA goes on as it was loaded");
+                    last_error = error;
                 }
-                Err(error) => tracing::error!(%error, "cannot renew the intermediate certificate"),
             }
         }
         let current = tls.current.load();
-        if past_half_life(current.not_before, current.not_after, now) {
+        if new_issuer || past_half_life(current.not_before, current.not_after, now) {
             match issue(&authority.load(), &tls.names, now) {
                 Ok(renewed) => tls.current.store(Arc::new(renewed)),
                 Err(error) => tracing::error!(%error, "cannot renew control's own certificate"),
             }
         }
     }
+}
+
+/// The authority anew, if its time is half over or its files have changed.
+fn reopen(ca_dir: &Path, loaded: &Authority, now: i64) -> Result<Option<Authority>, CaError> {
+    let rotation_moved = || Ok::<_, CaError>(loaded.rotation_in(ca_dir)? != *loaded.rotation());
+    if !loaded.wants_renewal(now) && !loaded.is_stale(ca_dir)? && !rotation_moved()? {
+        return Ok(None);
+    }
+    let renewed = Authority::open(ca_dir, now)?;
+    // Past half-life without the root's key, opening gives the same again.
+    let same = renewed.intermediate() == loaded.intermediate()
+        && renewed.roots() == loaded.roots()
+        && renewed.rotation() == loaded.rotation();
+    Ok((!same).then_some(renewed))
 }

@@ -1,4 +1,4 @@
-//! The `tulle` command: what the mesh is, what it would do, and what is wrong with a folder of manifests.
+//! The `tulle` command, and `control rotate`: what the mesh is, what it would do, and what is wrong with a folder of manifests.
 //!
 //! It asks a running control plane over HTTP, or reads a folder itself with `--files`, through the same source and
 //! translation. `explain` and `status` show what the node proxies say of themselves and therefore need a running mesh.
@@ -7,6 +7,7 @@
 mod fetch;
 mod local;
 mod render;
+mod rotate;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,6 +16,8 @@ use clap::Parser;
 use clap::Subcommand;
 use clap::ValueEnum;
 use serde_json::Value;
+
+pub use rotate::rotate;
 
 /// Tulle, a service mesh without sidecars.
 #[derive(Debug, Parser)]

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
+use tokio::sync::watch;
 use tokio_stream::Stream;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -26,7 +27,7 @@ use tulle_proto::names;
 use tulle_proto::node::node_message::Answer;
 use tulle_proto::node::node_question::Question;
 use tulle_proto::node::node_service_server::NodeService;
-use tulle_proto::node::{NodeMessage, NodeQuestion};
+use tulle_proto::node::{NodeMessage, NodeQuestion, TrustQuestion};
 
 use crate::authn;
 use crate::base;
@@ -137,6 +138,8 @@ pub struct Server {
     pub registry: Arc<Registry>,
     /// Namespace of the node account.
     pub root_namespace: String,
+    /// What the CA gives now; nodes are told on attaching and when it changes.
+    pub trust: watch::Receiver<TrustQuestion>,
     /// The order to stop.
     pub stop: Stop,
 }
@@ -202,8 +205,19 @@ impl Server {
         messages: &mut Streaming<NodeMessage>,
         questions: &mpsc::Sender<Result<NodeQuestion, Status>>,
     ) -> Result<(), Status> {
+        self.trust.mark_changed();
         loop {
             tokio::select! {
+                changed = self.trust.changed() => {
+                    if changed.is_err() {
+                        return Err(Status::unavailable("control is stopping; attach again"));
+                    }
+                    let question = Some(Question::Trust(self.trust.borrow_and_update().clone()));
+                    // Nobody waits for its answer: `/debug/ca` asks each node for its certificates.
+                    if questions.try_send(Ok(NodeQuestion { id: 0, question })).is_err() {
+                        return Err(Status::resource_exhausted("the node does not read its questions; attach again"));
+                    }
+                }
                 () = self.stop.requested() => {
                     return Err(Status::unavailable("control is stopping; attach again"));
                 }

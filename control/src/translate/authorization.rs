@@ -15,6 +15,7 @@ use crate::model::{
 use crate::resource::{Kind, Resource};
 use crate::translate::Selecting;
 use crate::translate::Settings;
+use crate::translate::aliases;
 use crate::translate::denial;
 use crate::translate::service::{Endpoints, octets};
 
@@ -90,8 +91,8 @@ fn readable<'a>(
         return Translated { resource: None, selecting: None, conditions };
     };
     let mut closed = Vec::new();
-    let rules: Vec<security::Rule> = spec
-        .rules
+    let rules = aliases::expand(&spec.rules, settings);
+    let rules: Vec<security::Rule> = rules
         .iter()
         .enumerate()
         .map(|(index, rule)| {

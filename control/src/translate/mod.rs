@@ -3,6 +3,7 @@
 //! Bad input gives a condition, never an error. Everything is computed from the whole world each time: 10,000 pods
 //! take some tens of milliseconds, and equal worlds give equal bytes, which is what makes versions hold over restarts.
 
+mod aliases;
 mod authorization;
 mod dns;
 mod enrol;
@@ -29,6 +30,8 @@ pub struct Settings {
     pub cluster_domain: String,
     /// Trust domain of all workloads.
     pub trust_domain: String,
+    /// Other names of it.
+    pub trust_domain_aliases: Vec<String>,
     /// Namespace whose policies without selector hold for the mesh.
     pub root_namespace: String,
     /// A second such namespace, for what was written for Istio; empty: none.
@@ -41,6 +44,7 @@ impl Default for Settings {
             cluster_id: names::DEFAULT_CLUSTER.into(),
             cluster_domain: names::DEFAULT_DOMAIN.into(),
             trust_domain: names::DEFAULT_DOMAIN.into(),
+            trust_domain_aliases: Vec::new(),
             root_namespace: names::DEFAULT_ROOT_NAMESPACE.into(),
             istio_root_namespace: "istio-system".into(),
         }

@@ -12,11 +12,12 @@ use tulle_proto::node::node_message::Answer;
 use tulle_proto::node::node_question::Question;
 use tulle_proto::node::{
     CertificateStatus, EndpointChoice, InboundAnswer, InboundQuestion, NodeMessage, NodeQuestion, NodeStatus,
-    OutboundAnswer, OutboundQuestion, PodStatus,
+    OutboundAnswer, OutboundQuestion, PodStatus, TrustAnswer,
 };
 
 use crate::app::pods::Pods;
 use crate::flow::Shared;
+use crate::identity::CertStatus;
 use crate::inbound;
 use crate::lb;
 use crate::outbound::decide::{Plan, decide};
@@ -47,6 +48,11 @@ impl Answers {
             Some(Question::Status(_)) => Ok(Answer::Status(self.status())),
             Some(Question::Outbound(question)) => self.outbound(&question).map(Answer::Outbound),
             Some(Question::Inbound(question)) => self.inbound(&question).map(Answer::Inbound),
+            Some(Question::Trust(question)) => {
+                let renewing = self.shared.identities.trust(&question.roots, &question.issuer);
+                tracing::info!(renewing, "control told the CA's roots and issuer");
+                Ok(Answer::Trust(TrustAnswer { renewing }))
+            }
             None => Err("this node does not know the question; is it older than control?".to_owned()),
         };
         NodeMessage { id: question.id, answer: Some(answer.unwrap_or_else(Answer::Error)) }
@@ -80,18 +86,7 @@ impl Answers {
             workloads: workloads as u64,
             services: services as u64,
             policies: policies as u64,
-            certificates: self
-                .shared
-                .identities
-                .status()
-                .into_iter()
-                .map(|cert| CertificateStatus {
-                    identity: cert.identity.to_string(),
-                    state: cert.state.to_owned(),
-                    not_after: cert.not_after,
-                    error: cert.error,
-                })
-                .collect(),
+            certificates: self.shared.identities.status().into_iter().map(certificate_status).collect(),
             inbound_connections: inbound as u64,
             outbound_connections: outbound as u64,
             tunnels: u64::try_from(self.shared.metrics.tunnels.get()).unwrap_or(0),
@@ -119,6 +114,8 @@ impl Answers {
                 "state": cert.state,
                 "notAfter": cert.not_after,
                 "error": cert.error,
+                "roots": cert.roots,
+                "issuer": cert.issuer,
             })).collect::<Vec<_>>(),
             "xds": {
                 "connected": self.monitor.status().connected,
@@ -292,6 +289,21 @@ impl Answers {
             }
         }
         Ok(answer)
+    }
+}
+
+fn certificate_status(status: CertStatus) -> CertificateStatus {
+    let (roots, issuer) = status
+        .certificate
+        .map(|held| (held.root_fingerprints.clone(), held.issuer_fingerprint.clone()))
+        .unwrap_or_default();
+    CertificateStatus {
+        identity: status.identity.to_string(),
+        state: status.state.to_owned(),
+        not_after: status.not_after,
+        error: status.error,
+        roots,
+        issuer,
     }
 }
 

@@ -36,6 +36,7 @@ use crate::identity::{self, Control, RootCa, TokenSource};
 use crate::relay;
 use crate::state;
 use crate::telemetry::metrics::Metrics;
+use crate::tls::Aliases;
 use crate::xds;
 
 /// Log lines that may wait for the writer. At 300 bytes each it is 20 MB; then lines are dropped and counted.
@@ -84,7 +85,11 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let (writer, reader) = state::store();
-    let identities = identity::identities(control(&config, true), config.secret_ttl);
+    let identities = identity::identities(
+        control(&config, true),
+        config.secret_ttl,
+        Aliases::new(config.trust_domain_aliases.iter().cloned()),
+    );
     let shared = Shared {
         reader: reader.clone(),
         identities: identities.clone(),

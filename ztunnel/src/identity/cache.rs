@@ -16,7 +16,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio::sync::{Notify, watch};
 use tulle_certs::SpiffeId;
 
-use crate::identity::renew::{Standing, Table, Validity};
+use crate::identity::renew::{Standing, Table, Validity, origin};
 use crate::tls::WorkloadCert;
 
 /// Longest wait for a certificate: a request that takes its whole 10 s and one that queued before it are an outage.
@@ -173,6 +173,15 @@ impl Identities {
         self.shared.wake.notify_one();
     }
 
+    /// Control says which roots the CA gives now and who signs (SHA-256 in hex): certificates that came with others are
+    /// asked for anew within seconds, the old ones kept meanwhile. Gives how many those are.
+    pub fn trust(&self, roots: &[String], issuer: &str) -> u32 {
+        let announced = origin(roots.iter().map(String::as_str), issuer);
+        let renewing = self.table().announce(announced, (self.shared.clock)(), rand::random);
+        self.shared.wake.notify_one();
+        renewing
+    }
+
     /// Tells of every answer of the CA, so of every renewal.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.shared.answers.subscribe()
@@ -273,5 +282,9 @@ impl Identities {
 }
 
 fn validity(cert: &WorkloadCert) -> Validity {
-    Validity { not_before_ms: cert.not_before.saturating_mul(1000), not_after_ms: cert.not_after.saturating_mul(1000) }
+    Validity {
+        not_before_ms: cert.not_before.saturating_mul(1000),
+        not_after_ms: cert.not_after.saturating_mul(1000),
+        origin: origin(cert.root_fingerprints.iter().map(String::as_str), &cert.issuer_fingerprint),
+    }
 }

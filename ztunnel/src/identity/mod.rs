@@ -19,9 +19,12 @@ pub(crate) use client::text as status_text;
 pub use client::{Client, FetchError};
 pub use control::{Control, ControlError, RootCa, TokenSource, backoff};
 
+use crate::tls::Aliases;
+
 /// Identities that come from the CA at `control` and live for `ttl`. They are fetched once [`Identities::run`] runs.
-pub fn identities(control: Control, ttl: Duration) -> Identities {
-    let client = Arc::new(Client::new(control, ttl));
+/// `aliases` are other names of the trust domain.
+pub fn identities(control: Control, ttl: Duration, aliases: Aliases) -> Identities {
+    let client = Arc::new(Client::new(control, ttl, aliases));
     let fetch: Fetch = Arc::new(move |id| {
         let client = client.clone();
         Box::pin(async move { client.fetch(&id).await.map_err(|error| error.to_string()) })

@@ -6,6 +6,7 @@
 //! [`MAX_IN_FLIGHT`] requests at a time and [`MAX_ENTRIES`] identities. Times are milliseconds since the Unix epoch.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
 use tulle_certs::SpiffeId;
@@ -20,6 +21,12 @@ const FIRST_RETRY: Duration = Duration::from_millis(500);
 const LAST_RETRY: Duration = Duration::from_secs(150);
 /// A certificate that is this close to its end is not handed out: its handshake might finish too late.
 const MARGIN_MS: i64 = 1000;
+/// Over which time the certificates of a node are asked for when the CA's roots or intermediate change.
+const TRUST_SPREAD_MS: f64 = 5_000.0;
+/// How often, and how much later, a certificate is asked for again that still has other roots than control announced: a
+/// replica of the CA may be behind. More would only load the CA; half-life comes anyway.
+const TRUST_RETRIES: u32 = 3;
+const TRUST_RETRY_MS: i64 = 30_000;
 
 /// Who asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -35,6 +42,16 @@ pub(super) enum Priority {
 pub(super) struct Validity {
     pub(super) not_before_ms: i64,
     pub(super) not_after_ms: i64,
+    /// Which roots it came with and who signed it; see [`origin`].
+    pub(super) origin: u64,
+}
+
+/// A number for a set of roots and the intermediate that signs, by their fingerprints. Only compared within a process.
+pub(super) fn origin<'a>(roots: impl IntoIterator<Item = &'a str>, issuer: &str) -> u64 {
+    let roots: BTreeSet<&str> = roots.into_iter().collect();
+    let mut hasher = DefaultHasher::new();
+    (roots, issuer).hash(&mut hasher);
+    hasher.finish()
 }
 
 /// What is known about one identity.
@@ -50,6 +67,8 @@ struct Entry {
     /// In a row.
     failures: u32,
     error: Option<String>,
+    /// Answers in a row with another origin than announced.
+    strangers: u32,
 }
 
 /// What a table says about an identity, for status pages and waiters.
@@ -72,6 +91,8 @@ pub(super) enum Standing {
 #[derive(Debug, Default)]
 pub(super) struct Table {
     entries: BTreeMap<SpiffeId, Entry>,
+    /// What control says that the CA gives now.
+    announced: Option<u64>,
 }
 
 impl Table {
@@ -94,6 +115,23 @@ impl Table {
         }
         self.entries.entry(id.clone()).or_insert_with(|| Entry::new(now_ms)).priority = Priority::RealTime;
         true
+    }
+
+    /// Control says what the CA gives now: certificates of another origin are due soon, spread by `chance` (uniform in
+    /// 0..1 at each call). Gives their number.
+    pub(super) fn announce(&mut self, origin: u64, now_ms: i64, mut chance: impl FnMut() -> f64) -> u32 {
+        self.announced = Some(origin);
+        let mut renewing = 0;
+        for entry in self.entries.values_mut() {
+            entry.strangers = 0;
+            // What is in flight may still be of before; its answer is looked at when it comes.
+            if entry.held.is_some_and(|held| held.origin != origin) {
+                let soon = now_ms.saturating_add((TRUST_SPREAD_MS * chance().clamp(0.0, 1.0)) as i64);
+                entry.due_ms = entry.due_ms.min(soon);
+                renewing += 1;
+            }
+        }
+        renewing
     }
 
     /// The next request to make, which counts as in flight from now on. `None`: nothing is due, or enough is in flight.
@@ -119,6 +157,12 @@ impl Table {
         match result {
             Ok(validity) => {
                 entry.due_ms = renewal_ms(validity, now_ms, chance);
+                if self.announced.is_none_or(|announced| announced == validity.origin) {
+                    entry.strangers = 0;
+                } else if entry.strangers < TRUST_RETRIES {
+                    entry.strangers += 1;
+                    entry.due_ms = entry.due_ms.min(now_ms.saturating_add(TRUST_RETRY_MS));
+                }
                 entry.priority = Priority::Background;
                 entry.failures = 0;
                 entry.error = None;
@@ -180,6 +224,7 @@ impl Entry {
             due_ms: now_ms,
             failures: 0,
             error: None,
+            strangers: 0,
         }
     }
 }
@@ -214,7 +259,7 @@ mod tests {
         table.want(&names.iter().map(|name| id(name)).collect(), now_ms)
     }
 
-    const LIFE: Validity = Validity { not_before_ms: 0, not_after_ms: 100_000 };
+    const LIFE: Validity = Validity { not_before_ms: 0, not_after_ms: 100_000, origin: 1 };
 
     #[test]
     fn wanted_identities_are_fetched_at_once_and_at_most_eight_at_a_time() {
@@ -246,7 +291,10 @@ mod tests {
         // Expired when it came.
         assert_eq!(renewal_ms(LIFE, 200_000, 0.5), 201_000);
         // Nonsense.
-        assert_eq!(renewal_ms(Validity { not_before_ms: i64::MAX, not_after_ms: i64::MIN }, 7, 0.5), i64::MAX);
+        assert_eq!(
+            renewal_ms(Validity { not_before_ms: i64::MAX, not_after_ms: i64::MIN, origin: 0 }, 7, 0.5),
+            i64::MAX
+        );
     }
 
     #[test]
@@ -298,6 +346,53 @@ mod tests {
         assert_eq!(want(&mut table, &["b"], 1), [id("a")]);
         assert!(!table.finish(&id("a"), Ok(LIFE), 2, 0.5), "its answer is dropped");
         assert_eq!(table.identities().collect::<Vec<_>>(), [&id("b")]);
+    }
+
+    #[test]
+    fn other_roots_are_fetched_soon_and_only_where_they_differ() {
+        let mut table = Table::default();
+        want(&mut table, &["a", "b"], 0);
+        let new = Validity { origin: 2, not_after_ms: 100_000_000, ..LIFE };
+        for (name, validity) in [("a", LIFE), ("b", new)] {
+            assert_eq!(table.start(0), Some(id(name)));
+            table.finish(&id(name), Ok(validity), 0, 0.5);
+        }
+        assert_eq!(table.announce(2, 1000, || 0.5), 1);
+        assert_eq!(table.next_due_ms(), Some(1000 + 2500));
+        assert_eq!(table.start(3500), Some(id("a")));
+        table.finish(&id("a"), Ok(new), 3500, 0.5);
+        assert!(table.next_due_ms().unwrap() > 40_000_000, "both are of the new origin: half-life is next");
+    }
+
+    #[test]
+    fn an_answer_with_the_old_roots_is_asked_for_again_three_times_and_not_for_ever() {
+        let mut table = Table::default();
+        want(&mut table, &["a"], 0);
+        let old = Validity { not_before_ms: 0, not_after_ms: 1_000_000_000, origin: 1 };
+        table.start(0);
+        table.finish(&id("a"), Ok(old), 0, 0.5);
+        table.announce(2, 0, || 0.0);
+        let mut now = 0;
+        for tries in 0..=TRUST_RETRIES {
+            assert_eq!(table.start(now), Some(id("a")), "try {tries}");
+            table.finish(&id("a"), Ok(old), now, 0.5);
+            now = table.next_due_ms().unwrap();
+        }
+        assert!(now > 400_000_000, "then half-life: {now}");
+        // A request that was under way when the announcement came is not taken for an answer to it.
+        let mut table = Table::default();
+        want(&mut table, &["a"], 0);
+        table.start(0);
+        assert_eq!(table.announce(2, 0, || 0.0), 0);
+        table.finish(&id("a"), Ok(old), 10, 0.5);
+        assert_eq!(table.next_due_ms(), Some(10 + TRUST_RETRY_MS));
+    }
+
+    #[test]
+    fn an_origin_is_a_set_of_roots_and_an_issuer() {
+        assert_eq!(origin(["a", "b"], "i"), origin(["b", "a", "a"], "i"));
+        assert_ne!(origin(["a", "b"], "i"), origin(["a"], "i"));
+        assert_ne!(origin(["a"], "i"), origin(["a"], "j"));
     }
 
     #[test]

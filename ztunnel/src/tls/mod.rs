@@ -13,7 +13,7 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{ClientConfig, ServerConfig};
-use tulle_certs::{Issued, SpiffeId};
+use tulle_certs::{Issued, SpiffeId, fingerprint};
 
 pub use verify::{WrongIdentity, peer_identity};
 
@@ -60,9 +60,41 @@ pub struct WorkloadCert {
     pub not_after: i64,
     /// What the CA said, for dumps. Holds no key.
     pub issued: Issued,
+    /// The roots that came with it, SHA-256 in hex.
+    pub root_fingerprints: Vec<String>,
+    /// The certificate that signed it, the same way. Empty: it came alone.
+    pub issuer_fingerprint: String,
     server: Arc<ServerConfig>,
     client: ClientConfig,
     roots: tulle_certs::Roots,
+    aliases: Aliases,
+}
+
+/// Other names of the mesh's trust domain, as while it is renamed: who proves an identity there is who has that
+/// namespace and account here. Both ends of a connection use them; policies that name a domain do so in control.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Aliases(Arc<[String]>);
+
+impl Aliases {
+    /// `names` are trust domains; empty ones are left out.
+    pub fn new(names: impl IntoIterator<Item = String>) -> Self {
+        Self(names.into_iter().map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect())
+    }
+
+    /// Whether a peer of `domain` counts as one of `own`.
+    fn covers(&self, own: &str, domain: &str) -> bool {
+        own == domain || self.0.iter().any(|alias| alias == domain)
+    }
+
+    /// Whether `proven` is `expected`, by name or by alias. `own` is the verifier's trust domain: an alias stands for
+    /// that one only, never for a third.
+    fn same(&self, own: &str, expected: &SpiffeId, proven: &SpiffeId) -> bool {
+        expected == proven
+            || (expected.namespace() == proven.namespace()
+                && expected.service_account() == proven.service_account()
+                && self.covers(own, expected.trust_domain())
+                && self.covers(own, proven.trust_domain()))
+    }
 }
 
 impl std::fmt::Debug for WorkloadCert {
@@ -79,7 +111,7 @@ impl WorkloadCert {
     ///
     /// # Errors
     /// If the key does not fit the certificate.
-    pub fn new(issued: Issued, key: PrivatePkcs8KeyDer<'static>) -> Result<Self, TlsError> {
+    pub fn new(issued: Issued, key: PrivatePkcs8KeyDer<'static>, aliases: &Aliases) -> Result<Self, TlsError> {
         let identity = issued.identity.clone();
         let provider = provider();
         let key = PrivateKeyDer::Pkcs8(key);
@@ -93,6 +125,7 @@ impl WorkloadCert {
             .with_client_cert_verifier(Arc::new(verify::ClientVerifier::new(
                 issued.roots.clone(),
                 identity.trust_domain(),
+                aliases.clone(),
                 provider.clone(),
             )))
             .with_cert_resolver(resolver.clone());
@@ -107,6 +140,7 @@ impl WorkloadCert {
             .with_custom_certificate_verifier(Arc::new(verify::ServerVerifier::new(
                 issued.roots.clone(),
                 Vec::new(),
+                (identity.trust_domain(), aliases),
                 provider,
             )))
             .with_client_cert_resolver(resolver);
@@ -118,6 +152,9 @@ impl WorkloadCert {
             not_before: issued.not_before,
             not_after: issued.not_after,
             roots: issued.roots.clone(),
+            root_fingerprints: issued.roots.fingerprints(),
+            issuer_fingerprint: issued.chain.get(1).map(|issuer| fingerprint(issuer)).unwrap_or_default(),
+            aliases: aliases.clone(),
             identity,
             issued,
             server: Arc::new(server),
@@ -136,6 +173,7 @@ impl WorkloadCert {
         config.dangerous().set_certificate_verifier(Arc::new(verify::ServerVerifier::new(
             self.roots.clone(),
             expected.to_vec(),
+            (self.identity.trust_domain(), &self.aliases),
             provider(),
         )));
         Arc::new(config)
@@ -144,5 +182,33 @@ impl WorkloadCert {
     /// Whether the certificate can still be shown, `now` in Unix seconds.
     pub fn is_valid(&self, now: i64) -> bool {
         now < self.not_after
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_alias_stands_for_the_own_domain_and_for_no_other() {
+        let id = |domain: &str, account: &str| SpiffeId::new(domain, "shop", account).unwrap();
+        let aliases = Aliases::new(["old.example".to_owned(), " ".to_owned()]);
+        let cases = [
+            ("own.example", "own.example", "cart", true),
+            ("own.example", "old.example", "cart", true),
+            ("old.example", "own.example", "cart", true),
+            ("own.example", "old.example", "admin", false),
+            ("own.example", "else.example", "cart", false),
+            ("else.example", "own.example", "cart", false),
+            ("else.example", "old.example", "cart", false),
+            // Another mesh's endpoint is who it is.
+            ("else.example", "else.example", "cart", true),
+        ];
+        for (expected, proven, account, same) in cases {
+            let got = aliases.same("own.example", &id(expected, "cart"), &id(proven, account));
+            assert_eq!(got, same, "{expected} {proven}/{account}");
+        }
+        assert!(!Aliases::default().same("own.example", &id("own.example", "cart"), &id("old.example", "cart")));
+        assert!(!aliases.covers("own.example", ""));
     }
 }

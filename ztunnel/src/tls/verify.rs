@@ -15,6 +15,8 @@ use rustls::{
 };
 use tulle_certs::{Roots, SpiffeId, Usage, VerifyError, leaf_identity, verify_chain};
 
+use crate::tls::Aliases;
+
 /// The peer's certificate is good, but it is somebody else's.
 #[derive(Debug, Clone)]
 pub struct WrongIdentity {
@@ -70,12 +72,20 @@ fn verify(
 pub(super) struct ServerVerifier {
     roots: Roots,
     expected: Vec<SpiffeId>,
+    trust_domain: String,
+    aliases: Aliases,
     provider: Arc<CryptoProvider>,
 }
 
 impl ServerVerifier {
-    pub(super) fn new(roots: Roots, expected: Vec<SpiffeId>, provider: Arc<CryptoProvider>) -> Self {
-        Self { roots, expected, provider }
+    /// `own` is the trust domain of who connects, with its aliases.
+    pub(super) fn new(
+        roots: Roots,
+        expected: Vec<SpiffeId>,
+        own: (&str, &Aliases),
+        provider: Arc<CryptoProvider>,
+    ) -> Self {
+        Self { roots, expected, trust_domain: own.0.to_owned(), aliases: own.1.clone(), provider }
     }
 }
 
@@ -94,7 +104,8 @@ impl ServerCertVerifier for ServerVerifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let proven = verify(end_entity, intermediates, &self.roots, Usage::Server, now)?;
-        if self.expected.contains(&proven) || identity_check_is_broken() {
+        let fits = |expected: &SpiffeId| self.aliases.same(&self.trust_domain, expected, &proven);
+        if self.expected.iter().any(fits) || identity_check_is_broken() {
             return Ok(ServerCertVerified::assertion());
         }
         let expected = self.expected.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ");
@@ -125,17 +136,18 @@ impl ServerCertVerifier for ServerVerifier {
     }
 }
 
-/// Accepts clients of the own trust domain.
+/// Accepts clients of the own trust domain and its aliases.
 #[derive(Debug)]
 pub(super) struct ClientVerifier {
     roots: Roots,
     trust_domain: String,
+    aliases: Aliases,
     provider: Arc<CryptoProvider>,
 }
 
 impl ClientVerifier {
-    pub(super) fn new(roots: Roots, trust_domain: &str, provider: Arc<CryptoProvider>) -> Self {
-        Self { roots, trust_domain: trust_domain.to_owned(), provider }
+    pub(super) fn new(roots: Roots, trust_domain: &str, aliases: Aliases, provider: Arc<CryptoProvider>) -> Self {
+        Self { roots, trust_domain: trust_domain.to_owned(), aliases, provider }
     }
 }
 
@@ -152,7 +164,7 @@ impl ClientCertVerifier for ClientVerifier {
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
         let proven = verify(end_entity, intermediates, &self.roots, Usage::Client, now)?;
-        if proven.trust_domain() == self.trust_domain {
+        if self.aliases.covers(&self.trust_domain, proven.trust_domain()) {
             return Ok(ClientCertVerified::assertion());
         }
         Err(refuse(WrongIdentity { proven, expected: format!("trust domain {}", self.trust_domain) }))
