@@ -19,10 +19,11 @@ demo: build ## Two nodes and a small shop: what the mesh does, shown in under a 
 test: ## Everything, root and rootless, with one summary. ONLY=<regex> chooses.
 	@./.ci/test.sh
 
-bench: ## Speed: direct, Tulle, and the ztunnel that PEER_ZTUNNEL names.
+bench: ## Speed: direct, Tulle, and the ztunnel that PEER_ZTUNNEL names. BENCH=--quick tries it.
 	@./.ci/tools.sh
 	$(CARGO) build --workspace --locked --release
-	target/release/lab bench
+	@cd target/release && { git describe --always --dirty --abbrev=10; sha256sum control lab ztunnel; } >built-from
+	target/release/lab bench $(BENCH)
 
 check: ## Before a commit: lints, and all tests that need no namespaces.
 	@$(MAKE) --no-print-directory lint

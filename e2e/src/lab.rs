@@ -5,6 +5,7 @@
 //! privilege and its threads stay where they are. Limits: the `lab` program must have been built beside the caller.
 
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::io::BufRead;
 use std::io::BufReader;
 use std::io::Write;
@@ -55,6 +56,8 @@ pub struct LabConfig {
     pub args: BTreeMap<String, Vec<String>>,
     /// Programs by component, in place of the usual.
     pub programs: BTreeMap<String, PathBuf>,
+    /// Nodes whose proxy is handed its pods by an agent, as Istio's is.
+    pub handed: BTreeSet<String>,
 }
 
 impl Default for LabConfig {
@@ -70,6 +73,7 @@ impl Default for LabConfig {
             env: BTreeMap::new(),
             args: BTreeMap::new(),
             programs: BTreeMap::new(),
+            handed: BTreeSet::new(),
         }
     }
 }
@@ -133,6 +137,7 @@ impl Lab {
             env: config.env.clone(),
             args: config.args.clone(),
             programs: config.programs.clone(),
+            handed: config.handed.clone(),
             tied,
         };
         std::fs::write(paths.config(), serde_json::to_string_pretty(&told)?)?;
@@ -547,7 +552,7 @@ fn remove_state(paths: &Paths, keep_logs: bool) -> anyhow::Result<()> {
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let known = ours.contains(&name.as_str())
-            || ["pods-node-", "token-node-", ".pods-node-", ".token-node-", ".lab.json"]
+            || ["pods-node-", "agent-node-", "token-node-", ".pods-node-", ".token-node-", ".lab.json"]
                 .iter()
                 .any(|p| name.starts_with(p));
         if !known || (keep_logs && name == "logs") {

@@ -22,6 +22,8 @@ pub mod topology;
 
 pub mod client;
 
+pub mod zds;
+
 pub mod state;
 pub mod supervise;
 

@@ -64,6 +64,12 @@ pub struct Tls {
     pub server_hellos_13: u64,
     /// ServerHello records that choose anything else.
     pub server_hellos_other: u64,
+    /// Cipher suites that servers chose, with how often.
+    #[serde(default)]
+    pub suites: BTreeMap<String, u64>,
+    /// Key exchanges that servers chose.
+    #[serde(default)]
+    pub groups: BTreeMap<String, u64>,
     /// Encrypted records.
     pub encrypted_records: u64,
     /// Their bytes.
@@ -281,8 +287,17 @@ fn count(kind: u8, body: &[u8], tls: &mut Tls) {
             tls.encrypted_bytes += body.len() as u64;
         }
         (22, Some(1)) => tls.client_hellos += 1,
-        (22, Some(2)) if chooses_13(body) => tls.server_hellos_13 += 1,
-        (22, Some(2)) => tls.server_hellos_other += 1,
+        (22, Some(2)) => {
+            if chooses_13(body) {
+                tls.server_hellos_13 += 1;
+            } else {
+                tls.server_hellos_other += 1;
+            }
+            if let Some((suite, group)) = choices(body) {
+                *tls.suites.entry(suite).or_default() += 1;
+                *tls.groups.entry(group).or_default() += 1;
+            }
+        }
         _ => tls.other_records += 1,
     }
 }
@@ -292,9 +307,38 @@ fn chooses_13(hello: &[u8]) -> bool {
     hello.windows(6).any(|window| window == [0, 43, 0, 2, 3, 4])
 }
 
+/// Cipher suite and key exchange of a ServerHello, by their usual names (RFC 8446 §4.1.3 and appendix B).
+fn choices(hello: &[u8]) -> Option<(String, String)> {
+    let word = |at: usize| Some(u16::from_be_bytes([*hello.get(at)?, *hello.get(at + 1)?]));
+    // Type and length, version, random; then the session id.
+    let at = 39 + usize::from(*hello.get(38)?);
+    let suite = match word(at)? {
+        0x1301 => "TLS13_AES_128_GCM_SHA256".to_owned(),
+        0x1302 => "TLS13_AES_256_GCM_SHA384".to_owned(),
+        0x1303 => "TLS13_CHACHA20_POLY1305_SHA256".to_owned(),
+        other => format!("{other:#06x}"),
+    };
+    let mut group = "none".to_owned();
+    // The suite, the compression method, the length of all extensions.
+    let mut extension = at + 5;
+    while let (Some(kind), Some(length)) = (word(extension), word(extension + 2)) {
+        if kind == 51 {
+            group = match word(extension + 4)? {
+                0x0017 => "P-256".to_owned(),
+                0x001d => "X25519".to_owned(),
+                0x11ec => "X25519MLKEM768".to_owned(),
+                other => format!("{other:#06x}"),
+            };
+        }
+        extension += 4 + usize::from(length);
+    }
+    Some((suite, group))
+}
+
 #[cfg(test)]
 mod tests {
     use crate::sniff::Analysis;
+    use crate::sniff::choices;
 
     fn frame(sequence: u32, port: u16, payload: &[u8]) -> Vec<u8> {
         let mut frame = vec![0; 12];
@@ -320,6 +364,21 @@ mod tests {
         analysis.frame(&frame(13, 80, b"RET"));
         assert_eq!(analysis.sniffed.markers["SECRET"], 2);
         assert_eq!(analysis.sniffed.tcp_bytes, 16);
+    }
+
+    #[test]
+    fn what_a_server_chose_is_read_from_its_hello() {
+        let mut hello = vec![2, 0, 0, 0, 3, 3];
+        hello.extend([7; 32]);
+        hello.extend([2, 9, 9, 0x13, 0x02, 0, 0, 12]);
+        hello.extend([0, 43, 0, 2, 3, 4]);
+        hello.extend([0, 51, 0, 2, 0x11, 0xec]);
+        let names = |hello: &[u8]| choices(hello).map(|(suite, group)| format!("{suite} {group}"));
+        assert_eq!(names(&hello).as_deref(), Some("TLS13_AES_256_GCM_SHA384 X25519MLKEM768"));
+        for length in 0..hello.len() {
+            // Cut off anywhere: no panic.
+            let _ = names(&hello[..length]);
+        }
     }
 
     #[test]

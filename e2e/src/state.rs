@@ -4,6 +4,7 @@
 //! keys of the lab's own authority and is made for its owner only.
 
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
 use std::path::PathBuf;
@@ -34,6 +35,9 @@ pub struct Config {
     /// Programs in place of the usual ones, by component.
     #[serde(default)]
     pub programs: BTreeMap<String, PathBuf>,
+    /// Nodes (`node-1`, …) whose proxy is handed its pods by an agent, as Istio's is, instead of reading them in a file.
+    #[serde(default)]
+    pub handed: BTreeSet<String>,
     /// End when standard input ends: a test's lab must not outlive it.
     pub tied: bool,
 }
@@ -81,6 +85,10 @@ impl Paths {
     /// The pods of a node, for ztunnel.
     pub fn pods_file(&self, node: u16) -> PathBuf {
         self.0.join(format!("pods-node-{node}.yaml"))
+    }
+    /// The socket on which a node's proxy is handed its pods.
+    pub fn agent_socket(&self, node: u16) -> PathBuf {
+        self.0.join(format!("agent-node-{node}.sock"))
     }
     /// The token of a node.
     pub fn token(&self, node: u16) -> PathBuf {

@@ -8,12 +8,14 @@
 use std::cell::Cell;
 use std::cell::RefCell;
 use std::io;
+use std::net::IpAddr;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 use std::time::Instant;
 
 use anyhow::Context;
+use hdrhistogram::Histogram;
 use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
@@ -22,6 +24,8 @@ use tokio::sync::Semaphore;
 
 use crate::bench::server::CHUNK;
 use crate::bench::work::ECHO;
+use crate::bench::work::HIGHEST_NS;
+use crate::bench::work::Latency;
 use crate::bench::work::Line;
 use crate::bench::work::Measured;
 use crate::bench::work::Order;
@@ -54,6 +58,8 @@ struct Shared {
     ended: Notify,
     ready: Cell<usize>,
     opening: Semaphore,
+    /// Nanoseconds.
+    latency: RefCell<Histogram<u64>>,
     sequence: Cell<u64>,
 }
 
@@ -80,7 +86,11 @@ impl Shared {
     }
 
     async fn connect(&self, port: u16) -> io::Result<TcpStream> {
-        let stream = TcpStream::connect(SocketAddr::new(self.order.to, port)).await?;
+        self.connect_to(self.order.to, port).await
+    }
+
+    async fn connect_to(&self, to: IpAddr, port: u16) -> io::Result<TcpStream> {
+        let stream = TcpStream::connect(SocketAddr::new(to, port)).await?;
         self.connections.set(self.connections.get() + 1);
         stream.set_nodelay(true)?;
         Ok(stream)
@@ -104,10 +114,12 @@ impl Shared {
 
 /// Does the work, saying when the measured part begins and ends.
 pub(super) async fn run(order: Order) -> anyhow::Result<()> {
+    let is_cold = matches!(order.work, Work::Cold { .. });
     let (tasks, needs_ready) = match order.work {
         Work::Upload { streams } | Work::Download { streams } => (streams, streams),
         Work::Requests { connections } | Work::Hold { connections } => (connections, connections),
         Work::Connects { at_once } => (at_once, at_once),
+        Work::Cold { .. } => (order.others.len(), 0),
         Work::Paced { .. } | Work::PacedConnects { .. } => anyhow::bail!("this work goes by the clock"),
     };
     let shared = Rc::new(Shared {
@@ -122,14 +134,16 @@ pub(super) async fn run(order: Order) -> anyhow::Result<()> {
         progress: Notify::new(),
         ended: Notify::new(),
         ready: Cell::default(),
-        opening: Semaphore::new(OPENING),
+        // Nobody speaks to a cold server before the measured part.
+        opening: Semaphore::new(if is_cold { 0 } else { OPENING }),
+        latency: RefCell::new(Histogram::new_with_max(HIGHEST_NS, 3)?),
         sequence: Cell::default(),
     });
     let mut running = tokio::task::JoinSet::new();
-    for _ in 0..tasks {
+    for task in 0..tasks {
         let shared = shared.clone();
         running.spawn_local(async move {
-            let result = one(&shared).await;
+            let result = one(&shared, task).await;
             shared.note(result);
             // Also after a failure, so that nobody waits for it.
             shared.is_ready();
@@ -143,8 +157,15 @@ pub(super) async fn run(order: Order) -> anyhow::Result<()> {
     }
     // A limit counts from the first byte: with one, all of the work is the measured part.
     let before = if shared.order.limit.is_some() { 0 } else { shared.units.get() };
-    let began = Instant::now();
+    let mut began = Instant::now();
     super::say(&Line::Begin)?;
+    if let Work::Cold { at_once } = shared.order.work {
+        // The other side takes its samples now, and says so.
+        let word = tokio::task::spawn_blocking(|| io::stdin().read_line(&mut String::new()));
+        word.await.context("standard input")??;
+        began = Instant::now();
+        shared.opening.add_permits(at_once);
+    }
     if matches!(shared.order.work, Work::Hold { .. }) {
         tokio::task::spawn_blocking(|| io::copy(&mut io::stdin(), &mut io::sink()))
             .await
@@ -160,7 +181,8 @@ pub(super) async fn run(order: Order) -> anyhow::Result<()> {
     }
     let seconds = began.elapsed().as_secs_f64();
     let units = shared.units.get() - before;
-    super::say(&Line::End(Measured { units, seconds, ..Measured::default() }))?;
+    let latency = is_cold.then(|| Latency::of(&shared.latency.borrow()));
+    super::say(&Line::End(Measured { units, seconds, latency, ..Measured::default() }))?;
     shared.stop.set(true);
     shared.ended.notify_waiters();
     let all = async { while running.join_next().await.is_some() {} };
@@ -175,12 +197,13 @@ pub(super) async fn run(order: Order) -> anyhow::Result<()> {
     }))
 }
 
-async fn one(shared: &Shared) -> io::Result<()> {
+async fn one(shared: &Shared, task: usize) -> io::Result<()> {
     match shared.order.work {
         Work::Upload { .. } => upload(shared).await,
         Work::Download { .. } => download(shared).await,
         Work::Requests { .. } => requests(shared).await,
         Work::Connects { .. } => connects(shared).await,
+        Work::Cold { .. } => cold(shared, task).await,
         Work::Hold { .. } => hold(shared).await,
         Work::Paced { .. } | Work::PacedConnects { .. } => Ok(()),
     }
@@ -245,6 +268,23 @@ async fn connects(shared: &Shared) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+async fn cold(shared: &Shared, task: usize) -> io::Result<()> {
+    let _turn = shared.opening.acquire().await.map_err(io::Error::other)?;
+    let to = shared.order.others.get(task).copied().unwrap_or(shared.order.to);
+    let began = Instant::now();
+    let mut stream = shared.connect_to(to, PORT_ONCE).await?;
+    let mut response = [0; RESPONSE];
+    shared.exchange(&mut stream, &mut response).await?;
+    let took = began.elapsed().as_nanos() as u64;
+    shared.latency.borrow_mut().saturating_record(took);
+    shared.did(1, (REQUEST + RESPONSE) as u64);
+    // The server closes first; see there.
+    match stream.read(&mut response).await? {
+        0 => Ok(()),
+        _ => Err(io::Error::other("more came than one response")),
+    }
 }
 
 async fn hold(shared: &Shared) -> io::Result<()> {

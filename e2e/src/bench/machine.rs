@@ -1,29 +1,23 @@
 //! What the kernel knows: CPU and memory of processes, bytes of links, and the machine itself, all read from `/proc`.
 //!
-//! CPU is user and system time of whole processes, which the kernel scales to what the scheduler measured, in steps of
-//! 10 ms. Softirq work that the kernel does while a process runs is charged to that process, so a proxy's figure holds
-//! part of the network stack's work. Limits: Linux only; a process that has gone cannot be read.
+//! CPU of a process is its CPU clock: what the scheduler measured, in nanoseconds, of all its threads, ended ones too.
+//! Softirq work that the kernel does while a process runs is charged to that process, so a proxy's figure holds part of
+//! the network stack's work. Limits: Linux only; a process that has gone cannot be read.
 
 use anyhow::Context;
+use nix::time::ClockId;
+use nix::unistd::Pid;
 use serde::Serialize;
 
-/// Ticks a second of `/proc/<pid>/stat`; fixed in the kernel's ABI for all architectures Linux runs containers on.
+/// Ticks a second of `/proc/stat`; fixed in the kernel's ABI for all architectures Linux runs containers on.
 const TICKS: f64 = 100.0;
 
 /// Seconds of CPU that a process has used, children excluded.
 pub(super) fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
-    let path = format!("/proc/{pid}/stat");
-    let text = std::fs::read_to_string(&path).with_context(|| format!("{path}: has the process ended?"))?;
-    parse_cpu(&text).with_context(|| format!("{path} is not as expected"))
-}
-
-fn parse_cpu(stat: &str) -> Option<f64> {
-    // The name, in parentheses, may hold anything.
-    let (_, fields) = stat.rsplit_once(')')?;
-    let mut fields = fields.split_whitespace().skip(11);
-    let user: f64 = fields.next()?.parse().ok()?;
-    let system: f64 = fields.next()?.parse().ok()?;
-    Some((user + system) / TICKS)
+    let clock = ClockId::pid_cpu_clock_id(Pid::from_raw(i32::try_from(pid)?));
+    let now = clock.and_then(nix::time::clock_gettime);
+    let now = now.with_context(|| format!("the CPU clock of process {pid}: has it ended?"))?;
+    Ok(now.tv_sec() as f64 + now.tv_nsec() as f64 / 1e9)
 }
 
 /// Resident memory of a process, bytes.
@@ -106,20 +100,27 @@ pub(super) fn describe() -> Machine {
 #[cfg(test)]
 mod tests {
     use crate::bench::machine::parse_busy;
-    use crate::bench::machine::parse_cpu;
+    use crate::bench::machine::cpu_seconds;
     use crate::bench::machine::parse_kib;
     use crate::bench::machine::parse_link;
 
     #[test]
     fn files_of_proc_are_read_by_their_fields() {
-        let stat = "7 (a) b) S 1 7 7 0 -1 4194560 100 0 0 0 250 50 0 0 20 -10 3 0 100";
-        assert_eq!(parse_cpu(stat), Some(3.0));
-        assert_eq!(parse_cpu("short"), None);
         assert_eq!(parse_kib("VmPeak:\t 9 kB\nVmRSS:\t  2048 kB\n", "VmRSS:"), Some(2048));
         let dev =
             "Inter-| Receive | Transmit\n    lo: 1 0 0 0 0 0 0 0 1 0\n  eth0: 1000 1 0 0 0 0 0 0 234 5 0 0 0 0 0 0\n";
         assert_eq!(parse_link(dev, "eth0"), Some(1234));
         assert_eq!(parse_link(dev, "eth1"), None);
         assert_eq!(parse_busy("cpu  100 100 100 9999 9999 50 50 777 0 0\ncpu0 1"), Some(4.0));
+    }
+    #[test]
+    fn the_cpu_clock_of_a_process_goes_on_while_it_works() -> anyhow::Result<()> {
+        let before = cpu_seconds(std::process::id())?;
+        let mut sum = 0_u64;
+        while cpu_seconds(std::process::id())? <= before {
+            sum = std::hint::black_box(sum + 1);
+        }
+        assert!(cpu_seconds(u32::MAX).is_err());
+        Ok(())
     }
 }

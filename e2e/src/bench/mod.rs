@@ -6,7 +6,9 @@
 //! whole machine and CPU per unit of work is the steadier figure; two nodes on one machine have no wire between them.
 
 mod agent;
+mod built;
 mod closed;
+mod generator;
 mod machine;
 mod measure;
 mod paced;
@@ -22,7 +24,6 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::Path;
 use std::path::PathBuf;
-use std::process::Command;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -36,9 +37,11 @@ use crate::bench::measure::Bench;
 use crate::bench::measure::Proved;
 use crate::bench::report::Failure;
 use crate::bench::report::Report;
+use crate::bench::rows::Test;
 use crate::bench::rows::Values;
 use crate::bench::rows::figures;
 use crate::bench::work::Line;
+use crate::lab::programs_dir;
 
 /// No mesh.
 const DIRECT: &str = "direct";
@@ -80,7 +83,12 @@ impl Options {
 
     /// Warming and measuring, milliseconds.
     fn times(&self) -> (u64, u64) {
-        if self.quick { (150, 400) } else { (300, 2500) }
+        if self.quick { (150, 400) } else { (250, 1750) }
+    }
+
+    /// The meshes that are run.
+    fn meshes(&self) -> Vec<&'static str> {
+        [Some(TULLE), self.peer.as_ref().map(|_| PEER)].into_iter().flatten().collect()
     }
 }
 
@@ -88,41 +96,47 @@ impl Options {
 pub fn main(options: &Options) -> anyhow::Result<ExitCode> {
     let began = Instant::now();
     let machine = machine::describe();
-    let peer = match &options.peer {
-        None => "no peer binary; PEER_ZTUNNEL names one".to_owned(),
-        Some(path) => format!("{} was named, but running a peer is not supported yet", path.display()),
-    };
-    eprintln!("lab bench: starting a lab of two nodes");
-    let bench = Bench::start(options.bin_dir.as_deref())?;
+    let peer = options.peer.as_deref().map(built::peer).transpose()?;
+    let bin_dir = options.bin_dir.clone().map_or_else(programs_dir, Ok)?;
+    eprintln!("lab bench: starting a lab");
+    let bench = Bench::start(&bin_dir, options.peer.as_deref(), options.rounds() + 1)?;
     let (warm_ms, run_ms) = options.times();
     let mut report = Report {
         machine,
-        commit: commit(),
+        built_from: built::from(&bin_dir),
         settings: json!({
             "rounds": options.rounds(), "warm_ms": warm_ms, "run_ms": run_ms, "policies": world::POLICIES,
-            "request_bytes": work::REQUEST, "response_bytes": work::RESPONSE, "workers": "default",
-            "log": "default: info, a record of each connection",
+            "request_bytes": work::REQUEST, "response_bytes": work::RESPONSE, "workers": measure::WORKERS,
+            "log": "info, a record of each connection",
         }),
-        variants: vec![DIRECT, TULLE],
-        peer,
+        variants: [DIRECT].into_iter().chain(options.meshes()).collect(),
+        peer: peer.unwrap_or_else(|| "no binary; PEER_ZTUNNEL names one".to_owned()),
         order: Vec::new(),
         values: Values::new(),
         failures: BTreeSet::new(),
         others: BTreeMap::new(),
         proven: Vec::new(),
     };
-    whole_run(&mut report, bench.check_policies().map(|line| vec![line]));
-    whole_run(&mut report, bench.first_contact(TULLE));
-    let denied = bench.start_denied()?;
+    let mut denied = Vec::new();
+    for variant in options.meshes() {
+        whole_run(&mut report, variant, bench.check_policies(variant));
+        denied.push((variant, bench.start_denied(variant)?));
+    }
+    first_contacts(&bench, options, &mut report);
     if !options.no_memory {
         // First, while the proxies are fresh: a peak of before would be in every later figure.
         memory(&bench, options, &mut report);
     }
     let mut proved = Proved::default();
     loads(&bench, options, &mut report, &mut proved);
-    whole_run(&mut report, bench.judge(&proved));
-    whole_run(&mut report, bench.finish_denied(denied));
-    whole_run(&mut report, bench.check_policies().map(|_| Vec::new()));
+    match bench.judge(&proved) {
+        Ok(lines) => report.proven.extend(lines),
+        Err(error) => whole_run(&mut report, TULLE, Err(error)),
+    }
+    for (variant, denied) in denied {
+        whole_run(&mut report, variant, bench.finish_denied(denied));
+        whole_run(&mut report, variant, bench.check_policies(variant).map(|line| format!("{line}, at the end too")));
+    }
     let notes = format!("{}took: {:.0} s\n", report.notes(), began.elapsed().as_secs_f64());
     println!("{}\n{notes}", report.table());
     save(&options.json, &report)?;
@@ -130,56 +144,83 @@ pub fn main(options: &Options) -> anyhow::Result<ExitCode> {
     Ok(if report.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Notes what was proven, or that the whole of the mesh's rows is not.
-fn whole_run(report: &mut Report, checked: anyhow::Result<Vec<String>>) {
+/// Notes what was proven, or that the whole of a mesh's rows is not.
+fn whole_run(report: &mut Report, variant: &'static str, checked: anyhow::Result<String>) {
     match checked {
-        Ok(lines) => report.proven.extend(lines),
+        Ok(line) => report.proven.push(line),
         Err(error) => {
             let wrong = format!("{error:#}");
-            report.failures.insert(Failure { test: String::new(), variant: TULLE, wrong });
+            report.failures.insert(Failure { test: String::new(), variant, wrong });
         }
     }
 }
 
+/// The first connection of each mesh, and that all agreed on the same cipher.
+fn first_contacts(bench: &Bench, options: &Options, report: &mut Report) {
+    let mut suites = BTreeSet::new();
+    for variant in options.meshes() {
+        let contact = bench.first_contact(variant).map(|(line, suite)| {
+            suites.insert(suite);
+            line
+        });
+        whole_run(report, variant, contact);
+    }
+    if suites.len() > 1 {
+        let wrong = format!("the meshes did not use the same cipher: {suites:?}");
+        report.failures.insert(Failure { test: String::new(), variant: TULLE, wrong });
+    }
+}
+
 fn loads(bench: &Bench, options: &Options, report: &mut Report, proved: &mut Proved) {
-    let (warm_ms, run_ms) = options.times();
     let tests: Vec<_> = rows::tests().into_iter().filter(|test| test.name.contains(&options.only)).collect();
     let variants = report.variants.clone();
     for round in 0..options.rounds() {
         for (index, test) in tests.iter().enumerate() {
             let mut said = format!("round {}/{} · {}", round + 1, options.rounds(), test.name);
             for at in rows::rotation(variants.len(), round, index) {
-                let variant = variants[at];
-                let fail = |wrong: String| Failure { test: test.name.to_owned(), variant, wrong };
-                match bench.run(variant, &test.work, warm_ms, run_ms) {
-                    Ok(outcome) => {
-                        let found = figures(&test.work, &outcome.run);
-                        if let Some((name, value)) = found.first() {
-                            said += &format!(" · {variant} {value:.2} {name}");
-                        }
-                        for (name, value) in found {
-                            note(report, test.name, name, variant, value);
-                        }
-                        let others = report.others.entry((test.name.to_owned(), variant)).or_default();
-                        others.push(outcome.others);
-                        report.failures.extend(outcome.wrong.into_iter().map(fail));
-                    }
-                    Err(error) => {
-                        report.failures.insert(fail(format!("{error:#}")));
-                    }
+                if variants[at] == DIRECT && !test.work.is_of_pods() {
+                    continue;
                 }
-                if round == 0 {
-                    match bench.prove(variant, test, proved) {
-                        Ok(wrong) => report.failures.extend(wrong.into_iter().map(fail)),
-                        Err(error) => {
-                            report.failures.insert(fail(format!("no proof: {error:#}")));
-                        }
-                    }
-                }
+                said += &load(bench, report, proved, (variants[at], test), (round, options.times()));
             }
             eprintln!("{said}");
         }
     }
+}
+
+/// One load on one variant, with its proof in the first round; returns words about it.
+fn load(
+    bench: &Bench,
+    report: &mut Report,
+    proved: &mut Proved,
+    (variant, test): (&'static str, &Test),
+    (round, times): (usize, (u64, u64)),
+) -> String {
+    let mut said = String::new();
+    let mut wrong = Vec::new();
+    match bench.run(variant, &test.work, round, times) {
+        Ok(outcome) => {
+            let found = figures(&test.work, &outcome.run);
+            if let Some((name, value)) = found.first() {
+                said = format!(" · {variant} {value:.2} {name}");
+            }
+            for (name, value) in found {
+                note(report, test.name, name, variant, value);
+            }
+            report.others.entry((test.name.to_owned(), variant)).or_default().push(outcome.others);
+            wrong.extend(outcome.wrong);
+        }
+        Err(error) => wrong.push(format!("{error:#}")),
+    }
+    if round == 0 {
+        match bench.prove(variant, test, proved) {
+            Ok(more) => wrong.extend(more),
+            Err(error) => wrong.push(format!("no proof: {error:#}")),
+        }
+    }
+    let fail = |wrong| Failure { test: test.name.to_owned(), variant, wrong };
+    report.failures.extend(wrong.into_iter().map(fail));
+    said
 }
 
 fn note(report: &mut Report, test: &str, name: &'static str, variant: &'static str, value: f64) {
@@ -192,37 +233,45 @@ fn note(report: &mut Report, test: &str, name: &'static str, variant: &'static s
 
 /// Resident memory of both proxies with ever more idle connections, and after they are gone.
 fn memory(bench: &Bench, options: &Options, report: &mut Report) {
-    let mut nothing = None;
+    let mut nothing = BTreeMap::new();
     for held in rows::HELD {
         // A short run shows the way with fewer connections.
         let held = if options.quick { held / 10 } else { held };
         let name = if held == 0 { "memory, one tunnel".to_owned() } else { format!("memory, {held} idle connections") };
-        let fail = |wrong: String| Failure { test: name.clone(), variant: TULLE, wrong };
-        let result = if held == 0 { bench.resident().map(|rss| (rss, vec![])) } else { bench.hold(TULLE, held) };
-        match result {
-            Ok((rss, wrong)) => {
-                for (metric, bytes) in rows::RSS.into_iter().zip(rss) {
-                    note(report, &name, metric, TULLE, bytes as f64 / 1e6);
-                }
-                let base = *nothing.get_or_insert(rss);
-                if held > 0 {
-                    for ((metric, bytes), base) in rows::PER_CONNECTION.into_iter().zip(rss).zip(base) {
-                        let grown = bytes.saturating_sub(base) as f64 / 1e3 / held as f64;
-                        note(report, &name, metric, TULLE, grown);
+        for variant in options.meshes() {
+            let fail = |wrong: String| Failure { test: name.clone(), variant, wrong };
+            let result =
+                if held == 0 { bench.resident(variant).map(|rss| (rss, vec![])) } else { bench.hold(variant, held) };
+            match result {
+                Ok((rss, wrong)) => {
+                    resident(report, &name, variant, rss);
+                    let base = *nothing.entry(variant).or_insert(rss);
+                    if held > 0 {
+                        for ((metric, bytes), base) in rows::PER_CONNECTION.into_iter().zip(rss).zip(base) {
+                            let grown = bytes.saturating_sub(base) as f64 / 1e3 / held as f64;
+                            note(report, &name, metric, variant, grown);
+                        }
                     }
+                    report.failures.extend(wrong.into_iter().map(fail));
                 }
-                report.failures.extend(wrong.into_iter().map(fail));
-            }
-            Err(error) => {
-                report.failures.insert(fail(format!("{error:#}")));
+                Err(error) => {
+                    report.failures.insert(fail(format!("{error:#}")));
+                }
             }
         }
     }
     std::thread::sleep(measure::AFTER_CLOSE);
-    if let Ok(rss) = bench.resident() {
-        for (metric, bytes) in rows::RSS.into_iter().zip(rss) {
-            note(report, "memory, 1.5 s after they closed", metric, TULLE, bytes as f64 / 1e6);
+    for variant in options.meshes() {
+        if let Ok(rss) = bench.resident(variant) {
+            let name = format!("memory, {} s after they closed", measure::AFTER_CLOSE.as_secs());
+            resident(report, &name, variant, rss);
         }
+    }
+}
+
+fn resident(report: &mut Report, test: &str, variant: &'static str, rss: [u64; 2]) {
+    for (metric, bytes) in rows::RSS.into_iter().zip(rss) {
+        note(report, test, metric, variant, bytes as f64 / 1e6);
     }
 }
 
@@ -232,15 +281,6 @@ fn save(path: &Path, report: &Report) -> anyhow::Result<()> {
     }
     let text = serde_json::to_string_pretty(&report.json())?;
     std::fs::write(path, text).with_context(|| format!("{} cannot be written", path.display()))
-}
-
-/// What `git describe` says of the working directory.
-fn commit() -> String {
-    let output = Command::new("git").args(["describe", "--always", "--dirty", "--abbrev=10"]).output();
-    output
-        .ok()
-        .filter(|output| output.status.success())
-        .map_or_else(|| "unknown".to_owned(), |output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 /// `length` bytes of the marker over and over.

@@ -22,6 +22,7 @@ use hdrhistogram::Histogram;
 
 use crate::bench::server::CHUNK;
 use crate::bench::work::ECHO;
+use crate::bench::work::HIGHEST_NS;
 use crate::bench::work::Latency;
 use crate::bench::work::Line;
 use crate::bench::work::Measured;
@@ -38,8 +39,6 @@ use crate::bench::work::Work;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Threads for connections at fixed times: at 200/s each has 40 ms for one.
 const CONNECTORS: usize = 8;
-/// Histograms cover 1 µs to a minute with three digits.
-const HIGHEST_US: u64 = 60_000_000;
 
 struct Shared {
     order: Order,
@@ -120,7 +119,7 @@ pub(super) fn run(order: Order) -> anyhow::Result<()> {
         error: Mutex::new(None),
         stop: AtomicBool::new(false),
     };
-    let mut all = Histogram::<u64>::new_with_max(HIGHEST_US * 1000, 3)?;
+    let mut all = Histogram::<u64>::new_with_max(HIGHEST_NS, 3)?;
     std::thread::scope(|scope| -> anyhow::Result<()> {
         let shared = &shared;
         let upload = beside.then(|| scope.spawn(|| upload(shared).unwrap_or_else(|error| shared.note(&error))));
@@ -138,16 +137,10 @@ pub(super) fn run(order: Order) -> anyhow::Result<()> {
                 Err(_) => shared.note(&io::Error::other("a thread panicked")),
             }
         }
-        let us = |ns: u64| ns as f64 / 1000.0;
         super::say(&Line::End(Measured {
             units: all.len(),
             seconds: (shared.end - shared.warm).as_secs_f64(),
-            latency: Some(Latency {
-                p50: us(all.value_at_quantile(0.5)),
-                p90: us(all.value_at_quantile(0.9)),
-                p99: us(all.value_at_quantile(0.99)),
-                max: us(all.max()),
-            }),
+            latency: Some(Latency::of(&all)),
             beside_bytes,
         }))?;
         shared.stop.store(true, Ordering::Relaxed);
@@ -172,7 +165,7 @@ fn sleep_until(when: Instant) {
 }
 
 fn one(shared: &Shared, thread: usize, threads: usize, per_second: u32) -> io::Result<Histogram<u64>> {
-    let mut histogram = Histogram::new_with_max(HIGHEST_US * 1000, 3).map_err(io::Error::other)?;
+    let mut histogram = Histogram::new_with_max(HIGHEST_NS, 3).map_err(io::Error::other)?;
     let lasting = matches!(shared.order.work, Work::Paced { .. });
     let mut stream = if lasting { Some(shared.connect(PORT_REQUESTS)?) } else { None };
     for k in 0.. {

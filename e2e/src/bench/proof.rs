@@ -13,6 +13,7 @@ use std::io::SeekFrom;
 use std::path::PathBuf;
 
 use anyhow::Context;
+use serde_json::Value;
 use tulle_proto::names;
 
 use crate::bench::work::Probed;
@@ -116,6 +117,12 @@ pub(super) fn metric_sum(text: &str, metric: &str, labels: &[&str]) -> u64 {
         .sum()
 }
 
+/// Whether a policy, as a proxy's dump has it, is of a namespace: some give `namespace/name`, some both for themselves.
+pub(super) fn is_of_namespace(policy: &Value, namespace: &str) -> bool {
+    let name = policy["name"].as_str().unwrap_or_default();
+    policy["namespace"] == namespace || name.strip_prefix(namespace).is_some_and(|rest| rest.starts_with('/'))
+}
+
 /// A log that is read on from where it was left.
 #[derive(Debug)]
 pub(super) struct LogTail {
@@ -145,8 +152,11 @@ impl LogTail {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use crate::bench::proof::Counted;
     use crate::bench::proof::LogTail;
+    use crate::bench::proof::is_of_namespace;
     use crate::bench::proof::metric_sum;
     use crate::bench::proof::of_capture;
     use crate::bench::proof::of_counts;
@@ -212,6 +222,19 @@ mod tests {
         assert_eq!(metric_sum(text, "x_total", &["a=\"1\""]), 12);
         assert_eq!(metric_sum(text, "x_total", &["a=\"1\"", "b=\"3\""]), 7);
         assert_eq!(metric_sum(text, "none", &[]), 0);
+    }
+
+    #[test]
+    fn policies_are_told_by_namespace_in_either_proxys_words() {
+        for (policy, of) in [
+            (json!({"name": "bench/a"}), true),
+            (json!({"name": "a", "namespace": "bench"}), true),
+            (json!({"name": "benches/a"}), false),
+            (json!({"name": "bench", "namespace": "other"}), false),
+            (json!({}), false),
+        ] {
+            assert_eq!(is_of_namespace(&policy, "bench"), of, "{policy}");
+        }
     }
 
     #[test]

@@ -15,8 +15,14 @@ use serde_json::json;
 use crate::bench::machine::Machine;
 use crate::bench::rows::Better;
 use crate::bench::rows::Values;
+use crate::bench::rows::in_table;
 use crate::bench::rows::median;
 use crate::bench::rows::shape;
+
+/// Columns of the table, whether or not there is a peer.
+const COLUMNS: [&str; 3] = [super::DIRECT, super::TULLE, super::PEER];
+/// What ours is divided by.
+const RATIOS: [&str; 2] = [super::DIRECT, super::PEER];
 
 /// A failed proof.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -34,13 +40,13 @@ pub(super) struct Failure {
 pub(super) struct Report {
     /// Where.
     pub(super) machine: Machine,
-    /// Which code, as `git describe` has it.
-    pub(super) commit: String,
+    /// The code that the programs were built from.
+    pub(super) built_from: String,
     /// How.
     pub(super) settings: Value,
-    /// In the order of columns.
+    /// Those that were run.
     pub(super) variants: Vec<&'static str>,
-    /// Why there is no peer.
+    /// Which peer, or why none.
     pub(super) peer: String,
     /// Figures in the order of each load's.
     pub(super) order: Vec<(String, &'static str)>,
@@ -70,6 +76,9 @@ impl Report {
         if self.failed(&row.0, variant) {
             return "FAILED".to_owned();
         }
+        if !self.variants.contains(&variant) {
+            return "no binary".to_owned();
+        }
         let (digits, _) = shape(row.1);
         self.figure(row, variant).map_or_else(|| "–".to_owned(), |value| thousands(value, digits))
     }
@@ -91,17 +100,16 @@ impl Report {
 
     /// The table.
     pub(super) fn table(&self) -> String {
-        let against = if self.variants.contains(&super::PEER) { super::PEER } else { super::DIRECT };
         let mut rows: Vec<Vec<String>> = vec![vec!["load".into(), "figure".into()]];
-        rows[0].extend(self.variants.iter().map(|variant| (*variant).to_owned()));
-        rows[0].push(format!("{} : {against}", super::TULLE));
+        rows[0].extend(COLUMNS.map(str::to_owned));
+        rows[0].extend(RATIOS.map(|against| format!("{} : {against}", super::TULLE)));
         let mut last = "";
-        for row in &self.order {
+        for row in self.order.iter().filter(|row| in_table(row.1)) {
             let name = if row.0 == last { String::new() } else { row.0.clone() };
             last = &row.0;
             let mut cells = vec![name, row.1.to_owned()];
-            cells.extend(self.variants.iter().map(|variant| self.cell(row, variant)));
-            cells.push(self.ratio(row, against));
+            cells.extend(COLUMNS.map(|variant| self.cell(row, variant)));
+            cells.extend(RATIOS.map(|against| self.ratio(row, against)));
             rows.push(cells);
         }
         let count = rows[0].len();
@@ -129,19 +137,17 @@ impl Report {
     pub(super) fn notes(&self) -> String {
         let machine = &self.machine;
         let mut text = format!(
-            "machine: {} × {}, {} MiB, Linux {}, load before {:.1}, nice {}\ncommit: {}\nsettings: {}\n",
+            "machine: {} × {}, {} MiB, Linux {}, load before {:.1}, nice {}\nbuilt from: {}\nsettings: {}\n",
             machine.cpus,
             machine.cpu,
             machine.memory_mib,
             machine.kernel,
             machine.load_before,
             machine.nice,
-            self.commit,
+            self.built_from,
             self.settings
         );
-        if !self.variants.contains(&super::PEER) {
-            text += &format!("peer: {}\n", self.peer);
-        }
+        text += &format!("peer: {}\n", self.peer);
         let others: Vec<f64> = self.others.values().flatten().copied().collect();
         let worst = others.iter().copied().fold(0.0, f64::max);
         text += &format!(
@@ -179,7 +185,7 @@ impl Report {
             .collect();
         json!({
             "machine": self.machine,
-            "commit": self.commit,
+            "built_from": self.built_from,
             "settings": self.settings,
             "peer": self.peer,
             "rows": rows,
@@ -218,7 +224,7 @@ mod tests {
         let values = BTreeMap::from([("direct", vec![20.0, 30.0, 25.0]), ("tulle", vec![5.0])]);
         Report {
             machine: machine::describe(),
-            commit: "abc".to_owned(),
+            built_from: "abc".to_owned(),
             settings: serde_json::json!({}),
             variants: vec!["direct", "tulle"],
             peer: "no peer binary".to_owned(),
@@ -234,6 +240,16 @@ mod tests {
     fn the_table_shows_medians_and_the_ratio() {
         let table = report().table();
         assert!(table.lines().nth(2).is_some_and(|line| line.contains("25.00") && line.contains("0.20 ×")), "{table}");
+    }
+
+    #[test]
+    fn without_a_peer_each_row_says_so() {
+        assert!(report().table().lines().nth(2).is_some_and(|line| line.contains("no binary")));
+        let mut report = report();
+        report.variants.push("peer");
+        let values = report.values.values_mut().next();
+        values.map(|values| values.insert("peer", vec![10.0]));
+        assert!(report.table().contains("0.50 × (worse)"), "{}", report.table());
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use crate::bench::work::Measured;
 use crate::bench::work::Work;
+use crate::bench::world::COLD_SERVERS;
 
 /// A load with its name.
 #[derive(Clone, Debug)]
@@ -39,6 +40,7 @@ pub(super) fn tests() -> Vec<Test> {
         test("1,000 requests/s, 4 connections, beside an upload", paced(4, 1000, true), PROOF_BYTES),
         test("new connections, 16 at once", Work::Connects { at_once: 16 }, 500),
         test("200 new connections/s", Work::PacedConnects { per_second: 200 }, 0),
+        test("first connections between two pods, 4 at once", Work::Cold { at_once: 4 }, COLD_SERVERS as u64),
     ]
 }
 
@@ -72,38 +74,44 @@ pub(super) fn figures(work: &Work, run: &Run) -> Vec<(&'static str, f64)> {
     if units == 0.0 || *seconds <= 0.0 {
         return figures;
     }
-    let mut cpu = |names: [&'static str; 2], scale: f64| {
-        if let Some(cpu) = run.cpu {
-            figures.extend(names.into_iter().zip(cpu.map(|used| used * scale / units)));
+    let mut cpu = |names: [&'static str; 3], scale: f64| {
+        if let Some([client, server]) = run.cpu {
+            let used = [client + server, client, server];
+            figures.extend(names.into_iter().zip(used.map(|used| used * scale / units)));
         }
     };
     match work {
         Work::Upload { .. } | Work::Download { .. } => {
-            cpu([CPU_GB_CLIENT, CPU_GB_SERVER], 1e9);
+            cpu(CPU_GB, 1e9);
             figures.insert(0, (GBITS, units * 8.0 / 1e9 / seconds));
         }
         Work::Requests { .. } => {
-            cpu([CPU_REQUEST_CLIENT, CPU_REQUEST_SERVER], 1e6);
+            cpu(CPU_REQUEST, 1e6);
             figures.insert(0, (REQUESTS, units / seconds));
         }
-        Work::Connects { .. } => {
-            cpu([CPU_CONNECTION_CLIENT, CPU_CONNECTION_SERVER], 1e6);
+        Work::Connects { .. } | Work::Cold { .. } => {
+            cpu(CPU_CONNECTION, 1e6);
             figures.insert(0, (CONNECTIONS, units / seconds));
         }
-        Work::Paced { per_second, beside_upload, .. } => {
-            // Below, ticks of 10 ms are too coarse for the little CPU used.
-            if *per_second >= 2000 {
-                cpu([CPU_REQUEST_CLIENT, CPU_REQUEST_SERVER], 1e6);
+        Work::Paced { beside_upload, .. } => {
+            // Beside an upload the CPU is mostly the upload's.
+            if !*beside_upload {
+                cpu(CPU_REQUEST, 1e6);
             }
             if *beside_upload {
                 figures.push((GBITS, *beside_bytes as f64 * 8.0 / 1e9 / seconds));
             }
         }
-        Work::PacedConnects { .. } | Work::Hold { .. } => {}
+        Work::PacedConnects { .. } => cpu(CPU_CONNECTION, 1e6),
+        Work::Hold { .. } => {}
     }
     if let Some(latency) = latency {
         let percentiles = [(P50, latency.p50), (P90, latency.p90), (P99, latency.p99)];
-        figures.splice(0..0, percentiles);
+        match work {
+            // Of a few dozen connections the 99th of a hundred says nothing.
+            Work::Cold { .. } => figures.insert(1, percentiles[0]),
+            _ => drop(figures.splice(0..0, percentiles)),
+        }
     }
     figures
 }
@@ -114,16 +122,21 @@ const CONNECTIONS: &str = "connections/s";
 const P50: &str = "p50 µs";
 const P90: &str = "p90 µs";
 const P99: &str = "p99 µs";
-const CPU_GB_CLIENT: &str = "CPU-s/GB, client's proxy";
-const CPU_GB_SERVER: &str = "CPU-s/GB, server's proxy";
-const CPU_REQUEST_CLIENT: &str = "CPU-µs/request, client's proxy";
-const CPU_REQUEST_SERVER: &str = "CPU-µs/request, server's proxy";
-const CPU_CONNECTION_CLIENT: &str = "CPU-µs/connection, client's proxy";
-const CPU_CONNECTION_SERVER: &str = "CPU-µs/connection, server's proxy";
+/// Of both proxies, the client's, the server's.
+const CPU_GB: [&str; 3] = ["CPU-s/GB, both proxies", "CPU-s/GB, client's proxy", "CPU-s/GB, server's proxy"];
+const CPU_REQUEST: [&str; 3] =
+    ["CPU-µs/request, both proxies", "CPU-µs/request, client's proxy", "CPU-µs/request, server's proxy"];
+const CPU_CONNECTION: [&str; 3] =
+    ["CPU-µs/connection, both proxies", "CPU-µs/connection, client's proxy", "CPU-µs/connection, server's proxy"];
 /// Names of the memory rows: client's proxy, server's proxy.
 pub(super) const RSS: [&str; 2] = ["RSS MB, client's proxy", "RSS MB, server's proxy"];
 /// The growth from none to the most idle connections, for each.
 pub(super) const PER_CONNECTION: [&str; 2] = ["KB/connection, client's proxy", "KB/connection, server's proxy"];
+
+/// Whether a figure is in the table; the others are in the file only.
+pub(super) fn in_table(name: &str) -> bool {
+    [CPU_GB, CPU_REQUEST, CPU_CONNECTION].iter().all(|names| !names[1..].contains(&name))
+}
 
 /// How a figure is shown.
 pub(super) fn shape(name: &str) -> (usize, Better) {
@@ -131,7 +144,7 @@ pub(super) fn shape(name: &str) -> (usize, Better) {
         REQUESTS | CONNECTIONS => (0, Better::Higher),
         GBITS => (2, Better::Higher),
         P50 | P90 | P99 => (0, Better::Lower),
-        CPU_GB_CLIENT | CPU_GB_SERVER => (3, Better::Lower),
+        _ if CPU_GB.contains(&name) => (3, Better::Lower),
         _ => (1, Better::Lower),
     }
 }
@@ -189,7 +202,7 @@ mod tests {
         let run = Run { measured, cpu: Some([1.0, 0.5]) };
         let values: Vec<f64> =
             figures(&Work::Upload { streams: 1 }, &run).into_iter().map(|(_, value)| value).collect();
-        assert_eq!(values, [8.0, 0.5, 0.25]);
+        assert_eq!(values, [8.0, 0.75, 0.5, 0.25]);
         let nothing = Run { measured: Measured::default(), cpu: None };
         assert!(figures(&Work::Upload { streams: 1 }, &nothing).is_empty());
     }

@@ -7,6 +7,7 @@
 
 use std::net::IpAddr;
 
+use hdrhistogram::Histogram;
 use serde::Deserialize;
 use serde::Serialize;
 
@@ -27,6 +28,9 @@ pub(super) const PORT_ONCE: u16 = 9004;
 /// Every port of the server.
 pub(super) const PORTS: [u16; 4] = [PORT_REQUESTS, PORT_SINK, PORT_SOURCE, PORT_ONCE];
 
+/// Histograms cover up to a minute.
+pub(super) const HIGHEST_NS: u64 = 60_000_000_000;
+
 /// One kind of load.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Work {
@@ -42,8 +46,17 @@ pub(super) enum Work {
     Connects { at_once: usize },
     /// A connection for each request, at fixed times; units are connections.
     PacedConnects { per_second: u32 },
+    /// One connection with one request to each of several servers, so many at a time; units are connections.
+    Cold { at_once: usize },
     /// Connections that do nothing after their first request, until standard input ends; units are connections.
     Hold { connections: usize },
+}
+
+impl Work {
+    /// Whether it is work between two pods only, which can be done without a mesh as well.
+    pub(super) fn is_of_pods(&self) -> bool {
+        !matches!(self, Self::Cold { .. })
+    }
 }
 
 /// One run of the generator.
@@ -51,6 +64,9 @@ pub(super) enum Work {
 pub(super) struct Order {
     /// The server.
     pub(super) to: IpAddr,
+    /// The servers of [`Work::Cold`].
+    #[serde(default)]
+    pub(super) others: Vec<IpAddr>,
     /// What to do.
     pub(super) work: Work,
     /// Load before the measured part, milliseconds.
@@ -70,7 +86,8 @@ pub(super) struct Measured {
     pub(super) units: u64,
     /// Its length in seconds.
     pub(super) seconds: f64,
-    /// From the intended time of sending to the end of the response, microseconds; only of paced work.
+    /// From the intended time of sending to the end of the response, microseconds; only of paced work, and of
+    /// [`Work::Cold`], where it counts from the start of connecting.
     pub(super) latency: Option<Latency>,
     /// Bytes of the upload beside paced requests.
     pub(super) beside_bytes: u64,
@@ -87,6 +104,19 @@ pub(super) struct Latency {
     pub p99: f64,
     /// The worst.
     pub(super) max: f64,
+}
+
+impl Latency {
+    /// Of a histogram of nanoseconds.
+    pub(super) fn of(histogram: &Histogram<u64>) -> Self {
+        let us = |ns: u64| ns as f64 / 1000.0;
+        Self {
+            p50: us(histogram.value_at_quantile(0.5)),
+            p90: us(histogram.value_at_quantile(0.9)),
+            p99: us(histogram.value_at_quantile(0.99)),
+            max: us(histogram.max()),
+        }
+    }
 }
 
 /// Everything from the first connection to the last close, warming included.

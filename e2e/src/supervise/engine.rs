@@ -38,6 +38,7 @@ use crate::supervise::mesh;
 use crate::supervise::pods;
 use crate::supervise::pods::Running;
 use crate::supervise::process::Process;
+use crate::supervise::proxies::Proxies;
 use crate::supervise::publish::Published;
 use crate::supervise::socket::Reply;
 use crate::supervise::socket::Request;
@@ -65,7 +66,7 @@ pub(super) struct Engine {
     control_ns: NetNs,
     node_ns: Vec<NetNs>,
     control: Option<Process>,
-    ztunnels: BTreeMap<u16, Process>,
+    proxies: Proxies,
     wanted: Wanted,
     warnings: Vec<String>,
     allocator: Allocator,
@@ -122,7 +123,7 @@ impl Engine {
             control_ns,
             node_ns,
             control: None,
-            ztunnels: BTreeMap::new(),
+            proxies: Proxies::default(),
             wanted: Wanted::default(),
             warnings: Vec::new(),
             pods: BTreeMap::new(),
@@ -263,10 +264,8 @@ impl Engine {
         let Some(node) = node.filter(|node| (1..=self.config.nodes).contains(node)) else {
             anyhow::bail!("{component} is neither control nor a node of this lab");
         };
-        let runs = self.ztunnels.get_mut(&node).is_some_and(|process| process.exited().is_none());
-        anyhow::ensure!(!runs, "{component} runs already");
-        let netns = self.node_ns[usize::from(node) - 1].path();
-        self.ztunnels.insert(node, mesh::start_ztunnel(&self.config, &self.paths, node, netns)?);
+        self.proxies.observe();
+        self.proxies.start(&self.config, &self.paths, node, self.node_ns[usize::from(node) - 1].path())?;
         self.show();
         Ok(())
     }
@@ -281,14 +280,9 @@ impl Engine {
             }
         }
         let control = self.control.as_ref().and_then(Process::pid);
-        let nodes: Vec<_> = self.ztunnels.values().map(Process::pid).collect();
         self.control.as_mut().map(Process::exited);
-        self.ztunnels.values_mut().for_each(|process| {
-            process.exited();
-        });
-        if control != self.control.as_ref().and_then(Process::pid)
-            || nodes != self.ztunnels.values().map(Process::pid).collect::<Vec<_>>()
-        {
+        let ended = self.proxies.observe();
+        if ended || control != self.control.as_ref().and_then(Process::pid) {
             tracing::warn!("control or a node's proxy has ended; see `lab status`");
             self.show();
         }
@@ -402,7 +396,7 @@ impl Engine {
         }
         let own =
             self.pods.values().filter(|pod| matches!(pod.plan.spot, plan::Spot::Node { node: at, .. } if at == node));
-        mesh::write_pods(&self.paths, node, own.map(|pod| (&pod.plan, pod.netns_path(), pod.told_enrolled)))
+        self.proxies.tell(&self.paths, node, own.map(|pod| (&pod.plan, pod.netns_path(), pod.told_enrolled)))
     }
 
     /// Writes objects, names and address translation as they follow from what is known now.
@@ -448,19 +442,14 @@ impl Engine {
 
     /// Asks the nodes for the capture state of their pods.
     fn read_capture(&mut self) {
-        let mut statuses = BTreeMap::new();
+        let mut known = BTreeMap::new();
         for node in self.pods.values().filter_map(|pod| pod.plan.spot.node()).collect::<BTreeSet<u16>>() {
-            if self.ztunnels.get(&node).and_then(Process::pid).is_none() {
-                continue;
-            }
-            if let Ok(status) = mesh::node_status(self.node_ns[usize::from(node) - 1].path()) {
-                statuses.insert(node, status);
-            }
+            let captures = self.proxies.captures(node, self.node_ns[usize::from(node) - 1].path());
+            known.extend(captures.map(|captures| (node, captures)));
         }
         for pod in self.pods.values_mut() {
-            let Some(status) = pod.plan.spot.node().and_then(|node| statuses.get(&node)) else { continue };
-            let (capture, _) = mesh::capture_of(status, &pod.plan.uid);
-            pod.capture = if capture.is_empty() { "Uncaptured".to_owned() } else { capture.to_owned() };
+            let Some(captures) = pod.plan.spot.node().and_then(|node| known.get(&node)) else { continue };
+            pod.capture = captures.of(&pod.plan.uid);
         }
     }
 
@@ -478,8 +467,7 @@ impl Engine {
                 return Ok(());
             }
             // Nothing will capture them when the proxies are gone.
-            let hopeless = self.ztunnels.values().all(|process| process.pid().is_none());
-            if hopeless || Instant::now() >= deadline {
+            if !self.proxies.any_runs() || Instant::now() >= deadline {
                 return Ok(());
             }
             std::thread::sleep(eventually::INTERVAL);
@@ -548,15 +536,7 @@ impl Engine {
             Err(error) => vec![format!("control does not answer: {error:#}")],
         };
         for (node, netns) in (1..).zip(&self.node_ns) {
-            if self.ztunnels.get(&node).and_then(Process::pid).is_none() {
-                missing.push(format!("the proxy of node-{node} does not run; see logs/node-{node}.log"));
-                continue;
-            }
-            match mesh::node_status(netns.path()) {
-                Ok(status) if status["ready"] == true => {}
-                Ok(status) => missing.push(format!("node-{node} is not ready: {}", status["pending"])),
-                Err(error) => missing.push(format!("node-{node} does not answer: {error:#}")),
-            }
+            missing.extend(self.proxies.unready(node, netns.path()));
         }
         missing
     }
@@ -626,7 +606,7 @@ impl Engine {
         };
         let nodes = (1..).zip(&self.node_ns).map(|(node, netns)| {
             let path = netns.path().to_path_buf();
-            component(format!("node-{node}"), path, address::node(node), self.ztunnels.get(&node))
+            component(format!("node-{node}"), path, address::node(node), self.proxies.process(node))
         });
         let control_path = self.control_ns.path().to_path_buf();
         View {
@@ -676,7 +656,7 @@ impl Engine {
         let grace = Instant::now() + Duration::from_secs(1);
         self.pods.values_mut().for_each(|pod| pod.end(grace));
         let mut mesh: Vec<Process> =
-            std::mem::take(&mut self.ztunnels).into_values().chain(self.control.take()).collect();
+            std::mem::take(&mut self.proxies).into_processes().chain(self.control.take()).collect();
         mesh.iter().for_each(Process::ask_to_end);
         // Draining proxies have nobody left to serve.
         let grace = Instant::now() + Duration::from_millis(300);

@@ -78,7 +78,10 @@ pub fn write_token(config: &Config, paths: &Paths, node: u16) -> anyhow::Result<
 /// Starts the proxy of a node.
 pub fn start_ztunnel(config: &Config, paths: &Paths, node: u16, netns: &Path) -> anyhow::Result<Process> {
     let name = format!("node-{node}");
-    let mut argv = vec![program(config, "ztunnel", &[&name, "ztunnel"])?.display().to_string(), "node".to_owned()];
+    let handed = config.handed.contains(&name);
+    // `proxy` is what a proxy made for Istio's agent calls it.
+    let command = if handed { "proxy" } else { "node" };
+    let mut argv = vec![program(config, "ztunnel", &[&name, "ztunnel"])?.display().to_string(), command.to_owned()];
     let control = format!("https://{}:{}", address::CONTROL.v4, names::PORT_CONTROL_GRPC);
     let root = paths.ca().join("root-cert.pem").display().to_string();
     let mut env: BTreeMap<String, String> = [
@@ -89,7 +92,10 @@ pub fn start_ztunnel(config: &Config, paths: &Paths, node: u16, netns: &Path) ->
         ("XDS_ROOT_CA", root.clone()),
         ("CA_ROOT_CA", root),
         ("AUTH_TOKEN", paths.token(node).display().to_string()),
-        ("TULLE_PODS", paths.pods_file(node).display().to_string()),
+        match handed {
+            true => ("INPOD_UDS", paths.agent_socket(node).display().to_string()),
+            false => ("TULLE_PODS", paths.pods_file(node).display().to_string()),
+        },
         ("CLUSTER_ID", names::DEFAULT_CLUSTER.to_owned()),
         ("TRUST_DOMAIN", names::DEFAULT_DOMAIN.to_owned()),
         ("POD_NAMESPACE", names::DEFAULT_ROOT_NAMESPACE.to_owned()),
@@ -166,6 +172,13 @@ pub fn write_pods<'a>(
 /// What a node says of its pods and itself.
 pub fn node_status(netns: &Path) -> anyhow::Result<Value> {
     ask(netns, names::PORT_ADMIN, "/status")
+}
+
+/// Whether a node says that it is ready, or what it still waits for.
+pub fn node_ready(netns: &Path) -> anyhow::Result<Result<(), String>> {
+    let address = SocketAddr::from(([127, 0, 0, 1], names::PORT_READINESS));
+    let answer = client::get_in(netns, address, "/healthz/ready", ASK_TIMEOUT)?;
+    Ok(if answer.status == 200 { Ok(()) } else { Err(answer.body.trim().to_owned()) })
 }
 
 /// What control has published and who has it.

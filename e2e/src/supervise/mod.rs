@@ -9,6 +9,7 @@ pub mod process;
 
 pub mod mesh;
 pub mod pods;
+pub mod proxies;
 pub mod publish;
 pub mod wanted;
 
