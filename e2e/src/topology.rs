@@ -144,6 +144,11 @@ pub fn ip(netns: &Path, script: &str) -> anyhow::Result<()> {
     feed(netns, "ip", &["-batch", "-"], script)
 }
 
+/// The same for what needs to be told the family, which is an option (`-4`, `-6`) and no word of the script.
+pub fn ip_of(netns: &Path, family: &str, script: &str) -> anyhow::Result<()> {
+    feed(netns, "ip", &[family, "-batch", "-"], script)
+}
+
 /// Runs `nft -f -` in a namespace: one transaction.
 pub fn nft(netns: &Path, script: &str) -> anyhow::Result<()> {
     feed(netns, "nft", &["-f", "-"], script)

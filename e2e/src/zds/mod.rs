@@ -85,11 +85,11 @@ struct Redirect {
 const REDIRECT: Redirect = Redirect {
     install: |netns| {
         topology::nft(netns, &rules::install())?;
-        topology::ip(netns, &rules::route())
+        rules::ROUTE.into_iter().try_for_each(|(family, script)| topology::ip_of(netns, family, script))
     },
     remove: |netns| {
         topology::nft(netns, rules::REMOVE)?;
-        topology::ip(netns, rules::UNROUTE)
+        rules::ROUTE.into_iter().try_for_each(|(family, _)| topology::ip_of(netns, family, rules::UNROUTE))
     },
 };
 

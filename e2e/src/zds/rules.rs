@@ -17,9 +17,15 @@ use tulle_proto::names::PROBE_V6;
 /// Removes the rules, whether they are there or not.
 pub(super) const REMOVE: &str = "table inet handed\ndelete table inet handed\n";
 
-/// Takes the routes back; fails when they are not there.
-pub(super) const UNROUTE: &str =
-    "-4 rule del pref 32764\n-6 rule del pref 32764\n-4 route flush table 100\n-6 route flush table 100\n";
+/// `ip` commands, for each family, that bring replies to a client's address back to the proxy, which spoke in the
+/// client's name.
+pub(super) const ROUTE: [(&str, &str); 2] = [
+    ("-4", "rule add fwmark 0x111/0xfff pref 32764 lookup 100\nroute replace local 0.0.0.0/0 dev lo table 100\n"),
+    ("-6", "rule add fwmark 0x111/0xfff pref 32764 lookup 100\nroute replace local ::/0 dev lo table 100\n"),
+];
+
+/// `ip` commands that take that back; they fail when it is not there.
+pub(super) const UNROUTE: &str = "rule del pref 32764\nroute flush table 100\n";
 
 /// One transaction that installs the rules, in place of any before.
 pub(super) fn install() -> String {
@@ -51,22 +57,13 @@ pub(super) fn install() -> String {
     )
 }
 
-/// `ip` commands that bring replies to a client's address back to the proxy, which spoke in the client's name.
-pub(super) fn route() -> String {
-    [("-4", "0.0.0.0/0"), ("-6", "::/0")]
-        .map(|(family, all)| {
-            format!(
-                "{family} rule add fwmark {CONNMARK_PROXY:#x}/{MARK_MASK:#x} pref 32764 lookup 100\n\
-                 {family} route replace local {all} dev lo table 100\n"
-            )
-        })
-        .concat()
-}
-
 #[cfg(test)]
 mod tests {
+    use tulle_proto::names::CONNMARK_PROXY;
+    use tulle_proto::names::MARK_MASK;
+
+    use crate::zds::rules::ROUTE;
     use crate::zds::rules::install;
-    use crate::zds::rules::route;
 
     /// What a proxy made for Istio's agent relies on, as a table: chain, and the words of one rule in it.
     #[test]
@@ -95,6 +92,7 @@ mod tests {
         assert!(at("saddr 169.254.7.127") < at("redirect to :15006"));
         assert!(at("== 0x111 counter accept") < at("redirect to :15001"));
         assert!(at("ip daddr != 127.0.0.1 oifname \"lo\"") < at("redirect to :15001"));
-        assert_eq!(route().lines().count(), 4);
+        let mark = format!("fwmark {CONNMARK_PROXY:#x}/{MARK_MASK:#x} ");
+        assert!(ROUTE.iter().all(|(_, script)| script.contains(&mark)), "the routes are for the mark of the rules");
     }
 }
