@@ -99,8 +99,8 @@ pub(super) fn describe() -> Machine {
 
 #[cfg(test)]
 mod tests {
-    use crate::bench::machine::parse_busy;
     use crate::bench::machine::cpu_seconds;
+    use crate::bench::machine::parse_busy;
     use crate::bench::machine::parse_kib;
     use crate::bench::machine::parse_link;
 

@@ -122,8 +122,7 @@ impl Agent {
     }
 
     fn start_with(path: &Path, redirect: Redirect) -> anyhow::Result<Self> {
-        let listener =
-            Arc::new(wire::listen(path).with_context(|| format!("the agent's socket {}", path.display()))?);
+        let listener = Arc::new(wire::listen(path).with_context(|| format!("the agent's socket {}", path.display()))?);
         let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new(), redirect });
         let (to_accept, to_serve) = (listener.clone(), shared.clone());
         let accepting = std::thread::Builder::new().name("zds".into()).spawn(move || accept(&to_accept, &to_serve))?;

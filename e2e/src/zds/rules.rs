@@ -72,12 +72,18 @@ mod tests {
         for (chain, rule) in [
             ("mark_in", "meta mark & 0xfff == 0x539 counter ct mark set 0x111"),
             ("mark_out", "ct mark & 0xfff == 0x111 counter meta mark set ct mark"),
-            ("inbound", "ip daddr != 127.0.0.1 tcp dport != 15008 meta mark & 0xfff != 0x539 counter redirect to :15006"),
+            (
+                "inbound",
+                "ip daddr != 127.0.0.1 tcp dport != 15008 meta mark & 0xfff != 0x539 counter redirect to :15006",
+            ),
             ("inbound", "ip6 daddr != ::1 tcp dport != 15008 meta mark & 0xfff != 0x539 counter redirect to :15006"),
             ("inbound", "ip saddr 169.254.7.127 meta l4proto tcp counter accept"),
             ("outbound", "meta l4proto tcp meta mark & 0xfff == 0x111 counter accept"),
             ("outbound", "ip daddr != 127.0.0.1 oifname \"lo\" counter accept"),
-            ("outbound", "ip daddr != 127.0.0.1 meta l4proto tcp meta mark & 0xfff != 0x539 counter redirect to :15001"),
+            (
+                "outbound",
+                "ip daddr != 127.0.0.1 meta l4proto tcp meta mark & 0xfff != 0x539 counter redirect to :15001",
+            ),
             ("outbound", "ip6 daddr != ::1 meta l4proto tcp meta mark & 0xfff != 0x539 counter redirect to :15001"),
         ] {
             let body = text.split(&format!("chain {chain} {{")).nth(1).and_then(|rest| rest.split("\n  }").next());

@@ -34,8 +34,7 @@ pub(super) fn listen(path: &Path) -> io::Result<UnixListener> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let socket =
-        nix::sys::socket::socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+    let socket = nix::sys::socket::socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     nix::sys::socket::bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     nix::sys::socket::listen(&socket, Backlog::new(BACKLOG)?)?;
     Ok(UnixListener::from(socket))
@@ -117,12 +116,8 @@ mod tests {
     const SOON: Duration = Duration::from_millis(10);
 
     fn pair() -> anyhow::Result<(UnixStream, Packets)> {
-        let (near, far) = nix::sys::socket::socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )?;
+        let (near, far) =
+            nix::sys::socket::socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         Ok((UnixStream::from(near), Packets::new(UnixStream::from(far))))
     }
 
