@@ -396,3 +396,66 @@ fn who_reads_nothing_is_held_to_the_budget_and_loses_no_byte() {
         assert!(budget.used() <= bound, "{budget:?}");
     });
 }
+
+/// A server that answers nothing, over a pipe, in paused time; and the client's side of the tunnel.
+async fn piped(lifetime: Duration) -> (tokio::task::JoinHandle<Option<Code>>, h2::client::SendRequest<Bytes>, Drain) {
+    let (near, far) = tokio::io::duplex(1 << 16);
+    let (owner, drained) = drain();
+    let serving = tokio::task::spawn_local(async move {
+        let config = Config::default();
+        let window = Window::new(&Budget::new(1 << 20), config.stream_window, config.connection_window);
+        let mut kept = Vec::new();
+        let keep = |incoming: server::Incoming| kept.push(incoming);
+        server::serve(far, config, drained, lifetime, &window, keep).await.err().map(|outcome| outcome.code)
+    });
+    let (send, connection) = h2::client::handshake(near).await.unwrap();
+    tokio::task::spawn_local(connection);
+    (serving, send, owner)
+}
+
+fn paused(test: impl AsyncFnOnce()) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    LocalSet::new().block_on(&runtime, test());
+}
+
+#[test]
+fn a_tunnel_ends_with_the_certificate_of_its_peer() {
+    paused(async || {
+        let (serving, mut send, _owner) = piped(Duration::from_secs(600)).await;
+        let request = || connect_request("10.0.0.1:80", HeaderMap::new()).unwrap();
+        let (response, mut open) = send.send_request(request(), false).unwrap();
+        tokio::time::sleep(Duration::from_secs(599)).await;
+        assert!(send.clone().ready().await.is_ok(), "before its end it takes new streams");
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let refused = match send.clone().ready().await {
+            Ok(mut send) => send.send_request(request(), false).unwrap().0.await.is_err(),
+            Err(_) => true,
+        };
+        assert!(refused, "after it there is no new stream");
+        assert!(!serving.is_finished(), "what is open goes on");
+        open.send_reset(h2::Reason::CANCEL);
+        drop(response);
+        assert_eq!(
+            timeout(Duration::from_secs(5), serving).await.unwrap().unwrap(),
+            None,
+            "and with it the tunnel ends"
+        );
+    });
+}
+
+#[test]
+fn a_tunnel_without_streams_ends_after_a_quarter_of_an_hour() {
+    paused(async || {
+        let (serving, mut send, _owner) = piped(Duration::from_secs(86_400)).await;
+        let request = connect_request("10.0.0.1:80", HeaderMap::new()).unwrap();
+        let (response, mut open) = send.send_request(request, false).unwrap();
+        tokio::time::sleep(Duration::from_secs(7200)).await;
+        assert!(!serving.is_finished(), "a stream keeps it open");
+        open.send_reset(h2::Reason::CANCEL);
+        drop(response);
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        assert!(!serving.is_finished(), "not at once");
+        tokio::time::sleep(Duration::from_secs(1300)).await;
+        assert!(serving.is_finished());
+    });
+}

@@ -1,0 +1,332 @@
+//! One node in one process, with real namespaces, real rules and real TLS, but without control: the snapshot is written
+//! by the test. Least power that can find a broken flow; the lab's scenarios add processes and nodes.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, dead_code, unreachable_pub, reason = "each test file uses a part")]
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::sched::{CloneFlags, setns};
+use prost::Message as _;
+use prost_types::Any;
+use tulle_certs::ca::Authority;
+use tulle_certs::{Issued, SpiffeId, request};
+use tulle_proto::names;
+use tulle_proto::tulle_workload::{EgressMode, WorkloadInfo};
+use tulle_proto::workload::address::Type;
+use tulle_proto::workload::{Address, Extension, TunnelProtocol, Workload};
+use ztunnel::app::pods::{Environment, Pods};
+use ztunnel::app::worker::Worker;
+use ztunnel::base::drain::{Drain, Phase, drain};
+use ztunnel::base::netns::NetnsThread;
+use ztunnel::base::sockets::Options;
+use ztunnel::base::workers::Workers;
+use ztunnel::config::Preexisting;
+use ztunnel::flow::{Limits, Shared};
+use ztunnel::identity::Identities;
+use ztunnel::state::{Change, Writer, store};
+use ztunnel::telemetry::metrics::Metrics;
+use ztunnel::tls::{Aliases, WorkloadCert};
+use ztunnel::{hbone, relay, xds};
+
+/// One node with three pods: a and b in the mesh, c not.
+pub struct Lab {
+    tag: String,
+    dir: tempfile::TempDir,
+}
+
+pub fn sh(script: &str) {
+    let output = Command::new("sh").arg("-ec").arg(script).output().unwrap();
+    assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+pub const PODS: [(&str, u8); 3] = [("a", 1), ("b", 2), ("c", 3)];
+
+impl Lab {
+    pub fn new(tag: &str) -> Self {
+        let tag = format!("zt{}{tag}", std::process::id());
+        let lab = Self { tag, dir: tempfile::tempdir().unwrap() };
+        let mut script = format!("ip netns add {0}\n", lab.tag);
+        script +=
+            &format!("ip netns exec {0} sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1\n", lab.tag);
+        for (pod, n) in PODS {
+            let (node, ns) = (&lab.tag, lab.netns(pod));
+            script += &format!(
+                "ip netns add {ns}; ip -n {ns} link set lo up
+                 ip -n {node} link add v{pod} type veth peer name eth0 netns {ns}
+                 ip -n {ns} addr add 10.99.0.{n}/32 dev eth0; ip -n {ns} addr add fd99::{n}/128 dev eth0 nodad
+                 ip -n {ns} link set eth0 up; ip -n {node} link set v{pod} up
+                 ip -n {node} addr add 169.254.1.1/32 dev v{pod}; ip -n {node} addr add fe80::1/64 dev v{pod} nodad
+                 ip -n {node} route add 10.99.0.{n}/32 dev v{pod}; ip -n {node} -6 route add fd99::{n}/128 dev v{pod}
+                 ip -n {ns} route add 169.254.1.1 dev eth0; ip -n {ns} route add default via 169.254.1.1
+                 ip -n {ns} -6 route add default via fe80::1 dev eth0\n"
+            );
+        }
+        sh(&script);
+        lab
+    }
+
+    pub fn netns(&self, pod: &str) -> String {
+        format!("{}{pod}", self.tag)
+    }
+
+    /// Runs `work` on a thread inside the pod.
+    pub fn within<T: Send + 'static>(
+        &self,
+        pod: &str,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> std::thread::JoinHandle<T> {
+        let path = PathBuf::from("/run/netns").join(self.netns(pod));
+        std::thread::spawn(move || {
+            let file = std::fs::File::open(path).unwrap();
+            setns(file, CloneFlags::CLONE_NEWNET).unwrap();
+            work()
+        })
+    }
+
+    pub fn pods_file(&self, enrolled: &[&str]) -> PathBuf {
+        let mut text = String::new();
+        for (pod, n) in PODS {
+            let on = enrolled.contains(&pod);
+            text += &format!(
+                "- {{uid: uid-{pod}, name: {pod}, namespace: shop, serviceAccount: {pod}, netns: /run/netns/{}, ips: [10.99.0.{n}, \"fd99::{n}\"], enrolled: {on}}}\n",
+                self.netns(pod)
+            );
+        }
+        self.write_pods(&text)
+    }
+
+    /// Replaces the list of pods.
+    pub fn write_pods(&self, text: &str) -> PathBuf {
+        let (path, fresh) = (self.dir.path().join("pods.yaml"), self.dir.path().join("pods.new"));
+        std::fs::write(&fresh, text).unwrap();
+        std::fs::rename(fresh, &path).unwrap();
+        path
+    }
+
+    /// The rules in force in a pod.
+    pub fn rules(&self, pod: &str) -> String {
+        let output = Command::new("ip").args(["netns", "exec", &self.netns(pod), "nft", "list", "ruleset"]).output();
+        String::from_utf8(output.unwrap().stdout).unwrap()
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        for name in PODS.map(|(pod, _)| self.netns(pod)).into_iter().chain([self.tag.clone()]) {
+            let _ = Command::new("ip").args(["netns", "del", &name]).status();
+        }
+    }
+}
+
+/// The proxy's parts, put together as `app` does it.
+pub struct Node {
+    pub pods: Pods,
+    writer: Writer,
+    stop: Arc<Drain>,
+    pub runtime: tokio::runtime::Runtime,
+}
+
+fn now() -> i64 {
+    i64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()).unwrap()
+}
+
+impl Node {
+    pub fn start(lab: &Lab, path: PathBuf) -> Self {
+        let _ = (*ztunnel::tls::provider()).clone().install_default();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let (writer, reader) = store();
+        let authority = Arc::new(Authority::open(&lab.dir.path().join("ca"), now()).unwrap());
+        let fetch: ztunnel::identity::Fetch = Arc::new(move |id: SpiffeId| {
+            let authority = authority.clone();
+            Box::pin(async move {
+                let asked = request(&id).map_err(|error| error.to_string())?;
+                let csr = tulle_certs::parse_csr(&asked.csr_pem).map_err(|error| error.to_string())?;
+                let chain = authority.sign(&csr, &id, 3600, now()).map_err(|error| error.to_string())?;
+                let issued = Issued::parse(&chain, &id).map_err(|error| error.to_string())?;
+                WorkloadCert::new(issued, asked.key, &Aliases::default()).map_err(|error| error.to_string())
+            })
+        });
+        let identities = Identities::new(fetch, Arc::new(|| now() * 1000));
+        let mut registry = prometheus_client::registry::Registry::default();
+        let shared = Shared {
+            reader,
+            identities: identities.clone(),
+            metrics: Metrics::new(&mut registry),
+            hbone: hbone::Config::default(),
+            relay: relay::Limits::default(),
+            network: "".into(),
+            cluster: "Kubernetes".into(),
+        };
+        let context = shared.clone();
+        let workers = Workers::start(2, move |_| Worker::new(&context)).unwrap();
+        let watched = shared.reader.clone();
+        workers.run_all(move |worker| worker.live.watch(watched.clone()));
+        let environment = Environment {
+            shared,
+            workers,
+            netns: NetnsThread::start().unwrap(),
+            options: Options { mark: 0x539, keepalive: None, user_timeout: None, reuse_port: true },
+            limits: Limits::default(),
+            preexisting: Preexisting::Keep,
+            trust_domain: "cluster.local".into(),
+        };
+        let pods = Pods::default();
+        let stop = Arc::new(drain().0);
+        runtime.spawn(identities.run(std::future::pending()));
+        runtime.spawn(pods.clone().run(Arc::new(environment), path, stop.clone()));
+        Self { pods, writer, stop, runtime }
+    }
+
+    pub fn describe(&mut self, hbone: &[&str]) {
+        self.describe_egress(hbone, &[]);
+    }
+
+    /// The same, `denied` pods being in a namespace that may not leave the cluster.
+    pub fn describe_egress(&mut self, hbone: &[&str], denied: &[&str]) {
+        let mut changes: Vec<Change> = PODS
+            .iter()
+            .map(|(pod, n)| {
+                let workload = Workload {
+                    uid: format!("Kubernetes//Pod/shop/{pod}"),
+                    name: (*pod).to_owned(),
+                    namespace: "shop".to_owned(),
+                    service_account: (*pod).to_owned(),
+                    addresses: [format!("10.99.0.{n}"), format!("fd99::{n}")]
+                        .map(|ip| octets(ip.parse().unwrap()))
+                        .to_vec(),
+                    tunnel_protocol: i32::from(if hbone.contains(pod) {
+                        TunnelProtocol::Hbone
+                    } else {
+                        TunnelProtocol::None
+                    }),
+                    extensions: extensions(denied.contains(pod)),
+                    ..Workload::default()
+                };
+                let bytes = Address { r#type: Some(Type::Workload(workload)) }.encode_to_vec();
+                xds::decode::address(&bytes, "v", &mut xds::decode::Strings::default()).unwrap()
+            })
+            .collect();
+        changes.extend([Change::AddressesSynced, Change::PoliciesSynced]);
+        self.writer.apply(changes, 0);
+    }
+
+    /// Denies everybody who is `account`.
+    pub fn deny(&mut self, account: &str) {
+        use tulle_proto::security::{Action, Authorization, Clause, Match, Rule, Scope, ServiceAccountMatch};
+        let policy = Authorization {
+            name: "no".to_owned(),
+            namespace: "shop".to_owned(),
+            scope: i32::from(Scope::Namespace),
+            action: i32::from(Action::Deny),
+            rules: vec![Rule {
+                clauses: vec![Clause {
+                    matches: vec![Match {
+                        service_accounts: vec![ServiceAccountMatch {
+                            namespace: "shop".to_owned(),
+                            service_account: account.to_owned(),
+                        }],
+                        ..Match::default()
+                    }],
+                }],
+            }],
+            ..Authorization::default()
+        };
+        let policy = xds::decode::authorization(&policy.encode_to_vec(), "shop/no", "v1").unwrap();
+        self.writer.apply([Change::Policy(Arc::new(policy))], 0);
+    }
+
+    pub fn wait(&self, states: &[(&str, &str)]) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let status = self.pods.status();
+            let is =
+                |(pod, state): &(&str, &str)| status.iter().any(|entry| entry.name == *pod && entry.capture == *state);
+            if states.iter().all(is) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "not {states:?} but {status:#?}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _enter = self.runtime.enter();
+        self.stop.advance(Phase::Forced);
+    }
+}
+
+fn extensions(deny: bool) -> Vec<tulle_proto::workload::Extension> {
+    let egress = if deny { EgressMode::Deny } else { EgressMode::Allow };
+    let info = WorkloadInfo { egress: i32::from(egress), ..WorkloadInfo::default() };
+    let config = Any { type_url: names::TYPE_WORKLOAD_INFO.to_owned(), value: info.encode_to_vec() };
+    vec![Extension { name: names::EXTENSION_WORKLOAD.to_owned(), config: Some(config) }]
+}
+
+fn octets(ip: IpAddr) -> prost::bytes::Bytes {
+    match ip {
+        IpAddr::V4(v4) => v4.octets().to_vec().into(),
+        IpAddr::V6(v6) => v6.octets().to_vec().into(),
+    }
+}
+
+/// A server that greets with the client's address and echoes.
+pub fn serve(listener: TcpListener) {
+    for tcp in listener.incoming() {
+        let mut tcp = tcp.unwrap();
+        std::thread::spawn(move || {
+            let peer = tcp.peer_addr().unwrap().ip().to_canonical();
+            writeln!(tcp, "{peer}").unwrap();
+            let mut buffer = [0; 65_536];
+            while let Ok(read @ 1..) = tcp.read(&mut buffer) {
+                if tcp.write_all(&buffer[..read]).is_err() {
+                    return;
+                }
+            }
+        });
+    }
+}
+
+/// Connects, reads the greeting, and echoes `bytes`.
+pub fn talk(to: &str, bytes: usize) -> std::io::Result<String> {
+    let to: SocketAddr = to.parse().unwrap();
+    let mut tcp = TcpStream::connect_timeout(&to, Duration::from_secs(5))?;
+    tcp.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let greeting = greeting(&mut tcp)?;
+    let mut writer = tcp.try_clone()?;
+    let sender = std::thread::spawn(move || {
+        let _ = writer.write_all(&vec![b'x'; bytes]);
+        let _ = writer.shutdown(std::net::Shutdown::Write);
+    });
+    let mut back = Vec::new();
+    tcp.read_to_end(&mut back)?;
+    sender.join().unwrap();
+    assert_eq!(back.len(), bytes);
+    Ok(greeting)
+}
+
+/// The server's first line, which may come in pieces.
+pub fn greeting(tcp: &mut TcpStream) -> std::io::Result<String> {
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') {
+        let mut byte = [0];
+        tcp.read_exact(&mut byte)?;
+        line.push(byte[0]);
+    }
+    Ok(String::from_utf8(line).unwrap().trim().to_owned())
+}
+
+/// Waits until the pods' inbound connections are as many as wanted.
+pub fn await_inbound(node: &Node, wanted: usize, patience: Duration) {
+    let deadline = Instant::now() + patience;
+    while node.pods.connections().0 != wanted {
+        assert!(Instant::now() < deadline, "{:?} connections, not {wanted}", node.pods.connections());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
