@@ -289,6 +289,49 @@ impl Code {
     }
 }
 
+/// What a dry-run policy would have done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WouldBe {
+    /// A rule of a DENY policy matched.
+    Denied,
+    /// A rule of an ALLOW policy matched.
+    Allowed,
+    /// An ALLOW policy, and none of its rules matched.
+    NotAllowed,
+}
+
+/// One dry-run policy's say. It had no effect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DryRun {
+    /// `<namespace>/<name>`.
+    pub policy: Arc<str>,
+    /// Index of the rule that matched.
+    pub rule: Option<usize>,
+    /// What it would have done.
+    pub would_be: WouldBe,
+}
+
+impl WouldBe {
+    /// In logs and metrics.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Denied => "denied",
+            Self::Allowed => "allowed",
+            Self::NotAllowed => "not-allowed",
+        }
+    }
+}
+
+impl fmt::Display for DryRun {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.policy, self.would_be.word())?;
+        match self.rule {
+            Some(rule) => write!(f, " by rules[{rule}]"),
+            None => Ok(()),
+        }
+    }
+}
+
 /// The end of a connection: code, text, and the policy that decided, if one did.
 #[derive(Clone, Debug)]
 pub struct Outcome {
@@ -300,12 +343,14 @@ pub struct Outcome {
     pub policy: Option<Arc<str>>,
     /// Index of its rule, from 0.
     pub rule: Option<usize>,
+    /// What policies would have said that are only tried.
+    pub dry_run: Vec<DryRun>,
 }
 
 impl Outcome {
     /// An end without a policy.
     pub fn new(code: Code, detail: impl Into<Cow<'static, str>>) -> Self {
-        Self { code, detail: detail.into(), policy: None, rule: None }
+        Self { code, detail: detail.into(), policy: None, rule: None, dry_run: Vec::new() }
     }
 
     /// Both sides finished.

@@ -261,6 +261,10 @@ pub(super) fn explain(value: &Value) -> String {
                     .map_or_else(|| "no rule of it matched".into(), |rule| format!("rule {rule}"));
                 text.push_str(&format!("          policy {policy}, {rule}\n"));
             }
+            let dry_run = cell(&inbound["dryRun"]);
+            if !dry_run.is_empty() {
+                text.push_str(&format!("          dry run: {dry_run}\n"));
+            }
             let evaluated = cell(&inbound["evaluated"]);
             if !evaluated.is_empty() {
                 text.push_str(&format!("          evaluated: {evaluated}\n"));

@@ -280,9 +280,11 @@ impl Answers {
                 answer.text = verdict.text();
                 answer.policy = verdict.policy.as_deref().unwrap_or_default().to_owned();
                 answer.rule = rule(verdict.rule);
+                answer.dry_run = verdict.dry_run.iter().map(ToString::to_string).collect();
             }
             Err(outcome) => {
                 answer.code = outcome.code.name().to_owned();
+                answer.dry_run = outcome.dry_run.iter().map(ToString::to_string).collect();
                 answer.text = outcome.detail.into_owned();
                 answer.policy = outcome.policy.as_deref().unwrap_or_default().to_owned();
                 answer.rule = rule(outcome.rule);

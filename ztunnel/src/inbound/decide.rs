@@ -46,7 +46,8 @@ pub fn denial(verdict: &Verdict) -> Outcome {
         policy::Code::PolicyPending => Code::PolicyPending,
         policy::Code::NotAllowed | policy::Code::Allowed | policy::Code::NoPolicy => Code::NotAllowed,
     };
-    Outcome { code, detail: verdict.text().into(), policy: verdict.policy.clone(), rule: verdict.rule }
+    let dry_run = verdict.dry_run.clone();
+    Outcome { code, detail: verdict.text().into(), policy: verdict.policy.clone(), rule: verdict.rule, dry_run }
 }
 
 /// Sabotage of test builds: `TULLE_BREAK=authz` lets everybody in.

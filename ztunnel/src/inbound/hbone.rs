@@ -176,7 +176,7 @@ async fn carry(
         let target = target(tunnel, &request)?;
         record.hbone = Some(target);
         let facts = Request { identity: Some(tunnel.source_identity.clone()), source: tunnel.peer.ip(), target };
-        let admitted = admit(shared, &tunnel.live, pod, &facts).await?;
+        let admitted = admit(shared, &tunnel.live, pod, &facts, record).await?;
         Ok((permit, admitted))
     });
     let admitted = tokio::select! {

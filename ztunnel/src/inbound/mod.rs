@@ -24,6 +24,7 @@ use crate::flow::{LocalPod, PATIENCE, Shared};
 use crate::inbound::recheck::{Live, Registration};
 use crate::outcome::{Code, Outcome};
 use crate::state::Workload;
+use crate::telemetry::ConnRecord;
 
 /// What is known of a connection when it asks to be let in.
 #[derive(Clone, Debug)]
@@ -50,6 +51,7 @@ async fn admit(
     live: &Rc<Live>,
     pod: &Arc<LocalPod>,
     request: &Request,
+    record: &mut ConnRecord,
 ) -> Result<(TcpStream, Registration, Arc<Workload>), Outcome> {
     let registration = live.register(pod, request.identity.clone(), request.source, request.target);
     let (_, workload) = shared.known(pod).await?;
@@ -63,13 +65,13 @@ async fn admit(
         }
     });
     match decided.await {
-        Some(result) => {
-            result?;
-        }
+        Some(result) => record.dry_run = result?.dry_run,
         None => {
             // Still pending: say which policy is missing.
             let snapshot = shared.reader.load();
-            decide::decide(&snapshot, &workload, request.identity.as_ref(), request.source, request.target)?;
+            let verdict =
+                decide::decide(&snapshot, &workload, request.identity.as_ref(), request.source, request.target)?;
+            record.dry_run = verdict.dry_run;
         }
     }
     let dial = pod.sockets.connect_from(request.source, request.target);

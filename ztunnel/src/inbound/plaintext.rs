@@ -48,7 +48,7 @@ async fn carry(
     // Boxed: what it takes to open a connection must not weigh on it while it is idle.
     let admitted = Box::pin(async {
         let permit = pod.connection(&pod.inbound)?;
-        let admitted = admit(shared, live, pod, &request).await?;
+        let admitted = admit(shared, live, pod, &request, record).await?;
         Ok((permit, admitted))
     });
     let (_permit, (server, registration, workload)) = match admitted.await {

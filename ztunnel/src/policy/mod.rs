@@ -12,4 +12,6 @@ mod tests;
 mod verdict;
 
 pub use l4::{Facts, evaluate, evaluated};
-pub use verdict::{Code, DryRun, Verdict, WouldBe};
+pub use verdict::{Code, Verdict};
+
+pub use crate::outcome::{DryRun, WouldBe};

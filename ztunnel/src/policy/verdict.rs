@@ -6,6 +6,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::outcome::DryRun;
+
 /// Why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Code {
@@ -21,28 +23,6 @@ pub enum Code {
     MtlsRequired,
     /// A policy that the destination needs has not arrived.
     PolicyPending,
-}
-
-/// What a dry-run policy would have done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WouldBe {
-    /// A rule of a DENY policy matched.
-    Denied,
-    /// A rule of an ALLOW policy matched.
-    Allowed,
-    /// An ALLOW policy, and none of its rules matched.
-    NotAllowed,
-}
-
-/// One dry-run policy's say. It had no effect.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DryRun {
-    /// `<namespace>/<name>`.
-    pub policy: Arc<str>,
-    /// Index of the rule that matched.
-    pub rule: Option<usize>,
-    /// What it would have done.
-    pub would_be: WouldBe,
 }
 
 /// See the module's header.

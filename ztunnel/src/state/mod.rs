@@ -15,6 +15,7 @@ mod cow;
 mod endpoints;
 #[cfg(test)]
 pub mod fixtures;
+mod narrowed;
 mod policy;
 mod service;
 mod snapshot;

@@ -34,6 +34,8 @@ pub struct Snapshot {
     pub(super) policies: CowMap<Arc<str>, Arc<Policy>>,
     pub(super) global_policies: Arc<[Arc<Policy>]>,
     pub(super) namespace_policies: CowMap<Arc<str>, Arc<[Arc<Policy>]>>,
+    /// Old versions of policies that have just got a selector; nearly always none.
+    pub(super) narrowed: Arc<[Arc<Policy>]>,
 }
 
 /// A network, a range of virtual addresses in it, and whose it is.
@@ -56,6 +58,7 @@ impl Snapshot {
             policies: CowMap::new(),
             global_policies: Arc::from([]),
             namespace_policies: CowMap::new(),
+            narrowed: Arc::from([]),
         }
     }
 
@@ -167,7 +170,10 @@ impl Snapshot {
         let named = workload.policies.iter().filter_map(|id| self.policies.get(id));
         let namespace: &[Arc<Policy>] =
             self.namespace_policies.get(&workload.namespace).map_or(&[], |policies| &**policies);
-        self.global_policies.iter().chain(namespace).chain(named.filter(move |policy| !implied(policy)))
+        // Who names the policy has its new version.
+        let narrowed = self.narrowed.iter().filter(move |old| implied(old) && !workload.policies.contains(&old.id));
+        let named = named.filter(move |policy| !implied(policy));
+        self.global_policies.iter().chain(namespace).chain(named).chain(narrowed)
     }
 
     /// A policy that the workload names and that is not here. The store stages such workloads, so there is one only if

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
+use crate::state::narrowed::Narrowed;
 use crate::state::snapshot::workload_order;
 use crate::state::{Endpoints, LogEntry, LogName, Policy, Scope, Service, ServiceSpec, Snapshot, VersionLog, Workload};
 
@@ -44,6 +45,8 @@ pub struct Applied {
     pub published: bool,
     /// Workloads that wait for policies.
     pub staged: usize,
+    /// When to apply again although nothing was said (an empty update does), microseconds since the Unix epoch.
+    pub again_us: Option<u64>,
 }
 
 /// A new, empty store.
@@ -62,6 +65,7 @@ pub fn store() -> (Writer, Reader) {
         users: HashMap::new(),
         rejected: HashMap::new(),
         zombies: BTreeSet::new(),
+        narrowed: Narrowed::default(),
         touched: BTreeSet::new(),
         log: BTreeMap::new(),
         shared: shared.clone(),
@@ -113,6 +117,8 @@ pub struct Writer {
     rejected: HashMap<Arc<str>, Arc<str>>,
     /// Removed policies that workloads still name.
     zombies: BTreeSet<Arc<str>>,
+    /// Old versions that hold a little longer.
+    narrowed: Narrowed,
     /// Services whose endpoints must be prepared again before the next publication.
     touched: BTreeSet<Arc<str>>,
     /// What the next publication changes.
@@ -130,11 +136,11 @@ impl Writer {
                 Change::Workload(workload) => self.offer(workload),
                 Change::Service(spec) => self.put_service(spec),
                 Change::Policy(policy) => {
-                    self.put_policy(policy);
+                    self.put_policy(policy, now_unix_us);
                     policies_changed = true;
                 }
                 Change::PolicyRejected(stand_in) => {
-                    self.reject_policy(stand_in);
+                    self.reject_policy(stand_in, now_unix_us);
                     policies_changed = true;
                 }
                 Change::AddressRemoved(name) => self.remove_address(&name),
@@ -147,13 +153,15 @@ impl Writer {
             self.unstage();
         }
         self.bury_zombies();
+        self.expire_narrowed(now_unix_us);
         self.rebuild_touched();
         let synced = (self.next.addresses_synced, self.next.policies_synced);
         let published = !self.log.is_empty() || synced != was_synced;
         if published {
             self.publish(now_unix_us);
         }
-        Applied { generation: self.next.generation, published, staged: self.staged.len() }
+        let again_us = self.narrowed.next();
+        Applied { generation: self.next.generation, published, staged: self.staged.len(), again_us }
     }
 
     /// Nothing is left to do between updates.
@@ -335,18 +343,18 @@ impl Writer {
 
     // Policies.
 
-    fn put_policy(&mut self, policy: Arc<Policy>) {
+    fn put_policy(&mut self, policy: Arc<Policy>, now_us: u64) {
         self.zombies.remove(&policy.id);
         self.rejected.remove(&policy.id);
-        self.enforce(policy);
+        self.enforce(policy, now_us);
     }
 
-    fn reject_policy(&mut self, stand_in: Arc<Policy>) {
+    fn reject_policy(&mut self, stand_in: Arc<Policy>, now_us: u64) {
         self.rejected.insert(stand_in.id.clone(), stand_in.version.clone());
         let held = self.next.policies.get(&stand_in.id);
         if held.is_none_or(|held| held.stand_in.is_some()) {
             self.zombies.remove(&stand_in.id);
-            self.enforce(stand_in);
+            self.enforce(stand_in, now_us);
         } else {
             // A removed policy that came back unreadable is not removed.
             self.zombies.remove(&stand_in.id);
@@ -358,15 +366,38 @@ impl Writer {
         if self.next.policies.get(id).is_some() {
             self.zombies.insert(id.clone());
         }
+        if self.narrowed.removed(id) {
+            self.show_narrowed([id.clone()]);
+        }
     }
 
-    fn enforce(&mut self, policy: Arc<Policy>) {
+    /// Lets old versions go that held long enough.
+    fn expire_narrowed(&mut self, now_us: u64) {
+        let over = self.narrowed.expire(now_us);
+        if !over.is_empty() {
+            self.show_narrowed(over);
+        }
+    }
+
+    /// The old versions of `ids` hold no longer.
+    fn show_narrowed(&mut self, ids: impl IntoIterator<Item = Arc<str>>) {
+        self.next.narrowed = self.narrowed.list();
+        for id in ids {
+            let left = self.next.policies.get(&id).map(|policy| policy.version.clone());
+            self.log.insert(LogName::Authorization(id), left);
+        }
+    }
+
+    fn enforce(&mut self, policy: Arc<Policy>, now_us: u64) {
         let old = self.next.policies.get(&policy.id).cloned();
         if old.as_ref() == Some(&policy) {
             return;
         }
         self.log.insert(LogName::Authorization(policy.id.clone()), Some(policy.version.clone()));
         self.next.policies.insert(policy.id.clone(), policy.clone());
+        if self.narrowed.replaced(old.as_ref(), &policy, now_us) {
+            self.next.narrowed = self.narrowed.list();
+        }
         self.index_policy(old.as_deref(), Some(&policy));
     }
 

@@ -279,7 +279,9 @@ fn implied_policies_follow_scope_and_namespace() {
     let (mut writer, reader) = store();
     writer.apply([with_scope(Scope::Namespace)], 1);
     assert_eq!(names(&reader), ["shop/p"]);
-    writer.apply([with_scope(Scope::Selector)], 2);
+    let applied = writer.apply([with_scope(Scope::Selector)], 2);
+    assert_eq!(names(&reader), ["shop/p"], "workloads may name it in a moment");
+    writer.apply([], applied.again_us.unwrap());
     assert!(names(&reader).is_empty());
     writer.apply([with_scope(Scope::Global)], 3);
     assert_eq!(names(&reader), ["shop/p"]);
@@ -287,6 +289,42 @@ fn implied_policies_follow_scope_and_namespace() {
     assert_eq!(names(&reader), ["shop/p"]);
     writer.apply([Change::PolicyRemoved("shop/p".into())], 5);
     assert!(names(&reader).is_empty());
+}
+
+#[test]
+fn a_policy_that_gets_a_selector_never_lets_go_of_who_it_selects() {
+    let held_to = |reader: &Reader, name: &str| {
+        let snapshot = reader.load();
+        let workload = snapshot.workload(&format!("Kubernetes//Pod/shop/{name}")).unwrap().clone();
+        snapshot.policies_for(&workload).map(|policy| policy.version.to_string()).collect::<Vec<_>>()
+    };
+    let version = |scope, version: &str| {
+        enforce(Policy { version: version.into(), ..policy("shop", "p", scope, Action::Deny, None) })
+    };
+    let (mut writer, reader) = store();
+    let other = || put(workload("shop", "web-0", "10.0.0.2"));
+    writer.apply([version(Scope::Namespace, "wide"), put(naming("v1", &[])), other()], 1);
+    let applied = writer.apply([version(Scope::Selector, "narrow")], 2);
+    for name in ["cart-0", "web-0"] {
+        assert_eq!(held_to(&reader, name), ["wide"], "nobody has named it yet");
+    }
+    writer.apply([put(naming("v2", &["p"]))], 3);
+    assert_eq!(held_to(&reader, "cart-0"), ["narrow"], "who names it has the new version, and that only");
+    assert_eq!(held_to(&reader, "web-0"), ["wide"]);
+    let due = applied.again_us.unwrap();
+    assert!(!writer.apply([], due - 1).published);
+    assert!(writer.apply([], due).published, "live connections are looked at again");
+    assert_eq!((held_to(&reader, "cart-0"), held_to(&reader, "web-0")), (vec!["narrow".to_owned()], vec![]));
+
+    // Wide again, and removed: its past goes with it.
+    writer.apply([version(Scope::Selector, "n2"), version(Scope::Namespace, "w2")], due + 1);
+    assert_eq!(held_to(&reader, "web-0"), ["w2"]);
+    writer.apply(
+        [version(Scope::Selector, "n3"), put(naming("v3", &[])), Change::PolicyRemoved("shop/p".into())],
+        due + 2,
+    );
+    assert!(held_to(&reader, "web-0").is_empty() && held_to(&reader, "cart-0").is_empty());
+    assert_eq!(writer.apply([], due + 3).again_us, None);
 }
 
 #[test]
@@ -490,6 +528,8 @@ proptest! {
             stepwise.apply(batch.iter().cloned(), 1);
             check_invariants(&stepwise, &reader.load());
         }
+        // What holds a little longer is over.
+        stepwise.apply([], u64::MAX);
         let kept = reader.load();
         // From scratch: policies in force, then services, then workloads as they are in force.
         let (mut rebuilt, again) = store();

@@ -11,9 +11,9 @@ use std::time::Instant;
 use tulle_certs::SpiffeId;
 
 use crate::base::Counts;
-use crate::outcome::{Code, Fault, Outcome};
+use crate::outcome::{Code, DryRun, Fault, Outcome};
 use crate::state::{Service, Workload};
-use crate::telemetry::metrics::{DenialLabels, Metrics, TcpLabels};
+use crate::telemetry::metrics::{DenialLabels, DryRunLabels, Metrics, TcpLabels};
 
 /// Which side of the mesh reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +66,8 @@ pub struct ConnRecord {
     pub service: Option<Arc<Service>>,
     /// Trace id shared by the records of both nodes.
     pub trace: Option<String>,
+    /// What policies would have said that are only tried.
+    pub dry_run: Vec<DryRun>,
     /// Bytes so far.
     pub counts: Rc<Counts>,
     labels: Option<TcpLabels>,
@@ -86,6 +88,7 @@ impl ConnRecord {
             hbone: None,
             service: None,
             trace: None,
+            dry_run: Vec::new(),
             counts: Rc::default(),
             labels: None,
             finished: false,
@@ -136,6 +139,14 @@ impl ConnRecord {
             let labels = DenialLabels { reporter, code: outcome.code.name(), policy, rule };
             metrics.denials.get_or_create(&labels).inc();
         }
+        for dry in self.dry_run.iter().chain(&outcome.dry_run) {
+            let labels = DryRunLabels {
+                policy: dry.policy.clone(),
+                would_be: dry.would_be.word(),
+                rule: dry.rule.map_or_else(String::new, |rule| rule.to_string()),
+            };
+            self.metrics.dry_run.get_or_create(&labels).inc();
+        }
         self.log(outcome);
     }
 
@@ -146,6 +157,7 @@ impl ConnRecord {
         // Bytes sent and received by the local workload.
         let (sent, received) = if self.direction == Direction::Outbound { (up, down) } else { (down, up) };
         let ok = outcome.code.is_success();
+        let tried: Vec<String> = self.dry_run.iter().chain(&outcome.dry_run).map(ToString::to_string).collect();
         macro_rules! line {
             ($level:ident, $message:literal) => {
                 tracing::$level!(
@@ -169,6 +181,7 @@ impl ConnRecord {
                     code = (!ok).then(|| outcome.code.name()),
                     policy = outcome.policy.as_deref(),
                     rule = outcome.rule,
+                    dry_run = (!tried.is_empty()).then(|| tried.join(", ")),
                     error = (!ok).then_some(&*outcome.detail)
                     },
                     $message

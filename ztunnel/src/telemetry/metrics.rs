@@ -56,6 +56,17 @@ pub struct DenialLabels {
     pub rule: String,
 }
 
+/// Labels of what policies would have done that are only tried (`istio.io/dry-run`).
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct DryRunLabels {
+    /// `<namespace>/<name>`.
+    pub policy: Arc<str>,
+    /// [`crate::outcome::WouldBe`].
+    pub would_be: &'static str,
+    /// Index of the rule that matched, or empty.
+    pub rule: String,
+}
+
 /// Labels of build information.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct BuildLabels {
@@ -78,6 +89,8 @@ pub struct Metrics {
     pub sent: Family<TcpLabels, Counter>,
     /// Refusals by policy.
     pub denials: Family<DenialLabels, Counter>,
+    /// What policies would have done that are only tried.
+    pub dry_run: Family<DryRunLabels, Counter>,
     /// Live inbound connections.
     pub inbound: Gauge,
     /// Live outbound connections.
@@ -106,6 +119,7 @@ impl Metrics {
             received: Family::default(),
             sent: Family::default(),
             denials: Family::default(),
+            dry_run: Family::default(),
             inbound: Gauge::default(),
             outbound: Gauge::default(),
             shed: Counter::default(),
@@ -129,6 +143,11 @@ impl Metrics {
             registry.register(name, help, family.clone());
         }
         registry.register("tulle_denials", "Connections refused by a policy", metrics.denials.clone());
+        registry.register(
+            "tulle_dry_run",
+            "Connections that a policy of istio.io/dry-run would have decided",
+            metrics.dry_run.clone(),
+        );
         registry.register("tulle_connections_shed", "Connections refused for lack of room", metrics.shed.clone());
         registry.register("tulle_inbound_connections", "Live inbound connections", metrics.inbound.clone());
         registry.register("tulle_outbound_connections", "Live outbound connections", metrics.outbound.clone());

@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 use prost_types::value::Kind;
 use prost_types::{Struct, Value};
 use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request};
 use tulle_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
@@ -18,7 +19,7 @@ use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node
 use tulle_proto::names::HEADER_TULLE_TYPES;
 
 use crate::identity::{Control, ControlError, backoff, status_text};
-use crate::state::Writer;
+use crate::state::{Applied, Writer};
 use crate::xds::monitor::{Monitor, Termination};
 use crate::xds::session::Session;
 
@@ -141,10 +142,20 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
     tracing::info!(address = control.address, "xDS stream open");
     let mut responses = response.into_inner();
     let mut useful = false;
+    let mut again: Option<Instant> = None;
     loop {
-        match responses.message().await {
+        let message = tokio::select! {
+            message = responses.message() => message,
+            // Something holds for a while only. Between streams it holds on, which is the safe side.
+            () = sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => {
+                again = due(writer.apply([], unix_us()).again_us);
+                continue;
+            }
+        };
+        match message {
             Ok(Some(response)) => {
-                let answer = take(session, writer, monitor, response);
+                let (answer, applied) = take(session, writer, monitor, response);
+                again = due(applied.again_us);
                 useful = true;
                 if let Some(answer) = answer
                     && requests.send_timeout(answer, SEND_TIMEOUT).await.is_err()
@@ -168,7 +179,7 @@ fn take(
     writer: &mut Writer,
     monitor: &Monitor,
     response: DeltaDiscoveryResponse,
-) -> Option<DeltaDiscoveryRequest> {
+) -> (Option<DeltaDiscoveryRequest>, Applied) {
     let bytes = response.resources.iter().map(|resource| prost::Message::encoded_len(resource) as u64).sum();
     monitor.message(&response.type_url, bytes);
     let type_url = response.type_url.clone();
@@ -183,7 +194,14 @@ fn take(
     let applied = writer.apply(outcome.changes, unix_us());
     let generation = applied.generation;
     tracing::debug!(type_url, resources, generation, staged = applied.staged, "applied a response");
-    outcome.answer
+    (outcome.answer, applied)
+}
+
+/// The moment of a time of the wall clock.
+fn due(at_us: Option<u64>) -> Option<Instant> {
+    let left = Duration::from_micros(at_us?.saturating_sub(unix_us()));
+    // Should the clock jump, it is looked at again.
+    Some(Instant::now() + left.min(Duration::from_secs(10)))
 }
 
 fn by_status(status: &tonic::Status, useful: bool) -> Ended {
