@@ -69,7 +69,7 @@ fn dialer(cert: Arc<WorkloadCert>) -> Dialer {
     let netns = Netns::open(Path::new("/proc/self/ns/net")).unwrap();
     let options = Options { mark: 0, keepalive: None, user_timeout: None, reuse_port: false };
     let sockets = Arc::new(PodSockets::new(netns, NetnsThread::start().unwrap(), options));
-    Dialer { sockets, cert, budget: Budget::new(64 << 20) }
+    Dialer { sockets, cert, budget: Budget::new(64 << 20), patience: Config::default().patience() }
 }
 
 fn key(expected: &str, address: SocketAddr) -> Key {

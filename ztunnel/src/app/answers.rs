@@ -19,7 +19,7 @@ use crate::app::pods::Pods;
 use crate::flow::Shared;
 use crate::identity::CertStatus;
 use crate::inbound;
-use crate::lb;
+use crate::lb::{self, Chance};
 use crate::outbound::decide::{Plan, decide};
 use crate::policy;
 use crate::state::{IpFamily, Protocol, Service, Snapshot, Workload};
@@ -187,7 +187,7 @@ impl Answers {
             self.unenrolled(&snapshot, source, destination, &mut answer);
             return Ok(answer);
         }
-        match decide(&snapshot, source, &self.shared.network, destination, 0) {
+        match decide(&snapshot, source, &self.shared.network, destination, &Chance::of(0)) {
             Err(outcome) => {
                 answer.plan = "refuse".to_owned();
                 answer.code = outcome.code.name().to_owned();
@@ -239,7 +239,7 @@ impl Answers {
 
     /// An unenrolled pod is balanced by the cluster; what it can reach is still worth saying.
     fn unenrolled(&self, snapshot: &Snapshot, source: &Workload, destination: SocketAddr, answer: &mut OutboundAnswer) {
-        let Ok(plan) = decide(snapshot, source, &self.shared.network, destination, 0) else { return };
+        let Ok(plan) = decide(snapshot, source, &self.shared.network, destination, &Chance::of(0)) else { return };
         answer.service = plan.service().map(|service| service.key()).unwrap_or_default();
         answer.endpoints = self.endpoints(snapshot, source, &plan, destination);
         for endpoint in &mut answer.endpoints {

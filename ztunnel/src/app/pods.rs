@@ -574,6 +574,7 @@ impl PodTask {
             service_account: self.pod.service_account.as_str().into(),
             cluster: env.shared.cluster.clone(),
             refused: AtomicU64::new(0),
+            bound: Mutex::default(),
         });
         serve_pod(&env.workers, self.home, &env.shared, &local, listeners, &captured_watch, &tunnels_watch)
             .map_err(|error| error.to_string())?;

@@ -1,7 +1,8 @@
-//! What a worker owns: its tunnels, and the table of its live inbound connections.
+//! What a worker owns: its tunnels, the table of its live inbound connections, and what it knows of dead endpoints.
 //!
-//! Neither is ever seen by another thread: a flow is placed once, at accept, and its tunnel is found on the same worker.
+//! None of it is ever seen by another thread: a flow is placed once, at accept, and its tunnel is found on the same worker.
 
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -11,12 +12,15 @@ use crate::flow::{LocalPod, Shared};
 use crate::hbone::pool::Pool;
 use crate::inbound;
 use crate::inbound::recheck::Live;
+use crate::lb::Failing;
 use crate::outbound;
 
 /// Lives on one thread.
 pub struct Worker {
     /// Its tunnels.
     pub pool: Rc<Pool>,
+    /// Endpoints that it could not reach lately.
+    pub failing: Rc<RefCell<Failing>>,
     /// Its live inbound connections.
     pub live: Rc<Live>,
 }
@@ -24,7 +28,7 @@ pub struct Worker {
 impl Worker {
     /// An idle worker.
     pub fn new(shared: &Shared) -> Self {
-        Self { pool: Pool::new(shared.hbone), live: Rc::default() }
+        Self { pool: Pool::new(shared.hbone), failing: Rc::default(), live: Rc::default() }
     }
 }
 
@@ -54,7 +58,8 @@ pub fn serve_pod(
     let outgoing: Accepted<Worker> = {
         let (shared, pod) = (shared.clone(), pod.clone());
         Arc::new(move |worker, tcp, load| {
-            let flow = outbound::serve(shared.clone(), worker.pool.clone(), pod.clone(), tcp);
+            let (pool, failing) = (worker.pool.clone(), worker.failing.clone());
+            let flow = outbound::serve(shared.clone(), pool, failing, pod.clone(), tcp);
             spawn(async move {
                 flow.await;
                 drop(load);

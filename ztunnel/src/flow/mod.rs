@@ -8,8 +8,8 @@ mod gate;
 
 use std::future::Future;
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
@@ -20,6 +20,7 @@ use crate::base::sockets::PodSockets;
 pub use crate::flow::gate::{Gate, GateLimits, Pass};
 use crate::hbone;
 use crate::identity::Identities;
+use crate::lb::Bound;
 use crate::outcome::{Code, Outcome};
 use crate::relay;
 use crate::state::{Reader, Snapshot, Workload};
@@ -99,6 +100,9 @@ pub struct LocalPod {
     pub cluster: Arc<str>,
     /// Connections refused for lack of budget.
     pub refused: AtomicU64,
+    /// Endpoints that services with session affinity have bound the pod to. Locked for such connections only, and not
+    /// while anything is waited for.
+    pub bound: Mutex<Bound>,
 }
 
 /// One unit of a budget, until dropped.

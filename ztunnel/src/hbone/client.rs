@@ -37,6 +37,17 @@ pub struct Dialer {
     pub cert: Arc<WorkloadCert>,
     /// What the source pod may buffer.
     pub budget: Arc<Budget>,
+    /// How long the port is waited for.
+    pub patience: Patience,
+}
+
+/// How long a next hop is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// TCP connect.
+    pub connect: Duration,
+    /// Time in which a refused port is tried again.
+    pub refused: Duration,
 }
 
 /// An open tunnel.
@@ -92,7 +103,7 @@ pub async fn connect(
     expected: &[SpiffeId],
     config: Config,
 ) -> Result<Tunnel, Outcome> {
-    let tcp = connect_tcp(&dialer.sockets, address, config).await?;
+    let tcp = connect_tcp(&dialer.sockets, address, dialer.patience).await?;
     let handshake = handshake(tcp, dialer, address, expected, config);
     timeout(config.handshake_timeout, handshake).await.unwrap_or_else(|_| {
         let text = format!("{address} did not finish the handshake within {} s", config.handshake_timeout.as_secs());
@@ -100,11 +111,11 @@ pub async fn connect(
     })
 }
 
-async fn connect_tcp(sockets: &PodSockets, address: SocketAddr, config: Config) -> Result<TcpStream, Outcome> {
-    let give_up = Instant::now() + config.refused_retry;
+async fn connect_tcp(sockets: &PodSockets, address: SocketAddr, patience: Patience) -> Result<TcpStream, Outcome> {
+    let give_up = Instant::now() + patience.refused;
     let mut pause = Duration::from_millis(20);
     loop {
-        match timeout(config.connect_timeout, sockets.connect(address)).await {
+        match timeout(patience.connect, sockets.connect(address)).await {
             Ok(Ok(tcp)) => return Ok(tcp),
             Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused && Instant::now() + pause < give_up => {
                 sleep(pause).await;
@@ -114,7 +125,7 @@ async fn connect_tcp(sockets: &PodSockets, address: SocketAddr, config: Config) 
             Err(_) => {
                 let text = format!(
                     "tunnel to {address}: no answer within {} s; maybe a firewall or NetworkPolicy drops port {}",
-                    config.connect_timeout.as_secs(),
+                    patience.connect.as_secs(),
                     address.port()
                 );
                 return Err(Outcome::new(Code::ConnectTimeout, text));

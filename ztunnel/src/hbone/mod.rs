@@ -33,6 +33,13 @@ pub struct Config {
     pub refused_retry: Duration,
 }
 
+impl Config {
+    /// For the last or only address that may be tried.
+    pub fn patience(&self) -> client::Patience {
+        client::Patience { connect: self.connect_timeout, refused: self.refused_retry }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {

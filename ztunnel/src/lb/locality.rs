@@ -1,8 +1,10 @@
-//! How near an endpoint is to a client, by a service's routing preference; and the rows of a table that are near enough.
+//! How near an endpoint is to a client, by a service's routing preference; and the rows of a table by nearness.
 //!
 //! The peer's rules: scopes are compared one by one and the first that differs ends the comparison, so a rank is the length
 //! of the matching prefix. NETWORK as the first scope is preferred, not required. Scopes are not hierarchical.
 
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::state::{Endpoints, LocalityScope, Mode, PortTable, Service, Workload};
@@ -34,30 +36,26 @@ pub(super) fn rank(preference: &[LocalityScope], client: &Workload, endpoint: &W
     }
 }
 
-/// The rows of `table` that a client may choose from.
-pub(super) fn view(service: &Service, table: &PortTable, client: &Workload) -> Arc<PortTable> {
-    let endpoints = &service.endpoints;
-    let row = |index: usize| {
-        let candidate = &table.candidates[index];
-        let endpoint = &endpoints.all[candidate.endpoint as usize].workload;
-        (candidate, endpoint)
-    };
+/// The rows of `table` that a client may choose from, nearest first; several tables only where what is near may be left
+/// for what is farther.
+pub(super) fn tiers(service: &Service, table: &PortTable, client: &Workload) -> Arc<[PortTable]> {
     let preference = &service.lb.routing_preference;
-    // Another network is reached through its gateway only, which is not spoken yet.
-    let near: Vec<(usize, usize)> = (0..table.candidates.len())
-        .filter(|index| row(*index).1.network == client.network)
-        .map(|index| (index, rank(preference, client, row(index).1)))
-        .collect();
-    let wanted = match service.lb.mode {
-        Mode::All | Mode::Passthrough => None,
-        Mode::Failover => near.iter().map(|(_, rank)| *rank).max(),
-        Mode::Strict => Some(full_rank(preference)),
-    };
-    let rows = near.into_iter().filter(|(_, rank)| wanted.is_none_or(|wanted| wanted == *rank)).map(|(index, _)| {
-        let weight = u32::try_from(table.weight(index)).unwrap_or(u32::MAX);
-        (table.candidates[index].endpoint, table.candidates[index].target_port, weight)
-    });
-    Arc::new(PortTable::new(rows))
+    let mut by_rank: BTreeMap<Reverse<usize>, Vec<(u32, u16, u32)>> = BTreeMap::new();
+    for row in &table.candidates {
+        let Some(endpoint) = service.endpoints.all.get(row.endpoint as usize) else { continue };
+        // Another network is reached through its gateway only, which is not spoken yet.
+        if endpoint.workload.network != client.network {
+            continue;
+        }
+        let rank = match service.lb.mode {
+            Mode::All | Mode::Passthrough => 0,
+            Mode::Failover => rank(preference, client, &endpoint.workload),
+            Mode::Strict if rank(preference, client, &endpoint.workload) == full_rank(preference) => 0,
+            Mode::Strict => continue,
+        };
+        by_rank.entry(Reverse(rank)).or_default().push((row.endpoint, row.target_port, row.weight));
+    }
+    by_rank.into_values().map(|rows| PortTable::new(rows.into_iter())).collect()
 }
 
 /// The rank of an endpoint that matches every scope.

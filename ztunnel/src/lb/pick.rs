@@ -1,13 +1,14 @@
 //! The weighted draw, and what to say when there is nothing to draw from.
 //!
-//! [`pick`] maps 64 random bits to a row without bias that matters (multiply and shift over the sum of weights), and
-//! [`shares`] lists the same rows with their weights, so an explanation cannot differ from traffic.
+//! [`pick`] maps 64 random bits to a row without bias that matters, and [`shares`] lists the same rows with their weights,
+//! so an explanation cannot differ from traffic. A draw that meets an endpoint which failed lately is repeated; the
+//! nearest endpoints are left for farther ones only when all of them fail.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use crate::lb::locality;
+use crate::lb::{Bound, locality, work};
 use crate::state::{Candidate, IpFamilies, IpFamily, Mode, PortTable, Service, Snapshot, Workload};
 
 /// Where a connection goes.
@@ -19,6 +20,30 @@ pub struct Choice {
     pub ip: IpAddr,
     /// Port of the application.
     pub port: u16,
+    /// There are endpoints besides that were not tried yet.
+    pub others: bool,
+}
+
+/// What a choice depends on besides facts: chance, and experience.
+#[derive(Clone, Copy)]
+pub struct Chance<'a> {
+    /// 64 uniform bits.
+    pub random: u64,
+    /// The client pod's uid, in the place of chance where a service binds its clients.
+    pub pod: &'a str,
+    /// Endpoints that were tried for this connection. They are not chosen again.
+    pub tried: &'a [SocketAddr],
+    /// Whether an endpoint failed lately. It is chosen only if there is no other.
+    pub failing: &'a dyn Fn(SocketAddr) -> bool,
+    /// The uid of the endpoint that the client got last for this port, asked only if the service binds clients.
+    pub bound: &'a dyn Fn(&Service, u16) -> Option<Arc<str>>,
+}
+
+impl Chance<'_> {
+    /// No experience.
+    pub fn of(random: u64) -> Self {
+        Self { random, pod: "", tried: &[], failing: &|_| false, bound: &|_, _| None }
+    }
 }
 
 /// Why there is no choice. The text is for operators.
@@ -84,28 +109,31 @@ impl fmt::Display for NoChoice {
     }
 }
 
-/// Chooses an endpoint of `service` for a connection to its `port`. `random` is 64 uniform bits; `prefer` is the family
-/// of the address that the client dialled.
+/// Chooses an endpoint of `service` for a connection to its `port`. `prefer` is the family of the address that the client
+/// dialled.
 pub fn pick(
     snapshot: &Snapshot,
     service: &Service,
     port: u16,
     client: &Workload,
     prefer: IpFamily,
-    random: u64,
+    chance: &Chance<'_>,
 ) -> Result<Choice, NoChoice> {
     let _ = snapshot; // Waypoints and gateways will be looked up in it.
-    with_view(service, port, client, |table| {
-        let total = table.total();
-        // 0 ≤ drawn < total: the high half of a 128-bit product.
-        let drawn = ((u128::from(random) * u128::from(total)) >> 64) as u64;
-        let index = table.candidates.partition_point(|row| row.cumulative <= drawn);
-        table.candidates.get(index).and_then(|row| choice(service, row, prefer))
+    let binds = service.lb.affinity.is_some();
+    let bound = if binds { (chance.bound)(service, port) } else { None };
+    with_tiers(service, port, client, prefer, |tiers| {
+        let known = tiers.iter().map(|tier| tier.candidates.len()).sum::<usize>();
+        let random = if binds { Bound::first(chance.pod, &service.key(), port) } else { chance.random };
+        let chance = Chance { random, ..*chance };
+        let (index, tier) = draw(service, tiers, prefer, &chance, bound.as_deref())?;
+        let others = known > chance.tried.len() + 1;
+        tier.candidates.get(index).and_then(|row| choice(service, row, prefer, others))
     })?
     .ok_or_else(|| no_endpoint(service, port))
 }
 
-/// Every endpoint that [`pick`] may choose, with its share in percent.
+/// Every endpoint that [`pick`] may choose while none fails, with its share in percent.
 pub fn shares(
     snapshot: &Snapshot,
     service: &Service,
@@ -114,41 +142,112 @@ pub fn shares(
     prefer: IpFamily,
 ) -> Result<Vec<(Choice, f64)>, NoChoice> {
     let _ = snapshot;
-    let shares: Vec<_> = with_view(service, port, client, |table| {
-        let percent = |index| table.weight(index) as f64 * 100.0 / table.total() as f64;
-        let rows = table.candidates.iter().enumerate();
-        rows.filter_map(|(index, row)| Some((choice(service, row, prefer)?, percent(index)))).collect()
+    let shares: Vec<_> = with_tiers(service, port, client, prefer, |tiers| {
+        let nearest = tiers.first();
+        let known = tiers.iter().map(|tier| tier.candidates.len()).sum::<usize>();
+        let rows = nearest.into_iter().flat_map(|table| table.candidates.iter().map(move |row| (table, row)));
+        rows.filter_map(|(table, row)| {
+            let percent = f64::from(row.weight) * 100.0 / table.total() as f64;
+            Some((choice(service, row, prefer, known > 1)?, percent))
+        })
+        .collect()
     })?;
     if shares.is_empty() { Err(no_endpoint(service, port)) } else { Ok(shares) }
 }
 
-/// Calls `then` with the table that `client` draws from.
-fn with_view<T>(
+/// Calls `then` with the tables that `client` draws from, nearest first.
+fn with_tiers<T>(
     service: &Service,
     port: u16,
     client: &Workload,
-    then: impl FnOnce(&PortTable) -> T,
+    prefer: IpFamily,
+    then: impl FnOnce(&[PortTable]) -> T,
 ) -> Result<T, NoChoice> {
     if service.lb.mode == Mode::Passthrough {
         return Err(NoChoice::Passthrough);
     }
     let endpoints = &service.endpoints;
-    let Some(table) = endpoints.ports.get(&port) else {
+    let Some(tables) = endpoints.ports.get(&port) else {
         let has = endpoints.ports.keys().copied().collect();
         return Err(NoChoice::NoPort { service: service.key(), port, has });
     };
+    let table = tables.of(prefer);
     if locality::is_the_same_for_all(service, endpoints, client) {
-        return Ok(then(table));
+        return Ok(then(std::slice::from_ref(table)));
     }
     let place = locality::place(client);
-    let (of, kept) = table.view.get_or_init(|| (place.clone(), locality::view(service, table, client)));
-    if *of == place { Ok(then(kept)) } else { Ok(then(&locality::view(service, table, client))) }
+    let (of, kept) = table.tiers.get_or_init(|| (place.clone(), locality::tiers(service, table, client)));
+    if *of == place { Ok(then(kept)) } else { Ok(then(&locality::tiers(service, table, client))) }
 }
 
-fn choice(service: &Service, row: &Candidate, prefer: IpFamily) -> Option<Choice> {
+/// The row to use and the table it is in: the nearest that was not tried and does not fail; where all fail, the nearest
+/// that was not tried. A bound client keeps its endpoint as long as that one would do for others too.
+fn draw<'a>(
+    service: &Service,
+    tiers: &'a [PortTable],
+    prefer: IpFamily,
+    chance: &Chance<'_>,
+    bound: Option<&str>,
+) -> Option<(usize, &'a PortTable)> {
+    let all = &service.endpoints.all;
+    let address = |row: &Candidate| {
+        let ip = address(&all.get(row.endpoint as usize)?.workload, service.ip_families, prefer)?;
+        Some(SocketAddr::new(ip, row.target_port))
+    };
+    let untried = |row: &Candidate| address(row).is_some_and(|address| !chance.tried.contains(&address));
+    let well = |row: &Candidate| {
+        address(row).is_some_and(|address| !chance.tried.contains(&address) && !(chance.failing)(address))
+    };
+    let bound = bound.and_then(|uid| all.binary_search_by(|endpoint| (*endpoint.workload.uid).cmp(uid)).ok());
+    let bound = bound.and_then(|index| u32::try_from(index).ok());
+    let of_tier = |tier: &'a PortTable, usable: &dyn Fn(&Candidate) -> bool| {
+        let kept = bound.and_then(|endpoint| tier.row_of(endpoint)).filter(|row| usable(&tier.candidates[*row]));
+        Some((kept.or_else(|| draw_usable(tier, chance.random, usable))?, tier))
+    };
+    let first = tiers.iter().find_map(|tier| of_tier(tier, &well));
+    first.or_else(|| tiers.iter().find_map(|tier| of_tier(tier, &untried)))
+}
+
+/// Draws that are made before all rows are looked at. With half of the weight unusable, one in 65,000 needs that.
+const DRAWS: usize = 16;
+
+/// A usable row, by weight. The work does not depend on the number of rows unless most of them are unusable, and what
+/// makes one unusable is bounded (`failing`).
+fn draw_usable(table: &PortTable, random: u64, usable: &dyn Fn(&Candidate) -> bool) -> Option<usize> {
+    let mut random = random;
+    for _ in 0..DRAWS {
+        let row = table.draw(random)?;
+        work::looked_at(1);
+        if usable(&table.candidates[row]) {
+            return Some(row);
+        }
+        random = mix(random);
+    }
+    work::looked_at(table.candidates.len());
+    let rest = table.candidates.iter().enumerate().filter(|(_, row)| usable(row));
+    let total: u64 = rest.clone().map(|(_, row)| u64::from(row.weight)).sum();
+    let mut left = ((u128::from(random) * u128::from(total)) >> 64) as u64;
+    let mut rest = rest;
+    rest.find(|(_, row)| {
+        let found = left < u64::from(row.weight);
+        left = left.saturating_sub(row.weight.into());
+        found
+    })
+    .map(|(index, _)| index)
+}
+
+/// The next number of a sequence that looks random (a step of SplitMix64).
+fn mix(random: u64) -> u64 {
+    let mixed = random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
+}
+
+fn choice(service: &Service, row: &Candidate, prefer: IpFamily, others: bool) -> Option<Choice> {
     let workload = &service.endpoints.all.get(row.endpoint as usize)?.workload;
     let ip = address(workload, service.ip_families, prefer)?;
-    Some(Choice { workload: workload.clone(), ip, port: row.target_port })
+    Some(Choice { workload: workload.clone(), ip, port: row.target_port, others })
 }
 
 /// The first address of an allowed family, the preferred family first.
@@ -165,7 +264,7 @@ fn no_endpoint(service: &Service, port: u16) -> NoChoice {
         port,
         known: all.len(),
         healthy: all.iter().filter(|endpoint| endpoint.admitted).count(),
-        candidates: service.endpoints.ports.get(&port).map_or(0, |table| table.candidates.len()),
+        candidates: service.endpoints.ports.get(&port).map_or(0, |tables| tables.all.candidates.len()),
         mode: service.lb.mode,
     }
 }

@@ -3,16 +3,18 @@
 //! Draws use a fixed sequence, so a failure repeats. The χ² bound has a chance of about one in ten thousand to fail for a
 //! correct sequence, and the sequence never changes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use proptest::prelude::*;
 
-use crate::lb::{NoChoice, pick, shares};
+use crate::lb::{Chance, NoChoice, pick, shares, work};
 use crate::state::fixtures::{behind, port, service, snapshot, workload};
 use crate::state::{
-    Change, HealthPolicy, IpFamilies, IpFamily, LoadBalancing, Locality, LocalityScope, Mode, ServiceSpec, Snapshot,
-    Workload,
+    Change, HealthPolicy, IpFamilies, IpFamily, LoadBalancing, Locality, LocalityScope, Mode, Service, ServiceSpec,
+    Snapshot, Workload,
 };
 
 /// A sequence of 64-bit numbers that looks random (SplitMix64).
@@ -66,7 +68,7 @@ fn draws_follow_the_weights() {
     let mut drawn = BTreeMap::<String, u32>::new();
     let draws = 100_000;
     for random in numbers(7).take(draws) {
-        let choice = pick(&snapshot, service, 80, &client(), IpFamily::V4, random).unwrap();
+        let choice = pick(&snapshot, service, 80, &client(), IpFamily::V4, &Chance::of(random)).unwrap();
         *drawn.entry(choice.workload.name.to_string()).or_default() += 1;
         assert_eq!(choice.port, 8080);
     }
@@ -87,7 +89,11 @@ fn the_ends_of_the_range_are_the_first_and_the_last_endpoint() {
     let snapshot = mesh(cart(), ["a", "b", "c"].map(|name| at(name, "", "", "")));
     let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
     let name = |random| {
-        pick(&snapshot, service, 80, &at("x", "", "", ""), IpFamily::V4, random).unwrap().workload.name.to_string()
+        pick(&snapshot, service, 80, &at("x", "", "", ""), IpFamily::V4, &Chance::of(random))
+            .unwrap()
+            .workload
+            .name
+            .to_string()
     };
     assert_eq!((name(0), name(u64::MAX / 2), name(u64::MAX)), ("a".into(), "b".into(), "c".into()));
 }
@@ -134,7 +140,8 @@ fn locality_narrows_as_the_peer_does() {
         ),
     ];
     for (name, mode, routing_preference, endpoints, expected) in cases {
-        let lb = LoadBalancing { routing_preference, mode, health_policy: HealthPolicy::OnlyHealthy };
+        let lb =
+            LoadBalancing { routing_preference, mode, health_policy: HealthPolicy::OnlyHealthy, ..Default::default() };
         let snapshot = mesh(ServiceSpec { lb, ..cart() }, endpoints);
         // Twice: the second answer comes from the kept view.
         for _ in 0..2 {
@@ -155,6 +162,125 @@ fn a_client_of_another_place_does_not_get_the_kept_view() {
     }
 }
 
+/// Names of what is drawn, with experience.
+fn drawn(snapshot: &Snapshot, client: &Workload, tried: &[&str], failing: &[&str]) -> BTreeSet<String> {
+    let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
+    let tried: Vec<SocketAddr> = tried.iter().map(|ip| format!("{ip}:8080").parse().unwrap()).collect();
+    let failing: Vec<SocketAddr> = failing.iter().map(|ip| format!("{ip}:8080").parse().unwrap()).collect();
+    let one = |random| {
+        let fails = |endpoint| failing.contains(&endpoint);
+        let chance = Chance { tried: &tried, failing: &fails, ..Chance::of(random) };
+        pick(snapshot, service, 80, client, IpFamily::V4, &chance).ok().map(|choice| choice.workload.name.to_string())
+    };
+    numbers(11).take(400).filter_map(one).collect()
+}
+
+#[test]
+fn experience_narrows_the_choice_but_never_empties_it_before_all_were_tried() {
+    let (node, zone, far) = (at("node", "r1", "z1", "n1"), at("zone", "r1", "z1", "n2"), at("far", "r2", "z9", "n4"));
+    let ip = |workload: &Workload| workload.addresses[0].to_string();
+    let (a, b, c) = (ip(&node), ip(&zone), ip(&far));
+    let preference = vec![LocalityScope::Zone, LocalityScope::Node];
+    type Case<'a> = (&'static str, Mode, Vec<&'a str>, Vec<&'a str>, Vec<&'static str>);
+    let cases: Vec<Case<'_>> = vec![
+        ("nothing known", Mode::All, vec![], vec![], vec!["far", "node", "zone"]),
+        ("one fails", Mode::All, vec![], vec![&a], vec!["far", "zone"]),
+        ("one was tried", Mode::All, vec![&b], vec![], vec!["far", "node"]),
+        ("all fail", Mode::All, vec![], vec![&a, &b, &c], vec!["far", "node", "zone"]),
+        ("all but the failing one were tried", Mode::All, vec![&a, &b], vec![&c], vec!["far"]),
+        ("all were tried", Mode::All, vec![&a, &b, &c], vec![], vec![]),
+        ("the node fails", Mode::Failover, vec![], vec![&a], vec!["zone"]),
+        ("the zone fails", Mode::Failover, vec![], vec![&a, &b], vec!["far"]),
+        ("everything fails", Mode::Failover, vec![], vec![&a, &b, &c], vec!["node"]),
+        ("everything fails and the node was tried", Mode::Failover, vec![&a], vec![&a, &b, &c], vec!["zone"]),
+        ("strict stays where it must", Mode::Strict, vec![], vec![&a], vec!["node"]),
+        ("strict has nowhere else to go", Mode::Strict, vec![&a], vec![], vec![]),
+    ];
+    for (name, mode, tried, failing, expected) in cases {
+        let lb = LoadBalancing { routing_preference: preference.clone(), mode, ..Default::default() };
+        let snapshot = mesh(ServiceSpec { lb, ..cart() }, [node.clone(), zone.clone(), far.clone()]);
+        let seen = drawn(&snapshot, &client(), &tried, &failing);
+        assert_eq!(seen.into_iter().collect::<Vec<_>>(), expected, "{name}");
+    }
+}
+
+#[test]
+fn a_bound_client_stays_until_its_endpoint_goes_and_others_keep_theirs() {
+    let lb = LoadBalancing { affinity: Some(Duration::from_secs(10)), ..Default::default() };
+    let spec = ServiceSpec { lb, ..cart() };
+    let endpoints: Vec<Workload> = ["a", "b", "c", "d"].map(|name| at(name, "", "", "")).into();
+    let chosen = |snapshot: &Snapshot, pod: &str, bound: Option<&str>, random| {
+        let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
+        let bound = |_: &Service, _: u16| bound.map(|name| Arc::from(format!("Kubernetes//Pod/shop/{name}")));
+        let chance = Chance { pod, bound: &bound, ..Chance::of(random) };
+        pick(snapshot, service, 80, &client(), IpFamily::V4, &chance).unwrap().workload.name.to_string()
+    };
+    let all = mesh(spec.clone(), endpoints.clone());
+    for random in numbers(3).take(50) {
+        assert_eq!(chosen(&all, "p", Some("c"), random), "c", "whatever chance says");
+        assert_eq!(chosen(&all, "p", None, random), chosen(&all, "p", None, 0), "the first choice is no chance either");
+    }
+    let pods: BTreeSet<String> = (0..100).map(|pod| chosen(&all, &format!("pod-{pod}"), None, 0)).collect();
+    assert_eq!(pods.len(), 4, "different pods spread over the endpoints: {pods:?}");
+    let without = mesh(spec, endpoints.into_iter().filter(|endpoint| *endpoint.name != *"c"));
+    assert_ne!(chosen(&without, "p", Some("c"), 1), "c");
+    let moved = chosen(&without, "p", Some("c"), 1);
+    assert_eq!(chosen(&without, "p", Some(&moved), 2), moved);
+}
+
+#[test]
+fn a_client_gets_endpoints_of_its_own_family_and_others_only_where_there_is_none() {
+    let with = |name: &str, addresses: &[&str]| Workload {
+        addresses: addresses.iter().map(|ip| ip.parse().unwrap()).collect(),
+        ..workload("shop", name, "10.0.0.9")
+    };
+    let both = with("both", &["10.0.0.1", "2001:db8::1"]);
+    let (four, six) = (with("four", &["10.0.0.2"]), with("six", &["2001:db8::2"]));
+    let names = |endpoints: Vec<Workload>, prefer| {
+        let snapshot = mesh(cart(), endpoints);
+        let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
+        let shares = shares(&snapshot, service, 80, &client(), prefer).unwrap();
+        shares.iter().map(|(choice, _)| format!("{} {}", choice.workload.name, choice.ip)).collect::<Vec<_>>()
+    };
+    let all = || vec![both.clone(), four.clone(), six.clone()];
+    assert_eq!(names(all(), IpFamily::V4), ["both 10.0.0.1", "four 10.0.0.2"]);
+    assert_eq!(names(all(), IpFamily::V6), ["both 2001:db8::1", "six 2001:db8::2"]);
+    assert_eq!(names(vec![six.clone()], IpFamily::V4), ["six 2001:db8::2"]);
+    assert_eq!(names(vec![four.clone()], IpFamily::V6), ["four 10.0.0.2"]);
+}
+
+#[test]
+fn a_choice_costs_the_same_with_three_endpoints_and_with_ten_thousand() {
+    let cost = |count: usize, weigh: bool, mode| {
+        let endpoints = (0..count).map(|index| Workload {
+            capacity: if weigh { 1 + index as u32 % 7 } else { 1 },
+            node: format!("n{}", index % 3).into(),
+            ..workload(
+                "shop",
+                &format!("e{index}"),
+                &format!("10.{}.{}.{}", index >> 16, index >> 8 & 255, index & 255),
+            )
+        });
+        let lb = LoadBalancing { routing_preference: vec![LocalityScope::Node], mode, ..Default::default() };
+        let snapshot = mesh(ServiceSpec { lb, ..cart() }, endpoints);
+        let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
+        // A third of the endpoints fails, and the first connection of the place was made.
+        let fails = |endpoint: SocketAddr| endpoint.ip().to_string().ends_with(['1', '4', '7']);
+        let draws = 2_000;
+        let before = work::rows();
+        for random in numbers(5).take(draws) {
+            let chance = Chance { failing: &fails, ..Chance::of(random) };
+            pick(&snapshot, service, 80, &client(), IpFamily::V4, &chance).unwrap();
+        }
+        (work::rows() - before) as f64 / draws as f64
+    };
+    for (weigh, mode) in [(false, Mode::All), (true, Mode::All), (true, Mode::Failover)] {
+        let few = cost(30, weigh, mode);
+        let many = cost(10_000, weigh, mode);
+        assert!(few < 3.0 && many < 3.0, "{few} rows of 30, {many} of 10,000 ({weigh}, {mode:?})");
+    }
+}
+
 #[test]
 fn the_address_is_of_an_allowed_family_and_if_it_can_be_of_the_clients() {
     let dual = |families| {
@@ -172,7 +298,7 @@ fn the_address_is_of_an_allowed_family_and_if_it_can_be_of_the_clients() {
     for (families, prefer, expected) in cases {
         let snapshot = dual(families);
         let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
-        let choice = pick(&snapshot, service, 80, &client(), prefer, 1).unwrap();
+        let choice = pick(&snapshot, service, 80, &client(), prefer, &Chance::of(1)).unwrap();
         assert_eq!(choice.ip.to_string(), expected, "{families:?} {prefer:?}");
     }
     let v4_only = mesh(ServiceSpec { ip_families: IpFamilies::V6Only, ..cart() }, [workload("shop", "a", "10.0.0.1")]);
@@ -184,7 +310,7 @@ fn every_refusal_says_what_to_do() {
     let text = |spec: ServiceSpec, endpoints: Vec<Workload>, port: u16| {
         let snapshot = mesh(spec, endpoints);
         let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
-        pick(&snapshot, service, port, &client(), IpFamily::V4, 1).unwrap_err().to_string()
+        pick(&snapshot, service, port, &client(), IpFamily::V4, &Chance::of(1)).unwrap_err().to_string()
     };
     let mode = |mode| ServiceSpec {
         lb: LoadBalancing { mode, routing_preference: vec![LocalityScope::Node], ..Default::default() },
@@ -225,7 +351,7 @@ proptest! {
         let lb = LoadBalancing { routing_preference: vec![LocalityScope::Node], mode, ..Default::default() };
         let snapshot = mesh(ServiceSpec { lb, ..cart() }, endpoints);
         let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
-        let picked = pick(&snapshot, service, 80, &client(), IpFamily::V4, random);
+        let picked = pick(&snapshot, service, 80, &client(), IpFamily::V4, &Chance::of(random));
         let shares = shares(&snapshot, service, 80, &client(), IpFamily::V4);
         match (picked, shares) {
             (Ok(choice), Ok(shares)) => {

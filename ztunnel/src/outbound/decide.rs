@@ -1,4 +1,5 @@
-//! Where a captured connection goes. Pure: one snapshot and one random number in, a plan without choices out.
+//! Where a captured connection goes. Pure: one snapshot, chance and experience in, a plan without choices out. When an
+//! endpoint cannot be reached the same question is asked again, on the same snapshot, with what was tried.
 //!
 //! `tulle explain` asks this very function, so what it says is what happens.
 
@@ -8,7 +9,7 @@ use std::sync::Arc;
 use tulle_certs::SpiffeId;
 use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
-use crate::lb::{self, Choice, NoChoice};
+use crate::lb::{self, Chance, Choice, NoChoice};
 use crate::outcome::{Code, Outcome};
 use crate::state::{EgressMode, IpFamily, Protocol, Service, Snapshot, Workload};
 
@@ -34,6 +35,8 @@ pub struct Hbone {
     pub destination: Arc<Workload>,
     /// The service that the client addressed.
     pub service: Option<Arc<Service>>,
+    /// The service has endpoints besides that were not tried.
+    pub others: bool,
 }
 
 /// Plain TCP.
@@ -45,9 +48,27 @@ pub struct Plain {
     pub destination: Option<Arc<Workload>>,
     /// The service that the client addressed.
     pub service: Option<Arc<Service>>,
+    /// The service has endpoints besides that were not tried.
+    pub others: bool,
 }
 
 impl Plan {
+    /// Whether another endpoint may do as well.
+    pub fn others(&self) -> bool {
+        match self {
+            Self::Hbone(plan) => plan.others,
+            Self::Plain(plan) => plan.others,
+        }
+    }
+
+    /// Address and port of the application.
+    pub fn endpoint(&self) -> SocketAddr {
+        match self {
+            Self::Hbone(plan) => plan.authority,
+            Self::Plain(plan) => plan.address,
+        }
+    }
+
     /// The service that the client addressed.
     pub fn service(&self) -> Option<&Arc<Service>> {
         match self {
@@ -65,7 +86,7 @@ impl Plan {
     }
 }
 
-/// Decides for a connection of `source` to `destination`. `random` is 64 uniform bits.
+/// Decides for a connection of `source` to `destination`.
 ///
 /// # Errors
 /// Why the connection is refused.
@@ -74,14 +95,14 @@ pub fn decide(
     source: &Workload,
     network: &str,
     destination: SocketAddr,
-    random: u64,
+    chance: &Chance<'_>,
 ) -> Result<Plan, Outcome> {
     if destination.ip().is_loopback() && is_own_port(destination.port()) {
         let text = format!("the pod called the proxy's own port {}", destination.port());
         return Err(Outcome::new(Code::SelfCall, text));
     }
     if let Some(service) = snapshot.service_by_vip(network, destination.ip(), &source.namespace) {
-        return to_service(snapshot, source, service, destination, random);
+        return to_service(snapshot, source, service, destination, chance);
     }
     if let Some(workload) = snapshot.workload_by_ip(network, destination.ip()) {
         if workload.waypoint.is_some() {
@@ -90,10 +111,10 @@ pub fn decide(
         if !workload.is_pod() {
             may_leave(source, destination)?;
         }
-        return Ok(to_workload(workload.clone(), destination, None));
+        return Ok(to_workload(workload.clone(), destination, None, false));
     }
     may_leave(source, destination)?;
-    Ok(Plan::Plain(Plain { address: destination, destination: None, service: None }))
+    Ok(Plan::Plain(Plain { address: destination, destination: None, service: None, others: false }))
 }
 
 fn to_service(
@@ -101,22 +122,23 @@ fn to_service(
     source: &Workload,
     service: &Arc<Service>,
     destination: SocketAddr,
-    random: u64,
+    chance: &Chance<'_>,
 ) -> Result<Plan, Outcome> {
     if service.waypoint.is_some() || !service.weighted_waypoints.is_empty() {
         return Err(waypoint(&service.hostname));
     }
     let prefer = IpFamily::of(destination.ip());
-    match lb::pick(snapshot, service, destination.port(), source, prefer, random) {
-        Ok(Choice { workload, ip, port }) => {
+    match lb::pick(snapshot, service, destination.port(), source, prefer, chance) {
+        Ok(Choice { workload, ip, port, others }) => {
             if !workload.is_pod() && !is_api_server(service) {
                 may_leave(source, SocketAddr::new(ip, port))?;
             }
-            Ok(to_workload(workload, SocketAddr::new(ip, port), Some(service.clone())))
+            Ok(to_workload(workload, SocketAddr::new(ip, port), Some(service.clone()), others))
         }
         Err(NoChoice::Passthrough) => {
             may_leave(source, destination)?;
-            Ok(Plan::Plain(Plain { address: destination, destination: None, service: Some(service.clone()) }))
+            let service = Some(service.clone());
+            Ok(Plan::Plain(Plain { address: destination, destination: None, service, others: false }))
         }
         Err(none) => Err(Outcome::new(Code::NoEndpoint, none.to_string())),
     }
@@ -140,9 +162,9 @@ fn is_api_server(service: &Service) -> bool {
     *service.namespace == *"default" && *service.name == *"kubernetes"
 }
 
-fn to_workload(workload: Arc<Workload>, target: SocketAddr, service: Option<Arc<Service>>) -> Plan {
+fn to_workload(workload: Arc<Workload>, target: SocketAddr, service: Option<Arc<Service>>, others: bool) -> Plan {
     match workload.protocol {
-        Protocol::Plain => Plan::Plain(Plain { address: target, destination: Some(workload), service }),
+        Protocol::Plain => Plan::Plain(Plain { address: target, destination: Some(workload), service, others }),
         Protocol::Hbone => {
             let mut expected = vec![workload.identity.clone()];
             if let Some(service) = &service {
@@ -154,6 +176,7 @@ fn to_workload(workload: Arc<Workload>, target: SocketAddr, service: Option<Arc<
                 expected: expected.into(),
                 destination: workload,
                 service,
+                others,
             })
         }
     }

@@ -1,58 +1,95 @@
 //! Carrying a plan out: open the tunnel or the connection, then copy.
 //!
-//! There is no other way to try when it fails: a plan that asks for a tunnel never becomes plaintext.
+//! There is no other way to try when it fails: a plan that asks for a tunnel never becomes plaintext. A failure says
+//! whether another endpoint may be asked without delivering anything twice.
 
 use std::rc::Rc;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use h2::client::ResponseFuture;
+use h2::{RecvStream, SendStream};
 use http::{HeaderMap, StatusCode};
 use rand::RngExt as _;
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::base::Counts;
-use crate::base::sockets::reset;
 use crate::flow::{LocalPod, Shared};
-use crate::hbone::client::Dialer;
+use crate::hbone::client::{Dialer, Patience};
 use crate::hbone::headers::{self, Baggage, Forwarded, TraceId};
 use crate::hbone::pool::{Key, Lease, Opened, Pool};
+use crate::outbound::attempts::{Attempts, Failure, not_opened};
 use crate::outbound::decide::{Hbone, Plain};
 use crate::outbound::{ended, forbidden};
-use crate::outcome::{Code, Outcome};
+use crate::outcome::{Code, Fault, Outcome};
+use crate::relay::early::{self, Said};
 use crate::relay::{self, TcpSide, Terms};
 use crate::state::Workload;
 use crate::telemetry::ConnRecord;
 
-/// Through a tunnel.
-#[allow(clippy::too_many_arguments, reason = "the parts of one connection, each used once")]
+/// A stream of a tunnel; its answer may still be to come.
+pub(super) struct Stream {
+    send: SendStream<Bytes>,
+    answer: Answer,
+    lease: Lease,
+}
+
+enum Answer {
+    Waited(ResponseFuture),
+    Here(RecvStream),
+}
+
+/// Opens a tunnel for `plan`. With `said`, waits until the destination took the connection, and keeps there what the
+/// client said meanwhile; without, only until the request is on its way.
 pub(super) async fn tunnel(
-    shared: &Shared,
-    pool: &Rc<Pool>,
-    pod: &Arc<LocalPod>,
-    tcp: TcpStream,
-    source: &Arc<Workload>,
+    attempts: Attempts<'_>,
+    tcp: &TcpStream,
+    source: &Workload,
     plan: &Hbone,
+    patience: Patience,
+    said: Option<&mut Said>,
     record: &mut ConnRecord,
-    counts: &Rc<Counts>,
-) -> Outcome {
+) -> Result<Stream, Failure> {
+    let Attempts { shared, pool, pod, .. } = attempts;
     record.hbone = Some(plan.address);
-    let opened = tokio::select! {
-        opened = Box::pin(open(shared, pool, pod, source, plan, record)) => opened,
-        outcome = ended(pod) => Err(outcome),
-    };
-    let Opened { response, send, lease } = match opened {
-        Ok(opened) => opened,
-        Err(outcome) => {
-            reset(tcp);
-            return outcome;
+    let Opened { response, mut send, lease } = open(shared, pool, pod, source, plan, patience, record).await?;
+    let answer = match said {
+        None => Answer::Waited(response),
+        Some(said) => {
+            let answer = accepted(response, shared, &lease);
+            let answer = early::until_answered(tcp, &mut send, said, &record.counts, answer).await;
+            match answer.map_err(Failure::last).and_then(|answer| answer.map_err(|refusal| refusal.failure(said))) {
+                Ok(recv) => Answer::Here(recv),
+                Err(failure) => {
+                    send.send_reset(h2::Reason::CANCEL);
+                    return Err(failure);
+                }
+            }
         }
     };
     record.source.identity = Some(source.identity.clone());
     record.destination.identity = Some(lease.peer().clone());
-    record.opened();
+    Ok(Stream { send, answer, lease })
+}
+
+/// Copies between the client and a stream until both are done.
+pub(super) async fn relay_tunnel(
+    shared: &Shared,
+    pod: &LocalPod,
+    tcp: TcpStream,
+    stream: Stream,
+    counts: &Rc<Counts>,
+) -> Outcome {
+    let Stream { send, answer, lease } = stream;
+    let recv = async {
+        match answer {
+            Answer::Here(recv) => Ok(recv),
+            Answer::Waited(response) => accepted(response, shared, &lease).await.map_err(|refusal| refusal.outcome),
+        }
+    };
     let terms = Terms { counts, limits: shared.relay, budget: &pod.buffers };
-    let recv = accepted(response, shared, &lease);
     let outcome = relay::tunnel(tcp, send, recv, TcpSide::Client, terms, &lease.window, ended(pod)).await;
     drop(lease);
     outcome
@@ -64,21 +101,22 @@ async fn open(
     pod: &LocalPod,
     source: &Workload,
     plan: &Hbone,
+    patience: Patience,
     record: &mut ConnRecord,
-) -> Result<Opened, Outcome> {
-    let cert = shared.certificate(source).await?;
+) -> Result<Opened, Failure> {
+    let cert = shared.certificate(source).await.map_err(Failure::last)?;
     let key = Key {
         source: source.identity.clone(),
         pod: pod.uid.clone(),
         expected: plan.expected.clone(),
         address: plan.address,
     };
-    let dialer = Dialer { sockets: pod.sockets.clone(), cert, budget: pod.buffers.clone() };
+    let dialer = Dialer { sockets: pod.sockets.clone(), cert, budget: pod.buffers.clone(), patience };
     let trace = TraceId::new(rand::rng().random());
     record.trace = Some(trace.to_string());
     let request = headers::connect_request(&plan.authority.to_string(), describe(source, plan, record, trace))
-        .map_err(|error| Outcome::new(Code::Internal, error.to_string()))?;
-    pool.open(&key, &dialer, &request).await
+        .map_err(|error| Failure::last(Outcome::new(Code::Internal, error.to_string())))?;
+    pool.open(&key, &dialer, &request).await.map_err(not_opened)
 }
 
 fn describe(source: &Workload, plan: &Hbone, record: &ConnRecord, trace: TraceId) -> HeaderMap {
@@ -107,51 +145,92 @@ fn describe(source: &Workload, plan: &Hbone, record: &ConnRecord, trace: TraceId
     map
 }
 
+/// A CONNECT that was not accepted.
+struct Refusal {
+    outcome: Outcome,
+    sure: Sure,
+}
+
+/// What is known of the application at a refused CONNECT.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sure {
+    /// It was not asked, or did not take the connection.
+    NotDelivered,
+    /// It may have taken it, but cannot have seen a byte that was not sent.
+    OnlyWhatWasSent,
+    /// Somebody refused who knows why; the next endpoint would be asked the same.
+    Final,
+}
+
+impl Refusal {
+    fn failure(self, said: &Said) -> Failure {
+        let elsewhere = match self.sure {
+            Sure::NotDelivered => true,
+            Sure::OnlyWhatWasSent => said.is_nothing(),
+            Sure::Final => false,
+        };
+        Failure { outcome: self.outcome, elsewhere }
+    }
+}
+
 /// The other proxy's answer. It answers after its own connect, so it gets that long and a little more.
-async fn accepted(response: ResponseFuture, shared: &Shared, lease: &Lease) -> Result<h2::RecvStream, Outcome> {
+async fn accepted(response: ResponseFuture, shared: &Shared, lease: &Lease) -> Result<RecvStream, Refusal> {
     let patience = shared.hbone.connect_timeout * 2;
     match timeout(patience, response).await {
         Ok(Ok(response)) if response.status() == StatusCode::OK => Ok(response.into_body()),
-        Ok(Ok(response)) => Err(headers::refused(&response)),
-        Ok(Err(error)) => Err(Outcome::new(Code::TunnelFailed, error.to_string())),
+        Ok(Ok(response)) => {
+            let outcome = headers::refused(&response);
+            // The peer proves that it asked no policy that says no, and that its application did not answer.
+            let unreachable = response.status() == StatusCode::SERVICE_UNAVAILABLE
+                && !matches!(outcome.code.fault(), Fault::Policy | Fault::Client);
+            Err(Refusal { outcome, sure: if unreachable { Sure::NotDelivered } else { Sure::Final } })
+        }
+        Ok(Err(error)) => {
+            let refused = error.is_remote() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
+            let sure = if refused { Sure::NotDelivered } else { Sure::OnlyWhatWasSent };
+            Err(Refusal { outcome: Outcome::new(Code::TunnelFailed, error.to_string()), sure })
+        }
         Err(_) => {
             // Whatever is at the other end, the next connection should not find the same silence.
             lease.retire();
-            Err(Outcome::new(Code::ConnectTimeout, "the destination's proxy did not answer CONNECT in time"))
+            let text = "the destination's proxy did not answer CONNECT in time";
+            Err(Refusal { outcome: Outcome::new(Code::ConnectTimeout, text), sure: Sure::OnlyWhatWasSent })
         }
     }
 }
 
-/// As it is.
-pub(super) async fn plain(
+/// A connection as it is, which gets first what the client has `said` to endpoints that did not take it.
+pub(super) async fn plain(pod: &LocalPod, plan: &Plain, patience: Patience, said: &Said) -> Result<TcpStream, Failure> {
+    let outcome = match timeout(patience.connect, pod.sockets.connect(plan.address)).await {
+        Ok(Ok(mut server)) => {
+            for chunk in said.chunks() {
+                let written = server.write_all(chunk).await;
+                written.map_err(|error| Failure::last(Outcome::new(Code::ServerReset, error.to_string())))?;
+            }
+            return Ok(server);
+        }
+        Ok(Err(error)) => Outcome::new(Code::ConnectFailed, format!("{}: {error}", plan.address)),
+        Err(_) => Outcome::new(Code::ConnectTimeout, format!("{} did not answer", plan.address)),
+    };
+    Err(not_opened(outcome))
+}
+
+/// Copies between two connections until both are done.
+pub(super) async fn relay_plain(
     shared: &Shared,
     pod: &LocalPod,
     tcp: TcpStream,
-    plan: &Plain,
-    record: &mut ConnRecord,
+    server: TcpStream,
+    outside: bool,
     counts: &Rc<Counts>,
 ) -> Outcome {
-    match timeout(shared.hbone.connect_timeout, pod.sockets.connect(plan.address)).await {
-        Ok(Ok(server)) => {
-            record.opened();
-            // What is outside the cluster may become forbidden while it lasts.
-            let outside = plan.destination.as_ref().is_none_or(|workload| !workload.is_pod());
-            let stop = async {
-                tokio::select! {
-                    outcome = ended(pod) => outcome,
-                    outcome = forbidden(shared, pod), if outside => outcome,
-                }
-            };
-            let terms = Terms { counts, limits: shared.relay, budget: &pod.buffers };
-            relay::tcp(tcp, server, terms, stop).await
+    // What is outside the cluster may become forbidden while it lasts.
+    let stop = async {
+        tokio::select! {
+            outcome = ended(pod) => outcome,
+            outcome = forbidden(shared, pod), if outside => outcome,
         }
-        Ok(Err(error)) => {
-            reset(tcp);
-            Outcome::new(Code::ConnectFailed, format!("{}: {error}", plan.address))
-        }
-        Err(_) => {
-            reset(tcp);
-            Outcome::new(Code::ConnectTimeout, format!("{} did not answer", plan.address))
-        }
-    }
+    };
+    let terms = Terms { counts, limits: shared.relay, budget: &pod.buffers };
+    relay::tcp(tcp, server, terms, stop).await
 }

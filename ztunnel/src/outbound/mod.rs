@@ -1,15 +1,18 @@
-//! From a captured connection of a local pod to its next hop: listen → decide → dial → relay.
+//! From a captured connection of a local pod to its next hop: listen → decide → dial → relay. `attempts` goes around
+//! decide and dial where a service has another endpoint to try.
 //!
 //! [`serve`] is the life of a connection from top to bottom. Whatever refuses it resets the client's connection, because
 //! bytes that nobody will answer must not look accepted.
 
+mod attempts;
 pub mod decide;
 mod dial;
 
+use std::cell::RefCell;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use rand::RngExt as _;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
@@ -18,12 +21,14 @@ use crate::base::{Counts, canonical};
 use crate::capture::probe;
 use crate::flow::{LocalPod, Shared};
 use crate::hbone::pool::Pool;
+use crate::lb::Failing;
+use crate::outbound::attempts::{Attempts, Next};
 use crate::outcome::{Code, Outcome};
 use crate::state::EgressMode;
 use crate::telemetry::{ConnRecord, Direction};
 
 /// Serves one captured connection to its end.
-pub async fn serve(shared: Shared, pool: Rc<Pool>, pod: Arc<LocalPod>, tcp: TcpStream) {
+pub async fn serve(shared: Shared, pool: Rc<Pool>, failing: Rc<RefCell<Failing>>, pod: Arc<LocalPod>, tcp: TcpStream) {
     // Not redirected: somebody dialled the proxy's port itself. There is nothing to proxy to.
     let (Ok(destination), Ok(source)) = (original_destination(&tcp), tcp.peer_addr()) else { return reset(tcp) };
     // Dialled directly while connection tracking is on: the "original" destination is the listener itself.
@@ -37,7 +42,8 @@ pub async fn serve(shared: Shared, pool: Rc<Pool>, pod: Arc<LocalPod>, tcp: TcpS
     }
     let mut record = ConnRecord::new(shared.metrics.clone(), Direction::Outbound, canonical(source), destination);
     let counts = record.counts.clone();
-    let outcome = carry(&shared, &pool, &pod, tcp, destination, &mut record, &counts).await;
+    let attempts = Attempts { shared: &shared, pool: &pool, failing: &failing, pod: &pod };
+    let outcome = carry(attempts, tcp, destination, &mut record, &counts).await;
     record.finish(&outcome);
 }
 
@@ -63,37 +69,35 @@ async fn forbidden(shared: &Shared, pod: &LocalPod) -> Outcome {
 }
 
 async fn carry(
-    shared: &Shared,
-    pool: &Rc<Pool>,
-    pod: &Arc<LocalPod>,
+    attempts: Attempts<'_>,
     tcp: TcpStream,
-    destination: std::net::SocketAddr,
+    destination: SocketAddr,
     record: &mut ConnRecord,
     counts: &Rc<Counts>,
 ) -> Outcome {
-    // Boxed, here and below: what it takes to open a connection must not weigh on it while it is idle.
-    let planned = Box::pin(async {
+    let Attempts { shared, pod, .. } = attempts;
+    // Boxed: what it takes to open a connection must not weigh on it while it is idle.
+    let opened = Box::pin(async {
         let permit = pod.connection(&pod.outbound)?;
         let (snapshot, source) = shared.known(pod).await?;
         record.source.workload = Some(source.clone());
-        let plan = decide::decide(&snapshot, &source, &shared.network, destination, rand::rng().random())?;
-        record.service = plan.service().cloned();
-        record.destination.workload = plan.destination().cloned();
-        Ok((permit, source, plan))
+        let next = attempts.reach(&snapshot, &source, destination, &tcp, record).await?;
+        record.opened();
+        Ok((permit, next))
     });
-    let planned = tokio::select! {
-        planned = planned => planned,
+    let opened = tokio::select! {
+        opened = opened => opened,
         outcome = ended(pod) => Err(outcome),
     };
-    let (_permit, source, plan) = match planned {
-        Ok(planned) => planned,
+    let (_permit, next) = match opened {
+        Ok(opened) => opened,
         Err(outcome) => {
             reset(tcp);
             return outcome;
         }
     };
-    match plan {
-        decide::Plan::Hbone(plan) => dial::tunnel(shared, pool, pod, tcp, &source, &plan, record, counts).await,
-        decide::Plan::Plain(plan) => dial::plain(shared, pod, tcp, &plan, record, counts).await,
+    match next {
+        Next::Tunnel(next) => dial::relay_tunnel(shared, pod, tcp, next, counts).await,
+        Next::Plain { server, outside } => dial::relay_plain(shared, pod, tcp, server, outside, counts).await,
     }
 }

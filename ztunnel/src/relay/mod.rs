@@ -5,6 +5,7 @@
 //! An idle connection owns no buffer; a buffer lives from readable to written, and counts in its pod's budget. Nothing waits on a timer while both
 //! halves are open.
 
+pub mod early;
 mod pumps;
 
 use std::future::Future;

@@ -44,7 +44,7 @@ impl ReadSize {
 }
 
 /// Waits until `tcp` is readable and reads at most `limit` bytes. `None`: end of stream.
-async fn read_chunk(tcp: &TcpStream, limit: usize, ledger: &Arc<Ledger>) -> io::Result<Option<Bytes>> {
+pub(super) async fn read_chunk(tcp: &TcpStream, limit: usize, ledger: &Arc<Ledger>) -> io::Result<Option<Bytes>> {
     loop {
         // The buffer exists only between readable and handed over: an idle connection owns none.
         tcp.readable().await?;

@@ -1,14 +1,17 @@
-//! A service's endpoints, prepared for the weighted choice: one table a port, with running sums of the weights.
+//! A service's endpoints, prepared for the weighted choice: one table a port.
 //!
-//! Built when a workload or the service changes, so that a choice is one binary search (O(log n)) and allocates nothing.
+//! Built when a workload or the service changes, so that a choice costs the same with three endpoints and with ten
+//! thousand: one step where all weights are equal, two in an alias table where they differ, and it allocates nothing.
 //! Only candidates are in a table: healthy ones unless the service takes all, with the port, an address of an allowed
-//! family, and a weight above zero. What depends on the client (locality, its network) is a view of the table: clients of
-//! one node are in one place, so each table keeps the view of the first place that asked, and others compute theirs.
+//! family, and a weight above zero. A client of one family gets the endpoints that have an address of it, as it would from
+//! the cluster's own balancing; only if none has one, the others. What depends on the client's place (locality, its
+//! network) is a list of nearer and farther tables: clients of one node are in one place, so each table keeps the list of
+//! the first place that asked, and others compute theirs.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
-use crate::state::{HealthPolicy, Port, ServiceSpec, Workload};
+use crate::state::{HealthPolicy, IpFamily, Port, ServiceSpec, Workload};
 
 /// A workload behind a service.
 #[derive(Clone, Debug)]
@@ -26,41 +29,112 @@ pub struct Candidate {
     pub endpoint: u32,
     /// Port of the application.
     pub target_port: u16,
-    /// Sum of the weights up to and including this row.
-    pub cumulative: u64,
+    /// Share of the draws, relative to the other rows; not 0.
+    pub weight: u32,
 }
 
-/// Candidates of one service port.
+/// One column of an alias table: a draw that lands here stays here for `keep` of 2⁶⁴ draws, else goes to `alias`.
+#[derive(Clone, Copy, Debug)]
+struct Column {
+    keep: u64,
+    alias: u32,
+}
+
+/// Candidates to draw from.
 #[derive(Debug, Default)]
 pub struct PortTable {
-    /// In the order of their uids; the sums rise strictly.
+    /// In the order of their uids.
     pub candidates: Vec<Candidate>,
-    /// The view of the first place that asked: `lb` makes it, and says by the key which place that was.
-    pub view: OnceLock<(String, Arc<Self>)>,
+    total: u64,
+    /// None: all weights are equal.
+    columns: Option<Box<[Column]>>,
+    /// The rows by nearness to the first place that asked, nearest first: `lb` makes it, and says by the key which place
+    /// that was.
+    pub tiers: OnceLock<(String, Arc<[Self]>)>,
 }
 
 impl PortTable {
     /// A table of (endpoint, target port, weight); rows of weight 0 are left out.
     pub fn new(rows: impl Iterator<Item = (u32, u16, u32)>) -> Self {
-        let mut candidates: Vec<Candidate> = Vec::new();
-        let mut cumulative = 0u64;
-        for (endpoint, target_port, weight) in rows.filter(|(_, _, weight)| *weight > 0) {
-            cumulative += u64::from(weight);
-            candidates.push(Candidate { endpoint, target_port, cumulative });
-        }
+        let mut candidates: Vec<Candidate> = rows
+            .filter(|(_, _, weight)| *weight > 0)
+            .map(|(endpoint, target_port, weight)| Candidate { endpoint, target_port, weight })
+            .collect();
         candidates.shrink_to_fit();
-        Self { candidates, view: OnceLock::new() }
+        let total = candidates.iter().map(|row| u64::from(row.weight)).sum();
+        let columns =
+            (!candidates.windows(2).all(|pair| pair[0].weight == pair[1].weight)).then(|| columns(&candidates, total));
+        Self { candidates, total, columns, tiers: OnceLock::new() }
     }
 
     /// Sum of all weights.
     pub fn total(&self) -> u64 {
-        self.candidates.last().map_or(0, |last| last.cumulative)
+        self.total
     }
 
-    /// Weight of the row at `index`.
-    pub fn weight(&self, index: usize) -> u64 {
-        let before = index.checked_sub(1).and_then(|before| self.candidates.get(before));
-        self.candidates.get(index).map_or(0, |row| row.cumulative) - before.map_or(0, |row| row.cumulative)
+    /// The row that 64 uniform bits mean, by weight. `None`: there are no rows.
+    pub fn draw(&self, random: u64) -> Option<usize> {
+        // The high half of the product is uniform over the rows, the low half over the inside of one row.
+        let product = u128::from(random) * self.candidates.len() as u128;
+        let (row, inside) = ((product >> 64) as usize, product as u64);
+        match &self.columns {
+            None => (row < self.candidates.len()).then_some(row),
+            Some(columns) => {
+                columns.get(row).map(|column| if inside <= column.keep { row } else { column.alias as usize })
+            }
+        }
+    }
+
+    /// The row of an endpoint, by its index in [`Endpoints::all`].
+    pub fn row_of(&self, endpoint: u32) -> Option<usize> {
+        self.candidates.binary_search_by_key(&endpoint, |row| row.endpoint).ok()
+    }
+}
+
+/// Vose's method: every column is filled to the average by at most one other row. Whole numbers, so that no rounding can
+/// give a row more than its share by more than 2⁻⁶⁴.
+fn columns(candidates: &[Candidate], total: u64) -> Box<[Column]> {
+    let average = u128::from(total);
+    // A row's weight in units in which the average is `total`.
+    let mut left: Vec<u128> = candidates.iter().map(|row| u128::from(row.weight) * candidates.len() as u128).collect();
+    let (mut small, mut large): (Vec<usize>, Vec<usize>) = (0..left.len()).partition(|row| left[*row] < average);
+    let mut columns: Vec<Column> =
+        (0..left.len()).map(|row| Column { keep: u64::MAX, alias: u32::try_from(row).unwrap_or(0) }).collect();
+    while let (Some(poor), Some(rich)) = (small.pop(), large.last().copied()) {
+        columns[poor] = Column { keep: scale(left[poor], average), alias: u32::try_from(rich).unwrap_or(0) };
+        left[rich] -= average - left[poor];
+        if left[rich] < average {
+            large.pop();
+            small.push(rich);
+        }
+    }
+    columns.into()
+}
+
+/// `part` of `whole` as a fraction of 2⁶⁴; `part` is the smaller, and `whole` below 2⁶⁴.
+fn scale(part: u128, whole: u128) -> u64 {
+    u64::try_from((part << 64) / whole.max(1)).unwrap_or(u64::MAX)
+}
+
+/// The tables of one service port.
+#[derive(Debug, Default)]
+pub struct PortTables {
+    /// Every candidate.
+    pub all: PortTable,
+    /// Those with an IPv4 address, if there are others too.
+    v4: Option<PortTable>,
+    /// Those with an IPv6 address, if there are others too.
+    v6: Option<PortTable>,
+}
+
+impl PortTables {
+    /// What a client that dialled an address of `family` draws from.
+    pub fn of(&self, family: IpFamily) -> &PortTable {
+        let own = match family {
+            IpFamily::V4 => &self.v4,
+            IpFamily::V6 => &self.v6,
+        };
+        own.as_ref().unwrap_or(&self.all)
     }
 }
 
@@ -70,7 +144,7 @@ pub struct Endpoints {
     /// Every endpoint, also those that are no candidates, in the order of their uids.
     pub all: Vec<Endpoint>,
     /// Candidates by service port.
-    pub ports: BTreeMap<u16, PortTable>,
+    pub ports: BTreeMap<u16, PortTables>,
     /// All endpoints are in one network.
     pub one_network: bool,
 }
@@ -85,23 +159,36 @@ impl Endpoints {
                 Endpoint { workload, admitted }
             })
             .collect();
-        let ports = spec.ports.iter().map(|port| (port.service_port, table(spec, key, &all, port))).collect();
+        let ports = spec.ports.iter().map(|port| (port.service_port, tables(spec, key, &all, port))).collect();
         let one_network = all.windows(2).all(|pair| pair[0].workload.network == pair[1].workload.network);
         Self { all, ports, one_network }
     }
 }
 
-fn table(spec: &ServiceSpec, key: &str, all: &[Endpoint], port: &Port) -> PortTable {
-    let rows = all.iter().enumerate().filter_map(|(index, endpoint)| {
-        let workload = &endpoint.workload;
-        let reachable = workload.addresses.iter().any(|ip| spec.ip_families.allow(*ip));
-        if !endpoint.admitted || !reachable {
-            return None;
-        }
-        let target_port = target_port(workload, key, port)?;
-        Some((u32::try_from(index).ok()?, target_port, workload.capacity))
-    });
-    PortTable::new(rows)
+fn tables(spec: &ServiceSpec, key: &str, all: &[Endpoint], port: &Port) -> PortTables {
+    // Row, and whether it has an address of each family.
+    let rows: Vec<((u32, u16, u32), [bool; 2])> = all
+        .iter()
+        .enumerate()
+        .filter_map(|(index, endpoint)| {
+            let workload = &endpoint.workload;
+            let has =
+                |family| workload.addresses.iter().any(|ip| IpFamily::of(*ip) == family && spec.ip_families.allow(*ip));
+            let families = [has(IpFamily::V4), has(IpFamily::V6)];
+            if !endpoint.admitted || families == [false; 2] {
+                return None;
+            }
+            let target_port = target_port(workload, key, port)?;
+            Some(((u32::try_from(index).ok()?, target_port, workload.capacity), families))
+        })
+        .filter(|((_, _, weight), _)| *weight > 0)
+        .collect();
+    let narrowed = |family: usize| {
+        let with = rows.iter().filter(|(_, families)| families[family]).count();
+        let own = rows.iter().filter(|(_, families)| families[family]).map(|(row, _)| *row);
+        (with > 0 && with < rows.len()).then(|| PortTable::new(own))
+    };
+    PortTables { all: PortTable::new(rows.iter().map(|(row, _)| *row)), v4: narrowed(0), v6: narrowed(1) }
 }
 
 /// The endpoint's own mapping comes first, then the service's. `None`: the endpoint does not have the port.

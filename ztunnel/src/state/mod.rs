@@ -25,7 +25,7 @@ mod tests;
 mod versions;
 mod workload;
 
-pub use endpoints::{Candidate, Endpoint, Endpoints, PortTable};
+pub use endpoints::{Candidate, Endpoint, Endpoints, PortTable, PortTables};
 pub use policy::{Action, Clause, Match, Policy, Rule, Scope, ServiceAccount, StringMatch};
 pub use service::{
     HealthPolicy, IpFamilies, IpFamily, LoadBalancing, LocalityScope, Mode, NamedPort, Service, ServiceInfo,

@@ -6,6 +6,7 @@
 use std::net::IpAddr;
 use std::ops::Deref;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use tulle_certs::SpiffeId;
@@ -113,6 +114,9 @@ pub struct LoadBalancing {
     pub mode: Mode,
     /// Which endpoints are candidates.
     pub health_policy: HealthPolicy,
+    /// How long a pod that opens no new connection stays with the endpoint that it got; none: each connection is chosen
+    /// for itself.
+    pub affinity: Option<Duration>,
 }
 
 /// What a service's name stands for beyond its endpoints: the extension `tulle.dev/service`, as `tulle_workload.proto`

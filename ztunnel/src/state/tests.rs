@@ -125,7 +125,7 @@ fn only_candidates_are_in_a_port_table() {
         let table = &service.endpoints.ports[&80];
         let name =
             |row: &crate::state::Candidate| service.endpoints.all[row.endpoint as usize].workload.name.to_string();
-        table.candidates.iter().map(name).collect::<Vec<_>>()
+        table.all.candidates.iter().map(name).collect::<Vec<_>>()
     };
     assert_eq!(names(HealthPolicy::OnlyHealthy), ["ready"]);
     assert_eq!(names(HealthPolicy::AllowAll), ["ready", "unready"]);
@@ -140,7 +140,7 @@ fn a_change_of_health_policy_brings_endpoints_back_at_once() {
     writer.apply([serve(ServiceSpec { lb, ..service("shop", "cart", "10.96.0.1") })], 2);
     let snapshot = reader.load();
     let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
-    assert_eq!(service.endpoints.ports[&80].total(), 1);
+    assert_eq!(service.endpoints.ports[&80].all.total(), 1);
 }
 
 #[test]
@@ -154,7 +154,7 @@ fn an_endpoints_own_port_comes_before_the_services() {
     let snapshot = reader.load();
     let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
     let targets =
-        |port: u16| service.endpoints.ports[&port].candidates.iter().map(|row| row.target_port).collect::<Vec<_>>();
+        |port: u16| service.endpoints.ports[&port].all.candidates.iter().map(|row| row.target_port).collect::<Vec<_>>();
     assert_eq!(targets(80), [9000], "a named port is only where the endpoint has it");
     assert_eq!(targets(81), [8081, 8081]);
 }
@@ -487,7 +487,8 @@ fn shown(snapshot: &Snapshot) -> BTreeSet<String> {
     }
     for service in snapshot.services() {
         let all: Vec<_> = service.endpoints.all.iter().map(|endpoint| &endpoint.workload).collect();
-        let tables: Vec<_> = service.endpoints.ports.iter().map(|(port, table)| (port, &table.candidates)).collect();
+        let tables: Vec<_> =
+            service.endpoints.ports.iter().map(|(port, table)| (port, &table.all.candidates)).collect();
         lines.insert(format!("{:?} {all:?} {tables:?}", service.spec()));
     }
     for last in 0..5 {

@@ -68,6 +68,8 @@ pub struct ConnRecord {
     pub trace: Option<String>,
     /// What policies would have said that are only tried.
     pub dry_run: Vec<DryRun>,
+    /// Endpoints that were tried in vain before, and why.
+    pub tried: Option<Box<str>>,
     /// Bytes so far.
     pub counts: Rc<Counts>,
     labels: Option<TcpLabels>,
@@ -89,6 +91,7 @@ impl ConnRecord {
             service: None,
             trace: None,
             dry_run: Vec::new(),
+            tried: None,
             counts: Rc::default(),
             labels: None,
             finished: false,
@@ -178,6 +181,7 @@ impl ConnRecord {
                     bytes_recv = received,
                     duration,
                     trace = self.trace.as_deref(),
+                    tried = self.tried.as_deref(),
                     code = (!ok).then(|| outcome.code.name()),
                     policy = outcome.policy.as_deref(),
                     rule = outcome.rule,

@@ -67,6 +67,13 @@ pub struct DryRunLabels {
     pub rule: String,
 }
 
+/// Why an endpoint was left for another one.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ElsewhereLabels {
+    /// [`crate::outcome::Code`] of the attempt.
+    pub code: &'static str,
+}
+
 /// Labels of build information.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct BuildLabels {
@@ -99,6 +106,8 @@ pub struct Metrics {
     pub shed: Counter,
     /// Inbound TLS handshakes that failed.
     pub handshakes_failed: Counter,
+    /// Endpoints that were left for another one.
+    pub elsewhere: Family<ElsewhereLabels, Counter>,
     /// Live inbound tunnels.
     pub tunnels: Gauge,
     /// Bytes that flows buffer or have promised to peers to buffer. Set when asked for.
@@ -124,6 +133,7 @@ impl Metrics {
             outbound: Gauge::default(),
             shed: Counter::default(),
             handshakes_failed: Counter::default(),
+            elsewhere: Family::default(),
             tunnels: Gauge::default(),
             buffered: Gauge::default(),
             pressed: Gauge::default(),
@@ -156,6 +166,11 @@ impl Metrics {
             "tulle_handshakes_failed",
             "Inbound TLS handshakes that failed",
             metrics.handshakes_failed.clone(),
+        );
+        registry.register(
+            "tulle_endpoint_retries",
+            "Endpoints of a service that could not be reached and were left for another one",
+            metrics.elsewhere.clone(),
         );
         registry.register(
             "tulle_buffered_bytes",

@@ -85,6 +85,7 @@ fn balancing(from: wire::LoadBalancing) -> Result<LoadBalancing, String> {
             load_balancing::HealthPolicy::OnlyHealthy => HealthPolicy::OnlyHealthy,
             load_balancing::HealthPolicy::AllowAll => HealthPolicy::AllowAll,
         },
+        affinity: None,
     })
 }
 
