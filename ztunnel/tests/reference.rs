@@ -12,7 +12,7 @@ use clap::{Args as _, Command};
 use prometheus_client::registry::Registry;
 use ztunnel::config::Node;
 use ztunnel::outcome::{Code, Fault, Outcome, Retry};
-use ztunnel::telemetry::metrics::Metrics;
+use ztunnel::telemetry::metrics::{ElsewhereLabels, Metrics};
 use ztunnel::telemetry::{ConnRecord, Direction};
 
 #[test]
@@ -65,6 +65,7 @@ fn metrics_in_the_reference_are_those_of_the_code() {
         record.opened();
         record.finish(&Outcome::new(code, ""));
     }
+    metrics.elsewhere.get_or_create(&ElsewhereLabels { code: Code::ConnectFailed.name() }).inc();
     let mut page = String::new();
     prometheus_client::encoding::text::encode(&mut page, &registry).unwrap();
     let mut table = "| Metric | Kind | Meaning |\n|---|---|---|\n".to_owned();

@@ -24,6 +24,8 @@ pub struct Service {
     pub scope: TrafficScope,
     /// Endpoints get traffic before they are ready.
     pub publish_not_ready: bool,
+    /// sessionAffinity ClientIP: how long a quiet client stays with its endpoint, in seconds. None: no affinity.
+    pub affinity: Option<u32>,
     /// type ExternalName: no endpoints of its own.
     pub external_name: bool,
     /// What its name stands for beyond addresses.

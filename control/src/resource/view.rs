@@ -145,6 +145,7 @@ fn service_info(extensions: &[workload::Extension]) -> Value {
         "ports": info.ports.iter().map(port).collect::<Vec<_>>(),
         "externalName": info.external_name,
         "headless": info.headless,
+        "sessionAffinitySeconds": Some(info.session_affinity_seconds).filter(|seconds| *seconds > 0),
         "clusterAddresses": info.cluster_addresses.iter().map(|a| ip(a)).collect::<Vec<_>>(),
     }))
 }

@@ -32,6 +32,7 @@ pub(super) fn service_info(service: &Service) -> ServiceInfo {
         external_name: service.names.external_name.clone(),
         headless: service.names.headless,
         publish_not_ready_addresses: service.publish_not_ready,
+        session_affinity_seconds: service.affinity.unwrap_or(0),
         cluster_addresses: if only_cluster {
             Vec::new()
         } else {

@@ -1,4 +1,5 @@
-//! Counts the rows that choices look at, in test builds: what a choice costs is held by a number, not by a clock.
+//! Counts the rows that choices look at, in test builds only. What a choice costs is held by a number, not by a clock: a
+//! slow machine must not fail the test, and a fast one must not hide a scan of all endpoints.
 
 #[cfg(test)]
 thread_local!(static ROWS: std::cell::Cell<usize> = const { std::cell::Cell::new(0) });

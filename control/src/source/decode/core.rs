@@ -159,10 +159,27 @@ pub(super) fn service(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
         families,
         scope: traffic_scope(&spec)?,
         publish_not_ready: spec.get("publishNotReadyAddresses").boolean()?.unwrap_or(false),
+        affinity: affinity(&spec)?,
         external_name: spec.get("type").text()? == Some("ExternalName"),
         names: service_names(&spec)?,
         meta,
     })))
+}
+
+/// sessionAffinity, with the API server's default and its limit of a day.
+fn affinity(spec: &Cursor<'_>) -> Read<Option<u32>> {
+    let kind = spec.get("sessionAffinity");
+    match kind.text()? {
+        None | Some("" | "None") => return Ok(None),
+        Some("ClientIP") => {}
+        Some(other) => return Err(kind.error(format!("`{other}` is neither None nor ClientIP"))),
+    }
+    let at = spec.get("sessionAffinityConfig").get("clientIP").get("timeoutSeconds");
+    match at.value() {
+        None | Some(Value::Null) => Ok(Some(10_800)),
+        Some(Value::Int(seconds @ 1..=86_400)) => Ok(u32::try_from(*seconds).ok()),
+        Some(_) => Err(at.error("must be a number of seconds from 1 to 86400")),
+    }
 }
 
 /// What the name stands for. An ExternalName that is an address is no name, as in kube-dns.

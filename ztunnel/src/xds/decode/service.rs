@@ -1,7 +1,9 @@
-//! Decodes `istio.workload.Service`.
+//! Decodes `istio.workload.Service`, with the extension `tulle.dev/service`.
 //!
 //! Two values are not judged as strictly as the rest, as the peer does: an unknown visibility is PUBLIC, and a subject
 //! alternative name that is no SPIFFE id is left out, which only narrows what a client accepts.
+
+use std::time::Duration;
 
 use prost::Message;
 use tulle_proto::names::{EXTENSION_SERVICE, TYPE_SERVICE_INFO};
@@ -28,12 +30,14 @@ pub(super) fn service(from: wire::Service, version: &str, strings: &mut Strings)
         let net = field::net("addresses", &address.address, address.length)?;
         Ok::<_, String>((strings.share(&address.network), net))
     };
+    let (info, affinity) = service_info(&from.extensions, strings)?;
+    // A day is the most that the API allows; more would only keep memory.
+    let affinity = u64::from(affinity.min(86_400));
     let mut weighted_waypoints = Vec::new();
     for waypoint in from.weighted_waypoints {
         let destination = waypoint.destination.ok_or_else(|| "weighted_waypoints has no destination".to_owned())?;
         weighted_waypoints.push((gateway("weighted_waypoints", destination, strings)?, waypoint.weight));
     }
-    let info = service_info(&from.extensions, strings)?.map(Box::new);
     Ok(ServiceSpec {
         version: version.into(),
         name: strings.share(&from.name),
@@ -42,7 +46,10 @@ pub(super) fn service(from: wire::Service, version: &str, strings: &mut Strings)
         vips: from.addresses.iter().map(|address| vip(address, strings)).collect::<Result<_, _>>()?,
         ports: ports(&from.ports)?,
         subject_alt_names: from.subject_alt_names.iter().filter_map(|san| san.parse().ok()).collect(),
-        lb: from.load_balancing.map(balancing).transpose()?.unwrap_or_default(),
+        lb: LoadBalancing {
+            affinity: (affinity > 0).then(|| Duration::from_secs(affinity)),
+            ..from.load_balancing.map(balancing).transpose()?.unwrap_or_default()
+        },
         ip_families: match field::known("ip_families", from.ip_families)? {
             wire::IpFamilies::Automatic => IpFamilies::Automatic,
             wire::IpFamilies::Ipv4Only => IpFamilies::V4Only,
@@ -56,7 +63,7 @@ pub(super) fn service(from: wire::Service, version: &str, strings: &mut Strings)
         },
         waypoint: from.waypoint.map(|address| gateway("waypoint", address, strings)).transpose()?,
         weighted_waypoints,
-        info,
+        info: info.map(Box::new),
     })
 }
 
@@ -85,14 +92,15 @@ fn balancing(from: wire::LoadBalancing) -> Result<LoadBalancing, String> {
             load_balancing::HealthPolicy::OnlyHealthy => HealthPolicy::OnlyHealthy,
             load_balancing::HealthPolicy::AllowAll => HealthPolicy::AllowAll,
         },
+        // Said by the extension.
         affinity: None,
     })
 }
 
-/// Our own extension. Other extensions are other people's.
-fn service_info(extensions: &[wire::Extension], strings: &mut Strings) -> Result<Option<ServiceInfo>, String> {
+/// Our own extension, and the seconds of session affinity. Other extensions are other people's.
+fn service_info(extensions: &[wire::Extension], strings: &mut Strings) -> Result<(Option<ServiceInfo>, u32), String> {
     let Some(extension) = extensions.iter().find(|extension| extension.name == EXTENSION_SERVICE) else {
-        return Ok(None);
+        return Ok((None, 0));
     };
     let config = extension.config.as_ref().filter(|config| config.type_url == TYPE_SERVICE_INFO);
     let config = config.ok_or_else(|| format!("extension {EXTENSION_SERVICE} has no {TYPE_SERVICE_INFO}"))?;
@@ -109,7 +117,8 @@ fn service_info(extensions: &[wire::Extension], strings: &mut Strings) -> Result
             },
         })
     };
-    Ok(Some(ServiceInfo {
+    let seconds = info.session_affinity_seconds;
+    let info = ServiceInfo {
         ports: info.ports.iter().map(|one| port(one, strings)).collect::<Result<_, _>>()?,
         external_name: strings.share(&info.external_name.to_ascii_lowercase()),
         headless: info.headless,
@@ -118,5 +127,6 @@ fn service_info(extensions: &[wire::Extension], strings: &mut Strings) -> Result
             .iter()
             .map(|bytes| field::ip("cluster_addresses", bytes))
             .collect::<Result<_, _>>()?,
-    }))
+    };
+    Ok((Some(info), seconds))
 }
