@@ -19,6 +19,7 @@ use tokio::time::sleep;
 use tulle_certs::SpiffeId;
 use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
+use crate::app::resolver::Names;
 use crate::app::worker::{Listeners, Worker, serve_pod};
 use crate::base::budget::Budget;
 use crate::base::drain::{Drain, Drained, Phase, drain};
@@ -103,6 +104,8 @@ pub struct Environment {
     pub preexisting: Preexisting,
     /// Trust domain of pods that are not described yet.
     pub trust_domain: String,
+    /// How names are answered. `None`: not by us.
+    pub names: Option<Names>,
 }
 
 /// What others may see of a pod.
@@ -577,6 +580,9 @@ impl PodTask {
         });
         serve_pod(&env.workers, self.home, &env.shared, &local, listeners, &captured_watch, &tunnels_watch)
             .map_err(|error| error.to_string())?;
+        if let Some(names) = &env.names {
+            names.serve(env, self.home, &self.pod, &local, &captured_watch).await?;
+        }
         Ok(Serving { netns, local, captured, tunnels, flows })
     }
 
@@ -585,7 +591,7 @@ impl PodTask {
             v6: self.pod.ips.iter().any(IpAddr::is_ipv6),
             probe_ports: self.pod.probe_ports.clone(),
             reset: if wanted.reset { old.iter().copied().collect() } else { Vec::new() },
-            dns: false,
+            dns: self.environment.names.as_ref().map(Names::port),
             tcp_only: wanted.tcp_only.unwrap_or(false),
             released: false,
         }

@@ -39,6 +39,10 @@ pub struct Pod {
     /// Ports of the kubelet's probes.
     #[serde(default)]
     pub probe_ports: Vec<u16>,
+    /// The pod's resolv.conf as the node sees it. Its name server is asked where it cannot be found out which one the pod
+    /// asked.
+    #[serde(default)]
+    pub resolv_conf: Option<PathBuf>,
 }
 
 /// A list, and what was wrong with single entries.
