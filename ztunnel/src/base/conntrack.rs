@@ -127,7 +127,7 @@ fn destination(answer: &[u8]) -> io::Result<SocketAddr> {
     let (addresses, ports) = (find(tuple, TUPLE_IP).ok_or_else(broken)?, find(tuple, TUPLE_PROTO).ok_or_else(broken)?);
     let v4 = find(addresses, IP_V4.1).and_then(|bytes| <[u8; 4]>::try_from(bytes).ok()).map(Ipv4Addr::from);
     let v6 = find(addresses, IP_V6.1).and_then(|bytes| <[u8; 16]>::try_from(bytes).ok()).map(Ipv6Addr::from);
-    let ip = v4.map(IpAddr::V4).or(v6.map(IpAddr::V6)).ok_or_else(broken)?;
+    let ip = v4.map(IpAddr::V4).or_else(|| v6.map(IpAddr::V6)).ok_or_else(broken)?;
     let port = find(ports, PROTO_PORTS.1).and_then(|bytes| <[u8; 2]>::try_from(bytes).ok()).ok_or_else(broken)?;
     Ok(canonical(SocketAddr::new(ip, u16::from_be_bytes(port))))
 }

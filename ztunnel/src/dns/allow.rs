@@ -1,4 +1,5 @@
-//! Whether a pod may ask a name server at all.
+//! Whether a pod may ask a name server at all. A place of its own, because rules about what may leave a pod are somebody
+//! else's to make and this is the one question that names put to them.
 
 use std::net::SocketAddr;
 

@@ -63,7 +63,7 @@ pub(super) enum Step {
     /// The answer.
     Done(Vec<u8>),
     /// Somebody has to be asked.
-    Later(Asked),
+    Later(Box<Asked>),
 }
 
 /// An answer, and where it came from.
@@ -94,14 +94,14 @@ impl PodDns {
             self.finished(&asked, "refused", REFUSED);
             return Step::Done(answer);
         }
-        match self.from_mesh(&snapshot, &asked).or_else(|| self.from_cache(&asked)) {
+        match self.by_mesh(&snapshot, &asked).or_else(|| self.by_cache(&asked)) {
             Some(answer) => Step::Done(answer),
-            None => Step::Later(asked),
+            None => Step::Later(Box::new(asked)),
         }
     }
 
     /// The rest of a question that [`Self::begin`] could not answer.
-    pub(super) async fn finish(&self, asked: Asked) -> Option<Vec<u8>> {
+    pub(super) async fn finish(&self, asked: Box<Asked>) -> Option<Vec<u8>> {
         let Some(message) = &asked.message else { return self.relay(&asked).await };
         if let Some(target) = self.alias(&asked) {
             return Some(
@@ -120,7 +120,7 @@ impl PodDns {
     }
 
     /// The answer by the snapshot, if no alias is in the way.
-    fn from_mesh(&self, snapshot: &Snapshot, asked: &Asked) -> Option<Vec<u8>> {
+    fn by_mesh(&self, snapshot: &Snapshot, asked: &Asked) -> Option<Vec<u8>> {
         let message = asked.message.as_ref().filter(|message| is_plain(message))?;
         let name = message.name.as_deref()?;
         let Found::Records { answers, extra } = self.lookup(snapshot, name, message.kind) else { return None };
@@ -151,7 +151,7 @@ impl PodDns {
         name.strip_suffix(&*self.node.domain).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
     }
 
-    fn from_cache(&self, asked: &Asked) -> Option<Vec<u8>> {
+    fn by_cache(&self, asked: &Asked) -> Option<Vec<u8>> {
         let message = asked.message.as_ref()?;
         if self.alias(asked).is_some() {
             return None;

@@ -73,9 +73,8 @@ pub async fn by_datagram(
         socket.send(&question).await.map_err(Failure::Unreachable)?;
         // Earlier ones are still listened to: the server may just be slow.
         waiting.push(receive(socket, id, question.clone(), walked));
-        match timeout_at(begin + until, waiting.next()).await {
-            Ok(Some(reply)) => return reply.map_err(Failure::Unreachable),
-            Ok(None) | Err(_) => {}
+        if let Ok(Some(reply)) = timeout_at(begin + until, waiting.next()).await {
+            return reply.map_err(Failure::Unreachable);
         }
     }
     Err(Failure::Silent)
