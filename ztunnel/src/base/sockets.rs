@@ -151,6 +151,7 @@ impl PodSockets {
     /// What the system says.
     pub async fn datagrams(&self, to: SocketAddr) -> io::Result<UdpSocket> {
         let mark = self.options.mark;
+        let _turn = self.turns.acquire().await.map_err(io::Error::other)?;
         let make = move || {
             let domain = if to.is_ipv6() { Domain::IPV6 } else { Domain::IPV4 };
             let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
