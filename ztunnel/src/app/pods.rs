@@ -26,7 +26,7 @@ use crate::base::drain::{Drain, Drained, Phase, drain};
 use crate::base::netns::{Netns, NetnsThread, local_addresses, run_blocking};
 use crate::base::sockets::{Options, PodSockets};
 use crate::base::workers::Workers;
-use crate::capture::pods::{Pod, Source};
+use crate::capture::pods::{Pod, Source, watch_directory};
 use crate::capture::rules::{Rules, rules_are_broken};
 use crate::capture::{self, preexisting, probe};
 use crate::config::Preexisting;
@@ -685,19 +685,4 @@ fn end(serving: &Serving) {
     for drain in [&serving.captured, &serving.tunnels, &serving.flows] {
         drain.advance(Phase::Forced);
     }
-}
-
-/// Wakes `changed` when something happens in the file's directory. Polling covers what notifications miss.
-fn watch_directory(path: &std::path::Path, changed: Arc<Notify>) -> Option<notify::RecommendedWatcher> {
-    use notify::Watcher as _;
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty())?;
-    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        // Reading the file is an event too; waking on it would read again, for ever.
-        if !event.is_ok_and(|event| event.kind.is_access()) {
-            changed.notify_one();
-        }
-    })
-    .ok()?;
-    watcher.watch(directory, notify::RecursiveMode::NonRecursive).ok()?;
-    Some(watcher)
 }

@@ -97,6 +97,8 @@ impl Rules {
         let _ = writeln!(text, "    ip daddr {PROBE_V4} meta l4proto tcp counter accept");
         let _ = writeln!(text, "    ip6 daddr {PROBE_V6} meta l4proto tcp counter accept");
         if let Some(port) = self.dns {
+            // Which interface such an address belongs to is lost in a redirect.
+            text.push_str("    ip6 daddr fe80::/10 udp dport 53 counter accept\n");
             for protocol in ["udp", "tcp"] {
                 let _ = writeln!(
                     text,

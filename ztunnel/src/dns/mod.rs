@@ -25,8 +25,8 @@ use crate::base::conntrack::Conntrack;
 use crate::dns::cache::Cache;
 use crate::flow::{LocalPod, Shared};
 
-/// Questions of one pod that are under way. Each holds a socket and two buffers of 64 KB at most while its name server is
-/// silent, so the worst pod costs 64 MB for five seconds.
+/// Questions of one pod that are under way. Each has three sockets at most while its name server is silent, with a buffer
+/// as large as the client says: usually 1 KB, and 64 KB at the worst, which is 96 MB of one pod for five seconds.
 const QUESTIONS: usize = 512;
 /// Streams of one pod. Resolvers open one for an answer that was too large.
 const STREAMS: usize = 64;

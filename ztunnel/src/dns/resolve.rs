@@ -84,7 +84,7 @@ impl PodDns {
         self.shared.metrics.dns.requests.get_or_create(&labels).inc();
         let Some(upstream) = upstream.or(self.fallback) else {
             let text = "the node's proxy cannot find out which name server was asked; set resolvConf for the pod";
-            tracing::warn!(target: "dns", pod = %self.name(), text);
+            tracing::debug!(target: "dns", pod = %self.name(), text);
             return Step::Done(failure(message.as_ref(), bytes, (id, flags), SERVFAIL, EDE_OTHER, text));
         };
         let asked = Asked { bytes: bytes.to_vec(), message, upstream, stream, since: Instant::now(), labels };

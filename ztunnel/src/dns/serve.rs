@@ -27,6 +27,8 @@ use crate::state::Protocol;
 
 /// How long a stream may be silent (RFC 7766 §6.2.3 leaves it to the server).
 const IDLE: Duration = Duration::from_secs(5);
+/// After an error of the socket, so that one that stays does not take the worker.
+const PAUSE: Duration = Duration::from_millis(5);
 /// Questions of one stream that are under way. Resolvers send two.
 const PIPELINED: usize = 16;
 /// Transfers of whole zones.
@@ -48,8 +50,11 @@ impl PodDns {
                 received = socket.recv_from(&mut buffer) => received,
                 () = &mut stop => return,
             };
-            // An answer that came back as unreachable: that client is gone.
-            let Ok((length, client)) = received else { continue };
+            let Ok((length, client)) = received else {
+                // Out of memory, or an answer that came back as unreachable.
+                tokio::time::sleep(PAUSE).await;
+                continue;
+            };
             let upstream = self.conntrack.original_udp_destination(client, local).ok();
             // A question to ourselves would be asked for ever.
             let upstream = upstream.filter(|upstream| *upstream != local);

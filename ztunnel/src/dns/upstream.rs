@@ -81,7 +81,8 @@ pub async fn by_datagram(
 }
 
 async fn receive(socket: UdpSocket, id: u16, question: Vec<u8>, walked: Option<&Message>) -> io::Result<Reply> {
-    let mut buffer = vec![0; usize::from(u16::MAX)];
+    // A server does not send more than it was told to.
+    let mut buffer = vec![0; walked.map_or(usize::from(u16::MAX), Message::datagram_limit)];
     loop {
         let length = socket.recv(&mut buffer).await?;
         if let Some(reply) = accepted(&buffer[..length], id, &question, walked) {
@@ -144,8 +145,9 @@ fn accepted(bytes: &[u8], id: u16, question: &[u8], walked: Option<&Message>) ->
 
 #[cfg(test)]
 mod tests {
-    use super::accepted;
+    use super::{accepted, receive};
     use crate::dns::wire;
+    use tokio::net::UdpSocket;
 
     fn question(id: u16, name: &str) -> Vec<u8> {
         let mut bytes = vec![0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
@@ -181,5 +183,25 @@ mod tests {
         ] {
             assert_eq!(accepted(&reply, 7, &asked, Some(&walked)).is_some(), good, "{what}");
         }
+    }
+
+    #[tokio::test]
+    async fn forged_answers_are_waited_out() {
+        let server = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let stranger = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        client.connect(server.local_addr().unwrap()).await.unwrap();
+        let to = client.local_addr().unwrap();
+        let asked = question(7, "cart");
+        let walked = wire::parse(&asked).unwrap();
+        let mut good = response(7, "cart");
+        good[3] = 0x80;
+        stranger.send_to(&response(7, "cart"), to).await.unwrap();
+        for forged in [response(8, "cart"), response(7, "card"), question(7, "cart"), vec![7; 40], Vec::new()] {
+            server.send_to(&forged, to).await.unwrap();
+        }
+        server.send_to(&good, to).await.unwrap();
+        let reply = receive(client, 7, asked, Some(&walked)).await.unwrap();
+        assert_eq!(reply.bytes, good);
     }
 }
