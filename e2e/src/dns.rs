@@ -92,7 +92,7 @@ pub fn zone(services: &[Service], hosts: &[(String, Pair)]) -> Zone {
                 zone.entry(reverse(address)).or_default().owner = Some(format!("{label}.{fqdn}"));
             }
         }
-        for address in service.addresses.iter().flat_map(Pair::both) {
+        for address in service.addresses.iter().flat_map(|pair| pair.both()) {
             add(&mut zone, &fqdn, address);
             zone.entry(reverse(address)).or_default().owner = Some(fqdn.clone());
         }
