@@ -82,7 +82,7 @@ pub async fn by_datagram(
 
 async fn receive(socket: UdpSocket, id: u16, question: Vec<u8>, walked: Option<&Message>) -> io::Result<Reply> {
     // A server does not send more than it was told to.
-    let mut buffer = vec![0; walked.map_or(usize::from(u16::MAX), Message::datagram_limit)];
+    let mut buffer = vec![0; walked.map_or_else(|| usize::from(u16::MAX), Message::datagram_limit)];
     loop {
         let length = socket.recv(&mut buffer).await?;
         if let Some(reply) = accepted(&buffer[..length], id, &question, walked) {
