@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn a_service_becomes_a_choice_of_endpoints_and_an_empty_one_a_refusal() {
-        let port = |port, endpoints| ServicePort { port, tcp: true, endpoints };
+        let port = |port, endpoints| ServicePort { name: String::new(), port, tcp: true, endpoints };
         let service = Service {
             key: ("shop".into(), "cart".into()),
             addresses: Some(address::service(10)),

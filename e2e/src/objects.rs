@@ -46,15 +46,28 @@ pub struct Service {
     pub addresses: Option<Pair>,
     /// Its ports.
     pub ports: Vec<ServicePort>,
-    /// Ready pods (all pods with `publishNotReadyAddresses`): name and addresses.
-    pub pods: Vec<(String, Pair)>,
+    /// Ready pods (all pods with `publishNotReadyAddresses`).
+    pub pods: Vec<ServicePod>,
     /// Target of an ExternalName Service.
     pub external: Option<String>,
+}
+
+/// A pod behind a Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePod {
+    /// Its name.
+    pub name: String,
+    /// Its name below the Service: spec.hostname, if spec.subdomain is the Service.
+    pub label: Option<String>,
+    /// Its addresses.
+    pub pair: Pair,
 }
 
 /// One port of a Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServicePort {
+    /// Name; may be empty.
+    pub name: String,
     /// Port of the Service.
     pub port: u16,
     /// False: UDP. SCTP is left out.
@@ -220,11 +233,18 @@ fn service(
                 .iter()
                 .filter_map(|member| Some((member.pod.spot.addresses(), target(port, member.pod)?)))
                 .collect();
-            (protocol != "SCTP").then(|| ServicePort { port: number, tcp: protocol == "TCP", endpoints })
+            let name = port["name"].as_str().unwrap_or_default().to_owned();
+            (protocol != "SCTP").then(|| ServicePort { name, port: number, tcp: protocol == "TCP", endpoints })
         })
         .collect();
-    let pods = serving.iter().map(|member| (member.pod.name.clone(), member.pod.spot.addresses())).collect();
+    let pods = serving.iter().map(|member| service_pod(member.pod, &key.name)).collect();
     Ok((object, slices, Service { key: own, addresses, ports, pods, external: None }))
+}
+
+fn service_pod(pod: &Pod, service: &str) -> ServicePod {
+    let own = text(&pod.manifest, "/spec/hostname");
+    let label = (!own.is_empty() && text(&pod.manifest, "/spec/subdomain") == service).then(|| own.to_owned());
+    ServicePod { name: pod.name.clone(), label, pair: pod.spot.addresses() }
 }
 
 struct Member<'a> {

@@ -31,6 +31,7 @@ const PURE: &[&str] = &[
     "ztunnel/src/outcome.rs",
     "ztunnel/src/policy",
     "ztunnel/src/lb",
+    "ztunnel/src/dns/zone.rs",
     "ztunnel/src/inbound/decide.rs",
     "ztunnel/src/outbound/decide.rs",
     "ztunnel/src/capture/rules.rs",

@@ -5,6 +5,7 @@
 
 use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri};
 use tulle_certs::{Issued, Roots, SpiffeId, Usage};
+use ztunnel::dns::wire;
 use ztunnel::hbone::headers::{self, Authority, Baggage, Forwarded, TraceId};
 use ztunnel::xds::decode::{self, Strings};
 
@@ -27,6 +28,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("roots", roots),
     ("issued", issued),
     ("certificate", certificate),
+    ("dns", dns),
 ];
 
 /// The authority of a CONNECT request, from a peer.
@@ -160,5 +162,21 @@ pub fn certificate(data: &[u8]) {
     let now = rustls_pki_types::UnixTime::since_unix_epoch(std::time::Duration::from_secs(1_800_000_000));
     if let Ok(roots) = Roots::from_der(vec![leaf.clone().into_owned()]) {
         let _ = tulle_certs::verify_chain(&[leaf], &roots, Usage::Server, now);
+    }
+}
+
+/// A question of a pod, or an answer of a name server.
+pub fn dns(data: &[u8]) {
+    let Ok(message) = wire::parse(data) else { return };
+    let _ = message.lifetime(data);
+    let again = wire::parse(&wire::normalised(&message, data)).expect("a question that is written can be read");
+    assert_eq!((again.kind, again.class, &again.name), (message.kind, message.class, &message.name));
+    let refused = wire::refusal(&message, data, 2, &wire::OwnEdns::default());
+    assert!(wire::parse(&refused).is_ok_and(|refused| refused.flags.is_response()));
+    if let Some(body) = wire::Body::new(data.to_vec(), message.clone()) {
+        for limit in [0, 64, 512, 65_535] {
+            let answer = body.respond(&message, data, 1, &wire::OwnEdns::default(), limit);
+            assert!(wire::parse(&answer).is_ok(), "an answer cut to {limit} bytes is no message");
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! The only reader of the environment. Modules get their part by value and never import this one.
 
 use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -109,6 +110,15 @@ pub struct Node {
     /// How long a half-closed connection may stay silent.
     #[arg(long, env = "TULLE_HALF_OPEN_TIMEOUT", default_value = "5m", value_parser = duration)]
     pub half_open_timeout: Duration,
+    /// Domain of the cluster's names.
+    #[arg(long, env = "CLUSTER_DOMAIN", default_value = "cluster.local")]
+    pub cluster_domain: String,
+    /// Name look-ups of captured pods are answered by the proxy.
+    #[arg(long, env = "ISTIO_META_DNS_CAPTURE", default_value_t = true, action = clap::ArgAction::Set)]
+    pub dns: bool,
+    /// Where it answers, in each pod: localhost (both families) or a loopback address, and a port.
+    #[arg(long, env = "ISTIO_META_DNS_PROXY_ADDR", default_value = "localhost:15053")]
+    pub dns_address: String,
     /// SO_MARK of the proxy's sockets.
     #[arg(long, env = "PACKET_MARK", default_value_t = 1337)]
     pub packet_mark: u32,
@@ -191,6 +201,25 @@ impl Node {
             },
         };
         Ok(count.clamp(1, 1024))
+    }
+
+    /// Where names are answered in each pod; at least one address, all of one port. `None`: nowhere.
+    ///
+    /// # Errors
+    /// If the setting is no loopback address with a port.
+    pub fn dns_addresses(&self) -> Result<Option<Vec<SocketAddr>>, String> {
+        let text = &self.dns_address;
+        let wrong =
+            || format!("ISTIO_META_DNS_PROXY_ADDR is {text:?}; give localhost:<port> or <loopback address>:<port>");
+        let addresses = match text.strip_prefix("localhost:") {
+            Some(port) => {
+                let port: u16 = port.parse().map_err(|_| wrong())?;
+                vec![SocketAddr::from((Ipv4Addr::LOCALHOST, port)), SocketAddr::from((Ipv6Addr::LOCALHOST, port))]
+            }
+            None => vec![text.parse::<SocketAddr>().map_err(|_| wrong())?],
+        };
+        let good = addresses.iter().all(|address| address.ip().is_loopback() && address.port() != 0);
+        if good { Ok(self.dns.then_some(addresses)) } else { Err(wrong()) }
     }
 
     /// Node metadata for discovery: our own, and every `ISTIO_META_*` and `ISTIO_METAJSON_*` variable.

@@ -30,6 +30,8 @@ pub mod xds;
 pub mod hbone;
 /// What every connection of a local pod needs.
 pub mod flow;
+/// Names: a name server in each captured pod.
+pub mod dns;
 /// From a tunnel or a plain connection to the local application.
 pub mod inbound;
 /// From a captured application connection to its next hop.

@@ -39,9 +39,23 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         "spiffe" => texts(&["spiffe://cluster.local/ns/shop/sa/cart"]),
         "address" => vec![workload().encode_to_vec(), service().encode_to_vec()],
         "authorization" => vec![policy().encode_to_vec()],
+        "dns" => messages(),
         "csr" | "roots" | "issued" | "certificate" => certificates(target),
         other => panic!("{other} has no seed; add one"),
     }
+}
+
+/// A question with EDNS, and an answer with an alias, an address and a compressed name.
+fn messages() -> Vec<Vec<u8>> {
+    let mut question = vec![0, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 1, 4];
+    question.extend(b"cart\x07example\0\0\x01\0\x01");
+    let name_end = question.len();
+    question.extend([0, 0, 41, 4, 208, 0, 0, 128, 0, 0, 6, 0, 10, 0, 2, 1, 2]);
+    let mut answer = question[..name_end].to_vec();
+    (answer[2], answer[7], answer[11]) = (0x81, 2, 0);
+    answer.extend([0xc0, 12, 0, 5, 0, 1, 0, 0, 0, 60, 0, 4, 1, b'a', 0xc0, 17]);
+    answer.extend([1, b'a', 0xc0, 17, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 10, 0, 0, 1]);
+    vec![question, answer]
 }
 
 fn workload() -> Address {

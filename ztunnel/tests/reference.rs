@@ -12,6 +12,7 @@ use clap::{Args as _, Command};
 use prometheus_client::registry::Registry;
 use ztunnel::config::Node;
 use ztunnel::outcome::{Code, Fault, Outcome, Retry};
+use ztunnel::telemetry::dns::{DnsAnswerLabels, DnsLabels};
 use ztunnel::telemetry::metrics::{ElsewhereLabels, Metrics};
 use ztunnel::telemetry::{ConnRecord, Direction};
 
@@ -66,6 +67,17 @@ fn metrics_in_the_reference_are_those_of_the_code() {
         record.finish(&Outcome::new(code, ""));
     }
     metrics.elsewhere.get_or_create(&ElsewhereLabels { code: Code::ConnectFailed.name() }).inc();
+    let labels = DnsLabels {
+        request_query_type: "A",
+        request_protocol: "udp",
+        source_canonical_service: "cart".into(),
+        source_canonical_revision: "v1".into(),
+    };
+    for family in [&metrics.dns.requests, &metrics.dns.upstream_requests, &metrics.dns.upstream_failures] {
+        family.get_or_create(&labels).inc();
+    }
+    metrics.dns.upstream_duration.get_or_create(&labels).observe(0.001);
+    metrics.dns.answers.get_or_create(&DnsAnswerLabels { source: "mesh" }).inc();
     let mut page = String::new();
     prometheus_client::encoding::text::encode(&mut page, &registry).unwrap();
     let mut table = "| Metric | Kind | Meaning |\n|---|---|---|\n".to_owned();

@@ -4,6 +4,7 @@
 //! the snapshot, the certificates and a queue a worker, so that no slow page and no reconnect ever delays a byte.
 
 pub mod answers;
+pub mod resolver;
 pub mod pods;
 pub mod worker;
 
@@ -24,6 +25,7 @@ use tulle_proto::names;
 use crate::admin::{self, Page, Routes};
 use crate::app::answers::{Answers, VERSION};
 use crate::app::pods::{Environment, Pods};
+use crate::app::resolver::Names;
 use crate::app::worker::Worker;
 use crate::base::drain::{Drain, Drained, Phase, drain};
 use crate::base::netns::NetnsThread;
@@ -187,6 +189,10 @@ fn start_pods(
         },
         preexisting: config.preexisting,
         trust_domain: config.trust_domain.clone(),
+        names: config
+            .dns_addresses()
+            .map_err(anyhow::Error::msg)?
+            .map(|addresses| Names::new(&config.cluster_domain, addresses)),
     });
     let stop = Arc::new(stop);
     tokio::spawn(pods.clone().run(environment, path, stop.clone()));

@@ -19,13 +19,14 @@ use tokio::time::sleep;
 use tulle_certs::SpiffeId;
 use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
+use crate::app::resolver::Names;
 use crate::app::worker::{Listeners, Worker, serve_pod};
 use crate::base::budget::Budget;
 use crate::base::drain::{Drain, Drained, Phase, drain};
 use crate::base::netns::{Netns, NetnsThread, local_addresses, run_blocking};
 use crate::base::sockets::{Options, PodSockets};
 use crate::base::workers::Workers;
-use crate::capture::pods::{Pod, Source};
+use crate::capture::pods::{Pod, Source, watch_directory};
 use crate::capture::rules::{Rules, rules_are_broken};
 use crate::capture::{self, preexisting, probe};
 use crate::config::Preexisting;
@@ -103,6 +104,8 @@ pub struct Environment {
     pub preexisting: Preexisting,
     /// Trust domain of pods that are not described yet.
     pub trust_domain: String,
+    /// How names are answered. `None`: not by us.
+    pub names: Option<Names>,
 }
 
 /// What others may see of a pod.
@@ -578,6 +581,9 @@ impl PodTask {
         });
         serve_pod(&env.workers, self.home, &env.shared, &local, listeners, &captured_watch, &tunnels_watch)
             .map_err(|error| error.to_string())?;
+        if let Some(names) = &env.names {
+            names.serve(env, self.home, &self.pod, &local, &captured_watch).await?;
+        }
         Ok(Serving { netns, local, captured, tunnels, flows })
     }
 
@@ -586,7 +592,7 @@ impl PodTask {
             v6: self.pod.ips.iter().any(IpAddr::is_ipv6),
             probe_ports: self.pod.probe_ports.clone(),
             reset: if wanted.reset { old.iter().copied().collect() } else { Vec::new() },
-            dns: false,
+            dns: self.environment.names.as_ref().map(Names::port),
             tcp_only: wanted.tcp_only.unwrap_or(false),
             released: false,
         }
@@ -680,19 +686,4 @@ fn end(serving: &Serving) {
     for drain in [&serving.captured, &serving.tunnels, &serving.flows] {
         drain.advance(Phase::Forced);
     }
-}
-
-/// Wakes `changed` when something happens in the file's directory. Polling covers what notifications miss.
-fn watch_directory(path: &std::path::Path, changed: Arc<Notify>) -> Option<notify::RecommendedWatcher> {
-    use notify::Watcher as _;
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty())?;
-    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        // Reading the file is an event too; waking on it would read again, for ever.
-        if !event.is_ok_and(|event| event.kind.is_access()) {
-            changed.notify_one();
-        }
-    })
-    .ok()?;
-    watcher.watch(directory, notify::RecursiveMode::NonRecursive).ok()?;
-    Some(watcher)
 }

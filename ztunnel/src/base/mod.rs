@@ -4,6 +4,7 @@
 
 pub mod bucket;
 pub mod budget;
+pub mod conntrack;
 pub mod drain;
 pub mod netns;
 pub mod pace;

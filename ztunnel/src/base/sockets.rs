@@ -11,10 +11,11 @@ use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 
 use crate::base::canonical;
+use crate::base::conntrack::Conntrack;
 use crate::base::netns::{Netns, NetnsThread};
 
 /// Sockets kept ready for each pod and family. Enough for a burst of connections within one round trip to the
@@ -143,6 +144,86 @@ impl PodSockets {
     }
 }
 
+impl PodSockets {
+    /// A datagram socket that speaks to `to` only: the kernel drops what others send it, and chooses a random port.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub async fn datagrams(&self, to: SocketAddr) -> io::Result<UdpSocket> {
+        let mark = self.options.mark;
+        let _turn = self.turns.acquire().await.map_err(io::Error::other)?;
+        let make = move || {
+            let domain = if to.is_ipv6() { Domain::IPV6 } else { Domain::IPV4 };
+            let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
+            socket.set_nonblocking(true)?;
+            socket.set_mark(mark)?;
+            socket.connect(&to.into())?;
+            Ok(std::net::UdpSocket::from(socket))
+        };
+        UdpSocket::from_std(self.thread.run(&self.netns, make).await?)
+    }
+
+    /// Sockets for datagrams and streams at each of `addresses`, and the tracking table behind them. An IPv6 address
+    /// that the pod does not have is left out.
+    ///
+    /// # Errors
+    /// What the system says; `AddrInUse` if something else in the pod has the port.
+    pub async fn listen_local(&self, addresses: Vec<SocketAddr>) -> io::Result<LocalSockets> {
+        let options = self.options.clone();
+        let make = move || {
+            let mut sockets =
+                LocalSockets { datagrams: Vec::new(), streams: Vec::new(), conntrack: Conntrack::open()? };
+            for address in addresses {
+                let pair = new_datagrams(address, &options).and_then(|udp| {
+                    let domain = if address.is_ipv6() { Domain::IPV6 } else { Domain::IPV4 };
+                    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
+                    Ok((udp, bind_listener(socket, address, &options)?))
+                });
+                match pair {
+                    Ok((udp, tcp)) => {
+                        sockets.datagrams.push(udp);
+                        sockets.streams.push(tcp);
+                    }
+                    Err(error) if address.is_ipv6() && no_such_address(&error) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(sockets)
+        };
+        self.thread.run(&self.netns, make).await
+    }
+}
+
+/// What [`PodSockets::listen_local`] opened.
+#[derive(Debug)]
+pub struct LocalSockets {
+    /// One for each address.
+    pub datagrams: Vec<std::net::UdpSocket>,
+    /// The same for streams.
+    pub streams: Vec<std::net::TcpListener>,
+    /// Tells where redirected datagrams were going.
+    pub conntrack: Conntrack,
+}
+
+fn no_such_address(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
+}
+
+fn new_datagrams(address: SocketAddr, options: &Options) -> io::Result<std::net::UdpSocket> {
+    let domain = if address.is_ipv6() { Domain::IPV6 } else { Domain::IPV4 };
+    let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
+    socket.set_nonblocking(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    if options.reuse_port {
+        socket.set_reuse_port(true)?;
+    }
+    // Not marked: an answer to a client whose own port is 53 must not be taken for a question of ours.
+    socket.bind(&address.into())?;
+    Ok(socket.into())
+}
+
 fn new_socket(v6: bool, options: &Options) -> io::Result<Socket> {
     let domain = if v6 { Domain::IPV6 } else { Domain::IPV4 };
     let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
@@ -159,7 +240,7 @@ fn new_listener(port: u16, options: &Options) -> io::Result<std::net::TcpListene
         bind_listener(socket, SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)), options)
     });
     match v6 {
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)) => {
+        Err(error) if no_such_address(&error) => {
             let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
             bind_listener(socket, SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)), options)
         }

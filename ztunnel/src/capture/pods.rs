@@ -8,9 +8,12 @@ use std::collections::HashSet;
 use std::io::{self, Read as _};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
+use notify::Watcher as _;
 use serde::Deserialize;
+use tokio::sync::Notify;
 
 /// Largest list that is read: some 300 bytes a pod, and a node has a few hundred.
 const LARGEST: u64 = 16 << 20;
@@ -39,6 +42,10 @@ pub struct Pod {
     /// Ports of the kubelet's probes.
     #[serde(default)]
     pub probe_ports: Vec<u16>,
+    /// The pod's resolv.conf as the node sees it. Its name server is asked where it cannot be found out which one the pod
+    /// asked.
+    #[serde(default)]
+    pub resolv_conf: Option<PathBuf>,
 }
 
 /// A list, and what was wrong with single entries.
@@ -132,6 +139,20 @@ impl Source {
         self.last = Some(stamp);
         parse(&text).map(Some).map_err(|error| format!("{}: {error}", self.path.display()))
     }
+}
+
+/// Wakes `changed` when something happens in the file's directory. Polling covers what notifications miss.
+pub fn watch_directory(path: &Path, changed: Arc<Notify>) -> Option<notify::RecommendedWatcher> {
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty())?;
+    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        // Reading the file is an event too; waking on it would read again, for ever.
+        if !event.is_ok_and(|event| event.kind.is_access()) {
+            changed.notify_one();
+        }
+    })
+    .ok()?;
+    watcher.watch(directory, notify::RecursiveMode::NonRecursive).ok()?;
+    Some(watcher)
 }
 
 #[cfg(test)]

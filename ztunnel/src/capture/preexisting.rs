@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
+use tulle_proto::names::{PORT_DNS, PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
 use crate::base::canonical;
 use crate::base::netns::{Netns, run_blocking};
@@ -49,7 +49,7 @@ fn parse(table: &str) -> BTreeSet<Pair> {
 }
 
 fn foreign(all: &BTreeSet<Pair>) -> BTreeSet<Pair> {
-    let ours = |port: u16| matches!(port, PORT_OUTBOUND | PORT_INBOUND_PLAINTEXT | PORT_HBONE);
+    let ours = |port: u16| matches!(port, PORT_OUTBOUND | PORT_INBOUND_PLAINTEXT | PORT_HBONE | PORT_DNS);
     let own: BTreeSet<IpAddr> = all.iter().map(|(local, _)| local.ip()).collect();
     let captured: BTreeSet<SocketAddr> =
         all.iter().filter(|(local, _)| ours(local.port())).map(|(_, remote)| *remote).collect();

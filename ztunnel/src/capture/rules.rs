@@ -8,8 +8,7 @@ use std::fmt::Write as _;
 use std::net::SocketAddr;
 
 use tulle_proto::names::{
-    CONNMARK_PROXY, MARK_MASK, MARK_PROXY, PORT_DNS, PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND, PROBE_V4,
-    PROBE_V6,
+    CONNMARK_PROXY, MARK_MASK, MARK_PROXY, PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND, PROBE_V4, PROBE_V6,
 };
 
 /// Name of the table.
@@ -40,8 +39,8 @@ pub struct Rules {
     pub probe_ports: Vec<u16>,
     /// Connections from before capture that must end: (local, remote).
     pub reset: Vec<(SocketAddr, SocketAddr)>,
-    /// Redirect port 53 to the DNS proxy. Off until there is one.
-    pub dns: bool,
+    /// Port of the DNS proxy, which port 53 is redirected to. `None`: names are none of our business.
+    pub dns: Option<u16>,
     /// Nothing but TCP (which the proxy decides about) and name look-ups may leave: `tulle.dev/egress: deny`.
     pub tcp_only: bool,
     /// The pod is being released: nothing new is redirected, but connections that the proxy carries go on, and their
@@ -66,7 +65,7 @@ impl Rules {
             self.output(&mut text);
             self.filters(&mut text);
         }
-        if self.dns {
+        if self.dns.is_some() {
             text.push_str(&dns_zones());
         }
         text.push_str("}\n");
@@ -97,11 +96,13 @@ impl Rules {
         text.push_str(OLD);
         let _ = writeln!(text, "    ip daddr {PROBE_V4} meta l4proto tcp counter accept");
         let _ = writeln!(text, "    ip6 daddr {PROBE_V6} meta l4proto tcp counter accept");
-        if self.dns {
+        if let Some(port) = self.dns {
+            // Which interface such an address belongs to is lost in a redirect.
+            text.push_str("    ip6 daddr fe80::/10 udp dport 53 counter accept\n");
             for protocol in ["udp", "tcp"] {
                 let _ = writeln!(
                     text,
-                    "    oifname != \"lo\" {protocol} dport 53 meta mark & {MARK_MASK:#x} != {MARK_PROXY:#x} counter redirect to :{PORT_DNS}"
+                    "    oifname != \"lo\" {protocol} dport 53 meta mark & {MARK_MASK:#x} != {MARK_PROXY:#x} counter redirect to :{port}"
                 );
             }
         }
@@ -262,7 +263,7 @@ mod tests {
                 ..Rules::default()
             },
         );
-        golden("dns.nft", &Rules { v6: true, dns: true, ..Rules::default() });
+        golden("dns.nft", &Rules { v6: true, dns: Some(15053), ..Rules::default() });
         golden("released.nft", &Rules { released: true, ..Rules::default() });
         golden("tcp-only.nft", &Rules { v6: true, tcp_only: true, ..Rules::default() });
     }

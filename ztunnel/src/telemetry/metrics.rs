@@ -12,6 +12,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
+use crate::telemetry::dns::DnsMetrics;
+
 /// Labels of the TCP metrics.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct TcpLabels {
@@ -116,6 +118,8 @@ pub struct Metrics {
     pub pressed: Gauge,
     /// Access log lines that were dropped.
     pub log_dropped: Gauge<u64, AtomicU64>,
+    /// Name look-ups.
+    pub dns: DnsMetrics,
 }
 
 impl Metrics {
@@ -138,6 +142,7 @@ impl Metrics {
             buffered: Gauge::default(),
             pressed: Gauge::default(),
             log_dropped: Gauge::default(),
+            dns: DnsMetrics::new(registry),
         };
         let build = Family::<BuildLabels, Gauge>::default();
         build.get_or_create(&BuildLabels { component: "ztunnel", tag: env!("CARGO_PKG_VERSION") }).set(1);

@@ -5,6 +5,7 @@
 //! rather than blocking a worker. Metric and label names are Istio's, because people's dashboards know them.
 
 mod conn;
+pub mod dns;
 pub mod metrics;
 
 pub use conn::{ConnRecord, Direction, Peer};

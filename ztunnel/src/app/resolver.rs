@@ -1,0 +1,130 @@
+//! The name server of each captured pod: its sockets, and who serves them.
+//!
+//! It serves until the pod's capture is forced to end, and not only until it is drained: a pod keeps its redirect rules
+//! while the proxy stops, and without names it could not even reach what needs no proxy.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::app::pods::Environment;
+use crate::app::worker::Worker;
+use crate::base::drain::Drained;
+use crate::base::workers::{Accepted, spawn};
+use crate::capture::pods::Pod;
+use crate::dns::cache::Cache;
+use crate::dns::{Node, PodDns};
+use crate::flow::LocalPod;
+use crate::outbound;
+
+/// Most of a resolv.conf that is read, bytes.
+const RESOLV_CONF: usize = 64 << 10;
+
+/// How names are answered on this node.
+#[derive(Clone)]
+pub struct Names {
+    node: Node,
+    addresses: Vec<SocketAddr>,
+}
+
+impl Names {
+    /// Answers at `addresses` of each pod, for a cluster with the domain `domain`. There is at least one address, and
+    /// all have one port.
+    pub fn new(domain: &str, addresses: Vec<SocketAddr>) -> Self {
+        let domain = domain.trim_end_matches('.').to_ascii_lowercase();
+        Self { node: Node { domain: domain.into(), cache: Cache::default() }, addresses }
+    }
+
+    /// The port that is redirected to.
+    pub fn port(&self) -> u16 {
+        self.addresses.first().map_or(0, SocketAddr::port)
+    }
+
+    /// Starts answering in a pod.
+    ///
+    /// # Errors
+    /// Why it cannot listen there.
+    pub async fn serve(
+        &self,
+        environment: &Environment,
+        home: usize,
+        listed: &Pod,
+        pod: &Arc<LocalPod>,
+        captured: &Drained,
+    ) -> Result<(), String> {
+        let port = self.port();
+        let failed = |error: std::io::Error| {
+            format!(
+                "cannot listen on port {port} in the pod for names: {error}; ISTIO_META_DNS_PROXY_ADDR sets another"
+            )
+        };
+        let sockets = pod.sockets.listen_local(self.addresses.clone()).await.map_err(failed)?;
+        let shared = environment.shared.clone();
+        let fallback = name_server(listed);
+        let dns = Arc::new(PodDns::new(shared.clone(), self.node.clone(), pod.clone(), sockets.conntrack, fallback));
+        for datagrams in sockets.datagrams {
+            let (dns, captured) = (dns.clone(), captured.clone());
+            let serve = move |_| spawn(dns.serve_datagrams(datagrams, captured));
+            environment.workers.run(home, serve).map_err(failed)?;
+        }
+        for listener in sockets.streams {
+            let (dns, shared, pod) = (dns.clone(), shared.clone(), pod.clone());
+            let accepted: Accepted<Worker> = Arc::new(move |worker, tcp, load| {
+                let (dns, shared, pod, pool) = (dns.clone(), shared.clone(), pod.clone(), worker.pool.clone());
+                spawn(async move {
+                    match dns.takes(&tcp).await {
+                        Some(upstream) => dns.serve_stream(tcp, upstream).await,
+                        None => outbound::serve(shared, pool, pod, tcp).await,
+                    }
+                    drop(load);
+                });
+            });
+            environment.workers.accept(home, listener, captured.clone(), accepted).map_err(failed)?;
+        }
+        Ok(())
+    }
+}
+
+/// The first name server of the pod's resolv.conf, where that can be read: as the list says, or as `ip netns exec` finds it.
+fn name_server(pod: &Pod) -> Option<SocketAddr> {
+    let path = pod.resolv_conf.clone().or_else(|| of_named_netns(&pod.netns))?;
+    let text = std::fs::read(path).ok()?;
+    first_name_server(&String::from_utf8_lossy(&text[..text.len().min(RESOLV_CONF)]))
+}
+
+fn of_named_netns(netns: &Path) -> Option<PathBuf> {
+    let named = netns.strip_prefix("/run/netns").or_else(|_| netns.strip_prefix("/var/run/netns")).ok()?;
+    Some(Path::new("/etc/netns").join(named).join("resolv.conf"))
+}
+
+fn first_name_server(text: &str) -> Option<SocketAddr> {
+    let mut servers = text.lines().filter_map(|line| line.trim().strip_prefix("nameserver"));
+    let address = servers.find_map(|rest| rest.split_whitespace().next()?.parse::<IpAddr>().ok())?;
+    Some(SocketAddr::new(address, 53))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{first_name_server, of_named_netns};
+    use std::path::Path;
+
+    #[test]
+    fn the_first_name_server_that_is_an_address_counts() {
+        for (text, server) in [
+            ("search a b\nnameserver 10.96.0.10\nnameserver 10.96.0.11\n", Some("10.96.0.10:53")),
+            ("nameserver fe80::1%eth0\n  nameserver\tfd00::a # comment\n", Some("[fd00::a]:53")),
+            ("# nameserver 1.1.1.1\noptions ndots:5\n", None),
+            ("", None),
+        ] {
+            assert_eq!(first_name_server(text), server.map(|server| server.parse().unwrap()), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_named_namespace_has_a_resolv_conf_of_its_own() {
+        let expected = Path::new("/etc/netns/cart/resolv.conf").to_path_buf();
+        assert_eq!(of_named_netns(Path::new("/run/netns/cart")), Some(expected.clone()));
+        assert_eq!(of_named_netns(Path::new("/var/run/netns/cart")), Some(expected));
+        assert_eq!(of_named_netns(Path::new("/proc/1/ns/net")), None);
+    }
+}
