@@ -11,7 +11,7 @@ use tulle_proto::workload;
 use tulle_proto::workload::AppProtocol;
 use tulle_proto::workload::load_balancing::{HealthPolicy, Mode, Scope};
 
-use crate::model::{EndpointSlice, Pod, Service, ServicePort, TargetPort, TrafficScope, World};
+use crate::model::{EndpointSlice, Pod, Service, ServicePort, TargetPort, TrafficScope, Transport, World};
 use crate::resource::{Kind, Resource};
 use crate::translate::Settings;
 use crate::translate::dns;
@@ -251,7 +251,7 @@ fn pod_ports(service: &Service, pod: &Pod) -> Vec<workload::Port> {
         .filter_map(|port| {
             let target = match &port.target {
                 TargetPort::Number(number) => *number,
-                TargetPort::Name(name) => pod.ports.iter().find(|p| p.tcp && p.name == *name)?.port,
+                TargetPort::Name(name) => pod.ports.iter().find(|p| p.protocol == Transport::Tcp && p.name == *name)?.port,
             };
             Some(served(port, target))
         })

@@ -101,7 +101,7 @@ fn read_ports(container: &Cursor<'_>, ports: &mut Vec<ContainerPort>) -> Read<()
         ports.push(ContainerPort {
             name: item.get("name").text_or_empty()?,
             port,
-            tcp: is_tcp(&item.get("protocol"))?,
+            protocol: transport(&item.get("protocol"))?,
         });
     }
     Ok(())
@@ -277,9 +277,15 @@ fn address(at: &Cursor<'_>, text: &str) -> Read<IpAddr> {
 }
 
 fn is_tcp(protocol: &Cursor<'_>) -> Read<bool> {
+    Ok(transport(protocol)? == Transport::Tcp)
+}
+
+/// A protocol; TCP if absent.
+pub(super) fn transport(protocol: &Cursor<'_>) -> Read<Transport> {
     match protocol.text()? {
-        None | Some("TCP" | "") => Ok(true),
-        Some("UDP" | "SCTP") => Ok(false),
+        None | Some("TCP" | "") => Ok(Transport::Tcp),
+        Some("UDP") => Ok(Transport::Udp),
+        Some("SCTP") => Ok(Transport::Sctp),
         Some(other) => Err(protocol.error(format!("`{other}` is none of TCP, UDP, SCTP"))),
     }
 }
