@@ -19,6 +19,10 @@ pub enum Code {
     NotAllowed,
     /// The destination takes mutual TLS only, and this was plaintext.
     MtlsRequired,
+    /// NetworkPolicies isolate the destination, and none of their rules allows the connection in.
+    NetworkPolicyIngress,
+    /// NetworkPolicies isolate the source, and none of their rules allows the connection out.
+    NetworkPolicyEgress,
     /// A policy that the destination needs has not arrived; nothing is guessed.
     PolicyPending,
     /// A policy change forbade a live connection.
@@ -123,6 +127,8 @@ impl Code {
         Self::PolicyDenied,
         Self::NotAllowed,
         Self::MtlsRequired,
+        Self::NetworkPolicyIngress,
+        Self::NetworkPolicyEgress,
         Self::PolicyPending,
         Self::PolicyChanged,
         Self::EgressDenied,
@@ -160,6 +166,22 @@ impl Code {
             Self::MtlsRequired => {
                 row("MTLS_REQUIRED", "DENY", 401, F::Policy, R::No, "the destination is STRICT and this was plaintext")
             }
+            Self::NetworkPolicyIngress => row(
+                "NETWORK_POLICY_INGRESS",
+                "DENY",
+                401,
+                F::Policy,
+                R::No,
+                "NetworkPolicies isolate the destination and no rule of them allows the connection in",
+            ),
+            Self::NetworkPolicyEgress => row(
+                "NETWORK_POLICY_EGRESS",
+                "DENY",
+                403,
+                F::Policy,
+                R::No,
+                "NetworkPolicies isolate the source and no rule of them allows the connection out",
+            ),
             Self::PolicyPending => row(
                 "POLICY_PENDING",
                 "DENY",

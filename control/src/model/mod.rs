@@ -16,8 +16,8 @@ pub use condition::{Condition, ObjectConditions, ObjectKey, Status};
 pub use meta::{Expression, Meta, Operator, Owner, Selector};
 pub use network::{NetworkPeer, NetworkPolicy, NetworkPort, NetworkRule, PortMatch};
 pub use policy::{
-    Action, AuthorizationPolicy, AuthorizationSpec, Compare, ConditionKey, MtlsMode, Operation,
-    PeerAuthentication, PeerAuthenticationSpec, Rule, Source, Spec, Target, TextMatch, Unenforced, When,
+    Action, AuthorizationPolicy, AuthorizationSpec, Compare, ConditionKey, MtlsMode, Operation, PeerAuthentication,
+    PeerAuthenticationSpec, Rule, Source, Spec, Target, TextMatch, Unenforced, When,
 };
 pub use service::{
     Endpoint, EndpointSlice, NamedPort, Service, ServiceNames, ServicePort, SlicePort, TargetPort, TrafficScope,

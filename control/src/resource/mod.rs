@@ -92,6 +92,13 @@ impl Resource {
     pub fn new(kind: Kind, name: String, message: &impl Message, aliases: Vec<String>) -> Self {
         let body = message.encode_to_vec();
         let version: String = Sha256::digest(&body)[..16].iter().map(|byte| format!("{byte:02x}")).collect();
-        Self { kind, name: name.into(), version: version.into(), body: body.into(), aliases, audience: Audience::Everyone }
+        Self {
+            kind,
+            name: name.into(),
+            version: version.into(),
+            body: body.into(),
+            aliases,
+            audience: Audience::Everyone,
+        }
     }
 }

@@ -216,7 +216,8 @@ fn network_policy(p: &mesh::NetworkPolicy) -> Value {
     };
     let mut value = pruned(json!({"namespace": p.namespace, "name": p.name, "unreadable": p.unreadable}));
     // An empty list isolates and must be seen.
-    for (direction, list) in [("ingress", rules(p.ingress, &p.ingress_rules)), ("egress", rules(p.egress, &p.egress_rules))]
+    for (direction, list) in
+        [("ingress", rules(p.ingress, &p.ingress_rules)), ("egress", rules(p.egress, &p.egress_rules))]
     {
         if !list.is_null() {
             value[direction] = list;

@@ -308,7 +308,8 @@ mod tests {
         let groups: BTreeSet<Group> =
             (0..50).map(|i| Group::InNamespace(format!("ns-{i}"), Selector::default())).collect();
         // A bad hash: three values for all, and zero among them.
-        let ids = ids(groups.clone(), |group, again| if again < 2 { hash(group, again) % 3 } else { hash(group, again) });
+        let ids =
+            ids(groups.clone(), |group, again| if again < 2 { hash(group, again) % 3 } else { hash(group, again) });
         let distinct: BTreeSet<u64> = ids.values().copied().collect();
         assert_eq!((ids.len(), distinct.len()), (groups.len(), groups.len()));
         assert!(!distinct.contains(&0));

@@ -76,10 +76,9 @@ fn peer(policy: &NetworkPolicy, peer: &NetworkPeer, groups: &Groups<'_>) -> mesh
     use mesh::network_peer::Peer;
     let peer = match peer {
         NetworkPeer::Pods { .. } => Peer::Group(groups.id(policy, peer).unwrap_or_default()),
-        NetworkPeer::Block { cidr: block, except } => Peer::Block(mesh::IpBlock {
-            cidr: Some(cidr(block)),
-            except: except.iter().map(cidr).collect(),
-        }),
+        NetworkPeer::Block { cidr: block, except } => {
+            Peer::Block(mesh::IpBlock { cidr: Some(cidr(block)), except: except.iter().map(cidr).collect() })
+        }
     };
     mesh::NetworkPeer { peer: Some(peer) }
 }

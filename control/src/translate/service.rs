@@ -251,7 +251,9 @@ fn pod_ports(service: &Service, pod: &Pod) -> Vec<workload::Port> {
         .filter_map(|port| {
             let target = match &port.target {
                 TargetPort::Number(number) => *number,
-                TargetPort::Name(name) => pod.ports.iter().find(|p| p.protocol == Transport::Tcp && p.name == *name)?.port,
+                TargetPort::Name(name) => {
+                    pod.ports.iter().find(|p| p.protocol == Transport::Tcp && p.name == *name)?.port
+                }
             };
             Some(served(port, target))
         })

@@ -26,10 +26,10 @@ use crate::app::answers::{Answers, VERSION};
 use crate::app::pods::{Environment, Pods};
 use crate::app::worker::Worker;
 use crate::base::drain::{Drain, Drained, Phase, drain};
-use crate::base::netns::NetnsThread;
+use crate::base::netns::{NetnsThread, local_addresses};
 use crate::base::sockets::Options;
 use crate::base::workers::Workers;
-use crate::config::{LogFormat, Node};
+use crate::config::{LogFormat, Node, Switch};
 use crate::flow::{GateLimits, Limits, Shared};
 use crate::hbone;
 use crate::identity::{self, Control, RootCa, TokenSource};
@@ -131,6 +131,7 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
         move |question| asked.answer(question),
         reached(stopping.clone(), Phase::Forced),
     ));
+    tokio::spawn(watch_node_addresses(reader.clone()));
     let (pods_stop, _) = drain();
     let pods_drain = start_pods(&config, &shared, &workers, &pods, pods_stop)?;
     tracing::info!(node = %config.node_name, workers = count, version = VERSION, "started");
@@ -193,6 +194,22 @@ fn start_pods(
     Ok(Some(stop))
 }
 
+/// Tells the snapshot which addresses the node has. Interfaces come with the first pods of some networks, so it looks
+/// again and again; a probe has an address of its own, so little depends on how soon.
+async fn watch_node_addresses(reader: state::Reader) {
+    const LOOK: Duration = Duration::from_secs(5);
+    loop {
+        match local_addresses() {
+            Ok(addresses) => {
+                let addresses: Vec<_> = addresses.into_iter().filter(|ip| !ip.is_loopback()).collect();
+                reader.set_node_addresses(&addresses);
+            }
+            Err(error) => tracing::warn!(%error, "the node's own addresses cannot be read; the last known ones stay"),
+        }
+        sleep(LOOK).await;
+    }
+}
+
 async fn reached(drained: Drained, phase: Phase) {
     drained.reached(phase).await;
 }
@@ -247,6 +264,9 @@ fn xds_config(config: &Node) -> xds::Config {
         .map(|(key, value)| (key, value.as_str().map_or_else(|| value.to_string(), str::to_owned)))
         .collect();
     metadata.insert(names::METADATA_TULLE_VERSION.to_owned(), VERSION.to_owned());
+    if config.network_policy == Switch::On {
+        metadata.insert(names::METADATA_TULLE_TYPES.to_owned(), names::TYPE_NETWORK_POLICY.to_owned());
+    }
     xds::Config {
         control: control(config, false),
         node_name: config.node_name.clone(),
@@ -254,6 +274,7 @@ fn xds_config(config: &Node) -> xds::Config {
         pod_name: config.pod_name.clone(),
         pod_namespace: config.pod_namespace.clone(),
         metadata,
+        network_policy: config.network_policy == Switch::On,
         on_demand: false,
     }
 }

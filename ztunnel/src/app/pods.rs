@@ -347,7 +347,9 @@ fn wanted(pod: &Pod, snapshot: &Snapshot, environment: &Environment) -> Wanted {
     let workload = described(pod, snapshot, environment);
     let hbone = workload.is_some_and(|workload| workload.protocol == Protocol::Hbone);
     let deny = workload.map(|workload| workload.egress == EgressMode::Deny);
-    let selected = workload.is_some_and(|workload| snapshot.policies_for(workload).next().is_some());
+    let selected = workload.is_some_and(|workload| {
+        !workload.network_policies.is_empty() || snapshot.policies_for(workload).next().is_some()
+    });
     Wanted {
         known: pod.enrolled.is_some() || workload.is_some(),
         capture: pod.enrolled.unwrap_or(hbone),

@@ -10,7 +10,8 @@ use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
 use crate::lb::{self, Choice, NoChoice};
 use crate::outcome::{Code, Outcome};
-use crate::state::{EgressMode, IpFamily, Protocol, Service, Snapshot, Workload};
+use crate::policy::network;
+use crate::state::{EgressMode, IpFamily, Protocol, Service, Snapshot, Transport, Workload};
 
 /// What to do.
 #[derive(Clone, Debug)]
@@ -56,6 +57,14 @@ impl Plan {
         }
     }
 
+    /// The endpoint's address and port.
+    pub fn target(&self) -> SocketAddr {
+        match self {
+            Self::Hbone(plan) => plan.authority,
+            Self::Plain(plan) => plan.address,
+        }
+    }
+
     /// The endpoint, if it is known.
     pub fn destination(&self) -> Option<&Arc<Workload>> {
         match self {
@@ -70,6 +79,23 @@ impl Plan {
 /// # Errors
 /// Why the connection is refused.
 pub fn decide(
+    snapshot: &Snapshot,
+    source: &Workload,
+    network: &str,
+    destination: SocketAddr,
+    random: u64,
+) -> Result<Plan, Outcome> {
+    let plan = choose(snapshot, source, network, destination, random)?;
+    // What a NetworkPolicy names is the endpoint and its port, not the Service that led there.
+    network::egress(snapshot, source, Transport::Tcp, plan.target()).outcome()?;
+    Ok(plan)
+}
+
+/// The same without the NetworkPolicies of `source`.
+///
+/// # Errors
+/// Why the connection is refused.
+pub fn choose(
     snapshot: &Snapshot,
     source: &Workload,
     network: &str,

@@ -16,6 +16,7 @@ mod endpoints;
 #[cfg(test)]
 pub mod fixtures;
 mod narrowed;
+mod network;
 mod policy;
 mod service;
 mod snapshot;
@@ -26,6 +27,7 @@ mod versions;
 mod workload;
 
 pub use endpoints::{Candidate, Endpoint, Endpoints, PortTable};
+pub use network::{IpBlock, NETWORK_POLICY, NetworkPeers, NetworkPolicy, NetworkPort, NetworkRule, Transport, Way};
 pub use policy::{Action, Clause, Match, Policy, Rule, Scope, ServiceAccount, StringMatch};
 pub use service::{
     HealthPolicy, IpFamilies, IpFamily, LoadBalancing, LocalityScope, Mode, NamedPort, Service, ServiceInfo,

@@ -37,6 +37,7 @@ fn config(control: Control) -> Config {
         pod_name: "ztunnel-abc".to_owned(),
         pod_namespace: "tulle-system".to_owned(),
         metadata: BTreeMap::from([("TULLE_VERSION".to_owned(), "0".to_owned())]),
+        network_policy: true,
         on_demand: false,
     }
 }
@@ -49,7 +50,7 @@ fn session(on_demand: bool) -> Session {
         token: TokenSource::None,
         headers: vec![],
     };
-    Session::new(config(control).node(), on_demand)
+    Session::new(config(control).node(), on_demand, true)
 }
 
 fn resource(type_url: &str, name: &str, version: &str, value: Vec<u8>) -> Resource {
@@ -117,12 +118,12 @@ fn the_first_requests_subscribe_to_everything_and_say_who_asks() {
 #[test]
 fn on_demand_begins_with_nothing_and_asks_once() {
     let mut session = session(true);
-    let address = |session: &Session| session.open().pop().unwrap();
-    assert_eq!(address(&session).resource_names_subscribe, ["*"]);
-    assert_eq!(address(&session).resource_names_unsubscribe, ["*"]);
+    let address = |session: &mut Session| session.open().pop().unwrap();
+    assert_eq!(address(&mut session).resource_names_subscribe, ["*"]);
+    assert_eq!(address(&mut session).resource_names_unsubscribe, ["*"]);
     assert_eq!(session.demand("/10.0.0.1").unwrap().resource_names_subscribe, ["/10.0.0.1"]);
     assert!(session.demand("/10.0.0.1").is_none());
-    assert_eq!(address(&session).resource_names_subscribe, ["*", "/10.0.0.1"], "a new stream is told again");
+    assert_eq!(address(&mut session).resource_names_subscribe, ["*", "/10.0.0.1"], "a new stream is told again");
 }
 
 #[test]

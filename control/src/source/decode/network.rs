@@ -154,7 +154,9 @@ fn selector(at: &Cursor<'_>) -> Read<Selector> {
         };
         let values: Vec<String> = item.get("values").list()?.iter().map(Cursor::text_or_empty).collect::<Read<_>>()?;
         match (operator, values.is_empty()) {
-            (Operator::In | Operator::NotIn, true) => return Err(item.get("values").error("is needed by In and NotIn")),
+            (Operator::In | Operator::NotIn, true) => {
+                return Err(item.get("values").error("is needed by In and NotIn"));
+            }
             (Operator::Exists | Operator::DoesNotExist, false) => {
                 return Err(item.get("values").error("must be empty with Exists and DoesNotExist"));
             }

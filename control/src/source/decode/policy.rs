@@ -9,8 +9,7 @@ use ipnet::IpNet;
 
 use crate::model::{
     Action, AuthorizationPolicy, AuthorizationSpec, Compare, ConditionKey, Meta, MtlsMode, Object, Operation,
-    PeerAuthentication, PeerAuthenticationSpec, Rule, Selector, Source, Spec, Target,
-    TextMatch, When,
+    PeerAuthentication, PeerAuthenticationSpec, Rule, Selector, Source, Spec, Target, TextMatch, When,
 };
 use crate::source::decode::text_map;
 use crate::source::tree::{Cursor, FieldError, Read};

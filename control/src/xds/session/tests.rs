@@ -137,7 +137,8 @@ fn network_policies_say_whether_workloads_of_the_same_batch_follow() {
         session.handle_request(&subscribe(kind)).expect("good");
     }
     let (policy, pod) = (|to| resource(Kind::NetworkPolicy, "p", to), |to| resource(Kind::Address, "a", to));
-    let steps = [(vec![policy("1"), pod("1")], "1&"), (vec![policy("2"), pod("1")], "2"), (vec![policy("3"), pod("2")], "3&")];
+    let steps =
+        [(vec![policy("1"), pod("1")], "1&"), (vec![policy("2"), pod("1")], "2"), (vec![policy("3"), pod("2")], "3&")];
     for (generation, (resources, info)) in (1..).zip(steps) {
         let batch = session.poll_batch(&published(generation, resources));
         let of_policies = batch.iter().find(|r| r.type_url == Kind::NetworkPolicy.type_url()).expect("sent");
