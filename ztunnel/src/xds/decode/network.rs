@@ -25,14 +25,15 @@ pub(super) fn policy(bytes: &[u8], id: &str, version: &str) -> Result<NetworkPol
         return Err("its content has another name than the resource".to_owned());
     }
     let unknown =
-        unknown_fields(bytes, &POLICY).ok_or_else(|| "its bytes cannot be walked, or have too many unknown fields")?;
+        unknown_fields(bytes, &POLICY).ok_or("its bytes cannot be walked, or have too many unknown fields")?;
     if !unknown.is_empty() {
         return Err("it has a field that this proxy does not know and must not ignore".to_owned());
     }
     let rules = |isolates: bool, rules: &[wire::NetworkRule]| -> Result<Option<Vec<NetworkRule>>, String> {
         isolates.then(|| rules.iter().map(rule).collect()).transpose()
     };
-    if !from.unreadable.is_empty() && !(from.ingress_rules.is_empty() && from.egress_rules.is_empty()) {
+    let has_rules = !(from.ingress_rules.is_empty() && from.egress_rules.is_empty());
+    if has_rules && !from.unreadable.is_empty() {
         return Err("it has rules, and says that it could not be read".to_owned());
     }
     Ok(NetworkPolicy {
