@@ -172,7 +172,7 @@ impl Code {
                 401,
                 F::Policy,
                 R::No,
-                "NetworkPolicies isolate the destination and no rule of them allows the connection in",
+                "isolated, and no NetworkPolicy lets it in",
             ),
             Self::NetworkPolicyEgress => row(
                 "NETWORK_POLICY_EGRESS",
@@ -180,7 +180,7 @@ impl Code {
                 403,
                 F::Policy,
                 R::No,
-                "NetworkPolicies isolate the source and no rule of them allows the connection out",
+                "isolated, and no NetworkPolicy lets it out",
             ),
             Self::PolicyPending => row(
                 "POLICY_PENDING",
@@ -232,26 +232,16 @@ impl Code {
                 R::No,
                 "the destination's proxy answered CONNECT with an error",
             ),
-            Self::NoCertificate => row(
-                "NO_CERTIFICATE",
-                "IDENTITY_ERROR",
-                503,
-                F::Mesh,
-                R::Later,
-                "there is no certificate for the local identity",
-            ),
+            Self::NoCertificate => {
+                row("NO_CERTIFICATE", "IDENTITY_ERROR", 503, F::Mesh, R::Later, "the local identity has no certificate")
+            }
             Self::UnknownWorkload => {
                 row("UNKNOWN_WORKLOAD", "CONNECT", 503, F::Mesh, R::Later, "control has not described the pod yet")
             }
             Self::SelfCall => row("SELF_CALL", "DENY", 503, F::Client, R::No, "a connection to the proxy's own port"),
-            Self::WrongDestination => row(
-                "WRONG_DESTINATION",
-                "DENY",
-                400,
-                F::Client,
-                R::No,
-                "the tunnel asked for an address of another pod",
-            ),
+            Self::WrongDestination => {
+                row("WRONG_DESTINATION", "DENY", 400, F::Client, R::No, "the tunnel asked for another pod's address")
+            }
             Self::BadRequest => {
                 row("BAD_REQUEST", "DENY", 400, F::Client, R::No, "a CONNECT request that is not valid")
             }
