@@ -166,22 +166,12 @@ impl Code {
             Self::MtlsRequired => {
                 row("MTLS_REQUIRED", "DENY", 401, F::Policy, R::No, "the destination is STRICT and this was plaintext")
             }
-            Self::NetworkPolicyIngress => row(
-                "NETWORK_POLICY_INGRESS",
-                "DENY",
-                401,
-                F::Policy,
-                R::No,
-                "isolated, and no NetworkPolicy lets it in",
-            ),
-            Self::NetworkPolicyEgress => row(
-                "NETWORK_POLICY_EGRESS",
-                "DENY",
-                403,
-                F::Policy,
-                R::No,
-                "isolated, and no NetworkPolicy lets it out",
-            ),
+            Self::NetworkPolicyIngress => {
+                row("NETWORK_POLICY_INGRESS", "DENY", 401, F::Policy, R::No, "no NetworkPolicy lets it in")
+            }
+            Self::NetworkPolicyEgress => {
+                row("NETWORK_POLICY_EGRESS", "DENY", 403, F::Policy, R::No, "no NetworkPolicy lets it out")
+            }
             Self::PolicyPending => row(
                 "POLICY_PENDING",
                 "DENY",

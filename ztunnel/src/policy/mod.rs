@@ -8,6 +8,8 @@
 mod l4;
 pub mod network;
 #[cfg(test)]
+mod network_reference;
+#[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;

@@ -117,7 +117,13 @@ pub fn policy(namespace: &str, name: &str, scope: Scope, action: Action, only: O
 
 /// A synced snapshot with `changes` applied.
 pub fn snapshot(changes: impl IntoIterator<Item = Change>) -> Arc<Snapshot> {
+    snapshot_of_node(changes, &[])
+}
+
+/// The same on a node with these addresses.
+pub fn snapshot_of_node(changes: impl IntoIterator<Item = Change>, node: &[IpAddr]) -> Arc<Snapshot> {
     let (mut writer, reader) = store();
+    reader.set_node_addresses(node);
     writer.apply(changes, 1);
     writer.apply([Change::AddressesSynced, Change::PoliciesSynced], 2);
     reader.load()
