@@ -52,6 +52,8 @@ pub struct NamedPort {
     pub number: u16,
     /// Transport.
     pub transport: Transport,
+    /// Where it leads.
+    pub target: TargetPort,
     /// spec.ports[].appProtocol, else empty.
     pub app_protocol: String,
 }
@@ -111,6 +113,8 @@ pub struct EndpointSlice {
     pub service: String,
     /// TCP ports.
     pub ports: Vec<SlicePort>,
+    /// Other ports: name, transport, number.
+    pub datagrams: Vec<(String, Transport, u16)>,
     /// Endpoints.
     pub endpoints: Vec<Endpoint>,
 }

@@ -145,7 +145,13 @@ fn service_info(extensions: &[workload::Extension]) -> Value {
         let transport = port.protocol().as_str_name().trim_start_matches("TRANSPORT_");
         format!("{}/{transport} {}", port.number, port.name).trim_end().to_owned()
     };
+    let datagrams = |port: &tulle_workload::DatagramPort| {
+        let transport = port.protocol().as_str_name().trim_start_matches("TRANSPORT_");
+        let endpoints = port.endpoints.iter().map(|at| format!("{}:{}", ip(&at.address), at.port));
+        json!({"port": format!("{}/{transport}", port.number), "endpoints": endpoints.collect::<Vec<_>>()})
+    };
     pruned(json!({
+        "datagrams": info.datagrams.iter().map(datagrams).collect::<Vec<_>>(),
         "ports": info.ports.iter().map(port).collect::<Vec<_>>(),
         "externalName": info.external_name,
         "headless": info.headless,

@@ -5,6 +5,7 @@
 
 mod aliases;
 mod authorization;
+mod datagrams;
 mod dns;
 mod enrol;
 mod groups;
@@ -144,8 +145,9 @@ pub fn translate(world: &World, settings: &Settings) -> Translation {
             .into_iter()
             .for_each(|c| conditions.add("Namespace", &namespace.meta, c));
     }
+    let datagrams = datagrams::Datagrams::new(world);
     for service in world.services.values().filter(|s| !s.external_name) {
-        resources.push(service::translate(service, settings));
+        resources.push(service::translate(service, &datagrams, settings));
     }
     let aliases = world.services.values().filter(|s| s.external_name);
     resources.extend(aliases.filter_map(|service| dns::external_name(service, settings)));

@@ -5,6 +5,7 @@
 
 pub mod answers;
 pub mod pods;
+pub mod wanted;
 pub mod worker;
 
 use std::io;
@@ -104,7 +105,10 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     let context = shared.clone();
     let workers = Workers::start(count, move |_| Worker::new(&context)).context("cannot start workers")?;
     let watched = reader.clone();
-    workers.run_all(move |worker| worker.live.watch(watched.clone()));
+    workers.run_all(move |worker| {
+        worker.entered.watch(watched.clone());
+        worker.left.watch(watched.clone());
+    });
 
     let monitor = xds::Monitor::default();
     let pods = Pods::default();

@@ -1,4 +1,4 @@
-//! What a worker owns: its tunnels, and the table of its live inbound connections.
+//! What a worker owns: its tunnels, and the tables of its live connections.
 //!
 //! Neither is ever seen by another thread: a flow is placed once, at accept, and its tunnel is found on the same worker.
 
@@ -10,7 +10,6 @@ use crate::base::workers::{Accepted, Workers, spawn};
 use crate::flow::{LocalPod, Shared};
 use crate::hbone::pool::Pool;
 use crate::inbound;
-use crate::inbound::recheck::Live;
 use crate::outbound;
 
 /// Lives on one thread.
@@ -18,13 +17,15 @@ pub struct Worker {
     /// Its tunnels.
     pub pool: Rc<Pool>,
     /// Its live inbound connections.
-    pub live: Rc<Live>,
+    pub entered: Rc<inbound::recheck::Live>,
+    /// Its live outbound connections.
+    pub left: Rc<outbound::recheck::Live>,
 }
 
 impl Worker {
     /// An idle worker.
     pub fn new(shared: &Shared) -> Self {
-        Self { pool: Pool::new(shared.hbone), live: Rc::default() }
+        Self { pool: Pool::new(shared.hbone), entered: inbound::recheck::live(), left: outbound::recheck::live() }
     }
 }
 
@@ -54,7 +55,7 @@ pub fn serve_pod(
     let outgoing: Accepted<Worker> = {
         let (shared, pod) = (shared.clone(), pod.clone());
         Arc::new(move |worker, tcp, load| {
-            let flow = outbound::serve(shared.clone(), worker.pool.clone(), pod.clone(), tcp);
+            let flow = outbound::serve(shared.clone(), worker.pool.clone(), worker.left.clone(), pod.clone(), tcp);
             spawn(async move {
                 flow.await;
                 drop(load);
@@ -64,7 +65,7 @@ pub fn serve_pod(
     let plaintext: Accepted<Worker> = {
         let (shared, pod) = (shared.clone(), pod.clone());
         Arc::new(move |worker, tcp, load| {
-            let flow = inbound::serve_plaintext(shared.clone(), worker.live.clone(), pod.clone(), tcp);
+            let flow = inbound::serve_plaintext(shared.clone(), worker.entered.clone(), pod.clone(), tcp);
             spawn(async move {
                 flow.await;
                 drop(load);
@@ -74,7 +75,7 @@ pub fn serve_pod(
     let hbone: Accepted<Worker> = {
         let (shared, pod) = (shared.clone(), pod.clone());
         Arc::new(move |worker, tcp, load| {
-            let flow = inbound::serve_tunnel(shared.clone(), worker.live.clone(), pod.clone(), tcp);
+            let flow = inbound::serve_tunnel(shared.clone(), worker.entered.clone(), pod.clone(), tcp);
             spawn(async move {
                 flow.await;
                 drop(load);

@@ -18,7 +18,8 @@ use crate::hbone::client::Dialer;
 use crate::hbone::headers::{self, Baggage, Forwarded, TraceId};
 use crate::hbone::pool::{Key, Lease, Opened, Pool};
 use crate::outbound::decide::{Hbone, Plain};
-use crate::outbound::{ended, forbidden};
+use crate::outbound::recheck::Registration;
+use crate::outbound::{forbidden, stopped};
 use crate::outcome::{Code, Outcome};
 use crate::relay::{self, TcpSide, Terms};
 use crate::state::Workload;
@@ -33,13 +34,14 @@ pub(super) async fn tunnel(
     tcp: TcpStream,
     source: &Arc<Workload>,
     plan: &Hbone,
+    registration: &Registration,
     record: &mut ConnRecord,
     counts: &Rc<Counts>,
 ) -> Outcome {
     record.hbone = Some(plan.address);
     let opened = tokio::select! {
         opened = Box::pin(open(shared, pool, pod, source, plan, record)) => opened,
-        outcome = ended(pod) => Err(outcome),
+        outcome = stopped(pod, registration) => Err(outcome),
     };
     let Opened { response, send, lease } = match opened {
         Ok(opened) => opened,
@@ -53,7 +55,8 @@ pub(super) async fn tunnel(
     record.opened();
     let terms = Terms { counts, limits: shared.relay, budget: &pod.buffers };
     let recv = accepted(response, shared, &lease);
-    let outcome = relay::tunnel(tcp, send, recv, TcpSide::Client, terms, &lease.window, ended(pod)).await;
+    let stop = stopped(pod, registration);
+    let outcome = relay::tunnel(tcp, send, recv, TcpSide::Client, terms, &lease.window, stop).await;
     drop(lease);
     outcome
 }
@@ -128,6 +131,7 @@ pub(super) async fn plain(
     pod: &LocalPod,
     tcp: TcpStream,
     plan: &Plain,
+    registration: &Registration,
     record: &mut ConnRecord,
     counts: &Rc<Counts>,
 ) -> Outcome {
@@ -138,7 +142,7 @@ pub(super) async fn plain(
             let outside = plan.destination.as_ref().is_none_or(|workload| !workload.is_pod());
             let stop = async {
                 tokio::select! {
-                    outcome = ended(pod) => outcome,
+                    outcome = stopped(pod, registration) => outcome,
                     outcome = forbidden(shared, pod), if outside => outcome,
                 }
             };

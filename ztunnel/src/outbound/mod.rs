@@ -5,6 +5,7 @@
 
 pub mod decide;
 mod dial;
+pub mod recheck;
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -18,12 +19,13 @@ use crate::base::{Counts, canonical};
 use crate::capture::probe;
 use crate::flow::{LocalPod, Shared};
 use crate::hbone::pool::Pool;
+use crate::outbound::recheck::{Left, Live, Registration};
 use crate::outcome::{Code, Outcome};
 use crate::state::EgressMode;
 use crate::telemetry::{ConnRecord, Direction};
 
 /// Serves one captured connection to its end.
-pub async fn serve(shared: Shared, pool: Rc<Pool>, pod: Arc<LocalPod>, tcp: TcpStream) {
+pub async fn serve(shared: Shared, pool: Rc<Pool>, live: Rc<Live>, pod: Arc<LocalPod>, tcp: TcpStream) {
     // Not redirected: somebody dialled the proxy's port itself. There is nothing to proxy to.
     let (Ok(destination), Ok(source)) = (original_destination(&tcp), tcp.peer_addr()) else { return reset(tcp) };
     // Dialled directly while connection tracking is on: the "original" destination is the listener itself.
@@ -37,7 +39,7 @@ pub async fn serve(shared: Shared, pool: Rc<Pool>, pod: Arc<LocalPod>, tcp: TcpS
     }
     let mut record = ConnRecord::new(shared.metrics.clone(), Direction::Outbound, canonical(source), destination);
     let counts = record.counts.clone();
-    let outcome = carry(&shared, &pool, &pod, tcp, destination, &mut record, &counts).await;
+    let outcome = carry(&shared, &pool, &live, &pod, tcp, destination, &mut record, &counts).await;
     record.finish(&outcome);
 }
 
@@ -45,6 +47,14 @@ pub async fn serve(shared: Shared, pool: Rc<Pool>, pod: Arc<LocalPod>, tcp: TcpS
 async fn ended(pod: &LocalPod) -> Outcome {
     pod.drained.forced().await;
     Outcome::new(Code::Drained, "the proxy or the pod went away")
+}
+
+/// Completes when the connection may not go on: the pod's flows have to end, or a policy forbids it.
+async fn stopped(pod: &LocalPod, registration: &Registration) -> Outcome {
+    tokio::select! {
+        outcome = registration.cut() => outcome,
+        outcome = ended(pod) => outcome,
+    }
 }
 
 /// Completes when the pod may no longer reach the outside.
@@ -62,9 +72,11 @@ async fn forbidden(shared: &Shared, pod: &LocalPod) -> Outcome {
     }
 }
 
+#[allow(clippy::too_many_arguments, reason = "the parts of one connection, each used once")]
 async fn carry(
     shared: &Shared,
     pool: &Rc<Pool>,
+    live: &Rc<Live>,
     pod: &Arc<LocalPod>,
     tcp: TcpStream,
     destination: std::net::SocketAddr,
@@ -79,13 +91,15 @@ async fn carry(
         let plan = decide::decide(&snapshot, &source, &shared.network, destination, rand::rng().random())?;
         record.service = plan.service().cloned();
         record.destination.workload = plan.destination().cloned();
-        Ok((permit, source, plan))
+        let left = Left { pod: pod.clone(), target: plan.target() };
+        let registration = live.register_decided(left, &shared.reader);
+        Ok((permit, source, plan, registration))
     });
     let planned = tokio::select! {
         planned = planned => planned,
         outcome = ended(pod) => Err(outcome),
     };
-    let (_permit, source, plan) = match planned {
+    let (_permit, source, plan, registration) = match planned {
         Ok(planned) => planned,
         Err(outcome) => {
             reset(tcp);
@@ -93,7 +107,9 @@ async fn carry(
         }
     };
     match plan {
-        decide::Plan::Hbone(plan) => dial::tunnel(shared, pool, pod, tcp, &source, &plan, record, counts).await,
-        decide::Plan::Plain(plan) => dial::plain(shared, pod, tcp, &plan, record, counts).await,
+        decide::Plan::Hbone(plan) => {
+            dial::tunnel(shared, pool, pod, tcp, &source, &plan, &registration, record, counts).await
+        }
+        decide::Plan::Plain(plan) => dial::plain(shared, pod, tcp, &plan, &registration, record, counts).await,
     }
 }

@@ -13,7 +13,8 @@ use tulle_certs::SpiffeId;
 
 use crate::outcome::{Code, Outcome};
 use crate::state::{
-    NETWORK_POLICY, NetworkPeers, NetworkPolicy, NetworkPort, NetworkRule, Snapshot, Transport, Way, Workload,
+    DatagramPort, NETWORK_POLICY, NetworkPeers, NetworkPolicy, NetworkPort, NetworkRule, Service, Snapshot, Transport,
+    Way, Workload,
 };
 
 /// Names in a sentence, a log field and a metric's label; of a pod with more, the rest is counted.
@@ -85,14 +86,40 @@ pub fn ingress(
     evaluate(snapshot, pod, &Flow { way: Way::Ingress, protocol, ip: source, peer: peer.map(|peer| &**peer), port })
 }
 
-/// Whether `pod` may reach `destination`, which is the endpoint and its port if a Service was resolved.
+/// Whether `pod` may reach `destination`: an endpoint, or for datagrams also the virtual address of a Service.
 pub fn egress(snapshot: &Snapshot, pod: &Workload, protocol: Transport, destination: SocketAddr) -> Finding {
     if pod.network_policies.is_empty() {
         return Finding::Open;
     }
     let (ip, port) = (destination.ip(), destination.port());
+    if let Some(service) = snapshot.service_by_vip(&pod.network, ip, &pod.namespace)
+        && let Some(behind) = datagram_port(service, protocol, port)
+    {
+        // As good as its worst endpoint, or as none.
+        let worst = behind.endpoints.iter().map(|endpoint| to_endpoint(snapshot, pod, protocol, *endpoint));
+        if let Some(finding) = worst.max_by_key(|finding| finding.outcome().is_err()) {
+            return finding;
+        }
+    }
+    to_endpoint(snapshot, pod, protocol, destination)
+}
+
+fn to_endpoint(snapshot: &Snapshot, pod: &Workload, protocol: Transport, endpoint: SocketAddr) -> Finding {
+    let (ip, port) = (endpoint.ip(), endpoint.port());
     let peer = snapshot.workload_by_ip(&pod.network, ip).map(|peer| &**peer);
     evaluate(snapshot, pod, &Flow { way: Way::Egress, protocol, ip, peer, port })
+}
+
+fn datagram_port(service: &Service, protocol: Transport, number: u16) -> Option<&DatagramPort> {
+    let ports = &service.info.as_ref()?.datagrams;
+    ports.iter().find(|port| port.transport == protocol && port.number == number)
+}
+
+/// Whether `pod` may reach every endpoint of a service's port that is not TCP. Which one a packet will get is not known
+/// where its virtual address is judged; without an endpoint there is nothing to reach.
+pub fn reaches_all(snapshot: &Snapshot, pod: &Workload, port: &DatagramPort) -> bool {
+    let may = |endpoint: &SocketAddr| to_endpoint(snapshot, pod, port.transport, *endpoint).outcome().is_ok();
+    !port.endpoints.is_empty() && port.endpoints.iter().all(may)
 }
 
 fn evaluate(snapshot: &Snapshot, pod: &Workload, flow: &Flow<'_>) -> Finding {

@@ -30,8 +30,8 @@ pub use endpoints::{Candidate, Endpoint, Endpoints, PortTable};
 pub use network::{IpBlock, NETWORK_POLICY, NetworkPeers, NetworkPolicy, NetworkPort, NetworkRule, Way};
 pub use policy::{Action, Clause, Match, Policy, Rule, Scope, ServiceAccount, StringMatch};
 pub use service::{
-    HealthPolicy, IpFamilies, IpFamily, LoadBalancing, LocalityScope, Mode, NamedPort, Service, ServiceInfo,
-    ServiceSpec, Transport, Visibility,
+    DatagramPort, HealthPolicy, IpFamilies, IpFamily, LoadBalancing, LocalityScope, Mode, NamedPort, Service,
+    ServiceInfo, ServiceSpec, Transport, Visibility,
 };
 pub use snapshot::Snapshot;
 pub use store::{Applied, Change, Reader, Writer, store};
