@@ -63,7 +63,7 @@ fn matrix_pod(namespace: &str, name: &str, node: u16, more: &str) -> String {
     format!(
         "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{pod: {name}{more}}}}}\n\
          spec:\n  nodeName: node-{node}\n  serviceAccountName: {name}\n  containers:\n  - name: main\n    image: shop\n\
-         \x20   command: [shop, serve, --tcp, '80', --tcp, '81', --udp, '53']\n\
+         \x20   command: [shop, serve, --tcp, '80', --tcp, '81', --udp, '7007']\n\
          \x20   ports: [{{name: serve-80, containerPort: 80}}, {{name: serve-81, containerPort: 81}}]\n"
     )
 }
@@ -504,18 +504,18 @@ fn datagrams_are_held_to_the_policies_of_both_ends() -> anyhow::Result<()> {
     let mut world = matrix_world();
     world.push_str(
         "---\napiVersion: v1\nkind: Service\nmetadata: {name: echo, namespace: x}\n\
-         spec: {selector: {pod: a}, ports: [{name: echo, port: 5300, targetPort: 53, protocol: UDP}]}\n",
+         spec: {selector: {pod: a}, ports: [{name: echo, port: 7000, targetPort: 7007, protocol: UDP}]}\n",
     );
     let Some(lab) = scenario::lab(LabConfig::of(&world)) else { return Ok(()) };
     let target = lab.pod_ip("x", "a")?;
     let answered = |from: &str, address: &str| {
         anyhow::Ok(lab.exec(from, &["shop", "udp", address, "--json", "--timeout-ms", "1500"])?.status.success())
     };
-    let direct = format!("{target}:53");
+    let direct = format!("{target}:7007");
     for from in ["x/b", "x/c", "y/a"] {
         assert!(answered(from, &direct)?, "without a policy {from} is answered");
     }
-    let into = "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{podSelector: {matchLabels: {pod: b}}}], ports: [{protocol: UDP, port: 53}]}]}";
+    let into = "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{podSelector: {matchLabels: {pod: b}}}], ports: [{protocol: UDP, port: 7007}]}]}";
     lab.apply_yaml(&policy("x", "udp-in", into))?;
     let eventually = |from: &str, address: &str, expected: bool| {
         e2e::eventually::eventually(&format!("{from} to {address}: {expected}"), scenario::PATIENCE, || match answered(
@@ -533,13 +533,13 @@ fn datagrams_are_held_to_the_policies_of_both_ends() -> anyhow::Result<()> {
     // A virtual address is as good as what is behind it.
     let out = |pod: &str| {
         format!(
-            "{{podSelector: {{matchLabels: {{pod: c}}}}, policyTypes: [Egress], egress: [{{to: [{{podSelector: {{matchLabels: {{pod: {pod}}}}}}}], ports: [{{protocol: UDP, port: 53}}]}}]}}"
+            "{{podSelector: {{matchLabels: {{pod: c}}}}, policyTypes: [Egress], egress: [{{to: [{{podSelector: {{matchLabels: {{pod: {pod}}}}}}}], ports: [{{protocol: UDP, port: 7007}}]}}]}}"
         )
     };
     let services = lab.control_get("/debug/resources?type=Address")?;
     let service = services.as_array().into_iter().flatten().find(|one| one["resource"]["service"]["name"] == "echo");
     let vip = service.and_then(|one| one["resource"]["service"]["addresses"][0].as_str()).unwrap_or_default();
-    let vip = format!("{vip}:5300");
+    let vip = format!("{vip}:7000");
     assert!(answered("x/c", &vip)?);
     lab.apply_yaml(&policy("x", "udp-out", &out("b")))?;
     eventually("x/c", &vip, false)?;

@@ -124,10 +124,11 @@ fn allows(rule: &NetworkRule, way: Way, pod: &Workload, members: &Members) -> Ve
     for port in rule.ports.iter().flatten().filter(|port| port.protocol != Transport::Tcp && port.first <= port.last) {
         let range = (port.protocol, port.first, port.last);
         match (port.destination_group, way) {
-            (None, _) => drop(plain.insert(range)),
-            (Some(group), Way::Ingress) if pod.is_in(group) => drop(plain.insert(range)),
-            (Some(_), Way::Ingress) => {}
             (Some(group), Way::Egress) => of_group.push((group, range)),
+            (Some(group), Way::Ingress) if !pod.is_in(group) => {}
+            (Some(_) | None, _) => {
+                plain.insert(range);
+            }
         }
     }
     let mut found = Vec::new();
