@@ -3,8 +3,9 @@
 //! The same rules as for the node's: bytes in, a panic when a promise is broken.
 
 use control::authn::Verifier;
+use control::resource::Kind;
 use control::source::files;
-use control::xds::session::Session;
+use control::xds::session::{Abilities, Session};
 use prost::Message as _;
 use tulle_proto::discovery::DeltaDiscoveryRequest;
 
@@ -43,7 +44,7 @@ pub fn token(data: &[u8]) {
 
 /// A request on a discovery stream, from a node.
 pub fn discovery(data: &[u8]) {
-    let mut session = Session::new(true);
+    let mut session = Session::new(Abilities { dry_run: true, takes: [Kind::NetworkPolicy].into() });
     // Several requests on one stream, each after its length.
     let mut rest = data;
     while let Ok(request) = DeltaDiscoveryRequest::decode_length_delimited(&mut rest) {

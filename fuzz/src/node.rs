@@ -22,6 +22,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("pods", pods),
     ("address", address),
     ("authorization", authorization),
+    ("network-policy", network_policy),
     ("duration", duration),
     ("spiffe", spiffe),
     ("csr", csr),
@@ -112,6 +113,18 @@ pub fn authorization(data: &[u8]) {
     match decode::authorization(data, "shop/policy", "1") {
         Ok(policy) => assert_eq!(&*policy.id, "shop/policy"),
         Err(error) => assert!(!error.reason.is_empty()),
+    }
+}
+
+/// A NetworkPolicy, from control.
+pub fn network_policy(data: &[u8]) {
+    match decode::network_policy(data, "NetworkPolicy/shop/policy", "1") {
+        Ok(policy) => {
+            assert_eq!(&*policy.id, "NetworkPolicy/shop/policy");
+            let rules = policy.ingress.iter().chain(&policy.egress).flatten().count();
+            assert!(policy.unreadable.is_none() || rules == 0, "an unreadable policy that allows");
+        }
+        Err(reason) => assert!(!reason.is_empty()),
     }
 }
 

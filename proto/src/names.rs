@@ -35,6 +35,10 @@ pub const PROBE_V6: std::net::Ipv6Addr =
 pub const TYPE_ADDRESS: &str = "type.googleapis.com/istio.workload.Address";
 /// Type URL of `istio.security.Authorization`.
 pub const TYPE_AUTHORIZATION: &str = "type.googleapis.com/istio.security.Authorization";
+/// Type URL of [`crate::mesh::NetworkPolicy`].
+pub const TYPE_NETWORK_POLICY: &str = "type.googleapis.com/tulle.mesh.v1alpha1.NetworkPolicy";
+/// Beginning of the names of Authorizations that stand in for NetworkPolicies, for proxies that do not take those.
+pub const NETWORK_STAND_IN: &str = "tulle_network_";
 /// Type URL of [`crate::tulle_workload::WorkloadInfo`].
 pub const TYPE_WORKLOAD_INFO: &str = "type.googleapis.com/tulle.workload.v1alpha1.WorkloadInfo";
 /// Name of the workload extension that carries it.
@@ -52,8 +56,15 @@ pub const EXTENSION_L7: &str = "tulle.dev/l7";
 pub const EXTENSION_DENIES_ALL: &str = "tulle.dev/denies-all";
 /// gRPC response header in which a server lists the own types that it serves.
 pub const HEADER_TULLE_TYPES: &str = "x-tulle-types";
+/// At the end of `system_version_info`: this response is not the last one of its type and generation.
+pub const MORE: char = '+';
+/// After it, in responses with NetworkPolicies: workloads of the same generation follow, and both take effect together.
+pub const TOGETHER: char = '&';
 /// Node metadata key with the proxy's version.
 pub const METADATA_TULLE_VERSION: &str = "TULLE_VERSION";
+/// Node metadata key with the own types that the proxy will subscribe to where they are offered, as in
+/// [`HEADER_TULLE_TYPES`]: type URLs, separated by commas.
+pub const METADATA_TULLE_TYPES: &str = "TULLE_TYPES";
 /// Metadata key of a certificate request made on behalf of a pod.
 pub const METADATA_IMPERSONATED: &str = "ImpersonatedIdentity";
 

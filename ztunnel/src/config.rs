@@ -19,6 +19,15 @@ pub enum Preexisting {
     Reset,
 }
 
+/// Whether something is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// It is.
+    On,
+    /// It is not.
+    Off,
+}
+
 /// Log line format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -89,6 +98,9 @@ pub struct Node {
     /// Connections from before capture: keep or reset.
     #[arg(long, env = "TULLE_PREEXISTING", default_value = "keep")]
     pub preexisting: Preexisting,
+    /// Enforce NetworkPolicies, if control offers them; off where the cluster's network does it.
+    #[arg(long, env = "TULLE_NETWORK_POLICY", default_value = "on")]
+    pub network_policy: Switch,
     /// Connections of one pod, both directions.
     #[arg(long, env = "TULLE_POD_MAX_CONNECTIONS", default_value_t = 16_384)]
     pub pod_max_connections: usize,

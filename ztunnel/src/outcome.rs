@@ -19,6 +19,10 @@ pub enum Code {
     NotAllowed,
     /// The destination takes mutual TLS only, and this was plaintext.
     MtlsRequired,
+    /// NetworkPolicies isolate the destination, and none of their rules allows the connection in.
+    NetworkPolicyIngress,
+    /// NetworkPolicies isolate the source, and none of their rules allows the connection out.
+    NetworkPolicyEgress,
     /// A policy that the destination needs has not arrived; nothing is guessed.
     PolicyPending,
     /// A policy change forbade a live connection.
@@ -123,6 +127,8 @@ impl Code {
         Self::PolicyDenied,
         Self::NotAllowed,
         Self::MtlsRequired,
+        Self::NetworkPolicyIngress,
+        Self::NetworkPolicyEgress,
         Self::PolicyPending,
         Self::PolicyChanged,
         Self::EgressDenied,
@@ -159,6 +165,12 @@ impl Code {
             }
             Self::MtlsRequired => {
                 row("MTLS_REQUIRED", "DENY", 401, F::Policy, R::No, "the destination is STRICT and this was plaintext")
+            }
+            Self::NetworkPolicyIngress => {
+                row("NETWORK_POLICY_INGRESS", "DENY", 401, F::Policy, R::No, "no NetworkPolicy lets it in")
+            }
+            Self::NetworkPolicyEgress => {
+                row("NETWORK_POLICY_EGRESS", "DENY", 403, F::Policy, R::No, "no NetworkPolicy lets it out")
             }
             Self::PolicyPending => row(
                 "POLICY_PENDING",
@@ -210,26 +222,16 @@ impl Code {
                 R::No,
                 "the destination's proxy answered CONNECT with an error",
             ),
-            Self::NoCertificate => row(
-                "NO_CERTIFICATE",
-                "IDENTITY_ERROR",
-                503,
-                F::Mesh,
-                R::Later,
-                "there is no certificate for the local identity",
-            ),
+            Self::NoCertificate => {
+                row("NO_CERTIFICATE", "IDENTITY_ERROR", 503, F::Mesh, R::Later, "the local identity has no certificate")
+            }
             Self::UnknownWorkload => {
                 row("UNKNOWN_WORKLOAD", "CONNECT", 503, F::Mesh, R::Later, "control has not described the pod yet")
             }
             Self::SelfCall => row("SELF_CALL", "DENY", 503, F::Client, R::No, "a connection to the proxy's own port"),
-            Self::WrongDestination => row(
-                "WRONG_DESTINATION",
-                "DENY",
-                400,
-                F::Client,
-                R::No,
-                "the tunnel asked for an address of another pod",
-            ),
+            Self::WrongDestination => {
+                row("WRONG_DESTINATION", "DENY", 400, F::Client, R::No, "the tunnel asked for another pod's address")
+            }
             Self::BadRequest => {
                 row("BAD_REQUEST", "DENY", 400, F::Client, R::No, "a CONNECT request that is not valid")
             }

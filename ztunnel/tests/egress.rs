@@ -10,6 +10,7 @@ use tulle_proto::names;
 use tulle_proto::tulle_workload::{EgressMode, WorkloadInfo};
 use tulle_proto::workload::address::Type;
 use tulle_proto::workload::{Address, Extension, NetworkAddress, Port, PortList, Service, Workload};
+use ztunnel::lb::Chance;
 use ztunnel::outbound::decide::decide;
 use ztunnel::outcome::Code;
 use ztunnel::state::{Change, Snapshot, store};
@@ -91,7 +92,7 @@ fn a_service_does_not_lead_out_of_a_namespace_that_may_not_leave() {
     ] {
         let source = snapshot.workload(&format!("Kubernetes//Pod/shop/{from}")).unwrap();
         let to: SocketAddr = to.parse().unwrap();
-        match decide(&snapshot, source, "", to, 1) {
+        match decide(&snapshot, source, "", to, &Chance::of(1)) {
             Ok(plan) => assert!(goes, "{from} to {to}: {plan:?}"),
             Err(outcome) => {
                 assert!(!goes, "{from} to {to}: {outcome}");

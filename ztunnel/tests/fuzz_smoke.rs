@@ -14,6 +14,8 @@ use proptest::test_runner::{Config, TestRunner};
 use prost::Message as _;
 use tulle_certs::ca::Authority;
 use tulle_certs::{SpiffeId, request};
+use tulle_proto::mesh;
+use tulle_proto::mesh::network_peer::Peer;
 use tulle_proto::security::string_match::MatchType;
 use tulle_proto::security::{Action, Address as Cidr, Authorization, Clause, Match, Rule, Scope, StringMatch};
 use tulle_proto::workload::address::Type;
@@ -40,6 +42,7 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         "address" => vec![workload().encode_to_vec(), service().encode_to_vec()],
         "authorization" => vec![policy().encode_to_vec()],
         "dns" => messages(),
+        "network-policy" => vec![network_policy().encode_to_vec()],
         "csr" | "roots" | "issued" | "certificate" => certificates(target),
         other => panic!("{other} has no seed; add one"),
     }
@@ -103,6 +106,21 @@ fn policy() -> Authorization {
         scope: Scope::WorkloadSelector.into(),
         action: Action::Deny.into(),
         rules: vec![Rule { clauses: vec![Clause { matches: vec![only] }] }],
+        ..Default::default()
+    }
+}
+
+fn network_policy() -> mesh::NetworkPolicy {
+    let cidr = |address: [u8; 4], length| mesh::Cidr { address: address.to_vec().into(), length };
+    let block = mesh::IpBlock { cidr: Some(cidr([10, 0, 0, 0], 8)), except: vec![cidr([10, 1, 0, 0], 16)] };
+    let peers = [Peer::Group(7), Peer::Block(block)].map(|peer| mesh::NetworkPeer { peer: Some(peer) });
+    let ports = vec![mesh::NetworkPort { protocol: 1, first: 53, last: 54, destination_group: 9 }];
+    mesh::NetworkPolicy {
+        namespace: "shop".into(),
+        name: "policy".into(),
+        ingress: true,
+        egress: true,
+        ingress_rules: vec![mesh::NetworkRule { peers: peers.into(), ports }],
         ..Default::default()
     }
 }

@@ -81,6 +81,7 @@ async fn explain(state: &State, ask: &Ask) -> Result<Value, Failure> {
             "plan": outbound.plan,
             "code": outbound.code,
             "text": outbound.text,
+            "policy": outbound.policy,
             "sourceAddress": ip(&outbound.source_address),
             "generation": outbound.generation,
         },
@@ -107,11 +108,22 @@ async fn endpoint(
         "protocol": choice.protocol,
         "expectedIdentities": choice.expected_identities,
     });
+    if !choice.text.is_empty() {
+        value["egress"] = json!({
+            "allowed": choice.code.is_empty(),
+            "code": choice.code,
+            "text": choice.text,
+            "policy": choice.policy,
+        });
+    }
+    // The destination is never asked about what does not leave; its verdict is shown all the same.
+    let left = choice.code.is_empty();
+    let refused = (!left).then_some(false);
     let key = (choice.namespace.clone(), choice.name.clone());
     let captured = view.world().pods.contains_key(&key);
     if !captured {
         value["note"] = json!("not a pod of the mesh: nobody authorises there");
-        return (value, None);
+        return (value, refused);
     }
     let question = InboundQuestion {
         destination_uid: choice.uid.clone(),
@@ -127,15 +139,15 @@ async fn endpoint(
     match state.registry.ask(&choice.node, Question::Inbound(question)).await {
         Ok(Answer::Inbound(inbound)) => {
             value["inbound"] = inbound_view(&inbound);
-            (value, Some(inbound.allowed))
+            (value, Some(left && inbound.allowed))
         }
         Ok(_) => {
             value["error"] = json!("the destination node answered another question");
-            (value, None)
+            (value, refused)
         }
         Err(error) => {
             value["error"] = json!(error.to_string());
-            (value, None)
+            (value, refused)
         }
     }
 }

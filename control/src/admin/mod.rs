@@ -134,11 +134,11 @@ struct OfType {
 
 fn resources(state: &State, query: &OfType) -> (StatusCode, Json<Value>) {
     let kinds: Vec<Kind> = match query.r#type.as_deref() {
-        None => vec![Kind::Address, Kind::Authorization],
+        None => vec![Kind::Address, Kind::Authorization, Kind::NetworkPolicy],
         Some(name) => match Kind::ALL.into_iter().find(|kind| kind.short() == name) {
             Some(kind) => vec![kind],
             None => {
-                let error = format!("`{name}` is neither Address nor Authorization");
+                let error = format!("`{name}` is none of Address, Authorization, NetworkPolicy");
                 return (StatusCode::BAD_REQUEST, Json(json!({"error": error})));
             }
         },

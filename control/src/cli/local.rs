@@ -25,7 +25,8 @@ fn load(dir: &Path) -> Result<(Loaded, Translation), Failure> {
 pub(super) fn resources(dir: &Path) -> Result<Value, Failure> {
     let (_, translation) = load(dir)?;
     let set = ResourceSet::new(translation.resources, &ResourceSet::default());
-    let all = [Kind::Address, Kind::Authorization].into_iter().flat_map(|kind| set.of(kind).values());
+    let all =
+        [Kind::Address, Kind::Authorization, Kind::NetworkPolicy].into_iter().flat_map(|kind| set.of(kind).values());
     Ok(all.map(|resource| view::resource(resource)).collect())
 }
 

@@ -85,6 +85,7 @@ enum Kind {
     Workloads,
     Services,
     Policies,
+    NetworkPolicies,
     Nodes,
     Conditions,
     Certificates,
@@ -190,6 +191,7 @@ fn get(cli: &Cli, kind: Kind, namespace: Option<&str>) -> Result<Value, Failure>
         Kind::Workloads => item["resource"]["workload"].is_object(),
         Kind::Services => item["resource"]["service"].is_object(),
         Kind::Policies => item["type"] == "Authorization",
+        Kind::NetworkPolicies => item["type"] == "NetworkPolicy",
         _ => true,
     };
     let here = |item: &Value| {
@@ -224,6 +226,7 @@ fn table_of(kind: Kind) -> fn(&Value) -> String {
         Kind::Workloads => render::workloads,
         Kind::Services => render::services,
         Kind::Policies => render::policies,
+        Kind::NetworkPolicies => render::network_policies,
         Kind::Nodes => render::nodes,
         Kind::Conditions => render::conditions,
         Kind::Certificates => render::certificates,

@@ -94,6 +94,24 @@ pub(super) fn policies(value: &Value) -> String {
     )
 }
 
+pub(super) fn network_policies(value: &Value) -> String {
+    let header = ["NAMESPACE", "NAME", "INGRESS", "EGRESS", "VERSION"];
+    table(
+        &header,
+        rows(value, |item| {
+            let p = &item["resource"];
+            let rules = |direction: &str| match p[direction].as_array() {
+                _ if !p["unreadable"].is_null() && !p[direction].is_null() => "isolated: unreadable".into(),
+                None => "open".into(),
+                Some(rules) if rules.is_empty() => "isolated".into(),
+                Some(rules) => format!("{} rules", rules.len()),
+            };
+            let (namespace, name) = (cell(&p["namespace"]), cell(&p["name"]));
+            vec![namespace, name, rules("ingress"), rules("egress"), cell(&item["version"])]
+        }),
+    )
+}
+
 pub(super) fn nodes(value: &Value) -> String {
     let header = ["NODE", "CONNECTED", "ACKED", "ATTACHED", "VERSION", "REJECTED"];
     let rows = entries(value).map(|(name, node)| {
@@ -245,6 +263,9 @@ pub(super) fn explain(value: &Value) -> String {
             cell(&endpoint["node"]),
             cell(&endpoint["protocol"]),
         ));
+        if endpoint["egress"].is_object() {
+            text.push_str(&format!("          {}\n", sentence(&endpoint["egress"])));
+        }
         let inbound = &endpoint["inbound"];
         if inbound.is_object() {
             let (allowed, sentence) = (inbound["allowed"] == true, sentence(inbound));

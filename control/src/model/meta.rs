@@ -55,7 +55,7 @@ impl Meta {
 }
 
 /// Selects by labels: `matchLabels` and `matchExpressions`, all of which must hold. Empty: everything.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Selector {
     /// Label equals value.
     pub labels: BTreeMap<String, String>,
@@ -64,7 +64,7 @@ pub struct Selector {
 }
 
 /// One set-based requirement.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Expression {
     /// Label key.
     pub key: String,
@@ -75,7 +75,7 @@ pub struct Expression {
 }
 
 /// Kubernetes' four selector operators.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Operator {
     /// The label exists and its value is in the list.
     In,

@@ -6,6 +6,7 @@
 
 mod condition;
 mod meta;
+mod network;
 mod policy;
 mod service;
 mod workload;
@@ -13,9 +14,10 @@ mod world;
 
 pub use condition::{Condition, ObjectConditions, ObjectKey, Status};
 pub use meta::{Expression, Meta, Operator, Owner, Selector};
+pub use network::{NetworkPeer, NetworkPolicy, NetworkPort, NetworkRule, PortMatch};
 pub use policy::{
-    Action, AuthorizationPolicy, AuthorizationSpec, Compare, ConditionKey, MtlsMode, NetworkPolicy, Operation,
-    PeerAuthentication, PeerAuthenticationSpec, Rule, Source, Spec, Target, TextMatch, Unenforced, When,
+    Action, AuthorizationPolicy, AuthorizationSpec, Compare, ConditionKey, MtlsMode, Operation, PeerAuthentication,
+    PeerAuthenticationSpec, Rule, Source, Spec, Target, TextMatch, Unenforced, When,
 };
 pub use service::{
     Endpoint, EndpointSlice, NamedPort, Service, ServiceNames, ServicePort, SlicePort, TargetPort, TrafficScope,

@@ -200,21 +200,6 @@ pub enum MtlsMode {
     Strict,
 }
 
-/// A Kubernetes NetworkPolicy, as far as failing closed needs it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NetworkPolicy {
-    /// Name.
-    pub meta: Meta,
-    /// Selected pods; `None` if unreadable: all pods of the namespace.
-    pub pods: Option<Selector>,
-    /// policyTypes name Ingress (or are unreadable).
-    pub ingress: bool,
-    /// policyTypes name Egress.
-    pub egress: bool,
-    /// An ingress rule without peers and ports allows everything in, so there is nothing to isolate.
-    pub allows_all_ingress: bool,
-}
-
 /// An object of a kind that is read but not enforced yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unenforced {

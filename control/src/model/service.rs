@@ -54,12 +54,14 @@ pub struct NamedPort {
     pub number: u16,
     /// Transport.
     pub transport: Transport,
+    /// Where it leads.
+    pub target: TargetPort,
     /// spec.ports[].appProtocol, else empty.
     pub app_protocol: String,
 }
 
 /// What carries a port's bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Transport {
     /// TCP.
     Tcp,
@@ -113,6 +115,8 @@ pub struct EndpointSlice {
     pub service: String,
     /// TCP ports.
     pub ports: Vec<SlicePort>,
+    /// Other ports: name, transport, number.
+    pub datagrams: Vec<(String, Transport, u16)>,
     /// Endpoints.
     pub endpoints: Vec<Endpoint>,
 }

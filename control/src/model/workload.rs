@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use crate::model::meta::Meta;
+use crate::model::service::Transport;
 
 /// A pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,8 +55,8 @@ pub struct ContainerPort {
     pub name: String,
     /// Number.
     pub port: u16,
-    /// False for UDP and SCTP.
-    pub tcp: bool,
+    /// Its protocol.
+    pub protocol: Transport,
 }
 
 impl Pod {

@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use crate::model::condition::ObjectKey;
 use crate::model::meta::Meta;
-use crate::model::policy::{AuthorizationPolicy, NetworkPolicy, PeerAuthentication, Unenforced};
+use crate::model::network::NetworkPolicy;
+use crate::model::policy::{AuthorizationPolicy, PeerAuthentication, Unenforced};
 use crate::model::service::{EndpointSlice, Service};
 use crate::model::workload::{Namespace, Node, Pod, ServiceAccount};
 

@@ -21,18 +21,25 @@ use tulle_proto::names;
 pub enum Kind {
     /// `istio.security.Authorization`.
     Authorization,
+    /// `tulle.mesh.v1alpha1.NetworkPolicy`.
+    NetworkPolicy,
     /// `istio.workload.Address`.
     Address,
 }
 
 impl Kind {
     /// All of them, in sending order.
-    pub const ALL: [Self; 2] = [Self::Authorization, Self::Address];
+    pub const ALL: [Self; 3] = [Self::Authorization, Self::NetworkPolicy, Self::Address];
+    /// Those that every proxy of Istio's kind subscribes to.
+    pub const BASIC: [Self; 2] = [Self::Authorization, Self::Address];
+    /// Our own, which a proxy subscribes to only where they are advertised.
+    pub const OWN: [Self; 1] = [Self::NetworkPolicy];
 
     /// Type URL.
     pub fn type_url(self) -> &'static str {
         match self {
             Self::Authorization => names::TYPE_AUTHORIZATION,
+            Self::NetworkPolicy => names::TYPE_NETWORK_POLICY,
             Self::Address => names::TYPE_ADDRESS,
         }
     }
@@ -41,6 +48,7 @@ impl Kind {
     pub fn short(self) -> &'static str {
         match self {
             Self::Authorization => "Authorization",
+            Self::NetworkPolicy => "NetworkPolicy",
             Self::Address => "Address",
         }
     }
@@ -49,6 +57,17 @@ impl Kind {
     pub fn of_url(url: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.type_url() == url)
     }
+}
+
+/// Which proxies are sent a resource.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Audience {
+    /// All.
+    Everyone,
+    /// Those that know dry-run policies: others would enforce it.
+    KnowsDryRun,
+    /// Those that do not take this type: it stands in for a resource of it.
+    Without(Kind),
 }
 
 /// One resource.
@@ -64,8 +83,8 @@ pub struct Resource {
     pub body: Bytes,
     /// `<network>/<ip>` names that find it on demand.
     pub aliases: Vec<String>,
-    /// Only for proxies that know dry-run policies: others would enforce it.
-    pub dry_run: bool,
+    /// Who is sent it.
+    pub audience: Audience,
 }
 
 impl Resource {
@@ -73,6 +92,13 @@ impl Resource {
     pub fn new(kind: Kind, name: String, message: &impl Message, aliases: Vec<String>) -> Self {
         let body = message.encode_to_vec();
         let version: String = Sha256::digest(&body)[..16].iter().map(|byte| format!("{byte:02x}")).collect();
-        Self { kind, name: name.into(), version: version.into(), body: body.into(), aliases, dry_run: false }
+        Self {
+            kind,
+            name: name.into(),
+            version: version.into(),
+            body: body.into(),
+            aliases,
+            audience: Audience::Everyone,
+        }
     }
 }

@@ -13,6 +13,7 @@ use crate::resource::{Kind, Resource};
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ResourceSet {
     authorizations: BTreeMap<Arc<str>, Arc<Resource>>,
+    network_policies: BTreeMap<Arc<str>, Arc<Resource>>,
     addresses: BTreeMap<Arc<str>, Arc<Resource>>,
     aliases: BTreeMap<String, Arc<str>>,
 }
@@ -48,6 +49,7 @@ impl ResourceSet {
     pub fn of(&self, kind: Kind) -> &BTreeMap<Arc<str>, Arc<Resource>> {
         match kind {
             Kind::Authorization => &self.authorizations,
+            Kind::NetworkPolicy => &self.network_policies,
             Kind::Address => &self.addresses,
         }
     }
@@ -55,6 +57,7 @@ impl ResourceSet {
     fn of_mut(&mut self, kind: Kind) -> &mut BTreeMap<Arc<str>, Arc<Resource>> {
         match kind {
             Kind::Authorization => &mut self.authorizations,
+            Kind::NetworkPolicy => &mut self.network_policies,
             Kind::Address => &mut self.addresses,
         }
     }
@@ -64,7 +67,7 @@ impl ResourceSet {
         let resources = self.of(kind);
         resources.get(name).or_else(|| match kind {
             Kind::Address => resources.get(self.aliases.get(name)?),
-            Kind::Authorization => None,
+            Kind::Authorization | Kind::NetworkPolicy => None,
         })
     }
 

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use prost::Message;
 use serde_json::{Map, Value, json};
+use tulle_proto::mesh;
 use tulle_proto::names;
 use tulle_proto::security;
 use tulle_proto::tulle_workload;
@@ -22,6 +23,7 @@ pub fn resource(resource: &Resource) -> Value {
             None => Value::Null,
         }),
         Kind::Authorization => security::Authorization::decode(resource.body.clone()).map(|a| authorization(&a)),
+        Kind::NetworkPolicy => mesh::NetworkPolicy::decode(resource.body.clone()).map(|p| network_policy(&p)),
     };
     json!({
         "type": resource.kind.short(),
@@ -92,6 +94,8 @@ fn workload(w: &workload::Workload) -> Value {
         "egress": info.egress().as_str_name(),
         "dnsName": if info.hostname.is_empty() { String::new() } else { format!("{}.{}", info.hostname, info.subdomain) },
         "policyVersions": info.policy_versions,
+        "networkPolicies": info.network_policies,
+        "groups": info.groups.iter().map(|id| group(*id)).collect::<Vec<_>>(),
     }))
 }
 
@@ -141,7 +145,13 @@ fn service_info(extensions: &[workload::Extension]) -> Value {
         let transport = port.protocol().as_str_name().trim_start_matches("TRANSPORT_");
         format!("{}/{transport} {}", port.number, port.name).trim_end().to_owned()
     };
+    let datagrams = |port: &tulle_workload::DatagramPort| {
+        let transport = port.protocol().as_str_name().trim_start_matches("TRANSPORT_");
+        let endpoints = port.endpoints.iter().map(|at| format!("{}:{}", ip(&at.address), at.port));
+        json!({"port": format!("{}/{transport}", port.number), "endpoints": endpoints.collect::<Vec<_>>()})
+    };
     pruned(json!({
+        "datagrams": info.datagrams.iter().map(datagrams).collect::<Vec<_>>(),
         "ports": info.ports.iter().map(port).collect::<Vec<_>>(),
         "externalName": info.external_name,
         "headless": info.headless,
@@ -200,4 +210,51 @@ fn text(m: &security::StringMatch) -> String {
         Some(MatchType::Presence(())) => "*".into(),
         None => String::new(),
     }
+}
+
+/// An id as people compare it.
+fn group(id: u64) -> String {
+    format!("{id:016x}")
+}
+
+fn network_policy(p: &mesh::NetworkPolicy) -> Value {
+    let rules = |isolates: bool, rules: &[mesh::NetworkRule]| {
+        if isolates { rules.iter().map(network_rule).collect() } else { Value::Null }
+    };
+    let mut value = pruned(json!({"namespace": p.namespace, "name": p.name, "unreadable": p.unreadable}));
+    // An empty list isolates and must be seen.
+    for (direction, list) in
+        [("ingress", rules(p.ingress, &p.ingress_rules)), ("egress", rules(p.egress, &p.egress_rules))]
+    {
+        if !list.is_null() {
+            value[direction] = list;
+        }
+    }
+    value
+}
+
+fn network_rule(rule: &mesh::NetworkRule) -> Value {
+    let cidr = |c: &mesh::Cidr| format!("{}/{}", ip(&c.address), c.length);
+    let peer = |peer: &mesh::NetworkPeer| match &peer.peer {
+        Some(mesh::network_peer::Peer::Group(id)) => json!({"group": group(*id)}),
+        Some(mesh::network_peer::Peer::Block(block)) => pruned(json!({
+            "cidr": block.cidr.as_ref().map(cidr),
+            "except": block.except.iter().map(cidr).collect::<Vec<_>>(),
+        })),
+        None => Value::Null,
+    };
+    let port = |port: &mesh::NetworkPort| {
+        let numbers = match (port.first, port.last) {
+            (0, 65535) => "any".to_owned(),
+            (first, last) if first > last => "none".to_owned(),
+            (first, last) if first == last => first.to_string(),
+            (first, last) => format!("{first}-{last}"),
+        };
+        let of = Some(port.destination_group).filter(|id| *id != 0).map(group);
+        pruned(json!({"protocol": port.protocol().as_str_name(), "port": numbers, "of": of}))
+    };
+    pruned(json!({
+        "peers": rule.peers.iter().map(peer).collect::<Vec<_>>(),
+        "ports": rule.ports.iter().map(port).collect::<Vec<_>>(),
+    }))
 }

@@ -12,7 +12,7 @@ use crate::model::{
     Action, AuthorizationPolicy, AuthorizationSpec, Compare, Condition, ConditionKey, Meta, Operation, Pod, Rule,
     Source, Spec, Target, TextMatch, World,
 };
-use crate::resource::{Kind, Resource};
+use crate::resource::{Audience, Kind, Resource};
 use crate::translate::Selecting;
 use crate::translate::Settings;
 use crate::translate::aliases;
@@ -121,7 +121,9 @@ fn readable<'a>(
         extensions: Vec::new(),
     };
     let mut resource = Resource::new(Kind::Authorization, meta.path(), &message, Vec::new());
-    resource.dry_run = spec.dry_run;
+    if spec.dry_run {
+        resource.audience = Audience::KnowsDryRun;
+    }
     Translated {
         resource: Some(resource),
         selecting: selecting(policy, spec.target.clone(), world, endpoints, settings),

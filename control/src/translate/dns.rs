@@ -6,7 +6,7 @@
 
 use prost::Message;
 use tulle_proto::names;
-use tulle_proto::tulle_workload::{PortInfo, ServiceInfo, TransportProtocol};
+use tulle_proto::tulle_workload::{DatagramPort, PortInfo, ServiceInfo, TransportProtocol};
 use tulle_proto::workload;
 
 use crate::model::{Service, Transport};
@@ -15,7 +15,7 @@ use crate::translate::Settings;
 use crate::translate::service::octets;
 
 /// The extension of one service.
-pub(super) fn service_info(service: &Service) -> ServiceInfo {
+pub(super) fn service_info(service: &Service, datagrams: Vec<DatagramPort>) -> ServiceInfo {
     let ports = service.names.ports.iter().map(|port| PortInfo {
         number: port.number.into(),
         name: port.name.clone(),
@@ -31,6 +31,7 @@ pub(super) fn service_info(service: &Service) -> ServiceInfo {
         ports: ports.collect(),
         external_name: service.names.external_name.clone(),
         headless: service.names.headless,
+        datagrams,
         publish_not_ready_addresses: service.publish_not_ready,
         session_affinity_seconds: service.affinity.unwrap_or(0),
         cluster_addresses: if only_cluster {

@@ -5,8 +5,10 @@
 
 mod aliases;
 mod authorization;
+mod datagrams;
 mod dns;
 mod enrol;
+mod groups;
 mod mtls;
 mod network;
 mod service;
@@ -123,11 +125,12 @@ pub fn translate(world: &World, settings: &Settings) -> Translation {
         resources.extend(one.resource);
         selecting.extend(one.selecting);
     }
-    for policy in world.network_policies.values() {
-        let (resource, select, list) = network::translate(policy);
-        list.into_iter().for_each(|c| conditions.add("NetworkPolicy", &policy.meta, c));
-        resources.extend(resource);
-        selecting.extend(select);
+    let mut groups = groups::Groups::new(world);
+    let network_policies: Vec<_> = world.network_policies.values().collect();
+    for policy in &network_policies {
+        let (of_policy, condition) = network::translate(policy, &groups);
+        conditions.add("NetworkPolicy", &policy.meta, condition);
+        resources.extend(of_policy);
     }
     let mtls = mtls::Plan::new(world, settings);
     resources.extend(mtls.resources());
@@ -142,8 +145,9 @@ pub fn translate(world: &World, settings: &Settings) -> Translation {
             .into_iter()
             .for_each(|c| conditions.add("Namespace", &namespace.meta, c));
     }
+    let datagrams = datagrams::Datagrams::new(world);
     for service in world.services.values().filter(|s| !s.external_name) {
-        resources.push(service::translate(service, settings));
+        resources.push(service::translate(service, &datagrams, settings));
     }
     let aliases = world.services.values().filter(|s| s.external_name);
     resources.extend(aliases.filter_map(|service| dns::external_name(service, settings)));
@@ -159,8 +163,16 @@ pub fn translate(world: &World, settings: &Settings) -> Translation {
             let mut policies: Vec<String> =
                 selecting.iter().filter(|policy| (policy.applies)(pod)).map(|policy| policy.name.clone()).collect();
             policies.extend(mtls.policy_for(pod));
+            let membership = groups.of_pod(pod);
+            let isolating = || membership.policies.iter().map(|index| network_policies[*index]);
+            policies.extend(isolating().filter_map(|policy| network::stand_in_name(policy)));
             policies.sort();
-            resources.push(workload::translate(pod, policies, &endpoints, world, settings));
+            let named = workload::Policies {
+                authorization: policies,
+                network: isolating().map(|policy| network::name(policy)).collect(),
+                groups: membership.groups.clone(),
+            };
+            resources.push(workload::translate(pod, named, &endpoints, world, settings));
         }
     }
     resources.extend(workload::outsiders(&endpoints, settings));

@@ -11,9 +11,10 @@ use tulle_proto::workload;
 use tulle_proto::workload::AppProtocol;
 use tulle_proto::workload::load_balancing::{HealthPolicy, Mode, Scope};
 
-use crate::model::{EndpointSlice, Pod, Service, ServicePort, TargetPort, TrafficScope, World};
+use crate::model::{EndpointSlice, Pod, Service, ServicePort, TargetPort, TrafficScope, Transport, World};
 use crate::resource::{Kind, Resource};
 use crate::translate::Settings;
+use crate::translate::datagrams::Datagrams;
 use crate::translate::dns;
 
 /// Bytes of an address in network order.
@@ -25,7 +26,7 @@ pub(super) fn octets(ip: &IpAddr) -> Vec<u8> {
 }
 
 /// The resource of one service.
-pub(super) fn translate(service: &Service, settings: &Settings) -> Resource {
+pub(super) fn translate(service: &Service, datagrams: &Datagrams<'_>, settings: &Settings) -> Resource {
     let hostname = settings.hostname(&service.meta);
     let message = workload::Service {
         name: service.meta.name.clone(),
@@ -40,7 +41,7 @@ pub(super) fn translate(service: &Service, settings: &Settings) -> Resource {
         load_balancing: balancing(service),
         ip_families: families(service).into(),
         canonical: true,
-        extensions: dns::extension(&dns::service_info(service)),
+        extensions: dns::extension(&dns::service_info(service, datagrams.of(service))),
         ..workload::Service::default()
     };
     let aliases = service.addresses.iter().map(|ip| format!("/{ip}")).collect();
@@ -251,7 +252,9 @@ fn pod_ports(service: &Service, pod: &Pod) -> Vec<workload::Port> {
         .filter_map(|port| {
             let target = match &port.target {
                 TargetPort::Number(number) => *number,
-                TargetPort::Name(name) => pod.ports.iter().find(|p| p.tcp && p.name == *name)?.port,
+                TargetPort::Name(name) => {
+                    pod.ports.iter().find(|p| p.protocol == Transport::Tcp && p.name == *name)?.port
+                }
             };
             Some(served(port, target))
         })

@@ -28,6 +28,7 @@ fn show(translation: Translation) -> Value {
     json!({
         "addresses": of(Kind::Address),
         "authorizations": of(Kind::Authorization),
+        "networkPolicies": of(Kind::NetworkPolicy),
         "conditions": conditions,
         "accounts": accounts,
     })

@@ -15,10 +15,20 @@ use crate::translate::enrol;
 use crate::translate::service::{Endpoints, Outsider, octets};
 use crate::translate::telemetry;
 
+/// What a pod must know of policies.
+pub(super) struct Policies {
+    /// Authorizations that it names, with the stand-ins of NetworkPolicies.
+    pub(super) authorization: Vec<String>,
+    /// NetworkPolicies that isolate it.
+    pub(super) network: Vec<String>,
+    /// Groups of NetworkPolicies that it belongs to.
+    pub(super) groups: Vec<u64>,
+}
+
 /// The resource of one pod.
 pub(super) fn translate(
     pod: &Pod,
-    policies: Vec<String>,
+    policies: Policies,
     endpoints: &Endpoints,
     world: &World,
     settings: &Settings,
@@ -30,6 +40,8 @@ pub(super) fn translate(
     let info = WorkloadInfo {
         pod_uid: meta.uid.clone(),
         egress: egress(pod, world, settings).into(),
+        groups: policies.groups,
+        network_policies: policies.network,
         probe_ports: pod.probe_ports.iter().map(|port| (*port).into()).collect(),
         hostname: if pod.subdomain.is_empty() { String::new() } else { pod.hostname.clone() },
         subdomain: if pod.hostname.is_empty() { String::new() } else { pod.subdomain.clone() },
@@ -52,7 +64,7 @@ pub(super) fn translate(
         canonical_revision: telemetry::canonical_revision(meta),
         workload_type: workload_type.into(),
         workload_name,
-        authorization_policies: policies,
+        authorization_policies: policies.authorization,
         status: if healthy {
             workload::WorkloadStatus::Healthy.into()
         } else {

@@ -4,6 +4,7 @@
 //! writes into a short channel, and while the node does not read, it waits there with nothing but its last set.
 
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -29,13 +30,14 @@ use tulle_proto::names;
 use crate::authn;
 use crate::base;
 use crate::base::Stop;
+use crate::resource::Kind;
 use crate::xds::Published;
-use crate::xds::session::Session;
+use crate::xds::session::{Abilities, Session};
 
 /// Responses waiting for the network, per stream. One batch is rarely more; beyond it the session waits.
 const OUTGOING: usize = 4;
-/// Own types that this version serves; more come with their features.
-const SERVED_TULLE_TYPES: &str = "";
+/// Own types that this version serves, by URL; more come with their features.
+const SERVED_TULLE_TYPES: &str = names::TYPE_NETWORK_POLICY;
 
 /// What is known of a node's stream, for people and for the lab.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -176,9 +178,10 @@ impl Server {
         };
         let first = first?;
         let (node, version) = identify(&caller, first.node.as_ref())?;
+        let takes = taken_types(first.node.as_ref());
         let stream = self.nodes.open(&node, version.clone());
         tracing::info!(%node, %version, "node connected");
-        let mut session = Session::new(!version.is_empty());
+        let mut session = Session::new(Abilities { dry_run: !version.is_empty(), takes });
         let result = self.exchange(&node, stream, &mut session, first, &mut requests, outgoing).await;
         self.nodes.close(&node, stream);
         match &result {
@@ -242,14 +245,7 @@ fn identify(caller: &authn::Caller, node: Option<&Node>) -> Result<(String, Stri
             "the token has no tulle.dev/node claim; make one with `control token --node NAME`",
         ));
     };
-    let field = |key: &str| {
-        let value = node?.metadata.as_ref()?.fields.get(key)?;
-        match &value.kind {
-            Some(prost_types::value::Kind::StringValue(text)) => Some(text.as_str()),
-            _ => None,
-        }
-    };
-    let Some(name) = field("NODE_NAME") else {
+    let Some(name) = metadata(node, "NODE_NAME") else {
         return Err(Status::invalid_argument("the first request has no NODE_NAME in its node metadata"));
     };
     if name != claimed {
@@ -258,6 +254,21 @@ fn identify(caller: &authn::Caller, node: Option<&Node>) -> Result<(String, Stri
             "the token is for node {claimed}, but the node metadata says {named}"
         )));
     }
-    let version = field(names::METADATA_TULLE_VERSION).unwrap_or_default();
+    let version = metadata(node, names::METADATA_TULLE_VERSION).unwrap_or_default();
     Ok((name.to_owned(), version.chars().take(64).collect()))
+}
+
+/// The own types that the proxy will subscribe to.
+fn taken_types(node: Option<&Node>) -> BTreeSet<Kind> {
+    let listed = metadata(node, names::METADATA_TULLE_TYPES).unwrap_or_default();
+    let taken = listed.split(',').filter_map(|url| Kind::of_url(url.trim()));
+    taken.filter(|kind| Kind::OWN.contains(kind)).collect()
+}
+
+fn metadata<'a>(node: Option<&'a Node>, key: &str) -> Option<&'a str> {
+    let value = node?.metadata.as_ref()?.fields.get(key)?;
+    match &value.kind {
+        Some(prost_types::value::Kind::StringValue(text)) => Some(text.as_str()),
+        _ => None,
+    }
 }

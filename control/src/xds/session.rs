@@ -1,8 +1,9 @@
 //! The server's half of one incremental ADS stream, without I/O and clock.
 //!
-//! Requests and newly published sets go in, responses come out. One batch is in flight at a time: Authorization first,
-//! then Address, and nothing more before all its responses are answered, so that a workload never overtakes the policy
-//! that it names, and a node that stops reading costs one batch. Limits: names of an on-demand subscription are
+//! Requests and newly published sets go in, responses come out. One batch is in flight at a time: policies first, then
+//! Address, and nothing more before all its responses are answered, so that a workload never overtakes the policy that it
+//! names, and a node that stops reading costs one batch. NetworkPolicies and the groups that they name must change in one
+//! step, so their responses say whether workloads of the same batch follow. Limits: names of an on-demand subscription are
 //! bounded; responses are cut at [`MAX_RESPONSE_BYTES`].
 
 use std::collections::BTreeMap;
@@ -11,8 +12,9 @@ use std::sync::Arc;
 
 use prost::Message;
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use tulle_proto::names;
 
-use crate::resource::{Changes, Kind, Resource, ResourceSet};
+use crate::resource::{Audience, Changes, Kind, Resource, ResourceSet};
 use crate::xds::Published;
 
 /// A response is cut when it would grow beyond this, bytes: gRPC implementations accept 4 MiB unless told otherwise.
@@ -45,7 +47,26 @@ pub struct Session {
     sent_generation: u64,
     acked_generation: u64,
     next_nonce: u64,
-    knows_dry_run: bool,
+    abilities: Abilities,
+}
+
+/// What the proxy said that it can do.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Abilities {
+    /// It does not enforce dry-run policies.
+    pub dry_run: bool,
+    /// Own types that it subscribes to.
+    pub takes: BTreeSet<Kind>,
+}
+
+impl Abilities {
+    fn is_for(&self, audience: Audience) -> bool {
+        match audience {
+            Audience::Everyone => true,
+            Audience::KnowsDryRun => self.dry_run,
+            Audience::Without(kind) => !self.takes.contains(&kind),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -63,9 +84,9 @@ struct Subscription {
 }
 
 impl Session {
-    /// A new stream. `knows_dry_run`: the proxy does not enforce dry-run policies.
-    pub fn new(knows_dry_run: bool) -> Self {
-        Self { knows_dry_run, ..Self::default() }
+    /// A new stream of a proxy that can do this.
+    pub fn new(abilities: Abilities) -> Self {
+        Self { abilities, ..Self::default() }
     }
 
     /// Generation that the node has acknowledged (or needs nothing of); 0: none.
@@ -131,26 +152,34 @@ impl Session {
         if !self.in_flight.is_empty() || published.generation == 0 {
             return Vec::new();
         }
-        let mut batch = Vec::new();
+        let mut changes: Vec<(Kind, Changes)> = Vec::new();
         for kind in Kind::ALL {
             let Some(subscription) = self.types.get_mut(&kind) else {
                 continue;
             };
-            let changes = subscription.changes(kind, &published.set, self.knows_dry_run);
+            let of_kind = subscription.changes(kind, &published.set, &self.abilities);
             // The first answer is sent even if empty: the node waits for it to be ready.
-            if changes.is_empty() && subscription.answered_once {
+            if of_kind.is_empty() && subscription.answered_once {
                 continue;
             }
             subscription.answered_once = true;
-            for mut response in responses(kind, changes, published.generation) {
+            changes.push((kind, of_kind));
+        }
+        let followed = changes.iter().any(|(kind, _)| *kind == Kind::Address);
+        let mut batch = Vec::new();
+        for (kind, of_kind) in changes {
+            for mut response in responses(kind, of_kind, published.generation) {
+                if kind == Kind::NetworkPolicy && followed {
+                    response.system_version_info.push(names::TOGETHER);
+                }
                 self.next_nonce += 1;
                 response.nonce = format!("{}-{}", published.generation, self.next_nonce);
                 self.in_flight.insert(response.nonce.clone(), kind);
                 batch.push(response);
             }
         }
-        // Both types must be subscribed before a generation can be said to have arrived.
-        if self.types.len() == Kind::ALL.len() {
+        // All types must be subscribed before a generation can be said to have arrived.
+        if Kind::BASIC.iter().chain(&self.abilities.takes).all(|kind| self.types.contains_key(kind)) {
             self.sent_generation = published.generation;
             if batch.is_empty() {
                 self.acked_generation = published.generation;
@@ -208,7 +237,7 @@ impl Subscription {
         }
     }
 
-    fn changes(&mut self, kind: Kind, set: &Arc<ResourceSet>, knows_dry_run: bool) -> Changes {
+    fn changes(&mut self, kind: Kind, set: &Arc<ResourceSet>, abilities: &Abilities) -> Changes {
         let mut changes = if self.wildcard {
             let changes = match self.initial.take() {
                 Some(have) => set.changes_from_versions(have.iter(), kind),
@@ -220,11 +249,9 @@ impl Subscription {
             self.initial = None;
             self.on_demand(kind, set)
         };
-        if !knows_dry_run {
-            // A policy that became a dry run must not stay in force as it was.
-            let hidden = changes.changed.extract_if(.., |_, resource| resource.dry_run);
-            changes.removed.extend(hidden.map(|(name, _)| name));
-        }
+        // A policy that became a dry run must not stay in force as it was.
+        let hidden = changes.changed.extract_if(.., |_, resource| !abilities.is_for(resource.audience));
+        changes.removed.extend(hidden.map(|(name, _)| name));
         changes
     }
 
@@ -291,7 +318,7 @@ fn responses(kind: Kind, changes: Changes, generation: u64) -> Vec<DeltaDiscover
     // The node must not take the first part of its first policies for all of them.
     if let Some((_last, parts)) = done.split_last_mut() {
         for part in parts {
-            part.system_version_info.push('+');
+            part.system_version_info.push(names::MORE);
         }
     }
     done

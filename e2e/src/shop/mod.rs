@@ -6,6 +6,7 @@
 
 mod client;
 mod server;
+mod udp;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -31,6 +32,8 @@ enum Command {
     Call(Call),
     /// Connect, read the greeting, and have lines echoed; fails when one connection fails.
     Tcp(Tcp),
+    /// Send a datagram and wait for its echo; fails when none comes.
+    Udp(Udp),
     /// Send requests until standard input ends or asked to end; one JSON line each.
     Load(Load),
 }
@@ -46,6 +49,9 @@ struct Serve {
     /// Raw TCP ports.
     #[arg(long)]
     tcp: Vec<u16>,
+    /// UDP ports that echo.
+    #[arg(long)]
+    udp: Vec<u16>,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -109,6 +115,21 @@ struct Tcp {
 }
 
 #[derive(Clone, Debug, Args)]
+struct Udp {
+    /// host:port
+    address: String,
+    /// What to send.
+    #[arg(long, default_value = "ping")]
+    send: String,
+    /// Time to wait for the echo, in milliseconds.
+    #[arg(long, default_value_t = 2000)]
+    timeout_ms: u64,
+    /// One JSON line instead of text.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Debug, Args)]
 struct Load {
     /// http://host[:port]/path, or tcp://host:port
     target: Vec<String>,
@@ -158,9 +179,15 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let local = tokio::task::LocalSet::new();
     let result = local.block_on(&runtime, async {
         match cli.command {
-            Command::Serve(options) => server::serve(&options.name, &options.http, &options.tcp).await.map(|()| true),
+            Command::Serve(options) => {
+                for port in &options.udp {
+                    udp::echo(*port).await?;
+                }
+                server::serve(&options.name, &options.http, &options.tcp).await.map(|()| true)
+            }
             Command::Call(options) => client::call(&options).await,
             Command::Tcp(options) => client::tcp(&options).await,
+            Command::Udp(options) => udp::call(&options).await,
             Command::Load(options) => client::load(&options).await,
         }
     });

@@ -20,9 +20,10 @@ use crate::flow::Shared;
 use crate::identity::CertStatus;
 use crate::inbound;
 use crate::lb::{self, Chance};
-use crate::outbound::decide::{Plan, decide};
+use crate::outbound::decide::{Plan, choose, decide};
 use crate::policy;
-use crate::state::{IpFamily, Protocol, Service, Snapshot, Workload};
+use crate::policy::network::{self, Finding};
+use crate::state::{IpFamily, Protocol, Service, Snapshot, Transport, Workload};
 use crate::xds::Monitor;
 
 /// Version of this program.
@@ -153,6 +154,11 @@ impl Answers {
                 "version": &*policy.version,
                 "detail": format!("{policy:?}"),
             })).collect::<Vec<_>>(),
+            "networkPolicies": snapshot.network_policies().map(|policy| json!({
+                "name": &*policy.id,
+                "version": &*policy.version,
+                "detail": format!("{policy:?}"),
+            })).collect::<Vec<_>>(),
             "certificates": self.shared.identities.status().iter().map(|cert| json!({
                 "identity": cert.identity.to_string(),
                 "state": cert.state,
@@ -187,11 +193,18 @@ impl Answers {
             self.unenrolled(&snapshot, source, destination, &mut answer);
             return Ok(answer);
         }
-        match decide(&snapshot, source, &self.shared.network, destination, &Chance::of(0)) {
+        // Endpoints have each their own verdict, so the plan is made without those that the source's policies forbid; where
+        // there is no endpoint to tell it of, the plan itself is refused.
+        let chosen = choose(&snapshot, source, &self.shared.network, destination, &Chance::of(0));
+        match chosen.and_then(|plan| match plan.destination() {
+            Some(_) => Ok(plan),
+            None => decide(&snapshot, source, &self.shared.network, destination, &Chance::of(0)),
+        }) {
             Err(outcome) => {
                 answer.plan = "refuse".to_owned();
                 answer.code = outcome.code.name().to_owned();
                 answer.text = outcome.detail.into_owned();
+                answer.policy = outcome.policy.as_deref().unwrap_or_default().to_owned();
             }
             Ok(plan) => {
                 answer.service = plan.service().map(|service| service.key()).unwrap_or_default();
@@ -227,6 +240,10 @@ impl Answers {
         let shares = plan.service().and_then(|service| {
             lb::shares(snapshot, service, destination.port(), source, IpFamily::of(destination.ip())).ok()
         });
+        let endpoint = |workload: &Workload, ip: IpAddr, port: u16, percent: f64| {
+            let finding = network::egress(snapshot, source, Transport::Tcp, SocketAddr::new(ip, port));
+            with_finding(endpoint(workload, ip, port, percent), &finding)
+        };
         match (shares, plan.destination()) {
             (Some(shares), _) => shares
                 .into_iter()
@@ -239,11 +256,13 @@ impl Answers {
 
     /// An unenrolled pod is balanced by the cluster; what it can reach is still worth saying.
     fn unenrolled(&self, snapshot: &Snapshot, source: &Workload, destination: SocketAddr, answer: &mut OutboundAnswer) {
-        let Ok(plan) = decide(snapshot, source, &self.shared.network, destination, &Chance::of(0)) else { return };
+        let Ok(plan) = choose(snapshot, source, &self.shared.network, destination, &Chance::of(0)) else { return };
         answer.service = plan.service().map(|service| service.key()).unwrap_or_default();
         answer.endpoints = self.endpoints(snapshot, source, &plan, destination);
         for endpoint in &mut answer.endpoints {
             "plain".clone_into(&mut endpoint.protocol);
+            // Nothing intercepts it, so none of its policies is enforced here.
+            (endpoint.code, endpoint.text, endpoint.policy) = Default::default();
         }
     }
 
@@ -277,7 +296,12 @@ impl Answers {
             Ok(verdict) => {
                 answer.allowed = true;
                 answer.code = "OK".to_owned();
-                answer.text = verdict.text();
+                let by_network =
+                    network::ingress(&snapshot, workload, identity.as_ref(), source, Transport::Tcp, target.port());
+                answer.text = match by_network {
+                    Finding::Open => verdict.text(),
+                    by_network => format!("{by_network}; {}", verdict.text()),
+                };
                 answer.policy = verdict.policy.as_deref().unwrap_or_default().to_owned();
                 answer.rule = rule(verdict.rule);
                 answer.dry_run = verdict.dry_run.iter().map(ToString::to_string).collect();
@@ -335,6 +359,21 @@ fn endpoint(workload: &Workload, ip: IpAddr, port: u16, percent: f64) -> Endpoin
         share_percent: percent,
         protocol: if hbone { "hbone" } else { "plain" }.to_owned(),
         expected_identities: if hbone { vec![workload.identity.to_string()] } else { Vec::new() },
+        ..EndpointChoice::default()
+    }
+}
+
+/// Adds what the source's NetworkPolicies say.
+fn with_finding(endpoint: EndpointChoice, finding: &Finding) -> EndpointChoice {
+    match finding.outcome() {
+        Ok(()) if *finding == Finding::Open => endpoint,
+        Ok(()) => EndpointChoice { text: finding.to_string(), ..endpoint },
+        Err(outcome) => EndpointChoice {
+            code: outcome.code.name().to_owned(),
+            text: outcome.detail.into_owned(),
+            policy: outcome.policy.as_deref().unwrap_or_default().to_owned(),
+            ..endpoint
+        },
     }
 }
 
@@ -356,6 +395,7 @@ fn workload_json(workload: &Workload) -> Value {
         "clusterId": &*workload.cluster,
         "services": workload.services.keys().map(|key| &**key).collect::<Vec<_>>(),
         "authorizationPolicies": workload.policies.iter().map(|name| &**name).collect::<Vec<_>>(),
+        "networkPolicies": workload.network_policies.iter().map(|name| &**name).collect::<Vec<_>>(),
         "policiesPending": workload.policies_pending,
         "capacity": workload.capacity,
         "version": &*workload.version,

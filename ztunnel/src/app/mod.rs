@@ -6,6 +6,7 @@
 pub mod answers;
 pub mod resolver;
 pub mod pods;
+pub mod wanted;
 pub mod worker;
 
 use std::io;
@@ -28,10 +29,10 @@ use crate::app::pods::{Environment, Pods};
 use crate::app::resolver::Names;
 use crate::app::worker::Worker;
 use crate::base::drain::{Drain, Drained, Phase, drain};
-use crate::base::netns::NetnsThread;
+use crate::base::netns::{NetnsThread, local_addresses};
 use crate::base::sockets::Options;
 use crate::base::workers::Workers;
-use crate::config::{LogFormat, Node};
+use crate::config::{LogFormat, Node, Switch};
 use crate::flow::{GateLimits, Limits, Shared};
 use crate::hbone;
 use crate::identity::{self, Control, RootCa, TokenSource};
@@ -106,7 +107,10 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     let context = shared.clone();
     let workers = Workers::start(count, move |_| Worker::new(&context)).context("cannot start workers")?;
     let watched = reader.clone();
-    workers.run_all(move |worker| worker.live.watch(watched.clone()));
+    workers.run_all(move |worker| {
+        worker.entered.watch(watched.clone());
+        worker.left.watch(watched.clone());
+    });
 
     let monitor = xds::Monitor::default();
     let pods = Pods::default();
@@ -133,6 +137,7 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
         move |question| asked.answer(question),
         reached(stopping.clone(), Phase::Forced),
     ));
+    tokio::spawn(watch_node_addresses(reader.clone()));
     let (pods_stop, _) = drain();
     let pods_drain = start_pods(&config, &shared, &workers, &pods, pods_stop)?;
     tracing::info!(node = %config.node_name, workers = count, version = VERSION, "started");
@@ -199,6 +204,22 @@ fn start_pods(
     Ok(Some(stop))
 }
 
+/// Tells the snapshot which addresses the node has. Interfaces come with the first pods of some networks, so it looks
+/// again and again; a probe has an address of its own, so little depends on how soon.
+async fn watch_node_addresses(reader: state::Reader) {
+    const LOOK: Duration = Duration::from_secs(5);
+    loop {
+        match local_addresses() {
+            Ok(addresses) => {
+                let addresses: Vec<_> = addresses.into_iter().filter(|ip| !ip.is_loopback()).collect();
+                reader.set_node_addresses(&addresses);
+            }
+            Err(error) => tracing::warn!(%error, "the node's own addresses cannot be read; the last known ones stay"),
+        }
+        sleep(LOOK).await;
+    }
+}
+
 async fn reached(drained: Drained, phase: Phase) {
     drained.reached(phase).await;
 }
@@ -253,6 +274,9 @@ fn xds_config(config: &Node) -> xds::Config {
         .map(|(key, value)| (key, value.as_str().map_or_else(|| value.to_string(), str::to_owned)))
         .collect();
     metadata.insert(names::METADATA_TULLE_VERSION.to_owned(), VERSION.to_owned());
+    if config.network_policy == Switch::On {
+        metadata.insert(names::METADATA_TULLE_TYPES.to_owned(), names::TYPE_NETWORK_POLICY.to_owned());
+    }
     xds::Config {
         control: control(config, false),
         node_name: config.node_name.clone(),
@@ -260,6 +284,7 @@ fn xds_config(config: &Node) -> xds::Config {
         pod_name: config.pod_name.clone(),
         pod_namespace: config.pod_namespace.clone(),
         metadata,
+        network_policy: config.network_policy == Switch::On,
         on_demand: false,
     }
 }

@@ -15,11 +15,11 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinHandle;
-use tokio::time::sleep;
-use tulle_certs::SpiffeId;
+use tokio::time::{Instant, sleep};
 use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
 use crate::app::resolver::Names;
+use crate::app::wanted::{Filters, Wanted, identity, wanted};
 use crate::app::worker::{Listeners, Worker, serve_pod};
 use crate::base::budget::Budget;
 use crate::base::drain::{Drain, Drained, Phase, drain};
@@ -31,7 +31,8 @@ use crate::capture::rules::{Rules, rules_are_broken};
 use crate::capture::{self, preexisting, probe};
 use crate::config::Preexisting;
 use crate::flow::{Gate, Limits, LocalPod, Shared, describes};
-use crate::state::{EgressMode, Protocol, Snapshot, Workload};
+use crate::policy::datagrams::Filter;
+use crate::state::{Snapshot, Workload};
 use crate::telemetry::metrics::Metrics;
 
 /// How long port 15008 stays open after release.
@@ -44,18 +45,6 @@ const AT_ONCE: usize = 8;
 const LOOK: Duration = Duration::from_millis(250);
 /// Pause after a failed capture, growing.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
-
-/// What is wanted of a pod.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Wanted {
-    /// The list or control has said whether to capture it.
-    known: bool,
-    capture: bool,
-    /// Connections from before capture must end.
-    reset: bool,
-    /// Nothing but TCP and names may leave. `None`: control has not said.
-    tcp_only: Option<bool>,
-}
 
 /// Actual state of a pod's capture.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -209,6 +198,7 @@ impl Pods {
         let mut source = Source::new(path);
         let mut listed: Vec<Pod> = Vec::new();
         let mut running: HashMap<String, Running> = HashMap::new();
+        let mut filters = Filters::default();
         let mut snapshots = environment.shared.reader.subscribe();
         let stopping = stop.watch();
         let slots = Arc::new(Semaphore::new(AT_ONCE));
@@ -234,7 +224,7 @@ impl Pods {
                 Err(error) => self.set_problem(Some(error)),
             }
             let snapshot = environment.shared.reader.load();
-            self.reconcile(&environment, &listed, &snapshot, &mut running, &slots, &stop, &next_home);
+            self.reconcile(&environment, &listed, &snapshot, &mut filters, &mut running, &slots, &stop, &next_home);
             tokio::select! {
                 () = changed.notified() => {}
                 result = snapshots.changed() => if result.is_err() { return },
@@ -266,12 +256,16 @@ impl Pods {
         environment: &Arc<Environment>,
         listed: &[Pod],
         snapshot: &Snapshot,
+        filters: &mut Filters,
         running: &mut HashMap<String, Running>,
         slots: &Arc<Semaphore>,
         stop: &Arc<Drain>,
         next_home: &AtomicUsize,
     ) {
         let mut identities = BTreeSet::new();
+        let pods: Vec<(&Pod, Option<Arc<Workload>>)> =
+            listed.iter().map(|pod| (pod, described(pod, snapshot, environment).cloned())).collect();
+        filters.refresh(snapshot, &pods, Instant::now());
         // Gone, or another pod under the same uid: its task ends and cleans up.
         let mut ended: HashMap<String, JoinHandle<()>> = HashMap::new();
         let changed: Vec<String> =
@@ -282,10 +276,11 @@ impl Pods {
                 ended.insert(uid, run.task);
             }
         }
-        for pod in listed {
-            let wanted = wanted(pod, snapshot, environment);
+        for (pod, workload) in &pods {
+            let (pod, workload) = (*pod, workload.as_deref());
+            let wanted = wanted(pod, workload, snapshot, filters, environment.preexisting == Preexisting::Reset);
             if wanted.capture || self.is_served(&pod.uid) {
-                identities.extend(identity(pod, snapshot, environment));
+                identities.extend(identity(pod, workload, &environment.trust_domain));
             }
             if let Some(run) = running.get(&pod.uid) {
                 run.desired.send_if_modified(|current| {
@@ -307,6 +302,7 @@ impl Pods {
                 lingering: None,
                 predecessor: ended.remove(&pod.uid),
                 rules: Arc::default(),
+                datagrams: tokio::sync::Mutex::default(),
                 cleaned: false,
             };
             let task = tokio::spawn(task.run());
@@ -345,27 +341,6 @@ fn described<'a>(pod: &'a Pod, snapshot: &'a Snapshot, environment: &Environment
         .find(|workload| describes(workload, &pod.uid, &pod.service_account, &cluster))
 }
 
-/// What is wanted of `pod`, by the list and by control.
-fn wanted(pod: &Pod, snapshot: &Snapshot, environment: &Environment) -> Wanted {
-    let workload = described(pod, snapshot, environment);
-    let hbone = workload.is_some_and(|workload| workload.protocol == Protocol::Hbone);
-    let deny = workload.map(|workload| workload.egress == EgressMode::Deny);
-    let selected = workload.is_some_and(|workload| snapshot.policies_for(workload).next().is_some());
-    Wanted {
-        known: pod.enrolled.is_some() || workload.is_some(),
-        capture: pod.enrolled.unwrap_or(hbone),
-        reset: environment.preexisting == Preexisting::Reset || deny == Some(true) || selected,
-        tcp_only: deny,
-    }
-}
-
-fn identity(pod: &Pod, snapshot: &Snapshot, environment: &Environment) -> Option<SpiffeId> {
-    match described(pod, snapshot, environment) {
-        Some(workload) => Some(workload.identity.clone()),
-        None => SpiffeId::new(&environment.trust_domain, &pod.namespace, &pod.service_account).ok(),
-    }
-}
-
 /// Brings one pod to what is wanted.
 struct PodTask {
     environment: Arc<Environment>,
@@ -383,6 +358,8 @@ struct PodTask {
     predecessor: Option<JoinHandle<()>>,
     /// What is installed. Held while it changes, so that a late release cannot take away what a new capture brought.
     rules: Arc<tokio::sync::Mutex<Option<Rules>>>,
+    /// The filter that is installed. `None`: not known.
+    datagrams: tokio::sync::Mutex<Option<Option<Arc<Filter>>>>,
     /// Rules that an earlier proxy left behind were looked for.
     cleaned: bool,
 }
@@ -515,6 +492,7 @@ impl PodTask {
                 capture::installed(&serving.netns).await.is_ok_and(|table| table.contains("filter_output"));
         }
         self.install(&serving.netns, rules).await?;
+        self.filter(&serving.netns, wanted.datagrams.clone()).await?;
         // A sabotaged build skips the proof, which would find the sabotage out.
         let proven = if rules_are_broken() { Ok(()) } else { probe::verify(&serving.netns, &self.pod.ips).await };
         if let Err(reason) = proven {
@@ -609,6 +587,18 @@ impl PodTask {
         Ok(())
     }
 
+    /// Brings the filter of UDP and SCTP up to date. What an earlier proxy left stays until control has said.
+    async fn filter(&self, netns: &Netns, wanted: Option<Option<Arc<Filter>>>) -> Result<(), String> {
+        let Some(wanted) = wanted else { return Ok(()) };
+        let mut installed = self.datagrams.lock().await;
+        if installed.as_ref() != Some(&wanted) {
+            *installed = None;
+            capture::datagrams::apply(netns, wanted.as_deref()).await.map_err(|error| error.to_string())?;
+            *installed = Some(wanted);
+        }
+        Ok(())
+    }
+
     /// Brings the rules of a served pod up to date.
     async fn adjust(&self, serving: &Serving, wanted: &Wanted) -> Result<(), String> {
         let mut old = BTreeSet::new();
@@ -618,6 +608,7 @@ impl PodTask {
             rules.tcp_only = self.rules.lock().await.as_ref().is_some_and(|installed| installed.tcp_only);
         }
         self.install(&serving.netns, rules).await?;
+        self.filter(&serving.netns, wanted.datagrams.clone()).await?;
         self.state("Captured", String::new());
         Ok(())
     }
@@ -627,6 +618,7 @@ impl PodTask {
         let rules = Rules { released: true, v6: self.pod.ips.iter().any(IpAddr::is_ipv6), ..Rules::default() };
         // A failure is told and tried again by `stay_out`, which finds the table.
         let released = self.install(&serving.netns, rules).await;
+        let released = released.and(self.filter(&serving.netns, Some(None)).await);
         serving.captured.advance(Phase::Draining);
         tracing::info!(pod = %self.name(), "released");
         let (again, watch) = drain();

@@ -1,4 +1,4 @@
-//! What a worker owns: its tunnels, the table of its live inbound connections, and what it knows of dead endpoints.
+//! What a worker owns: its tunnels, the tables of its live connections, and what it knows of dead endpoints.
 //!
 //! None of it is ever seen by another thread: a flow is placed once, at accept, and its tunnel is found on the same worker.
 
@@ -11,7 +11,6 @@ use crate::base::workers::{Accepted, Workers, spawn};
 use crate::flow::{LocalPod, Shared};
 use crate::hbone::pool::Pool;
 use crate::inbound;
-use crate::inbound::recheck::Live;
 use crate::lb::Failing;
 use crate::outbound;
 
@@ -22,13 +21,20 @@ pub struct Worker {
     /// Endpoints that it could not reach lately.
     pub failing: Rc<RefCell<Failing>>,
     /// Its live inbound connections.
-    pub live: Rc<Live>,
+    pub entered: Rc<inbound::recheck::Live>,
+    /// Its live outbound connections.
+    pub left: Rc<outbound::recheck::Live>,
 }
 
 impl Worker {
     /// An idle worker.
     pub fn new(shared: &Shared) -> Self {
-        Self { pool: Pool::new(shared.hbone), failing: Rc::default(), live: Rc::default() }
+        Self {
+            pool: Pool::new(shared.hbone),
+            failing: Rc::default(),
+            entered: inbound::recheck::live(),
+            left: outbound::recheck::live(),
+        }
     }
 }
 
@@ -58,8 +64,8 @@ pub fn serve_pod(
     let outgoing: Accepted<Worker> = {
         let (shared, pod) = (shared.clone(), pod.clone());
         Arc::new(move |worker, tcp, load| {
-            let (pool, failing) = (worker.pool.clone(), worker.failing.clone());
-            let flow = outbound::serve(shared.clone(), pool, failing, pod.clone(), tcp);
+            let (pool, failing, left) = (worker.pool.clone(), worker.failing.clone(), worker.left.clone());
+            let flow = outbound::serve(shared.clone(), pool, failing, left, pod.clone(), tcp);
             spawn(async move {
                 flow.await;
                 drop(load);
@@ -69,7 +75,7 @@ pub fn serve_pod(
     let plaintext: Accepted<Worker> = {
         let (shared, pod) = (shared.clone(), pod.clone());
         Arc::new(move |worker, tcp, load| {
-            let flow = inbound::serve_plaintext(shared.clone(), worker.live.clone(), pod.clone(), tcp);
+            let flow = inbound::serve_plaintext(shared.clone(), worker.entered.clone(), pod.clone(), tcp);
             spawn(async move {
                 flow.await;
                 drop(load);
@@ -79,7 +85,7 @@ pub fn serve_pod(
     let hbone: Accepted<Worker> = {
         let (shared, pod) = (shared.clone(), pod.clone());
         Arc::new(move |worker, tcp, load| {
-            let flow = inbound::serve_tunnel(shared.clone(), worker.live.clone(), pod.clone(), tcp);
+            let flow = inbound::serve_tunnel(shared.clone(), worker.entered.clone(), pod.clone(), tcp);
             spawn(async move {
                 flow.await;
                 drop(load);

@@ -8,6 +8,7 @@
 //! Capture is not a fence. A container with CAP_NET_RAW can mark its own packets and walk past these rules; what must
 //! hold against the pod itself is held in the node's namespace.
 
+pub mod datagrams;
 pub mod pods;
 pub mod preexisting;
 pub mod probe;
@@ -42,6 +43,7 @@ pub async fn apply(netns: &Netns, rules: Rules) -> io::Result<()> {
 pub async fn remove(netns: &Netns) -> io::Result<()> {
     run_blocking(netns, || {
         nft(rules::REMOVE)?;
+        nft(datagrams::REMOVE)?;
         for step in rules::unroutes() {
             // A missing rule is what we want.
             let _ = ip(&step);

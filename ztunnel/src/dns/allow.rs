@@ -5,17 +5,20 @@ use std::net::SocketAddr;
 
 use crate::flow::LocalPod;
 use crate::outcome::Outcome;
-use crate::state::Snapshot;
+use crate::policy::network;
+use crate::state::{Snapshot, Transport};
 
 /// Asked once for every question, before anything is answered, also from the mesh's own knowledge or the cache: a pod
 /// whose egress rules forbid its name server (UDP and TCP 53 at `upstream`) must not learn through us what that server
 /// would have said. The outcome's text goes to the client as an Extended DNS Error, and the answer is REFUSED.
 ///
-/// Egress rules of NetworkPolicy belong here. Until a snapshot has them, every pod may ask; `tulle.dev/egress: deny`
-/// lets names be looked up on purpose (docs/defaults.md).
+/// A pod whose NetworkPolicies let it reach the server by UDP or by TCP may ask it by either: what it learns is the same.
+/// `tulle.dev/egress: deny` lets names be looked up on purpose (docs/defaults.md).
 ///
 /// # Errors
 /// The rule that forbids it.
-pub fn may_ask(_snapshot: &Snapshot, _pod: &LocalPod, _upstream: SocketAddr) -> Result<(), Outcome> {
-    Ok(())
+pub fn may_ask(snapshot: &Snapshot, pod: &LocalPod, upstream: SocketAddr) -> Result<(), Outcome> {
+    let Some(workload) = pod.workload(snapshot) else { return Ok(()) };
+    let by = |transport| network::egress(snapshot, workload, transport, upstream).outcome();
+    by(Transport::Udp).or_else(|refused| by(Transport::Tcp).map_err(|_| refused))
 }

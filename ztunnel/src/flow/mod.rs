@@ -5,6 +5,7 @@
 //! nothing is guessed before, and nobody waits for ever.
 
 mod gate;
+pub mod recheck;
 
 use std::future::Future;
 use std::net::IpAddr;

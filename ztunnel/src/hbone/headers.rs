@@ -294,7 +294,11 @@ pub fn refused<B>(response: &Response<B>) -> Outcome {
     };
     for field in fields.split("; ") {
         match field.split_once('=') {
-            Some(("code", name)) => outcome.code = Code::from_name(name).unwrap_or(Code::TunnelRefused),
+            Some(("code", name)) => {
+                // Who may leave is decided here; no other proxy can say it.
+                let code = Code::from_name(name).filter(|code| *code != Code::NetworkPolicyEgress);
+                outcome.code = code.unwrap_or(Code::TunnelRefused);
+            }
             Some(("policy", policy)) => outcome.policy = Some(Arc::from(policy)),
             Some(("rule", rule)) => outcome.rule = rule.parse().ok(),
             _ => {}

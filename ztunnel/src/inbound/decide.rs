@@ -6,8 +6,8 @@ use tulle_certs::SpiffeId;
 use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
 use crate::outcome::{Code, Outcome};
-use crate::policy::{self, Facts, Verdict};
-use crate::state::{Snapshot, Workload};
+use crate::policy::{self, Facts, Verdict, network};
+use crate::state::{Snapshot, Transport, Workload};
 
 /// Decides for a connection from `source`, who proved `identity` (`None`: plaintext), to the application at `target`.
 ///
@@ -24,6 +24,7 @@ pub fn decide(
         let text = format!("port {} belongs to the proxy", target.port());
         return Err(Outcome::new(Code::SelfCall, text));
     }
+    network::ingress(snapshot, workload, identity, source, Transport::Tcp, target.port()).outcome()?;
     let facts = Facts {
         source_identity: identity,
         source_ip: source,

@@ -21,7 +21,7 @@ pub use plaintext::serve as serve_plaintext;
 
 use crate::base::drain::Drained;
 use crate::flow::{LocalPod, PATIENCE, Shared};
-use crate::inbound::recheck::{Live, Registration};
+use crate::inbound::recheck::{Admitted, Live, Registration};
 use crate::outcome::{Code, Outcome};
 use crate::state::Workload;
 use crate::telemetry::ConnRecord;
@@ -53,7 +53,8 @@ async fn admit(
     request: &Request,
     record: &mut ConnRecord,
 ) -> Result<(TcpStream, Registration, Arc<Workload>), Outcome> {
-    let registration = live.register(pod, request.identity.clone(), request.source, request.target);
+    let (identity, source, target) = (request.identity.clone(), request.source, request.target);
+    let registration = live.register(Admitted { pod: pod.clone(), identity, source, target });
     let (_, workload) = shared.known(pod).await?;
     // Wait for policies that are on their way; anything else is decided at once.
     let decided = shared.wait_for(|snapshot| {

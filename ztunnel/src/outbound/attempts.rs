@@ -87,7 +87,7 @@ impl Attempts<'_> {
         destination: SocketAddr,
         tcp: &TcpStream,
         record: &mut ConnRecord,
-    ) -> Result<Next, Outcome> {
+    ) -> Result<(Next, SocketAddr), Outcome> {
         let begin = Instant::now();
         let mut tried: Vec<SocketAddr> = Vec::new();
         let mut said = Said::new(&self.pod.buffers);
@@ -117,7 +117,7 @@ impl Attempts<'_> {
             match result {
                 Ok(next) => {
                     self.reached(&plan, destination.port());
-                    return Ok(next);
+                    return Ok((next, endpoint));
                 }
                 Err(Failure { outcome, elsewhere }) => {
                     if elsewhere && plan.service().is_some() {

@@ -11,7 +11,8 @@ use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
 use crate::lb::{self, Chance, Choice, NoChoice};
 use crate::outcome::{Code, Outcome};
-use crate::state::{EgressMode, IpFamily, Protocol, Service, Snapshot, Workload};
+use crate::policy::network;
+use crate::state::{EgressMode, IpFamily, Protocol, Service, Snapshot, Transport, Workload};
 
 /// What to do.
 #[derive(Clone, Debug)]
@@ -78,6 +79,47 @@ impl Plan {
     }
 
     /// The endpoint, if it is known.
+    pub destination: Option<Arc<Workload>>,
+    /// The service that the client addressed.
+    pub service: Option<Arc<Service>>,
+    /// The service has endpoints besides that were not tried.
+    pub others: bool,
+}
+
+impl Plan {
+    /// Whether another endpoint may do as well.
+    pub fn others(&self) -> bool {
+        match self {
+            Self::Hbone(plan) => plan.others,
+            Self::Plain(plan) => plan.others,
+        }
+    }
+
+    /// Address and port of the application.
+    pub fn endpoint(&self) -> SocketAddr {
+        match self {
+            Self::Hbone(plan) => plan.authority,
+            Self::Plain(plan) => plan.address,
+        }
+    }
+
+    /// The service that the client addressed.
+    pub fn service(&self) -> Option<&Arc<Service>> {
+        match self {
+            Self::Hbone(plan) => plan.service.as_ref(),
+            Self::Plain(plan) => plan.service.as_ref(),
+        }
+    }
+
+    /// The endpoint's address and port.
+    pub fn target(&self) -> SocketAddr {
+        match self {
+            Self::Hbone(plan) => plan.authority,
+            Self::Plain(plan) => plan.address,
+        }
+    }
+
+    /// The endpoint, if it is known.
     pub fn destination(&self) -> Option<&Arc<Workload>> {
         match self {
             Self::Hbone(plan) => Some(&plan.destination),
@@ -91,6 +133,23 @@ impl Plan {
 /// # Errors
 /// Why the connection is refused.
 pub fn decide(
+    snapshot: &Snapshot,
+    source: &Workload,
+    network: &str,
+    destination: SocketAddr,
+    chance: &Chance<'_>,
+) -> Result<Plan, Outcome> {
+    let plan = choose(snapshot, source, network, destination, chance)?;
+    // What a NetworkPolicy names is the endpoint and its port, not the Service that led there.
+    network::egress(snapshot, source, Transport::Tcp, plan.endpoint()).outcome()?;
+    Ok(plan)
+}
+
+/// The same without the NetworkPolicies of `source`.
+///
+/// # Errors
+/// Why the connection is refused.
+pub fn choose(
     snapshot: &Snapshot,
     source: &Workload,
     network: &str,

@@ -22,7 +22,8 @@ use crate::hbone::headers::{self, Baggage, Forwarded, TraceId};
 use crate::hbone::pool::{Key, Lease, Opened, Pool};
 use crate::outbound::attempts::{Attempts, Failure, not_opened};
 use crate::outbound::decide::{Hbone, Plain};
-use crate::outbound::{ended, forbidden};
+use crate::outbound::recheck::Registration;
+use crate::outbound::{forbidden, stopped};
 use crate::outcome::{Code, Fault, Outcome};
 use crate::relay::early::{self, Said};
 use crate::relay::{self, TcpSide, Terms};
@@ -80,6 +81,7 @@ pub(super) async fn relay_tunnel(
     pod: &LocalPod,
     tcp: TcpStream,
     stream: Stream,
+    registration: &Registration,
     counts: &Rc<Counts>,
 ) -> Outcome {
     let Stream { send, answer, lease } = stream;
@@ -90,7 +92,7 @@ pub(super) async fn relay_tunnel(
         }
     };
     let terms = Terms { counts, limits: shared.relay, budget: &pod.buffers };
-    let outcome = relay::tunnel(tcp, send, recv, TcpSide::Client, terms, &lease.window, ended(pod)).await;
+    let outcome = relay::tunnel(tcp, send, recv, TcpSide::Client, terms, &lease.window, stopped(pod, registration)).await;
     drop(lease);
     outcome
 }
@@ -222,12 +224,13 @@ pub(super) async fn relay_plain(
     tcp: TcpStream,
     server: TcpStream,
     outside: bool,
+    registration: &Registration,
     counts: &Rc<Counts>,
 ) -> Outcome {
     // What is outside the cluster may become forbidden while it lasts.
     let stop = async {
         tokio::select! {
-            outcome = ended(pod) => outcome,
+            outcome = stopped(pod, registration) => outcome,
             outcome = forbidden(shared, pod), if outside => outcome,
         }
     };

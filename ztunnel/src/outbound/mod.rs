@@ -7,6 +7,7 @@
 mod attempts;
 pub mod decide;
 mod dial;
+pub mod recheck;
 
 use std::cell::RefCell;
 use std::net::SocketAddr;
@@ -23,12 +24,20 @@ use crate::flow::{LocalPod, Shared};
 use crate::hbone::pool::Pool;
 use crate::lb::Failing;
 use crate::outbound::attempts::{Attempts, Next};
+use crate::outbound::recheck::{Left, Live, Registration};
 use crate::outcome::{Code, Outcome};
 use crate::state::EgressMode;
 use crate::telemetry::{ConnRecord, Direction};
 
 /// Serves one captured connection to its end.
-pub async fn serve(shared: Shared, pool: Rc<Pool>, failing: Rc<RefCell<Failing>>, pod: Arc<LocalPod>, tcp: TcpStream) {
+pub async fn serve(
+    shared: Shared,
+    pool: Rc<Pool>,
+    failing: Rc<RefCell<Failing>>,
+    live: Rc<Live>,
+    pod: Arc<LocalPod>,
+    tcp: TcpStream,
+) {
     // Not redirected: somebody dialled the proxy's port itself. There is nothing to proxy to.
     let (Ok(destination), Ok(source)) = (original_destination(&tcp), tcp.peer_addr()) else { return reset(tcp) };
     // Dialled directly while connection tracking is on: the "original" destination is the listener itself.
@@ -43,7 +52,7 @@ pub async fn serve(shared: Shared, pool: Rc<Pool>, failing: Rc<RefCell<Failing>>
     let mut record = ConnRecord::new(shared.metrics.clone(), Direction::Outbound, canonical(source), destination);
     let counts = record.counts.clone();
     let attempts = Attempts { shared: &shared, pool: &pool, failing: &failing, pod: &pod };
-    let outcome = carry(attempts, tcp, destination, &mut record, &counts).await;
+    let outcome = carry(attempts, &live, tcp, destination, &mut record, &counts).await;
     record.finish(&outcome);
 }
 
@@ -51,6 +60,14 @@ pub async fn serve(shared: Shared, pool: Rc<Pool>, failing: Rc<RefCell<Failing>>
 async fn ended(pod: &LocalPod) -> Outcome {
     pod.drained.forced().await;
     Outcome::new(Code::Drained, "the proxy or the pod went away")
+}
+
+/// Completes when the connection may not go on: the pod's flows have to end, or a policy forbids it.
+async fn stopped(pod: &LocalPod, registration: &Registration) -> Outcome {
+    tokio::select! {
+        outcome = registration.cut() => outcome,
+        outcome = ended(pod) => outcome,
+    }
 }
 
 /// Completes when the pod may no longer reach the outside.
@@ -68,8 +85,10 @@ async fn forbidden(shared: &Shared, pod: &LocalPod) -> Outcome {
     }
 }
 
+#[allow(clippy::too_many_arguments, reason = "the parts of one connection, each used once")]
 async fn carry(
     attempts: Attempts<'_>,
+    live: &Rc<Live>,
     tcp: TcpStream,
     destination: SocketAddr,
     record: &mut ConnRecord,
@@ -81,15 +100,16 @@ async fn carry(
         let permit = pod.connection(&pod.outbound)?;
         let (snapshot, source) = shared.known(pod).await?;
         record.source.workload = Some(source.clone());
-        let next = attempts.reach(&snapshot, &source, destination, &tcp, record).await?;
+        let (next, target) = attempts.reach(&snapshot, &source, destination, &tcp, record).await?;
         record.opened();
-        Ok((permit, next))
+        let registration = live.register_decided(Left { pod: pod.clone(), target }, &shared.reader);
+        Ok((permit, next, registration))
     });
     let opened = tokio::select! {
         opened = opened => opened,
         outcome = ended(pod) => Err(outcome),
     };
-    let (_permit, next) = match opened {
+    let (_permit, next, registration) = match opened {
         Ok(opened) => opened,
         Err(outcome) => {
             reset(tcp);
@@ -97,7 +117,9 @@ async fn carry(
         }
     };
     match next {
-        Next::Tunnel(next) => dial::relay_tunnel(shared, pod, tcp, next, counts).await,
-        Next::Plain { server, outside } => dial::relay_plain(shared, pod, tcp, server, outside, counts).await,
+        Next::Tunnel(next) => dial::relay_tunnel(shared, pod, tcp, next, &registration, counts).await,
+        Next::Plain { server, outside } => {
+            dial::relay_plain(shared, pod, tcp, server, outside, &registration, counts).await
+        }
     }
 }

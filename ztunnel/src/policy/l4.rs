@@ -78,7 +78,9 @@ pub fn evaluate(snapshot: &Snapshot, facts: &Facts<'_>) -> Verdict {
 
 /// Names and versions of the policies that apply to a workload, in the order of evaluation: what `evaluate` looks at.
 pub fn evaluated(snapshot: &Snapshot, workload: &Workload) -> Vec<(Arc<str>, Arc<str>)> {
-    snapshot.policies_for(workload).map(|policy| (policy.id.clone(), policy.version.clone())).collect()
+    let network = workload.network_policies.iter().filter_map(|id| snapshot.network_policy(id));
+    let network = network.map(|policy| (policy.id.clone(), policy.version.clone()));
+    network.chain(snapshot.policies_for(workload).map(|policy| (policy.id.clone(), policy.version.clone()))).collect()
 }
 
 fn refusal(code: Code, policy: Option<Arc<str>>) -> Verdict {

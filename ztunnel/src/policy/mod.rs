@@ -2,9 +2,14 @@
 //!
 //! Istio's algebra (DENY before ALLOW; no ALLOW means allow), with the additions that keep it from failing open: a
 //! policy that has not arrived refuses, and a part of a policy that cannot be evaluated counts against the connection.
-//! The same function answers live traffic, the re-check of live connections and `tulle explain`. L7 will be a sibling.
+//! The same function answers live traffic, the re-check of live connections and `tulle explain`. [`network`] is the sibling
+//! for NetworkPolicies, which must allow as well, and [`datagrams`] their form for the kernel; L7 will be another.
 
+pub mod datagrams;
 mod l4;
+pub mod network;
+#[cfg(test)]
+mod network_reference;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]

@@ -44,7 +44,8 @@ pub fn workload(namespace: &str, name: &str, ip: &str) -> Workload {
         egress: EgressMode::Allow,
         pod_uid: "".into(),
         probe_ports: Vec::new(),
-        groups: Vec::new(),
+        groups: Box::default(),
+        network_policies: Vec::new(),
         dns_name: None,
         canonical_name: name.into(),
         canonical_revision: "latest".into(),
@@ -116,7 +117,13 @@ pub fn policy(namespace: &str, name: &str, scope: Scope, action: Action, only: O
 
 /// A synced snapshot with `changes` applied.
 pub fn snapshot(changes: impl IntoIterator<Item = Change>) -> Arc<Snapshot> {
+    snapshot_of_node(changes, &[])
+}
+
+/// The same on a node with these addresses.
+pub fn snapshot_of_node(changes: impl IntoIterator<Item = Change>, node: &[IpAddr]) -> Arc<Snapshot> {
     let (mut writer, reader) = store();
+    reader.set_node_addresses(node);
     writer.apply(changes, 1);
     writer.apply([Change::AddressesSynced, Change::PoliciesSynced], 2);
     reader.load()

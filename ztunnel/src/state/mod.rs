@@ -16,6 +16,7 @@ mod endpoints;
 #[cfg(test)]
 pub mod fixtures;
 mod narrowed;
+mod network;
 mod policy;
 mod service;
 mod snapshot;
@@ -26,10 +27,11 @@ mod versions;
 mod workload;
 
 pub use endpoints::{Candidate, Endpoint, Endpoints, PortTable, PortTables};
+pub use network::{IpBlock, NETWORK_POLICY, NetworkPeers, NetworkPolicy, NetworkPort, NetworkRule, Way};
 pub use policy::{Action, Clause, Match, Policy, Rule, Scope, ServiceAccount, StringMatch};
 pub use service::{
-    HealthPolicy, IpFamilies, IpFamily, LoadBalancing, LocalityScope, Mode, NamedPort, Service, ServiceInfo,
-    ServiceSpec, Transport, Visibility,
+    DatagramPort, HealthPolicy, IpFamilies, IpFamily, LoadBalancing, LocalityScope, Mode, NamedPort, Service,
+    ServiceInfo, ServiceSpec, Transport, Visibility,
 };
 pub use snapshot::Snapshot;
 pub use store::{Applied, Change, Reader, Writer, store};

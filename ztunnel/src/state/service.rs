@@ -3,7 +3,7 @@
 //! What control says ([`ServiceSpec`]) is kept apart from what the store derives ([`Endpoints`]), so that a change of one
 //! endpoint copies a pointer and not the service. A `Service` reads as its spec.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
@@ -131,6 +131,8 @@ pub struct ServiceInfo {
     pub headless: bool,
     /// What its name stands for. Empty: all of its virtual addresses.
     pub cluster_addresses: Vec<IpAddr>,
+    /// Ports that are not TCP, where policies need them.
+    pub datagrams: Vec<DatagramPort>,
 }
 
 /// A port of any transport.
@@ -144,8 +146,19 @@ pub struct NamedPort {
     pub transport: Transport,
 }
 
+/// A port that is not TCP, with the endpoints behind it: the proxy does not carry it, but policies judge it by them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DatagramPort {
+    /// What carries its bytes; not TCP.
+    pub transport: Transport,
+    /// Port that clients dial.
+    pub number: u16,
+    /// Address and port of each endpoint.
+    pub endpoints: Vec<SocketAddr>,
+}
+
 /// What carries a port's bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Transport {
     /// TCP.
     Tcp,

@@ -9,9 +9,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use tulle_proto::names::{PROBE_V4, PROBE_V6};
 
 use crate::state::cow::{CowMap, Groups};
-use crate::state::{Policy, Scope, Service, Workload};
+use crate::state::{NetworkPolicy, Policy, Scope, Service, Workload};
 
 /// See the module's header. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -36,6 +37,12 @@ pub struct Snapshot {
     pub(super) namespace_policies: CowMap<Arc<str>, Arc<[Arc<Policy>]>>,
     /// Old versions of policies that have just got a selector; nearly always none.
     pub(super) narrowed: Arc<[Arc<Policy>]>,
+    /// Control offers NetworkPolicies, and they are wanted.
+    pub(super) network_expected: bool,
+    pub(super) network_synced: bool,
+    pub(super) network_policies: CowMap<Arc<str>, Arc<NetworkPolicy>>,
+    /// Addresses of this node itself.
+    pub(super) node: Arc<[IpAddr]>,
 }
 
 /// A network, a range of virtual addresses in it, and whose it is.
@@ -59,6 +66,10 @@ impl Snapshot {
             global_policies: Arc::from([]),
             namespace_policies: CowMap::new(),
             narrowed: Arc::from([]),
+            network_expected: false,
+            network_synced: false,
+            network_policies: CowMap::new(),
+            node: Arc::from([]),
         }
     }
 
@@ -67,9 +78,9 @@ impl Snapshot {
         self.generation
     }
 
-    /// The first response of both types was applied: what is not here does not exist.
+    /// The first response of every type was applied: what is not here does not exist.
     pub fn synced(&self) -> bool {
-        self.addresses_synced && self.policies_synced
+        self.addresses_synced && self.policies_synced && (self.network_synced || !self.network_expected)
     }
 
     /// The first response with policies was applied. Before, no verdict is possible.
@@ -152,7 +163,7 @@ impl Snapshot {
 
     /// How many workloads, services and policies there are.
     pub fn counts(&self) -> (usize, usize, usize) {
-        (self.workloads.len(), self.service_count, self.policies.len())
+        (self.workloads.len(), self.service_count, self.policies.len() + self.network_policies.len())
     }
 
     /// A policy in force, by `<namespace>/<name>`.
@@ -179,7 +190,29 @@ impl Snapshot {
     /// A policy that the workload names and that is not here. The store stages such workloads, so there is one only if
     /// the workload is pending, or older than the snapshot.
     pub fn missing_policy<'a>(&self, workload: &'a Workload) -> Option<&'a Arc<str>> {
-        workload.policies.iter().find(|id| self.policies.get(*id).is_none())
+        let network = workload.network_policies.iter().find(|id| self.network_policies.get(*id).is_none());
+        workload.policies.iter().find(|id| self.policies.get(*id).is_none()).or(network)
+    }
+
+    /// A NetworkPolicy in force, by resource name.
+    pub fn network_policy(&self, id: &str) -> Option<&Arc<NetworkPolicy>> {
+        self.network_policies.get(id)
+    }
+
+    /// Every NetworkPolicy in force, in no order.
+    pub fn network_policies(&self) -> impl Iterator<Item = &Arc<NetworkPolicy>> {
+        self.network_policies.values()
+    }
+
+    /// Whether this is an address of the node itself, or the one under which its probes come.
+    pub fn is_own_node(&self, ip: IpAddr) -> bool {
+        let ip = ip.to_canonical();
+        ip == IpAddr::V4(PROBE_V4) || ip == IpAddr::V6(PROBE_V6) || self.node.contains(&ip)
+    }
+
+    /// Addresses of the node itself.
+    pub fn node_addresses(&self) -> &Arc<[IpAddr]> {
+        &self.node
     }
 }
 

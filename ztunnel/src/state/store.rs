@@ -13,7 +13,9 @@ use tokio::sync::watch;
 
 use crate::state::narrowed::Narrowed;
 use crate::state::snapshot::workload_order;
-use crate::state::{Endpoints, LogEntry, LogName, Policy, Scope, Service, ServiceSpec, Snapshot, VersionLog, Workload};
+use crate::state::{
+    Endpoints, LogEntry, LogName, NetworkPolicy, Policy, Scope, Service, ServiceSpec, Snapshot, VersionLog, Workload,
+};
 
 /// One thing that control said.
 #[derive(Clone, Debug)]
@@ -30,10 +32,20 @@ pub enum Change {
     AddressRemoved(Arc<str>),
     /// The policy of this resource name is gone.
     PolicyRemoved(Arc<str>),
+    /// A NetworkPolicy is so.
+    NetworkPolicy(Arc<NetworkPolicy>),
+    /// A NetworkPolicy cannot be read: this stand-in takes its place unless a good version is held.
+    NetworkPolicyRejected(Arc<NetworkPolicy>),
+    /// The NetworkPolicy of this resource name is gone.
+    NetworkPolicyRemoved(Arc<str>),
+    /// Control offers NetworkPolicies, so nothing is complete without them.
+    NetworkPoliciesExpected,
     /// The first response with workloads and services is complete.
     AddressesSynced,
     /// The first response with policies is complete.
     PoliciesSynced,
+    /// The first response with NetworkPolicies is complete.
+    NetworkPoliciesSynced,
 }
 
 /// What [`Writer::apply`] did.
@@ -97,6 +109,18 @@ impl Reader {
         self.shared.generation.subscribe()
     }
 
+    /// Says which addresses the node itself has. Only these do not come from control, so they change without a new
+    /// generation; readers see them at their next look, and whoever waits for changes is woken.
+    pub fn set_node_addresses(&self, addresses: &[IpAddr]) {
+        let _writing = self.shared.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let current = self.shared.current.load_full();
+        if *current.node != *addresses {
+            let next = Snapshot { node: addresses.into(), ..Snapshot::clone(&current) };
+            self.shared.current.store(Arc::new(next));
+            self.shared.generation.send_modify(|_| {});
+        }
+    }
+
     /// What took effect when, oldest first.
     pub fn versions(&self) -> Vec<Arc<LogEntry>> {
         self.shared.log.lock().unwrap_or_else(PoisonError::into_inner).entries()
@@ -129,7 +153,7 @@ pub struct Writer {
 impl Writer {
     /// Applies `changes` as one update: readers see all of them or none.
     pub fn apply(&mut self, changes: impl IntoIterator<Item = Change>, now_unix_us: u64) -> Applied {
-        let was_synced = (self.next.addresses_synced, self.next.policies_synced);
+        let was_synced = self.progress();
         let mut policies_changed = false;
         for change in changes {
             match change {
@@ -143,10 +167,26 @@ impl Writer {
                     self.reject_policy(stand_in, now_unix_us);
                     policies_changed = true;
                 }
+                Change::NetworkPolicy(policy) => {
+                    self.zombies.remove(&policy.id);
+                    self.enforce_network(policy);
+                    policies_changed = true;
+                }
+                Change::NetworkPolicyRejected(stand_in) => {
+                    self.reject_network(stand_in);
+                    policies_changed = true;
+                }
+                Change::NetworkPolicyRemoved(id) => {
+                    if self.next.network_policies.get(&id).is_some() {
+                        self.zombies.insert(id);
+                    }
+                }
                 Change::AddressRemoved(name) => self.remove_address(&name),
                 Change::PolicyRemoved(id) => self.remove_policy(&id),
                 Change::AddressesSynced => self.next.addresses_synced = true,
                 Change::PoliciesSynced => self.next.policies_synced = true,
+                Change::NetworkPoliciesExpected => self.next.network_expected = true,
+                Change::NetworkPoliciesSynced => self.next.network_synced = true,
             }
         }
         if policies_changed {
@@ -155,13 +195,18 @@ impl Writer {
         self.bury_zombies();
         self.expire_narrowed(now_unix_us);
         self.rebuild_touched();
-        let synced = (self.next.addresses_synced, self.next.policies_synced);
-        let published = !self.log.is_empty() || synced != was_synced;
+        let published = !self.log.is_empty() || self.progress() != was_synced;
         if published {
             self.publish(now_unix_us);
         }
         let again_us = self.narrowed.next();
         Applied { generation: self.next.generation, published, staged: self.staged.len(), again_us }
+    }
+
+    /// What has been said completely.
+    fn progress(&self) -> [bool; 4] {
+        let Snapshot { addresses_synced, policies_synced, network_expected, network_synced, .. } = self.next;
+        [addresses_synced, policies_synced, network_expected, network_synced]
     }
 
     /// Nothing is left to do between updates.
@@ -177,8 +222,12 @@ impl Writer {
             applied_unix_us: now_unix_us,
             resources: std::mem::take(&mut self.log),
         };
-        self.shared.log.lock().unwrap_or_else(PoisonError::into_inner).push(entry);
+        // Held while the snapshot is replaced, so that addresses of the node that change meanwhile are not lost.
+        let mut log = self.shared.log.lock().unwrap_or_else(PoisonError::into_inner);
+        log.push(entry);
+        self.next.node = self.shared.current.load().node.clone();
         self.shared.current.store(Arc::new(self.next.clone()));
+        drop(log);
         self.shared.generation.send_replace(self.next.generation);
     }
 
@@ -207,6 +256,9 @@ impl Writer {
 
     /// Whether every policy that the workload names is here, in the version that it names or another that is as good.
     fn is_complete(&self, workload: &Workload) -> bool {
+        if workload.network_policies.iter().any(|id| self.next.network_policies.get(id).is_none()) {
+            return false;
+        }
         workload.policies.iter().all(|id| {
             let Some(held) = self.next.policies.get(id) else { return false };
             let Some(wanted) = workload.policy_versions.get(id) else { return true };
@@ -401,6 +453,23 @@ impl Writer {
         self.index_policy(old.as_deref(), Some(&policy));
     }
 
+    fn enforce_network(&mut self, policy: Arc<NetworkPolicy>) {
+        if self.next.network_policies.get(&policy.id) == Some(&policy) {
+            return;
+        }
+        self.log.insert(LogName::NetworkPolicy(policy.id.clone()), Some(policy.version.clone()));
+        self.next.network_policies.insert(policy.id.clone(), policy);
+    }
+
+    fn reject_network(&mut self, stand_in: Arc<NetworkPolicy>) {
+        // A removed policy that came back unreadable is not removed.
+        self.zombies.remove(&stand_in.id);
+        let held = self.next.network_policies.get(&stand_in.id);
+        if held.is_none_or(|held| held.unreadable.is_some()) {
+            self.enforce_network(stand_in);
+        }
+    }
+
     /// Keeps the lists of implied policies.
     fn index_policy(&mut self, old: Option<&Policy>, new: Option<&Arc<Policy>>) {
         let Some(id) = old.map(|old| old.id.clone()).or_else(|| new.map(|new| new.id.clone())) else { return };
@@ -439,13 +508,19 @@ impl Writer {
                 self.index_policy(Some(&old), None);
                 self.log.insert(LogName::Authorization(id.clone()), None);
             }
+            if self.next.network_policies.remove(&id).is_some() {
+                self.log.insert(LogName::NetworkPolicy(id), None);
+            }
         }
     }
 
     /// Policies that a workload names, its versions in force and staged together.
     fn named_by(&self, uid: &str) -> BTreeSet<Arc<str>> {
         let versions = [self.next.workloads.get(uid), self.staged.get(uid)];
-        versions.into_iter().flatten().flat_map(|workload| workload.policies.iter().cloned()).collect()
+        let named = |workload: &Arc<Workload>| {
+            workload.policies.iter().chain(&workload.network_policies).cloned().collect::<Vec<_>>()
+        };
+        versions.into_iter().flatten().flat_map(named).collect()
     }
 
     /// Brings `users` up to date for one workload that named `before`.

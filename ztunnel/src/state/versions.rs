@@ -19,6 +19,8 @@ pub enum LogName {
     Address(Arc<str>),
     /// A policy.
     Authorization(Arc<str>),
+    /// A NetworkPolicy; its resource name begins with the type.
+    NetworkPolicy(Arc<str>),
 }
 
 impl fmt::Display for LogName {
@@ -26,6 +28,7 @@ impl fmt::Display for LogName {
         match self {
             Self::Address(name) => write!(f, "Address/{name}"),
             Self::Authorization(name) => write!(f, "Authorization/{name}"),
+            Self::NetworkPolicy(name) => f.write_str(name),
         }
     }
 }

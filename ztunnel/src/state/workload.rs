@@ -225,8 +225,10 @@ pub struct Workload {
     pub pod_uid: Arc<str>,
     /// Declared ports of the kubelet's probes.
     pub probe_ports: Vec<u16>,
-    /// NetworkPolicy peer groups.
-    pub groups: Vec<u32>,
+    /// Groups of NetworkPolicies that it belongs to, in order.
+    pub groups: Box<[u64]>,
+    /// NetworkPolicies that isolate it, `NetworkPolicy/<namespace>/<name>`.
+    pub network_policies: Vec<Arc<str>>,
     /// Its name below a service's. `None`: that of its address.
     pub dns_name: Option<Box<DnsName>>,
     /// Canonical service name, for telemetry.
@@ -251,6 +253,11 @@ impl Workload {
     /// Whether it is a pod, and not an external endpoint or a gateway.
     pub fn is_pod(&self) -> bool {
         self.uid.contains("//Pod/")
+    }
+
+    /// Whether it belongs to a group of NetworkPolicies.
+    pub fn is_in(&self, group: u64) -> bool {
+        self.groups.binary_search(&group).is_ok()
     }
 
     /// The first address of the preferred family, or else the first one. `None`: it has no address at all.

@@ -136,7 +136,7 @@ impl ConnRecord {
                 .filter(|_| self.direction == Direction::Inbound)
                 .map_or_else(String::new, |rule| rule.to_string());
             // The far proxy's word for a policy is for the log; as a label it could make any number of series.
-            let own = self.direction == Direction::Inbound;
+            let own = self.direction == Direction::Inbound || outcome.code == Code::NetworkPolicyEgress;
             let policy = outcome.policy.clone().filter(|_| own).unwrap_or_default();
             let reporter = self.direction.reporter();
             let labels = DenialLabels { reporter, code: outcome.code.name(), policy, rule };

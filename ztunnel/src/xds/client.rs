@@ -49,6 +49,8 @@ pub struct Config {
     pub pod_namespace: String,
     /// Metadata besides: TULLE_VERSION, `ISTIO_META_*`.
     pub metadata: BTreeMap<String, String>,
+    /// Whether NetworkPolicies are enforced here, where control offers them.
+    pub network_policy: bool,
     /// Workloads and services only as they are asked for. Experimental: nothing asks yet, so only those of the node come.
     pub on_demand: bool,
 }
@@ -86,7 +88,7 @@ struct Ended {
 /// Keeps the store as control says, until `shutdown` completes. There is no error that ends it.
 pub async fn run(config: Config, mut writer: Writer, monitor: Monitor, shutdown: impl Future<Output = ()>) {
     tokio::pin!(shutdown);
-    let mut session = Session::new(config.node(), config.on_demand);
+    let mut session = Session::new(config.node(), config.on_demand, config.network_policy);
     let mut failures = 0u32;
     loop {
         let ended = tokio::select! {
@@ -137,7 +139,14 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
         Err(status) => return by_status(&status, false),
     };
     let offered = response.metadata().get(HEADER_TULLE_TYPES).and_then(|value| value.to_str().ok()).unwrap_or("");
-    let offered = offered.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
+    let offered: Vec<String> =
+        offered.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
+    let (expected, subscription) = session.offered(&offered);
+    writer.apply(expected, unix_us());
+    if let Some(subscription) = subscription {
+        // There is room: the queue holds the first requests and nothing was answered yet.
+        let _ = requests.try_send(subscription);
+    }
     monitor.connected(unix_us(), offered);
     tracing::info!(address = control.address, "xDS stream open");
     let mut responses = response.into_inner();

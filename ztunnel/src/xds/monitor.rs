@@ -6,7 +6,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tulle_proto::names::TYPE_ADDRESS;
+use tulle_proto::names::{TYPE_ADDRESS, TYPE_NETWORK_POLICY};
 
 /// Why a stream ended. The names are the `reason` label of `istio_xds_connection_terminations`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,8 +69,8 @@ pub struct Monitor {
 #[derive(Debug, Default)]
 struct Inner {
     terminations: [AtomicU64; 4],
-    messages: [AtomicU64; 2],
-    bytes: [AtomicU64; 2],
+    messages: [AtomicU64; 3],
+    bytes: [AtomicU64; 3],
     rejected: AtomicU64,
     status: Mutex<Status>,
 }
@@ -81,10 +81,10 @@ impl Monitor {
         self.inner.terminations[reason as usize].load(Ordering::Relaxed)
     }
 
-    /// What arrived of a type, by its URL: TYPE_ADDRESS, or else policies.
+    /// What arrived of a type, by its URL; one that is not known counts as authorization policies.
     pub fn received(&self, type_url: &str) -> Received {
         let index = index(type_url);
-        let load = |counters: &[AtomicU64; 2]| counters[index].load(Ordering::Relaxed);
+        let load = |counters: &[AtomicU64; 3]| counters[index].load(Ordering::Relaxed);
         Received { messages: load(&self.inner.messages), bytes: load(&self.inner.bytes) }
     }
 
@@ -137,5 +137,9 @@ impl Monitor {
 }
 
 fn index(type_url: &str) -> usize {
-    usize::from(type_url != TYPE_ADDRESS)
+    match type_url {
+        TYPE_ADDRESS => 0,
+        TYPE_NETWORK_POLICY => 2,
+        _ => 1,
+    }
 }

@@ -4,12 +4,16 @@
 //! travel and removals are not missed. A rejected resource is named in the NACK, does not hold up the others, and is told
 //! with version "" after a reconnect, so that it is sent again or its removal is. Limits: what is remembered is a name and
 //! a version per resource that the server sent; a NACK's text has at most [`MAX_NACK_BYTES`].
+//!
+//! Own types are subscribed to once the server has offered them ([`Session::offered`]). A NetworkPolicy names groups that
+//! workloads carry, so where both change, the server says that workloads follow, and the changes are held until the last
+//! of them is here: one without the other would cut connections that both versions allow.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
-use tulle_proto::names::{TYPE_ADDRESS, TYPE_AUTHORIZATION};
+use tulle_proto::names::{MORE, TOGETHER, TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY};
 
 use crate::state::Change;
 use crate::xds::decode::{self, Rejected, Strings};
@@ -20,10 +24,6 @@ const MAX_NACK_BYTES: usize = 4096;
 const INVALID_ARGUMENT: i32 = 3;
 /// Names that may be asked for on demand. Beyond it the oldest answer is as good as none: connections go without.
 const MAX_DEMANDED: usize = 65_536;
-
-/// End of `system_version_info` in a response that is not the last of its generation: a server that splits a large state
-/// says so, and the type is not complete before the rest. istiod never splits.
-const MORE_TO_COME: char = '+';
 
 /// What a response led to.
 #[derive(Debug, Default)]
@@ -41,7 +41,13 @@ pub struct Outcome {
 pub struct Session {
     node: Node,
     on_demand: bool,
-    types: [TypeState; 2],
+    /// Those that are subscribed to.
+    types: Vec<TypeState>,
+    /// NetworkPolicies are wanted.
+    network_policy: bool,
+    /// Changes that take effect with workloads that have not all arrived, and the names of their resources by type.
+    held: Vec<Change>,
+    held_names: Vec<(&'static str, Arc<str>)>,
     demanded: BTreeSet<Arc<str>>,
     strings: Strings,
 }
@@ -53,42 +59,73 @@ struct TypeState {
     known: BTreeMap<Arc<str>, Arc<str>>,
     /// A response of this type was applied since the process started.
     synced: bool,
+    /// It is subscribed to on this stream.
+    open: bool,
 }
 
 impl TypeState {
     fn new(url: &'static str) -> Self {
-        Self { url, known: BTreeMap::new(), synced: false }
+        Self { url, known: BTreeMap::new(), synced: false, open: false }
     }
 }
 
 impl Session {
-    /// `on_demand`: workloads and services are sent when asked for, and those of the node.
-    pub fn new(node: Node, on_demand: bool) -> Self {
+    /// `on_demand`: workloads and services are sent when asked for, and those of the node. `network_policy`:
+    /// NetworkPolicies are taken where they are offered, else ignored.
+    pub fn new(node: Node, on_demand: bool, network_policy: bool) -> Self {
         // Policies first: then most workloads find theirs when they arrive.
-        let types = [TypeState::new(TYPE_AUTHORIZATION), TypeState::new(TYPE_ADDRESS)];
-        Self { node, on_demand, types, demanded: BTreeSet::new(), strings: Strings::default() }
+        let types = vec![TypeState::new(TYPE_AUTHORIZATION), TypeState::new(TYPE_ADDRESS)];
+        let (held, held_names) = (Vec::new(), Vec::new());
+        let (demanded, strings) = (BTreeSet::new(), Strings::default());
+        Self { node, on_demand, types, network_policy, held, held_names, demanded, strings }
     }
 
     /// The first requests of a stream.
-    pub fn open(&self) -> Vec<DeltaDiscoveryRequest> {
-        let first = |(index, state): (usize, &TypeState)| {
-            let on_demand = self.on_demand && state.url == TYPE_ADDRESS;
-            let star = || vec!["*".to_owned()];
-            // istiod's notation for "nothing until I ask" is both at once. An empty subscription means everything.
-            let (mut subscribe, unsubscribe) = if on_demand { (star(), star()) } else { (Vec::new(), Vec::new()) };
-            if on_demand {
-                subscribe.extend(self.demanded.iter().map(ToString::to_string));
+    pub fn open(&mut self) -> Vec<DeltaDiscoveryRequest> {
+        // What was held never took effect, so it must come again: known with no version.
+        self.held.clear();
+        for (url, name) in std::mem::take(&mut self.held_names) {
+            if let Some(state) = self.types.iter_mut().find(|state| state.url == url) {
+                state.known.insert(name, "".into());
             }
-            DeltaDiscoveryRequest {
-                node: (index == 0).then(|| self.node.clone()),
-                type_url: state.url.to_owned(),
-                resource_names_subscribe: subscribe,
-                resource_names_unsubscribe: unsubscribe,
-                initial_resource_versions: state.known.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect(),
-                ..DeltaDiscoveryRequest::default()
-            }
-        };
-        self.types.iter().enumerate().map(first).collect()
+        }
+        self.types.iter_mut().for_each(|state| state.open = false);
+        let mut first = self.subscribe(TYPE_AUTHORIZATION);
+        if let Some(first) = &mut first {
+            first.node = Some(self.node.clone());
+        }
+        first.into_iter().chain(self.subscribe(TYPE_ADDRESS)).collect()
+    }
+
+    /// The server offers these own types, by URL: what to tell the store, and what to ask for.
+    pub fn offered(&mut self, offered: &[String]) -> (Option<Change>, Option<DeltaDiscoveryRequest>) {
+        if !self.network_policy || !offered.iter().any(|url| url == TYPE_NETWORK_POLICY) {
+            return (None, None);
+        }
+        if self.types.iter().all(|state| state.url != TYPE_NETWORK_POLICY) {
+            self.types.push(TypeState::new(TYPE_NETWORK_POLICY));
+        }
+        (Some(Change::NetworkPoliciesExpected), self.subscribe(TYPE_NETWORK_POLICY))
+    }
+
+    /// The request that begins the subscription to a type; `None`: it began.
+    fn subscribe(&mut self, url: &str) -> Option<DeltaDiscoveryRequest> {
+        let on_demand = self.on_demand && url == TYPE_ADDRESS;
+        let state = self.types.iter_mut().find(|state| state.url == url && !state.open)?;
+        state.open = true;
+        let star = || vec!["*".to_owned()];
+        // istiod's notation for "nothing until I ask" is both at once. An empty subscription means everything.
+        let (mut subscribe, unsubscribe) = if on_demand { (star(), star()) } else { (Vec::new(), Vec::new()) };
+        if on_demand {
+            subscribe.extend(self.demanded.iter().map(ToString::to_string));
+        }
+        Some(DeltaDiscoveryRequest {
+            type_url: url.to_owned(),
+            resource_names_subscribe: subscribe,
+            resource_names_unsubscribe: unsubscribe,
+            initial_resource_versions: state.known.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect(),
+            ..DeltaDiscoveryRequest::default()
+        })
     }
 
     /// Asks for a workload or service: a uid, `<namespace>/<hostname>` or `<network>/<ip>`. `None`: asked already, not on
@@ -105,12 +142,12 @@ impl Session {
         })
     }
 
-    /// Both types have been answered since the process started.
+    /// Every subscribed type has been answered since the process started.
     pub fn synced(&self) -> bool {
         self.types.iter().all(|state| state.synced)
     }
 
-    /// Resources known with a version, of both types.
+    /// Resources known with a version, of all types.
     pub fn known(&self) -> usize {
         self.types.iter().map(|state| state.known.len()).sum()
     }
@@ -123,47 +160,73 @@ impl Session {
             let rejected = vec![Rejected { name: type_url.as_str().into(), reason }];
             return Outcome { answer: answer(type_url, nonce, &rejected), rejected, changes: Vec::new() };
         };
+        let together = system_version_info.ends_with(TOGETHER);
+        let more = system_version_info.trim_end_matches(TOGETHER).ends_with(MORE);
+        let hold = together || !self.held.is_empty();
         let mut outcome = Outcome::default();
         // Removals first: a name that is removed and sent in one response was replaced.
         for name in removed_resources {
             let name: Arc<str> = name.into();
             state.known.remove(&name);
+            if hold {
+                self.held_names.push((state.url, name.clone()));
+            }
             outcome.changes.push(match state.url {
                 TYPE_ADDRESS => Change::AddressRemoved(name),
+                TYPE_NETWORK_POLICY => Change::NetworkPolicyRemoved(name),
                 _ => Change::PolicyRemoved(name),
             });
         }
         for resource in resources {
             let decoded = match state.url {
                 TYPE_ADDRESS => decode::address_resource(&resource, &mut self.strings),
+                TYPE_NETWORK_POLICY => decode::network_resource(&resource),
                 _ => decode::authorization_resource(&resource),
             };
-            match decoded {
-                Ok(change) => {
+            let (name, version): (Arc<str>, Arc<str>) = match decoded {
+                Ok(mut change) => {
                     // The names and versions that the store keeps serve here too.
-                    let (name, version) = match &change {
-                        Change::Workload(workload) => (workload.uid.clone(), workload.version.clone()),
+                    let named = match &mut change {
+                        Change::Workload(workload) => {
+                            if !self.network_policy {
+                                Arc::make_mut(workload).network_policies.clear();
+                            }
+                            (workload.uid.clone(), workload.version.clone())
+                        }
                         Change::Policy(policy) => (policy.id.clone(), policy.version.clone()),
                         _ => (resource.name.into(), resource.version.into()),
                     };
-                    state.known.insert(name, version);
                     outcome.changes.push(change);
+                    named
                 }
                 Err((rejected, stand_in)) => {
-                    state.known.insert(resource.name.into(), "".into());
                     outcome.changes.extend(stand_in);
                     outcome.rejected.push(rejected);
+                    (resource.name.into(), "".into())
                 }
+            };
+            if hold {
+                self.held_names.push((state.url, name.clone()));
             }
+            state.known.insert(name, version);
         }
-        if !state.synced && !system_version_info.ends_with(MORE_TO_COME) {
+        if !state.synced && !more {
             state.synced = true;
             outcome.changes.push(match state.url {
                 TYPE_ADDRESS => Change::AddressesSynced,
+                TYPE_NETWORK_POLICY => Change::NetworkPoliciesSynced,
                 _ => Change::PoliciesSynced,
             });
         }
         outcome.answer = answer(type_url, nonce, &outcome.rejected);
+        if hold {
+            self.held.append(&mut outcome.changes);
+            // The last part of the workloads lets everything go.
+            if !together && !more && state.url == TYPE_ADDRESS {
+                outcome.changes = std::mem::take(&mut self.held);
+                self.held_names.clear();
+            }
+        }
         outcome
     }
 }

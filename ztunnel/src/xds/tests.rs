@@ -19,13 +19,14 @@ use tulle_proto::discovery::aggregated_discovery_service_server::{
     AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
 };
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
-use tulle_proto::names::{TYPE_ADDRESS, TYPE_AUTHORIZATION};
+use tulle_proto::mesh;
+use tulle_proto::names::{TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY};
 use tulle_proto::security as sec;
 use tulle_proto::workload as wds;
 use tulle_proto::workload::address::Type;
 
 use crate::identity::{Control, RootCa, TokenSource};
-use crate::state::{Reader, Writer, store};
+use crate::state::{Change, Reader, Writer, store};
 use crate::tls;
 use crate::xds::{Config, Monitor, Session, Termination, run};
 
@@ -37,6 +38,7 @@ fn config(control: Control) -> Config {
         pod_name: "ztunnel-abc".to_owned(),
         pod_namespace: "tulle-system".to_owned(),
         metadata: BTreeMap::from([("TULLE_VERSION".to_owned(), "0".to_owned())]),
+        network_policy: true,
         on_demand: false,
     }
 }
@@ -49,7 +51,7 @@ fn session(on_demand: bool) -> Session {
         token: TokenSource::None,
         headers: vec![],
     };
-    Session::new(config(control).node(), on_demand)
+    Session::new(config(control).node(), on_demand, true)
 }
 
 fn resource(type_url: &str, name: &str, version: &str, value: Vec<u8>) -> Resource {
@@ -117,12 +119,12 @@ fn the_first_requests_subscribe_to_everything_and_say_who_asks() {
 #[test]
 fn on_demand_begins_with_nothing_and_asks_once() {
     let mut session = session(true);
-    let address = |session: &Session| session.open().pop().unwrap();
-    assert_eq!(address(&session).resource_names_subscribe, ["*"]);
-    assert_eq!(address(&session).resource_names_unsubscribe, ["*"]);
+    let address = |session: &mut Session| session.open().pop().unwrap();
+    assert_eq!(address(&mut session).resource_names_subscribe, ["*"]);
+    assert_eq!(address(&mut session).resource_names_unsubscribe, ["*"]);
     assert_eq!(session.demand("/10.0.0.1").unwrap().resource_names_subscribe, ["/10.0.0.1"]);
     assert!(session.demand("/10.0.0.1").is_none());
-    assert_eq!(address(&session).resource_names_subscribe, ["*", "/10.0.0.1"], "a new stream is told again");
+    assert_eq!(address(&mut session).resource_names_subscribe, ["*", "/10.0.0.1"], "a new stream is told again");
 }
 
 #[test]
@@ -160,6 +162,82 @@ fn a_state_in_several_responses_is_complete_with_the_last() {
     assert!(!reader.load().policies_synced(), "a policy that denies may be in the next one");
     writer.apply(session.respond(part("7", vec![policy("b", "1")])).changes, 2);
     assert!(reader.load().policies_synced());
+}
+
+fn network_policy(name: &str, version: &str) -> Resource {
+    let policy = mesh::NetworkPolicy {
+        namespace: "shop".to_owned(),
+        name: name.to_owned(),
+        ingress: true,
+        ..mesh::NetworkPolicy::default()
+    };
+    resource(TYPE_NETWORK_POLICY, &format!("NetworkPolicy/shop/{name}"), version, policy.encode_to_vec())
+}
+
+/// A session to which NetworkPolicies were offered.
+fn with_network_policies() -> Session {
+    let mut session = session(false);
+    session.open();
+    let (expected, asked) = session.offered(&["other".to_owned(), TYPE_NETWORK_POLICY.to_owned()]);
+    assert!(matches!(expected, Some(Change::NetworkPoliciesExpected)));
+    assert_eq!(asked.unwrap().type_url, TYPE_NETWORK_POLICY);
+    session
+}
+
+#[test]
+fn own_types_are_asked_for_where_they_are_offered_and_once() {
+    let mut session = session(false);
+    assert_eq!(session.open().len(), 2);
+    assert!(session.offered(&["type.googleapis.com/other".to_owned()]).1.is_none());
+    assert!(session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.is_some());
+    assert!(session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.is_none());
+    session.respond(response(TYPE_NETWORK_POLICY, "n", vec![network_policy("a", "1")], &[]));
+    assert_eq!(session.open().len(), 2, "a new stream asks for them when they are offered again");
+    let again = session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.unwrap();
+    assert_eq!(again.initial_resource_versions["NetworkPolicy/shop/a"], "1");
+}
+
+#[test]
+fn nothing_is_complete_before_the_network_policies_that_are_offered() {
+    let mut session = with_network_policies();
+    let (mut writer, reader) = store();
+    writer.apply([Change::NetworkPoliciesExpected], 1);
+    for type_url in [TYPE_AUTHORIZATION, TYPE_ADDRESS, TYPE_NETWORK_POLICY] {
+        assert!(!reader.load().synced());
+        writer.apply(session.respond(response(type_url, "n", vec![], &[])).changes, 1);
+    }
+    assert!(reader.load().synced());
+}
+
+#[test]
+fn policies_and_the_groups_that_they_name_change_in_one_step() {
+    let part = |version: &str, type_url: &str, resources| DeltaDiscoveryResponse {
+        system_version_info: version.to_owned(),
+        ..response(type_url, "n", resources, &[])
+    };
+    let mut session = with_network_policies();
+    let held = session.respond(part("7&", TYPE_NETWORK_POLICY, vec![network_policy("a", "2")]));
+    assert!(held.changes.is_empty() && held.answer.is_some(), "taken, and not in force before its workloads");
+    let more = session.respond(part("7+", TYPE_ADDRESS, vec![pod("w", "2", &[])]));
+    assert!(more.changes.is_empty());
+    let last = session.respond(part("7", TYPE_ADDRESS, vec![pod("v", "2", &[])]));
+    assert!(matches!(
+        last.changes[..],
+        [
+            Change::NetworkPolicy(_),
+            Change::NetworkPoliciesSynced,
+            Change::Workload(_),
+            Change::Workload(_),
+            Change::AddressesSynced
+        ]
+    ));
+    assert_eq!(session.respond(part("8", TYPE_NETWORK_POLICY, vec![network_policy("a", "3")])).changes.len(), 1);
+
+    session.respond(part("9&", TYPE_NETWORK_POLICY, vec![network_policy("a", "4"), broken(network_policy("b", "4"))]));
+    let address = session.open().pop().unwrap();
+    assert_eq!(address.initial_resource_versions.len(), 2);
+    let told = session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.unwrap().initial_resource_versions;
+    assert_eq!(told["NetworkPolicy/shop/a"], "", "what was held when the stream broke must come again");
 }
 
 #[test]

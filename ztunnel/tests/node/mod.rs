@@ -165,7 +165,10 @@ impl Node {
         let context = shared.clone();
         let workers = Workers::start(2, move |_| Worker::new(&context)).unwrap();
         let watched = shared.reader.clone();
-        workers.run_all(move |worker| worker.live.watch(watched.clone()));
+        workers.run_all(move |worker| {
+            worker.entered.watch(watched.clone());
+            worker.left.watch(watched.clone());
+        });
         let environment = Environment {
             shared,
             workers,

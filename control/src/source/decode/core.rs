@@ -101,7 +101,7 @@ fn read_ports(container: &Cursor<'_>, ports: &mut Vec<ContainerPort>) -> Read<()
         ports.push(ContainerPort {
             name: item.get("name").text_or_empty()?,
             port,
-            tcp: is_tcp(&item.get("protocol"))?,
+            protocol: transport(&item.get("protocol"))?,
         });
     }
     Ok(())
@@ -196,9 +196,11 @@ fn service_names(spec: &Cursor<'_>) -> Read<ServiceNames> {
     }
     for item in spec.get("ports").list()? {
         let protocol = item.get("protocol");
+        let number = item.get("port").port()?.unwrap_or_default();
         names.ports.push(NamedPort {
             name: item.get("name").text_or_empty()?,
-            number: item.get("port").port()?.unwrap_or_default(),
+            number,
+            target: target_port(&item, number)?,
             transport: match protocol.text()? {
                 Some("UDP") => Transport::Udp,
                 Some("SCTP") => Transport::Sctp,
@@ -225,8 +227,19 @@ fn service_port(item: &Cursor<'_>) -> Read<Option<ServicePort>> {
     if !is_tcp(&item.get("protocol"))? {
         return Ok(None);
     }
+    let target = target_port(item, port)?;
+    Ok(Some(ServicePort {
+        name: item.get("name").text_or_empty()?,
+        port,
+        target,
+        app_protocol: item.get("appProtocol").text_or_empty()?,
+    }))
+}
+
+/// Where `port` leads.
+fn target_port(item: &Cursor<'_>, port: u16) -> Read<TargetPort> {
     let at = item.get("targetPort");
-    let target = match at.value() {
+    Ok(match at.value() {
         None | Some(Value::Null) => TargetPort::Number(port),
         Some(Value::Text(name)) => match name.parse::<u16>() {
             Ok(0) => return Err(at.error("0 is not a port (1-65535)")),
@@ -237,13 +250,7 @@ fn service_port(item: &Cursor<'_>) -> Read<Option<ServicePort>> {
         // 0 means: not set.
         Some(Value::Int(0)) => TargetPort::Number(port),
         Some(_) => TargetPort::Number(at.port()?.unwrap_or(port)),
-    };
-    Ok(Some(ServicePort {
-        name: item.get("name").text_or_empty()?,
-        port,
-        target,
-        app_protocol: item.get("appProtocol").text_or_empty()?,
-    }))
+    })
 }
 
 fn traffic_scope(spec: &Cursor<'_>) -> Read<TrafficScope> {
@@ -262,10 +269,13 @@ fn traffic_scope(spec: &Cursor<'_>) -> Read<TrafficScope> {
 }
 
 pub(super) fn endpoint_slice(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
-    let mut ports = Vec::new();
+    let (mut ports, mut datagrams) = (Vec::new(), Vec::new());
     for item in at.get("ports").list()? {
-        if let (true, Some(port)) = (is_tcp(&item.get("protocol"))?, item.get("port").port()?) {
-            ports.push(SlicePort { name: item.get("name").text_or_empty()?, port });
+        let Some(port) = item.get("port").port()? else { continue };
+        let name = item.get("name").text_or_empty()?;
+        match transport(&item.get("protocol"))? {
+            Transport::Tcp => ports.push(SlicePort { name, port }),
+            other => datagrams.push((name, other, port)),
         }
     }
     let mut endpoints = Vec::new();
@@ -286,7 +296,7 @@ pub(super) fn endpoint_slice(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
         });
     }
     let service = meta.label("kubernetes.io/service-name").unwrap_or_default().to_owned();
-    Ok(Object::EndpointSlice(Arc::new(EndpointSlice { meta, service, ports, endpoints })))
+    Ok(Object::EndpointSlice(Arc::new(EndpointSlice { meta, service, ports, datagrams, endpoints })))
 }
 
 fn address(at: &Cursor<'_>, text: &str) -> Read<IpAddr> {
@@ -294,9 +304,15 @@ fn address(at: &Cursor<'_>, text: &str) -> Read<IpAddr> {
 }
 
 fn is_tcp(protocol: &Cursor<'_>) -> Read<bool> {
+    Ok(transport(protocol)? == Transport::Tcp)
+}
+
+/// A protocol; TCP if absent.
+pub(super) fn transport(protocol: &Cursor<'_>) -> Read<Transport> {
     match protocol.text()? {
-        None | Some("TCP" | "") => Ok(true),
-        Some("UDP" | "SCTP") => Ok(false),
+        None | Some("TCP" | "") => Ok(Transport::Tcp),
+        Some("UDP") => Ok(Transport::Udp),
+        Some("SCTP") => Ok(Transport::Sctp),
         Some(other) => Err(protocol.error(format!("`{other}` is none of TCP, UDP, SCTP"))),
     }
 }

@@ -5,6 +5,7 @@
 //! server would have dropped them, but not in policies, where a misspelt field would silently mean something else.
 
 mod core;
+mod network;
 mod policy;
 
 use std::collections::BTreeMap;
@@ -119,7 +120,7 @@ fn decoder(group: &str, kind: &str) -> Option<Decode> {
         ("discovery.k8s.io", "EndpointSlice") => |at, meta, error| plain(core::endpoint_slice(at, meta), error),
         ("security.istio.io", "AuthorizationPolicy") => policy::authorization,
         ("security.istio.io", "PeerAuthentication") => policy::peer_authentication,
-        ("networking.k8s.io", "NetworkPolicy") => policy::network,
+        ("networking.k8s.io", "NetworkPolicy") => network::network,
         ("gateway.networking.k8s.io", "HTTPRoute") => |_, m, e| unenforced("HTTPRoute", m, e),
         ("gateway.networking.k8s.io", "GRPCRoute") => |_, m, e| unenforced("GRPCRoute", m, e),
         ("networking.istio.io", "DestinationRule") => |_, m, e| unenforced("DestinationRule", m, e),

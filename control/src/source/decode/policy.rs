@@ -1,22 +1,20 @@
 //! Policies. The first error of a spec makes the whole policy fail closed; its target is read on its own, so that the
 //! denial reaches no further than it must.
 //!
-//! Fields follow Istio's AuthorizationPolicy and PeerAuthentication and Kubernetes' NetworkPolicy. Unknown fields and
-//! unknown `when` keys are errors: ignoring a restriction that we do not know would allow more than was meant.
+//! Fields follow Istio's AuthorizationPolicy and PeerAuthentication. Unknown fields and unknown `when` keys are errors: ignoring a restriction that we do not know would allow more than was meant.
 
 use std::sync::Arc;
 
 use ipnet::IpNet;
 
 use crate::model::{
-    Action, AuthorizationPolicy, AuthorizationSpec, Compare, ConditionKey, Expression, Meta, MtlsMode, NetworkPolicy,
-    Object, Operation, Operator, PeerAuthentication, PeerAuthenticationSpec, Rule, Selector, Source, Spec, Target,
-    TextMatch, When,
+    Action, AuthorizationPolicy, AuthorizationSpec, Compare, ConditionKey, Meta, MtlsMode, Object, Operation,
+    PeerAuthentication, PeerAuthenticationSpec, Rule, Selector, Source, Spec, Target, TextMatch, When,
 };
 use crate::source::decode::text_map;
 use crate::source::tree::{Cursor, FieldError, Read};
 
-type PolicyResult = Read<(Object, Option<FieldError>)>;
+pub(super) type PolicyResult = Read<(Object, Option<FieldError>)>;
 
 /// Most rules, and most sources or operations of a rule: Istio's limit.
 const MAX_ITEMS: usize = 512;
@@ -317,62 +315,4 @@ fn mode(at: &Cursor<'_>) -> Read<MtlsMode> {
         Some("STRICT") => Ok(MtlsMode::Strict),
         Some(other) => Err(mode.error(format!("`{other}` is none of UNSET, DISABLE, PERMISSIVE, STRICT"))),
     }
-}
-
-pub(super) fn network(at: &Cursor<'_>, meta: Meta, error: Option<FieldError>) -> PolicyResult {
-    let spec = at.get("spec");
-    let pods = selector(&spec.get("podSelector"));
-    let directions = directions(&spec);
-    let error = error
-        .or_else(|| spec.map().err())
-        .or_else(|| pods.as_ref().err().cloned())
-        .or_else(|| directions.as_ref().err().cloned());
-    let (ingress, egress) = directions.unwrap_or((true, true));
-    let allows_all = |rules: Vec<Cursor<'_>>| rules.iter().any(|rule| rule.map().is_ok_and(|fields| fields.is_empty()));
-    let policy = NetworkPolicy {
-        allows_all_ingress: error.is_none() && spec.get("ingress").list().is_ok_and(allows_all),
-        meta,
-        pods: pods.ok(),
-        ingress,
-        egress,
-    };
-    Ok((Object::NetworkPolicy(Arc::new(policy)), error))
-}
-
-fn directions(spec: &Cursor<'_>) -> Read<(bool, bool)> {
-    let types = spec.get("policyTypes").texts()?;
-    if types.is_empty() {
-        return Ok((true, !spec.get("egress").is_absent()));
-    }
-    let mut found = (false, false);
-    for (text, at) in types {
-        match text {
-            "Ingress" => found.0 = true,
-            "Egress" => found.1 = true,
-            other => return Err(at.error(format!("`{other}` is neither Ingress nor Egress"))),
-        }
-    }
-    Ok(found)
-}
-
-/// Kubernetes' label selector.
-fn selector(at: &Cursor<'_>) -> Read<Selector> {
-    at.only(&["matchLabels", "matchExpressions"])?;
-    let mut selector = Selector::of_labels(text_map(&at.get("matchLabels"))?);
-    for item in at.get("matchExpressions").list()? {
-        let operator = item.get("operator");
-        let operator = match operator.required_text()? {
-            "In" => Operator::In,
-            "NotIn" => Operator::NotIn,
-            "Exists" => Operator::Exists,
-            "DoesNotExist" => Operator::DoesNotExist,
-            other => return Err(operator.error(format!("`{other}` is not a selector operator"))),
-        };
-        selector.expressions.push(Expression {
-            key: item.get("key").required_text()?.to_owned(),
-            operator,
-            values: item.get("values").texts()?.into_iter().map(|(t, _)| t.to_owned()).collect(),
-        });
-    }
-    Ok(selector)
 }

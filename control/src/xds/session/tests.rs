@@ -2,15 +2,16 @@
 //! end up with exactly what is published, whatever it dropped on the way.
 
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use proptest::prelude::*;
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Status};
 use tulle_proto::security;
 
-use crate::resource::{Kind, Resource, ResourceSet};
+use crate::resource::{Audience, Kind, Resource, ResourceSet};
 use crate::xds::Published;
-use crate::xds::session::{MAX_NAMES, MAX_RESPONSE_BYTES, Session, Violation};
+use crate::xds::session::{Abilities, MAX_NAMES, MAX_RESPONSE_BYTES, Session, Violation};
 
 fn resource(kind: Kind, name: &str, content: &str) -> Resource {
     let message = security::Authorization { name: content.to_owned(), ..Default::default() };
@@ -34,6 +35,11 @@ fn answer(response: &DeltaDiscoveryResponse, reject: bool) -> DeltaDiscoveryRequ
     }
 }
 
+/// A stream of a proxy that knows dry runs and takes no own type.
+fn session() -> Session {
+    Session::new(Abilities { dry_run: true, ..Abilities::default() })
+}
+
 fn both(session: &mut Session) {
     for kind in [Kind::Address, Kind::Authorization] {
         session.handle_request(&subscribe(kind)).expect("good");
@@ -42,7 +48,7 @@ fn both(session: &mut Session) {
 
 #[test]
 fn nothing_is_sent_before_anything_is_published() {
-    let mut session = Session::new(true);
+    let mut session = session();
     both(&mut session);
     assert!(session.poll_batch(&Published::default()).is_empty());
     let batch = session.poll_batch(&published(1, Vec::new()));
@@ -52,7 +58,7 @@ fn nothing_is_sent_before_anything_is_published() {
 
 #[test]
 fn next_batch_waits_for_all_answers_and_stale_nonces_answer_nothing() {
-    let mut session = Session::new(true);
+    let mut session = session();
     both(&mut session);
     let one = published(1, vec![resource(Kind::Address, "a", "1"), resource(Kind::Authorization, "p", "1")]);
     let two = published(2, vec![resource(Kind::Address, "a", "2")]);
@@ -81,7 +87,7 @@ fn next_batch_waits_for_all_answers_and_stale_nonces_answer_nothing() {
 fn big_sets_are_cut_into_responses_that_every_peer_accepts() {
     let text = "x".repeat(1000);
     let many = (0..8000).map(|i| resource(Kind::Address, &format!("w{i}"), &text)).collect();
-    let mut session = Session::new(true);
+    let mut session = session();
     session.handle_request(&subscribe(Kind::Address)).expect("good");
     let batch = session.poll_batch(&published(1, many));
     assert!(batch.len() >= 3);
@@ -95,9 +101,9 @@ fn big_sets_are_cut_into_responses_that_every_peer_accepts() {
 #[test]
 fn proxies_that_would_enforce_dry_runs_do_not_get_them() {
     let mut dry = resource(Kind::Authorization, "p", "dry");
-    dry.dry_run = true;
+    dry.audience = Audience::KnowsDryRun;
     for knows in [true, false] {
-        let mut session = Session::new(knows);
+        let mut session = Session::new(Abilities { dry_run: knows, ..Abilities::default() });
         session.handle_request(&subscribe(Kind::Authorization)).expect("good");
         let first = session.poll_batch(&published(1, vec![resource(Kind::Authorization, "p", "wet")]));
         session.handle_request(&answer(&first[0], false)).expect("good");
@@ -108,16 +114,67 @@ fn proxies_that_would_enforce_dry_runs_do_not_get_them() {
 }
 
 #[test]
+fn a_stand_in_is_only_for_proxies_that_do_not_take_the_type() {
+    let mut stand_in = resource(Kind::Authorization, "shop/tulle_network_p", "denies");
+    stand_in.audience = Audience::Without(Kind::NetworkPolicy);
+    let set = published(1, vec![stand_in, resource(Kind::NetworkPolicy, "NetworkPolicy/shop/p", "p")]);
+    for takes in [true, false] {
+        let takes: BTreeSet<Kind> = takes.then_some(Kind::NetworkPolicy).into_iter().collect();
+        let mut session = Session::new(Abilities { takes: takes.clone(), ..Abilities::default() });
+        for kind in Kind::BASIC.iter().chain(&takes) {
+            session.handle_request(&subscribe(*kind)).expect("good");
+        }
+        let batch = session.poll_batch(&set);
+        let sent: Vec<&str> = batch.iter().flat_map(|r| &r.resources).map(|r| r.name.as_str()).collect();
+        assert_eq!(sent, [if takes.is_empty() { "shop/tulle_network_p" } else { "NetworkPolicy/shop/p" }]);
+    }
+}
+
+#[test]
+fn network_policies_say_whether_workloads_of_the_same_batch_follow() {
+    let mut session = Session::new(Abilities { takes: [Kind::NetworkPolicy].into(), ..Abilities::default() });
+    for kind in Kind::ALL {
+        session.handle_request(&subscribe(kind)).expect("good");
+    }
+    let (policy, pod) = (|to| resource(Kind::NetworkPolicy, "p", to), |to| resource(Kind::Address, "a", to));
+    let steps =
+        [(vec![policy("1"), pod("1")], "1&"), (vec![policy("2"), pod("1")], "2"), (vec![policy("3"), pod("2")], "3&")];
+    for (generation, (resources, info)) in (1..).zip(steps) {
+        let batch = session.poll_batch(&published(generation, resources));
+        let of_policies = batch.iter().find(|r| r.type_url == Kind::NetworkPolicy.type_url()).expect("sent");
+        assert_eq!(of_policies.system_version_info, info);
+        batch.iter().for_each(|response| session.handle_request(&answer(response, false)).expect("good"));
+        assert_eq!(session.acked_generation(), generation);
+    }
+}
+
+#[test]
+fn a_generation_has_not_arrived_before_every_type_that_the_proxy_takes_is_subscribed() {
+    let mut session = Session::new(Abilities { takes: [Kind::NetworkPolicy].into(), ..Abilities::default() });
+    both(&mut session);
+    let set = published(1, Vec::new());
+    for response in session.poll_batch(&set) {
+        session.handle_request(&answer(&response, false)).expect("good");
+    }
+    assert_eq!(session.acked_generation(), 0);
+    session.handle_request(&subscribe(Kind::NetworkPolicy)).expect("good");
+    for response in session.poll_batch(&set) {
+        session.handle_request(&answer(&response, false)).expect("good");
+    }
+    assert_eq!(session.acked_generation(), 1);
+}
+
+#[test]
 fn greedy_requests_end_the_stream() {
     let mut many = subscribe(Kind::Address);
     many.resource_names_subscribe = (0..=MAX_NAMES).map(|i| i.to_string()).collect();
-    assert_eq!(Session::new(true).handle_request(&many), Err(Violation::TooManyNames));
+    assert_eq!(session().handle_request(&many), Err(Violation::TooManyNames));
     let mut long = subscribe(Kind::Address);
     long.resource_names_subscribe = vec!["x".repeat(2000)];
-    assert_eq!(Session::new(true).handle_request(&long), Err(Violation::LongName));
+    assert_eq!(session().handle_request(&long), Err(Violation::LongName));
     let mut unknown = subscribe(Kind::Address);
     unknown.type_url = "type.googleapis.com/nothing".into();
-    assert_eq!(Session::new(true).handle_request(&unknown), Ok(()));
+    assert_eq!(session().handle_request(&unknown), Ok(()));
 }
 
 /// What a node holds: name to version, by type.
@@ -134,7 +191,7 @@ fn take(held: &mut Held, response: &DeltaDiscoveryResponse) {
 }
 
 fn reconnect(held: &Held) -> Session {
-    let mut session = Session::new(true);
+    let mut session = session();
     for kind in Kind::ALL {
         let mut request = subscribe(kind);
         request.initial_resource_versions = held.get(kind.type_url()).cloned().unwrap_or_default();

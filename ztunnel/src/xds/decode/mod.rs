@@ -3,9 +3,10 @@
 //! Everything that control sends passes here once; nothing behind it parses. Functions are pure and total: any bytes give
 //! a value or a sentence, never a panic, and each resource is judged alone. A resource with a value that this program
 //! does not know (an enum of a later version) is rejected rather than guessed at, with the exceptions that the .proto
-//! files name. [`address`] and [`authorization`] are the fuzz targets.
+//! files name. [`address`], [`authorization`] and [`network_policy`] are the fuzz targets.
 
 mod field;
+mod network;
 mod policy;
 mod service;
 mod workload;
@@ -14,11 +15,11 @@ use std::sync::Arc;
 
 use prost::Message;
 use tulle_proto::discovery::Resource;
-use tulle_proto::names::{TYPE_ADDRESS, TYPE_AUTHORIZATION};
+use tulle_proto::names::{TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY};
 use tulle_proto::workload::Address;
 use tulle_proto::workload::address::Type;
 
-use crate::state::{Change, Policy, Scope};
+use crate::state::{Change, NETWORK_POLICY, NetworkPolicy, Policy, Scope};
 
 pub use field::Strings;
 
@@ -55,6 +56,14 @@ pub fn address(bytes: &[u8], version: &str, strings: &mut Strings) -> Result<Cha
 /// What is wrong, as one clause, and what could be read of whom it applies to and whether it is a dry run.
 pub fn authorization(bytes: &[u8], id: &str, version: &str) -> Result<Policy, PolicyError> {
     policy::policy(bytes, id, version)
+}
+
+/// Decodes a `tulle.mesh.v1alpha1.NetworkPolicy` with the resource name `id`.
+///
+/// # Errors
+/// What is wrong, as one clause.
+pub fn network_policy(bytes: &[u8], id: &str, version: &str) -> Result<NetworkPolicy, String> {
+    network::policy(bytes, id, version)
 }
 
 /// See [`authorization`].
@@ -104,6 +113,24 @@ pub(super) fn authorization_resource(resource: &Resource) -> Result<Change, (Rej
             Err((rejected(reason), Some(Change::PolicyRejected(Arc::new(stand_in)))))
         }
     }
+}
+
+/// Decodes one resource of the NetworkPolicy type. A rejected one comes with a stand-in that isolates.
+pub(super) fn network_resource(resource: &Resource) -> Result<Change, (Rejected, Option<Change>)> {
+    let rejected = |reason| Rejected { name: printable(&resource.name), reason };
+    let named = resource.name.strip_prefix(NETWORK_POLICY).is_some_and(|path| path.contains('/'));
+    if resource.name.len() > MAX_NAME || !named {
+        let reason =
+            "the name of a NetworkPolicy is NetworkPolicy/<namespace>/<name>, of at most 1024 bytes".to_owned();
+        return Err((rejected(reason), None));
+    }
+    let decoded = payload(resource, TYPE_NETWORK_POLICY)
+        .and_then(|bytes| network_policy(bytes, &resource.name, &resource.version));
+    decoded.map(|policy| Change::NetworkPolicy(Arc::new(policy))).map_err(|reason| {
+        let (id, version) = (resource.name.as_str().into(), resource.version.as_str().into());
+        let stand_in = NetworkPolicy::isolates(&id, &version, &reason);
+        (rejected(reason), Some(Change::NetworkPolicyRejected(Arc::new(stand_in))))
+    })
 }
 
 fn payload<'a>(resource: &'a Resource, type_url: &str) -> Result<&'a [u8], String> {

@@ -3,6 +3,7 @@
 //! Two values are not judged as strictly as the rest, as the peer does: an unknown visibility is PUBLIC, and a subject
 //! alternative name that is no SPIFFE id is left out, which only narrows what a client accepts.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use prost::Message;
@@ -12,8 +13,8 @@ use tulle_proto::workload as wire;
 use tulle_proto::workload::load_balancing;
 
 use crate::state::{
-    HealthPolicy, IpFamilies, LoadBalancing, LocalityScope, Mode, NamedPort, ServiceInfo, ServiceSpec, Transport,
-    Visibility,
+    DatagramPort, HealthPolicy, IpFamilies, LoadBalancing, LocalityScope, Mode, NamedPort, ServiceInfo, ServiceSpec,
+    Transport, Visibility,
 };
 use crate::xds::decode::field::{self, Strings};
 use crate::xds::decode::workload::{gateway, ports};
@@ -97,6 +98,14 @@ fn balancing(from: wire::LoadBalancing) -> Result<LoadBalancing, String> {
     })
 }
 
+fn transport(name: &str, value: i32) -> Result<Transport, String> {
+    Ok(match field::known(name, value)? {
+        own::TransportProtocol::TransportTcp => Transport::Tcp,
+        own::TransportProtocol::TransportUdp => Transport::Udp,
+        own::TransportProtocol::TransportSctp => Transport::Sctp,
+    })
+}
+
 /// Our own extension, and the seconds of session affinity. Other extensions are other people's.
 fn service_info(extensions: &[wire::Extension], strings: &mut Strings) -> Result<(Option<ServiceInfo>, u32), String> {
     let Some(extension) = extensions.iter().find(|extension| extension.name == EXTENSION_SERVICE) else {
@@ -110,15 +119,23 @@ fn service_info(extensions: &[wire::Extension], strings: &mut Strings) -> Result
         Ok::<_, String>(NamedPort {
             number: field::port("ports.number", port.number)?,
             name: strings.share(&port.name.to_ascii_lowercase()),
-            transport: match field::known("ports.protocol", port.protocol)? {
-                own::TransportProtocol::TransportTcp => Transport::Tcp,
-                own::TransportProtocol::TransportUdp => Transport::Udp,
-                own::TransportProtocol::TransportSctp => Transport::Sctp,
-            },
+            transport: transport("ports.protocol", port.protocol)?,
+        })
+    };
+    let datagram_port = |from: &own::DatagramPort| {
+        let endpoint = |from: &own::DatagramEndpoint| {
+            let ip = field::ip("datagrams.endpoints.address", &from.address)?;
+            Ok::<_, String>(SocketAddr::new(ip, field::port("datagrams.endpoints.port", from.port)?))
+        };
+        Ok::<_, String>(DatagramPort {
+            transport: transport("datagrams.protocol", from.protocol)?,
+            number: field::port("datagrams.number", from.number)?,
+            endpoints: from.endpoints.iter().map(endpoint).collect::<Result<_, _>>()?,
         })
     };
     let seconds = info.session_affinity_seconds;
     let info = ServiceInfo {
+        datagrams: info.datagrams.iter().map(datagram_port).collect::<Result<_, _>>()?,
         ports: info.ports.iter().map(|one| port(one, strings)).collect::<Result<_, _>>()?,
         external_name: strings.share(&info.external_name.to_ascii_lowercase()),
         headless: info.headless,

@@ -102,8 +102,9 @@ fn the_defaults_of_wds_are_the_documented_ones() {
 #[test]
 fn values_are_carried_over() {
     let extension = WorkloadInfo {
+        network_policies: vec!["NetworkPolicy/shop/isolated".to_owned()],
         pod_uid: "u-1".to_owned(),
-        groups: vec![3, 4],
+        groups: vec![4, 3, 4],
         egress: 2,
         probe_ports: vec![8081],
         policy_versions: BTreeMap::from([("shop/p".to_owned(), "abc".to_owned())]),
@@ -117,17 +118,22 @@ fn values_are_carried_over() {
         service_account: "cart".to_owned(),
         tunnel_protocol: 1,
         capacity: Some(7),
-        authorization_policies: vec!["shop/p".to_owned()],
+        authorization_policies: ["shop/p", "shop/tulle_network_isolated", "shop/tulle_network_other"]
+            .map(Into::into)
+            .into(),
         extensions: vec![wds::Extension { name: "somebody/else".to_owned(), config: None }, info(&extension)],
         ..pod()
     });
     assert_eq!(pod.addresses[0].to_string(), "10.0.0.2", "a mapped address is its IPv4 address");
     assert_eq!(pod.identity.to_string(), "spiffe://td.example/ns/shop/sa/cart");
     assert_eq!((&*pod.pod_uid, pod.egress, pod.capacity), ("u-1", EgressMode::Deny, 7));
-    assert_eq!((pod.groups.as_slice(), pod.probe_ports.as_slice()), (&[3, 4][..], &[8081][..]));
+    assert_eq!((&*pod.groups, pod.probe_ports.as_slice()), (&[3, 4][..], &[8081][..]));
     let name = pod.dns_name.as_ref().map(|name| (&*name.hostname, &*name.subdomain));
     assert_eq!(name, Some(("db-0", "db")));
     assert_eq!(&*pod.policy_versions["shop/p"], "abc");
+    assert_eq!(pod.network_policies, ["NetworkPolicy/shop/isolated".into()]);
+    let kept: Vec<&str> = pod.policies.iter().map(|id| &**id).collect();
+    assert_eq!(kept, ["shop/p", "shop/tulle_network_other"], "what stands in for a policy that is taken is left out");
 
     let cart = service(wds::Service {
         addresses: vec![wds::NetworkAddress {

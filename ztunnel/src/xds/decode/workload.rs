@@ -4,13 +4,15 @@
 
 use prost::Message;
 use tulle_certs::SpiffeId;
-use tulle_proto::names::{DEFAULT_CLUSTER, DEFAULT_DOMAIN, EXTENSION_WORKLOAD, PORT_HBONE, TYPE_WORKLOAD_INFO};
+use tulle_proto::names::{
+    DEFAULT_CLUSTER, DEFAULT_DOMAIN, EXTENSION_WORKLOAD, NETWORK_STAND_IN, PORT_HBONE, TYPE_WORKLOAD_INFO,
+};
 use tulle_proto::tulle_workload as info;
 use tulle_proto::workload as wire;
 
 use crate::state::{
-    AppProtocol, ApplicationTunnel, DnsName, EgressMode, GatewayAddress, GatewayTarget, Locality, Port, Protocol,
-    Workload, WorkloadType,
+    AppProtocol, ApplicationTunnel, DnsName, EgressMode, GatewayAddress, GatewayTarget, Locality, NETWORK_POLICY, Port,
+    Protocol, Workload, WorkloadType,
 };
 use crate::xds::decode::field::{self, Strings};
 
@@ -69,7 +71,12 @@ pub(super) fn workload(from: wire::Workload, version: &str, strings: &mut String
             subzone: strings.share(&locality.subzone),
         },
         capacity: from.capacity.unwrap_or(1),
-        policies: from.authorization_policies.iter().map(|id| strings.share(id)).collect(),
+        policies: from
+            .authorization_policies
+            .iter()
+            .filter(|id| !stands_in(id, &info.network_policies))
+            .map(|id| strings.share(id))
+            .collect(),
         policy_versions: info.policy_versions.iter().map(|(id, v)| (strings.share(id), strings.share(v))).collect(),
         policies_pending: false,
         egress: match field::known("egress", info.egress)? {
@@ -80,7 +87,8 @@ pub(super) fn workload(from: wire::Workload, version: &str, strings: &mut String
         pod_uid: strings.share(&info.pod_uid),
         probe_ports: info.probe_ports.iter().map(|p| field::port("probe_ports", *p)).collect::<Result<_, _>>()?,
         dns_name: dns_name(&info, strings).map(Box::new),
-        groups: info.groups,
+        groups: sorted(info.groups),
+        network_policies: info.network_policies.iter().map(|id| strings.share(id)).collect(),
         canonical_name: strings.share(&from.canonical_name),
         canonical_revision: strings.share(&from.canonical_revision),
         workload_name: strings.share(&from.workload_name),
@@ -110,6 +118,22 @@ fn dns_name(info: &info::WorkloadInfo, strings: &mut Strings) -> Option<DnsName>
     (label(&info.hostname) && label(&info.subdomain)).then(|| DnsName {
         hostname: strings.share(&info.hostname.to_ascii_lowercase()),
         subdomain: strings.share(&info.subdomain.to_ascii_lowercase()),
+    })
+}
+
+fn sorted(mut groups: Vec<u64>) -> Box<[u64]> {
+    groups.sort_unstable();
+    groups.dedup();
+    groups.into()
+}
+
+/// Whether the authorization policy `id` is there for proxies that do not know the NetworkPolicy itself.
+fn stands_in(id: &str, network_policies: &[String]) -> bool {
+    let Some((namespace, name)) = id.split_once('/') else { return false };
+    let Some(name) = name.strip_prefix(NETWORK_STAND_IN) else { return false };
+    network_policies.iter().any(|policy| {
+        let path = policy.strip_prefix(NETWORK_POLICY).and_then(|path| path.split_once('/'));
+        path == Some((namespace, name))
     })
 }
 

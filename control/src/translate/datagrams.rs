@@ -1,0 +1,101 @@
+//! The ports of Services that are not TCP, with the endpoints behind them.
+//!
+//! The mesh does not carry them, but a NetworkPolicy of a client names endpoints, while its packets name the Service. So a
+//! node must know which endpoints a virtual address stands for. They are sent only where some policy isolates egress:
+//! nobody else looks at them, and they change with every endpoint.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use tulle_proto::tulle_workload::{DatagramEndpoint, DatagramPort, TransportProtocol};
+
+use crate::model::{EndpointSlice, NamedPort, Service, TargetPort, Transport, World};
+use crate::translate::service::octets;
+
+/// Endpoint slices by service, if anybody needs them.
+pub(super) struct Datagrams<'a> {
+    world: &'a World,
+    slices: Option<BTreeMap<(&'a str, &'a str), Vec<&'a EndpointSlice>>>,
+}
+
+impl<'a> Datagrams<'a> {
+    pub(super) fn new(world: &'a World) -> Self {
+        let needed = world.network_policies.values().any(|policy| policy.egress.is_some());
+        let slices = needed.then(|| {
+            let mut slices: BTreeMap<(&str, &str), Vec<&EndpointSlice>> = BTreeMap::new();
+            for slice in world.slices.values() {
+                let key = (slice.meta.namespace.as_str(), slice.service.as_str());
+                slices.entry(key).or_default().push(slice);
+            }
+            slices
+        });
+        Self { world, slices }
+    }
+
+    /// The ports of one service that are not TCP.
+    pub(super) fn of(&self, service: &Service) -> Vec<DatagramPort> {
+        let Some(slices) = &self.slices else { return Vec::new() };
+        let slices = slices.get(&(service.meta.namespace.as_str(), service.meta.name.as_str()));
+        let ports = service.names.ports.iter().filter(|port| port.transport != Transport::Tcp);
+        ports
+            .map(|port| {
+                let mut endpoints = match slices {
+                    Some(slices) => in_slices(slices, port, service.publish_not_ready),
+                    None => self.selected(service, port),
+                };
+                endpoints.sort_unstable();
+                endpoints.dedup();
+                let endpoint =
+                    |at: SocketAddr| DatagramEndpoint { address: octets(&at.ip()).into(), port: at.port().into() };
+                DatagramPort {
+                    protocol: match port.transport {
+                        Transport::Tcp => TransportProtocol::TransportTcp.into(),
+                        Transport::Udp => TransportProtocol::TransportUdp.into(),
+                        Transport::Sctp => TransportProtocol::TransportSctp.into(),
+                    },
+                    number: port.number.into(),
+                    endpoints: endpoints.into_iter().map(endpoint).collect(),
+                }
+            })
+            .collect()
+    }
+
+    fn selected(&self, service: &Service, port: &NamedPort) -> Vec<SocketAddr> {
+        if service.selector.is_empty() {
+            return Vec::new();
+        }
+        let namespace = &service.meta.namespace;
+        let first = (namespace.clone(), String::new());
+        let pods = self.world.pods.range(first..).take_while(|((of, _), _)| of == namespace).map(|(_, pod)| pod);
+        let serves = pods.filter(|pod| {
+            let selected = service.selector.iter().all(|(label, value)| pod.meta.labels.get(label) == Some(value));
+            selected && pod.takes_part() && (pod.ready || service.publish_not_ready)
+        });
+        serves
+            .flat_map(|pod| {
+                let target = match &port.target {
+                    TargetPort::Number(number) => Some(*number),
+                    TargetPort::Name(name) => {
+                        let named = pod.ports.iter().find(|own| own.protocol == port.transport && own.name == *name);
+                        named.map(|own| own.port)
+                    }
+                };
+                target.into_iter().flat_map(|target| pod.addresses.iter().map(move |ip| SocketAddr::new(*ip, target)))
+            })
+            .collect()
+    }
+}
+
+fn in_slices(slices: &[&EndpointSlice], port: &NamedPort, not_ready: bool) -> Vec<SocketAddr> {
+    let mut found = Vec::new();
+    for slice in slices {
+        let Some((.., number)) =
+            slice.datagrams.iter().find(|(name, transport, _)| *name == port.name && *transport == port.transport)
+        else {
+            continue;
+        };
+        let ready = slice.endpoints.iter().filter(|endpoint| endpoint.ready || not_ready);
+        found.extend(ready.flat_map(|endpoint| &endpoint.addresses).map(|ip| SocketAddr::new(*ip, *number)));
+    }
+    found
+}

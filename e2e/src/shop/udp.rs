@@ -1,0 +1,71 @@
+//! Datagrams: an echo that says who asked, and a client that reports whether an answer came.
+//!
+//! One datagram each way, tried again within the time given, since a first one may be lost without anybody's fault.
+
+use std::net::Ipv6Addr;
+use std::net::SocketAddr;
+use std::time::Duration;
+use std::time::Instant;
+
+use anyhow::Context;
+use serde_json::Value;
+use serde_json::json;
+use tokio::net::UdpSocket;
+
+use crate::shop::Udp;
+use crate::shop::now_us;
+
+/// Longest datagram.
+const LONGEST: usize = 2048;
+/// Pause before a datagram is sent again.
+const AGAIN: Duration = Duration::from_millis(250);
+
+/// Echoes each datagram after its sender's address until the process ends.
+pub(super) async fn echo(port: u16) -> anyhow::Result<()> {
+    let socket = UdpSocket::bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))).await;
+    let socket = socket.with_context(|| format!("UDP port {port} cannot be bound"))?;
+    tokio::task::spawn_local(async move {
+        let mut buffer = [0; LONGEST];
+        while let Ok((length, peer)) = socket.recv_from(&mut buffer).await {
+            let said = String::from_utf8_lossy(&buffer[..length]).into_owned();
+            // A peer that is gone needs no answer.
+            let _ = socket.send_to(format!("{} {said}", peer.ip().to_canonical()).as_bytes(), peer).await;
+        }
+    });
+    Ok(())
+}
+
+/// One exchange; true if it was answered.
+pub(super) async fn call(options: &Udp) -> anyhow::Result<bool> {
+    let began = Instant::now();
+    let timeout = Duration::from_millis(options.timeout_ms);
+    let result = tokio::time::timeout(timeout, exchange(&options.address, &options.send)).await;
+    let result = result.unwrap_or_else(|_| Err(anyhow::anyhow!("no answer within {} ms", options.timeout_ms)));
+    let ms = began.elapsed().as_secs_f64() * 1000.0;
+    let report = match &result {
+        Ok(source) => json!({"t_us": now_us(), "ok": true, "ms": ms, "source": source}),
+        Err(error) => json!({"t_us": now_us(), "ok": false, "ms": ms, "error": format!("{error:#}")}),
+    };
+    match (options.json, &report["error"]) {
+        (true, _) => println!("{report}"),
+        (false, Value::Null) => println!("answered"),
+        (false, error) => println!("failed: {}", error.as_str().unwrap_or_default()),
+    }
+    Ok(result.is_ok())
+}
+
+async fn exchange(address: &str, send: &str) -> anyhow::Result<String> {
+    let target = tokio::net::lookup_host(address).await?.next().context("the name has no address")?;
+    let any = if target.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" };
+    let socket = UdpSocket::bind(any).await?;
+    socket.connect(target).await?;
+    let mut buffer = [0; LONGEST];
+    loop {
+        socket.send(send.as_bytes()).await?;
+        let Ok(received) = tokio::time::timeout(AGAIN, socket.recv(&mut buffer)).await else { continue };
+        let answer = String::from_utf8_lossy(&buffer[..received?]).into_owned();
+        let (source, echoed) = answer.split_once(' ').context("an answer of another form")?;
+        anyhow::ensure!(echoed == send, "sent {send:?}, got {echoed:?} back");
+        return Ok(source.to_owned());
+    }
+}

@@ -1,0 +1,551 @@
+//! Promise: NetworkPolicies mean between pods of the mesh what they mean in any cluster; each denial names the policies
+//! that isolate; and `explain` says of each cell of the matrix what its traffic shows.
+//!
+//! The cases are those of the Kubernetes documentation and of its end-to-end suite for NetworkPolicy, by their names there.
+
+use std::collections::BTreeMap;
+use std::io::BufRead;
+use std::io::BufReader;
+
+use e2e::lab::Lab;
+use e2e::lab::LabConfig;
+use e2e::scenario;
+use serde_json::Value;
+
+/// A NetworkPolicy; `spec` is YAML in flow style.
+fn policy(namespace: &str, name: &str, spec: &str) -> String {
+    format!(
+        "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: {name}, namespace: {namespace}}}\n\
+         spec: {spec}\n"
+    )
+}
+
+fn may(lab: &Lab, from: &str) -> anyhow::Result<bool> {
+    Ok(scenario::call(lab, from, "http://cart.shop/")?["ok"] == true)
+}
+
+#[test]
+fn the_frontend_may_reach_the_backend_and_others_may_not() -> anyhow::Result<()> {
+    let Some(lab) = scenario::lab(LabConfig::of(&scenario::world(true))) else { return Ok(()) };
+    for from in ["shop/web", "shop/other", "plain/guest"] {
+        assert!(may(&lab, from)?, "without a policy {from} is let in");
+    }
+    let spec = "{podSelector: {matchLabels: {app: cart}}, ingress: [{from: [{podSelector: {matchLabels: {app: web}}}], \
+                ports: [{port: 8080}]}]}";
+    lab.apply_yaml(&policy("shop", "backend", spec))?;
+    for (from, expected) in [("shop/web", true), ("shop/other", false), ("plain/guest", false)] {
+        assert_eq!(may(&lab, from)?, expected, "{from}");
+    }
+    let named = "policy=\"NetworkPolicy/shop/backend\"";
+    scenario::await_log(&lab, "node-2", &["NETWORK_POLICY_INGRESS", named, "sa/other"])?;
+    let raw = lab.exec("shop/web", &["shop", "tcp", "cart.shop:9000", "--json"])?;
+    assert!(!raw.status.success(), "another port is closed to the frontend as well");
+
+    // Both kinds of policy must allow.
+    let rules = "[{from: [{source: {principals: ['cluster.local/ns/shop/sa/other']}}]}]";
+    lab.apply_yaml(&scenario::authorization("shop", "only-other", "cart", "ALLOW", rules))?;
+    for from in ["shop/web", "shop/other"] {
+        assert!(!may(&lab, from)?, "{from} is let in by one of them only");
+    }
+    lab.delete("AuthorizationPolicy", "shop/only-other")?;
+    lab.delete("NetworkPolicy", "shop/backend")?;
+    for from in ["shop/web", "shop/other", "plain/guest"] {
+        assert!(may(&lab, from)?, "after the policy is gone {from} is let in again");
+    }
+    Ok(())
+}
+
+/// Pods of the matrix: namespace, name, node. Each has the label `pod` and serves on 80, called serve-80, and on 81.
+const PODS: [(&str, &str, u16); 7] =
+    [("x", "a", 1), ("x", "b", 2), ("x", "c", 1), ("y", "a", 2), ("y", "b", 1), ("z", "a", 1), ("z", "b", 2)];
+
+fn matrix_pod(namespace: &str, name: &str, node: u16, more: &str) -> String {
+    format!(
+        "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{pod: {name}{more}}}}}\n\
+         spec:\n  nodeName: node-{node}\n  serviceAccountName: {name}\n  containers:\n  - name: main\n    image: shop\n\
+         \x20   command: [shop, serve, --tcp, '80', --tcp, '81', --udp, '7007']\n\
+         \x20   ports: [{{name: serve-80, containerPort: 80}}, {{name: serve-81, containerPort: 81}}]\n"
+    )
+}
+
+fn matrix_world() -> String {
+    let mut text: String = ["x", "y", "z"].map(|name| scenario::namespace(name, true)).concat();
+    for (namespace, name, node) in PODS {
+        text.push_str(&matrix_pod(namespace, name, node, ""));
+    }
+    text
+}
+
+/// One connection of the matrix.
+#[derive(Clone, Copy, Debug)]
+struct Cell {
+    /// Namespace of the client.
+    fns: &'static str,
+    /// Its name.
+    from: &'static str,
+    /// Namespace of the server.
+    tns: &'static str,
+    /// Its name.
+    to: &'static str,
+    port: u16,
+}
+
+impl Cell {
+    /// Whether it goes to this pod.
+    fn into(self, namespace: &str, name: &str) -> bool {
+        (self.tns, self.to) == (namespace, name)
+    }
+
+    /// Whether it comes from this pod.
+    fn out_of(self, namespace: &str, name: &str) -> bool {
+        (self.fns, self.from) == (namespace, name)
+    }
+}
+
+struct Case {
+    name: &'static str,
+    /// Namespace and spec of each policy.
+    policies: &'static [(&'static str, &'static str)],
+    expected: fn(Cell) -> bool,
+}
+
+const CASES: &[Case] = &[
+    Case {
+        name: "should support a 'default-deny-ingress' policy",
+        policies: &[("x", "{podSelector: {}, policyTypes: [Ingress]}")],
+        expected: |c| c.tns != "x",
+    },
+    Case {
+        name: "default deny all egress traffic (documentation)",
+        policies: &[("x", "{podSelector: {}, policyTypes: [Egress]}")],
+        expected: |c| c.fns != "x",
+    },
+    Case {
+        name: "should support a 'default-deny-all' policy",
+        policies: &[("x", "{podSelector: {}, policyTypes: [Ingress, Egress]}")],
+        expected: |c| c.tns != "x" && c.fns != "x",
+    },
+    Case {
+        name: "allow all ingress traffic, beside a denial of all (documentation)",
+        policies: &[
+            ("x", "{podSelector: {}, policyTypes: [Ingress]}"),
+            ("x", "{podSelector: {}, ingress: [{}], policyTypes: [Ingress]}"),
+        ],
+        expected: |_| true,
+    },
+    Case {
+        name: "allow all egress traffic, beside a denial of all (documentation)",
+        policies: &[
+            ("x", "{podSelector: {}, policyTypes: [Egress]}"),
+            ("x", "{podSelector: {}, egress: [{}], policyTypes: [Egress]}"),
+        ],
+        expected: |_| true,
+    },
+    Case {
+        name: "should enforce policy to allow traffic from pods within server namespace based on PodSelector",
+        policies: &[(
+            "x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{podSelector: {matchLabels: {pod: c}}}]}]}",
+        )],
+        expected: |c| !c.into("x", "a") || c.out_of("x", "c"),
+    },
+    Case {
+        name: "should enforce policy to allow ingress traffic for a target",
+        policies: &[
+            ("x", "{podSelector: {}, policyTypes: [Ingress]}"),
+            ("x", "{podSelector: {matchLabels: {pod: a}}, ingress: [{}]}"),
+        ],
+        expected: |c| c.tns != "x" || c.to == "a",
+    },
+    Case {
+        name: "should enforce policy to allow ingress traffic from pods in all namespaces",
+        policies: &[("x", "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {}}]}]}")],
+        expected: |_| true,
+    },
+    Case {
+        name: "should enforce policy to allow traffic only from a different namespace, based on NamespaceSelector",
+        policies: &[(
+            "x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: y}}}]}]}",
+        )],
+        expected: |c| !c.into("x", "a") || c.fns == "y",
+    },
+    Case {
+        name: "should enforce policy based on PodSelector with MatchExpressions",
+        policies: &[(
+            "x",
+            "{podSelector: {matchExpressions: [{key: pod, operator: In, values: [a]}]}, ingress: [{from: [{podSelector: {matchExpressions: [{key: pod, operator: NotIn, values: [b, x]}]}}]}]}",
+        )],
+        expected: |c| !c.into("x", "a") || c.out_of("x", "c"),
+    },
+    Case {
+        name: "should enforce policy based on NamespaceSelector with MatchExpressions",
+        policies: &[(
+            "x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchExpressions: [{key: kubernetes.io/metadata.name, operator: In, values: [y, z]}]}}]}]}",
+        )],
+        expected: |c| !c.into("x", "a") || c.fns != "x",
+    },
+    Case {
+        name: "should enforce policy based on PodSelector or NamespaceSelector",
+        policies: &[(
+            "x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: y}}}, {podSelector: {matchLabels: {pod: b}}}]}]}",
+        )],
+        expected: |c| !c.into("x", "a") || c.fns == "y" || c.out_of("x", "b"),
+    },
+    Case {
+        name: "should enforce policy based on PodSelector and NamespaceSelector",
+        policies: &[(
+            "x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: y}}, podSelector: {matchLabels: {pod: b}}}]}]}",
+        )],
+        expected: |c| !c.into("x", "a") || c.out_of("y", "b"),
+    },
+    Case {
+        name: "should enforce policy based on Multiple PodSelectors and NamespaceSelectors",
+        policies: &[(
+            "x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchExpressions: [{key: kubernetes.io/metadata.name, operator: NotIn, values: [x]}]}, podSelector: {matchExpressions: [{key: pod, operator: NotIn, values: [a]}]}}]}]}",
+        )],
+        expected: |c| !c.into("x", "a") || (c.fns != "x" && c.from != "a"),
+    },
+    Case {
+        name: "should enforce policy based on any PodSelectors",
+        policies: &[(
+            "x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{podSelector: {matchLabels: {pod: b}}}, {podSelector: {matchLabels: {pod: c}}}]}]}",
+        )],
+        expected: |c| !c.into("x", "a") || c.fns == "x",
+    },
+    Case {
+        name: "should enforce policy based on Ports",
+        policies: &[(
+            "x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: y}}}], ports: [{port: 81}]}]}",
+        )],
+        expected: |c| !c.into("x", "a") || (c.fns == "y" && c.port == 81),
+    },
+    Case {
+        name: "should enforce multiple, stacked policies with overlapping podSelectors",
+        policies: &[
+            (
+                "x",
+                "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: y}}}], ports: [{port: 81}]}]}",
+            ),
+            (
+                "x",
+                "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: y}}}], ports: [{port: 80}]}]}",
+            ),
+        ],
+        expected: |c| !c.into("x", "a") || c.fns == "y",
+    },
+    Case {
+        name: "should allow ingress access on one named port",
+        policies: &[("x", "{podSelector: {matchLabels: {pod: a}}, ingress: [{ports: [{port: serve-81}]}]}")],
+        expected: |c| !c.into("x", "a") || c.port == 81,
+    },
+    Case {
+        name: "should allow ingress access from namespace on one named port",
+        policies: &[(
+            "x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: y}}}], ports: [{port: serve-80}]}]}",
+        )],
+        expected: |c| !c.into("x", "a") || (c.fns == "y" && c.port == 80),
+    },
+    Case {
+        name: "should allow egress access on one named port",
+        policies: &[(
+            "x",
+            "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Egress], egress: [{ports: [{port: serve-80}]}]}",
+        )],
+        expected: |c| !c.out_of("x", "a") || c.port == 80,
+    },
+    Case {
+        name: "should deny egress from pods based on PodSelector",
+        policies: &[("x", "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Egress]}")],
+        expected: |c| !c.out_of("x", "a"),
+    },
+    Case {
+        name: "should work with Ingress, Egress specified together",
+        policies: &[(
+            "x",
+            "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Ingress, Egress], ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: y}}}], ports: [{port: 80}]}], egress: [{to: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: z}}}], ports: [{port: 81}]}]}",
+        )],
+        expected: |c| {
+            (!c.into("x", "a") || (c.fns == "y" && c.port == 80))
+                && (!c.out_of("x", "a") || (c.tns == "z" && c.port == 81))
+        },
+    },
+    Case {
+        name: "should support denying of egress traffic on the client side (even if the server explicitly allows this traffic)",
+        policies: &[
+            (
+                "x",
+                "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Egress], egress: [{to: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: y}}, podSelector: {matchLabels: {pod: a}}}]}]}",
+            ),
+            (
+                "y",
+                "{podSelector: {matchLabels: {pod: b}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: x}}, podSelector: {matchLabels: {pod: a}}}]}]}",
+            ),
+        ],
+        expected: |c| (!c.out_of("x", "a") || c.into("y", "a")) && (!c.into("y", "b") || c.out_of("x", "a")),
+    },
+    Case {
+        name: "should enforce policies to check ingress and egress policies can be controlled independently based on PodSelector",
+        policies: &[
+            (
+                "x",
+                "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Egress], egress: [{to: [{podSelector: {matchLabels: {pod: b}}}]}]}",
+            ),
+            (
+                "x",
+                "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Ingress], ingress: [{from: [{podSelector: {matchLabels: {pod: c}}}]}]}",
+            ),
+        ],
+        expected: |c| (!c.out_of("x", "a") || c.into("x", "b")) && (!c.into("x", "a") || c.out_of("x", "c")),
+    },
+    Case {
+        name: "should enforce ingress policy allowing any port traffic to a server on a specific protocol",
+        policies: &[("x", "{podSelector: {matchLabels: {pod: a}}, ingress: [{ports: [{protocol: TCP}]}]}")],
+        expected: |_| true,
+    },
+    Case {
+        name: "should not allow access by TCP when a policy specifies only UDP",
+        policies: &[("x", "{podSelector: {matchLabels: {pod: a}}, ingress: [{ports: [{protocol: UDP, port: 81}]}]}")],
+        expected: |c| !c.into("x", "a"),
+    },
+    Case {
+        name: "should not mistakenly treat 'protocol: SCTP' as 'protocol: TCP', even if the plugin doesn't support SCTP",
+        policies: &[("x", "{podSelector: {matchLabels: {pod: a}}, ingress: [{ports: [{protocol: SCTP, port: 80}]}]}")],
+        expected: |c| !c.into("x", "a"),
+    },
+    Case {
+        name: "targeting a range of ports (documentation)",
+        policies: &[(
+            "x",
+            "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Egress], egress: [{ports: [{port: 81, endPort: 90}]}]}",
+        )],
+        expected: |c| !c.out_of("x", "a") || c.port == 81,
+    },
+    Case {
+        name: "targeting multiple namespaces by label (documentation)",
+        policies: &[(
+            "x",
+            "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Egress], egress: [{to: [{namespaceSelector: {matchExpressions: [{key: kubernetes.io/metadata.name, operator: In, values: [x, z]}]}}]}]}",
+        )],
+        expected: |c| !c.out_of("x", "a") || c.tns != "y",
+    },
+];
+
+/// Every connection between two pods to `port`, one request each, and whether it was made.
+fn traffic(lab: &Lab, addresses: &BTreeMap<(&str, &str), String>, ports: &[u16]) -> anyhow::Result<Vec<(Cell, bool)>> {
+    let mut found = Vec::new();
+    for (fns, from, _) in PODS {
+        let mut targets = BTreeMap::new();
+        for (tns, to, _) in PODS.into_iter().filter(|(tns, to, _)| (*tns, *to) != (fns, from)) {
+            for port in ports {
+                let address = &addresses[&(tns, to)];
+                targets.insert(format!("tcp://{address}:{port}"), Cell { fns, from, tns, to, port: *port });
+            }
+        }
+        let mut argv = vec!["shop", "load", "--count", "1"];
+        argv.extend(targets.keys().map(String::as_str));
+        let output = lab.exec(&format!("{fns}/{from}"), &argv)?;
+        let reports = scenario::json_lines(&output.stdout);
+        anyhow::ensure!(reports.len() == targets.len(), "{} of {} reports", reports.len(), targets.len());
+        for report in reports {
+            let cell = report["target"].as_str().and_then(|target| targets.get(target));
+            found.push((*cell.ok_or_else(|| anyhow::anyhow!("{report}"))?, report["ok"] == true));
+        }
+    }
+    Ok(found)
+}
+
+fn explained(lab: &Lab, cell: Cell) -> anyhow::Result<bool> {
+    let Cell { fns, from, tns, to, port } = cell;
+    let answer = lab.control_get(&format!("/debug/explain?from={fns}/{from}&to={tns}/{to}:{port}"))?;
+    match answer["verdict"].as_str() {
+        Some("allowed") => Ok(true),
+        Some("denied" | "refused") => Ok(false),
+        _ => anyhow::bail!("{cell:?}: {answer}"),
+    }
+}
+
+#[test]
+fn the_cases_of_kubernetes_come_out_as_there_and_explain_agrees() -> anyhow::Result<()> {
+    let Some(lab) = scenario::lab(LabConfig::of(&matrix_world())) else { return Ok(()) };
+    let mut addresses = BTreeMap::new();
+    for (namespace, name, _) in PODS {
+        addresses.insert((namespace, name), lab.pod_ip(namespace, name)?);
+    }
+    let open = traffic(&lab, &addresses, &[80, 81])?;
+    assert!(open.iter().all(|(_, made)| *made), "without a policy everybody reaches everybody");
+    let mut wrong = Vec::new();
+    for case in CASES {
+        let names: Vec<String> = (0..case.policies.len()).map(|index| format!("case-{index}")).collect();
+        let objects = case.policies.iter().zip(&names).map(|((namespace, spec), name)| policy(namespace, name, spec));
+        lab.apply_yaml(&objects.collect::<String>())?;
+        for (cell, made) in traffic(&lab, &addresses, &[80, 81])? {
+            let (expected, said) = ((case.expected)(cell), explained(&lab, cell)?);
+            if made != expected || said != expected {
+                wrong.push(format!("{}: {cell:?}: expected {expected}, found {made}, explained {said}", case.name));
+            }
+        }
+        for ((namespace, _), name) in case.policies.iter().zip(&names) {
+            lab.delete("NetworkPolicy", &format!("{namespace}/{name}"))?;
+        }
+    }
+    assert!(wrong.is_empty(), "{} cells:\n{}", wrong.len(), wrong.join("\n"));
+    let after = traffic(&lab, &addresses, &[80])?;
+    assert!(after.iter().all(|(_, made)| *made), "should stop enforcing policies after they are deleted");
+    Ok(())
+}
+
+/// Whether a pod reaches an address.
+fn reaches(lab: &Lab, from: &str, address: &str, port: u16) -> anyhow::Result<bool> {
+    Ok(lab.exec(from, &["shop", "tcp", &format!("{address}:{port}"), "--json"])?.status.success())
+}
+
+#[test]
+fn updates_of_policies_namespaces_and_pods_take_effect() -> anyhow::Result<()> {
+    let Some(lab) = scenario::lab(LabConfig::of(&matrix_world())) else { return Ok(()) };
+    let target = lab.pod_ip("x", "a")?;
+    let from = |peer: &str| format!("{{podSelector: {{matchLabels: {{pod: a}}}}, ingress: [{{from: [{peer}]}}]}}");
+    // should enforce updated policy
+    lab.apply_yaml(&policy("x", "edited", &from("{podSelector: {matchLabels: {pod: b}}}")))?;
+    assert!(reaches(&lab, "x/b", &target, 80)? && !reaches(&lab, "x/c", &target, 80)?);
+    lab.apply_yaml(&policy("x", "edited", &from("{podSelector: {matchLabels: {pod: c}}}")))?;
+    assert!(!reaches(&lab, "x/b", &target, 80)? && reaches(&lab, "x/c", &target, 80)?);
+    // should allow ingress access from updated namespace
+    lab.apply_yaml(&policy("x", "edited", &from("{namespaceSelector: {matchLabels: {team: red}}}")))?;
+    assert!(!reaches(&lab, "y/a", &target, 80)?);
+    let labelled =
+        "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: y, labels: {tulle.dev/mesh: enabled, team: red}}\n";
+    lab.apply_yaml(labelled)?;
+    assert!(reaches(&lab, "y/a", &target, 80)?);
+    // should allow ingress access from updated pod
+    lab.apply_yaml(&policy("x", "edited", &from("{podSelector: {matchLabels: {pod: b, team: blue}}}")))?;
+    assert!(!reaches(&lab, "x/b", &target, 80)?);
+    lab.apply_yaml(&matrix_pod("x", "b", 2, ", team: blue"))?;
+    assert!(reaches(&lab, "x/b", &target, 80)?);
+    // should deny ingress access to updated pod
+    lab.apply_yaml(&policy("z", "isolated", "{podSelector: {matchLabels: {team: green}}, policyTypes: [Ingress]}"))?;
+    let other = lab.pod_ip("z", "b")?;
+    assert!(reaches(&lab, "x/b", &other, 80)?);
+    lab.apply_yaml(&matrix_pod("z", "b", 2, ", team: green"))?;
+    assert!(!reaches(&lab, "x/b", &lab.pod_ip("z", "b")?, 80)?);
+    Ok(())
+}
+
+#[test]
+fn blocks_of_addresses_hold_with_their_exceptions() -> anyhow::Result<()> {
+    let Some(lab) = scenario::lab(LabConfig::of(&matrix_world())) else { return Ok(()) };
+    let (xb, xc, target) = (lab.pod_ip("x", "b")?, lab.pod_ip("x", "c")?, lab.pod_ip("x", "a")?);
+    // The documentation's first example: blocks, namespaces and pods as alternatives.
+    let spec = format!(
+        "{{podSelector: {{matchLabels: {{pod: a}}}}, policyTypes: [Ingress], ingress: [{{from: [{{ipBlock: {{cidr: 0.0.0.0/0, \
+         except: [{xb}/32, {xc}/32]}}}}, {{podSelector: {{matchLabels: {{pod: c}}}}}}], ports: [{{protocol: TCP, port: 80}}]}}]}}"
+    );
+    lab.apply_yaml(&policy("x", "blocks", &spec))?;
+    assert!(reaches(&lab, "y/a", &target, 80)?, "in the block");
+    assert!(!reaches(&lab, "x/b", &target, 80)?, "excepted");
+    assert!(reaches(&lab, "x/c", &target, 80)?, "excepted, but allowed as a pod");
+    assert!(!reaches(&lab, "y/a", &target, 81)?, "another port");
+    lab.delete("NetworkPolicy", "x/blocks")?;
+    // should enforce except clause while egress access to server in CIDR block
+    let egress = |except: &str| {
+        format!(
+            "{{podSelector: {{matchLabels: {{pod: a}}}}, policyTypes: [Egress], egress: [{{to: [{{ipBlock: {{cidr: 0.0.0.0/0, except: [{except}]}}}}]}}]}}"
+        )
+    };
+    lab.apply_yaml(&policy("x", "out", &egress(&format!("{xb}/32"))))?;
+    assert!(!reaches(&lab, "x/a", &xb, 80)? && reaches(&lab, "x/a", &xc, 80)?);
+    scenario::await_log(&lab, "node-1", &["NETWORK_POLICY_EGRESS", "policy=\"NetworkPolicy/x/out\""])?;
+    // should ensure an IP overlapping both IPBlock.CIDR and IPBlock.Except is allowed
+    lab.apply_yaml(&policy("x", "also", &egress(&format!("{xc}/32"))))?;
+    assert!(reaches(&lab, "x/a", &xb, 80)? && reaches(&lab, "x/a", &xc, 80)?);
+    Ok(())
+}
+
+#[test]
+fn an_edit_cuts_live_connections_in_both_directions_and_names_the_policy() -> anyhow::Result<()> {
+    let Some(lab) = scenario::lab(LabConfig::of(&scenario::world(true))) else { return Ok(()) };
+    let hold = |from: &str| -> anyhow::Result<_> {
+        let mut running = lab.spawn(from, &["shop", "tcp", "cart.shop:9000", "--hold-ms", "50"])?;
+        let stdout = running.child().and_then(|child| child.stdout.take());
+        let mut lines = BufReader::new(stdout.ok_or_else(|| anyhow::anyhow!("no output"))?);
+        let opened = next(&mut lines)?;
+        anyhow::ensure!(opened["kind"] == "open", "{from}: {opened}");
+        Ok((running, lines))
+    };
+    let (_web, mut web) = hold("shop/web")?;
+    let (_other, mut other) = hold("shop/other")?;
+    let cart =
+        "{podSelector: {matchLabels: {app: cart}}, ingress: [{from: [{podSelector: {matchLabels: {app: other}}}]}]}";
+    lab.apply_yaml(&policy("shop", "to-cart", cart))?;
+    assert_eq!(next(&mut web)?["ok"], false, "what may not come in any more ends");
+    scenario::await_log(&lab, "node-2", &["POLICY_CHANGED", "NetworkPolicy/shop/to-cart", "sa/web"])?;
+    let out = "{podSelector: {matchLabels: {app: other}}, policyTypes: [Egress]}";
+    lab.apply_yaml(&policy("shop", "from-other", out))?;
+    assert_eq!(next(&mut other)?["ok"], false, "what may not go out any more ends");
+    scenario::await_log(&lab, "node-1", &["POLICY_CHANGED", "NetworkPolicy/shop/from-other"])?;
+    Ok(())
+}
+
+fn next(lines: &mut impl BufRead) -> anyhow::Result<Value> {
+    let mut line = String::new();
+    lines.read_line(&mut line)?;
+    Ok(serde_json::from_str(&line)?)
+}
+
+#[test]
+fn datagrams_are_held_to_the_policies_of_both_ends() -> anyhow::Result<()> {
+    let mut world = matrix_world();
+    world.push_str(
+        "---\napiVersion: v1\nkind: Service\nmetadata: {name: echo, namespace: x}\n\
+         spec: {selector: {pod: a}, ports: [{name: echo, port: 7000, targetPort: 7007, protocol: UDP}]}\n",
+    );
+    let Some(lab) = scenario::lab(LabConfig::of(&world)) else { return Ok(()) };
+    let target = lab.pod_ip("x", "a")?;
+    let answered = |from: &str, address: &str| {
+        anyhow::Ok(lab.exec(from, &["shop", "udp", address, "--json", "--timeout-ms", "1500"])?.status.success())
+    };
+    let direct = format!("{target}:7007");
+    for from in ["x/b", "x/c", "y/a"] {
+        assert!(answered(from, &direct)?, "without a policy {from} is answered");
+    }
+    let into = "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{podSelector: {matchLabels: {pod: b}}}], ports: [{protocol: UDP, port: 7007}]}]}";
+    lab.apply_yaml(&policy("x", "udp-in", into))?;
+    let eventually = |from: &str, address: &str, expected: bool| {
+        e2e::eventually::eventually(&format!("{from} to {address}: {expected}"), scenario::PATIENCE, || match answered(
+            from, address,
+        ) {
+            Ok(found) if found == expected => Ok(()),
+            other => Err(format!("{other:?}")),
+        })
+    };
+    eventually("x/c", &direct, false)?;
+    assert!(answered("x/b", &direct)? && !answered("y/a", &direct)?);
+    lab.delete("NetworkPolicy", "x/udp-in")?;
+    eventually("y/a", &direct, true)?;
+
+    // A virtual address is as good as what is behind it.
+    let out = |pod: &str| {
+        format!(
+            "{{podSelector: {{matchLabels: {{pod: c}}}}, policyTypes: [Egress], egress: [{{to: [{{podSelector: {{matchLabels: {{pod: {pod}}}}}}}], ports: [{{protocol: UDP, port: 7007}}]}}]}}"
+        )
+    };
+    let services = lab.control_get("/debug/resources?type=Address")?;
+    let service = services.as_array().into_iter().flatten().find(|one| one["resource"]["service"]["name"] == "echo");
+    let vip = service.and_then(|one| one["resource"]["service"]["addresses"][0].as_str()).unwrap_or_default();
+    let vip = format!("{vip}:7000");
+    assert!(answered("x/c", &vip)?);
+    lab.apply_yaml(&policy("x", "udp-out", &out("b")))?;
+    eventually("x/c", &vip, false)?;
+    assert!(!answered("x/c", &direct)?);
+    lab.apply_yaml(&policy("x", "udp-out", &out("a")))?;
+    eventually("x/c", &vip, true)?;
+    assert!(answered("x/c", &direct)?);
+    Ok(())
+}

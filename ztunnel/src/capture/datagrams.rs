@@ -1,0 +1,201 @@
+//! The nftables rules that hold a pod's UDP and SCTP to its NetworkPolicies.
+//!
+//! A table of its own beside the redirect rules, replaced in one transaction when what it says has changed. Packets of a
+//! connection's first direction are judged each, so that a policy's edit ends what it forbids; replies pass. What leaves
+//! is judged by its original destination, since port 53 has been redirected by then. Other protocols are left alone: the
+//! proxy has TCP, and NetworkPolicy says nothing of the rest. Like capture it is no fence: who may mark packets passes.
+
+use std::fmt::Write as _;
+use std::io;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use tulle_proto::names::{MARK_MASK, MARK_PROXY, PROBE_V4, PROBE_V6};
+
+use crate::base::netns::{Netns, run_blocking};
+use crate::capture::nft;
+use crate::policy::datagrams::{Allow, Filter};
+use crate::state::Transport;
+
+/// Name of the table.
+pub const TABLE: &str = "tulle_network";
+
+/// Removes the table, whether it is there or not.
+pub const REMOVE: &str = "table inet tulle_network\ndelete table inet tulle_network\n";
+
+/// Brings the namespace's rules to `filter`; `None`: none.
+///
+/// # Errors
+/// What `nft` said; nothing was changed then.
+pub async fn apply(netns: &Netns, filter: Option<&Filter>) -> io::Result<()> {
+    let text = filter.map_or_else(|| REMOVE.to_owned(), render);
+    run_blocking(netns, move || nft(&text)).await
+}
+
+/// The transaction that replaces whatever is installed.
+pub fn render(filter: &Filter) -> String {
+    let mut text = String::from(REMOVE);
+    text.push_str("table inet tulle_network {\n");
+    let probes = [IpAddr::V4(PROBE_V4), IpAddr::V6(PROBE_V6)];
+    let exempt: Vec<IpNet> = filter.exempt.iter().copied().chain(probes).map(IpNet::from).collect();
+    if let Some(allows) = &filter.ingress {
+        chain(
+            &mut text,
+            &Side { hook: "input", address: ["ip saddr", "ip6 saddr"], port: "th dport" },
+            &exempt,
+            allows,
+        );
+    }
+    if let Some(allows) = &filter.egress {
+        let address = ["ct original ip daddr", "ct original ip6 daddr"];
+        let loopback = [IpAddr::from([127, 0, 0, 0]), IpAddr::from(std::net::Ipv6Addr::LOCALHOST)];
+        let loopback = loopback.map(|ip| IpNet::new(ip, if ip.is_ipv4() { 8 } else { 128 }).unwrap_or(ip.into()));
+        let exempt: Vec<IpNet> = exempt.into_iter().chain(loopback).collect();
+        chain(&mut text, &Side { hook: "output", address, port: "ct original proto-dst" }, &exempt, allows);
+    }
+    text.push_str("}\n");
+    text
+}
+
+/// How one direction looks at a packet.
+struct Side {
+    hook: &'static str,
+    /// The peer's address, for IPv4 and IPv6.
+    address: [&'static str; 2],
+    /// The destination's port.
+    port: &'static str,
+}
+
+fn chain(text: &mut String, side: &Side, exempt: &[IpNet], allows: &[Allow]) {
+    let hook = side.hook;
+    let _ = writeln!(text, "  chain {hook} {{\n    type filter hook {hook} priority filter; policy accept;");
+    text.push_str("    meta l4proto != { udp, sctp } accept\n    ct direction reply accept\n");
+    if hook == "input" {
+        text.push_str("    iifname \"lo\" accept\n");
+    } else {
+        let _ = writeln!(text, "    meta mark & {MARK_MASK:#x} == {MARK_PROXY:#x} accept");
+    }
+    for (family, nets) in by_family(exempt) {
+        let _ = writeln!(text, "    {} {nets} accept", side.address[family]);
+    }
+    for allow in allows {
+        rule(text, side, allow);
+    }
+    // The sender should hear of it rather than wait; a peer from outside should not.
+    let verdict = if hook == "input" { "drop" } else { "reject with icmpx admin-prohibited" };
+    let _ = writeln!(text, "    counter {verdict}\n  }}");
+}
+
+fn rule(text: &mut String, side: &Side, allow: &Allow) {
+    let ports: Vec<String> = match &allow.ports {
+        None => vec![String::new()],
+        Some(ports) => [(Transport::Udp, "udp"), (Transport::Sctp, "sctp")]
+            .into_iter()
+            .filter_map(|(protocol, word)| {
+                let ranges =
+                    merged(ports.iter().filter(|(of, ..)| *of == protocol).map(|(_, first, last)| (*first, *last)));
+                let set = ranges
+                    .iter()
+                    .map(|(first, last)| if first == last { first.to_string() } else { format!("{first}-{last}") });
+                let set: Vec<String> = set.collect();
+                (!set.is_empty()).then(|| format!(" meta l4proto {word} {} {{ {} }}", side.port, set.join(", ")))
+            })
+            .collect(),
+    };
+    let addresses: Vec<String> = match &allow.peers {
+        None => vec![String::new()],
+        Some(peers) => by_family(&peers.nets)
+            .map(|(family, nets)| {
+                let except = by_family(&peers.except).find(|(of, _)| *of == family);
+                let except =
+                    except.map_or_else(String::new, |(_, nets)| format!(" {} != {nets}", side.address[family]));
+                format!(" {} {nets}{except}", side.address[family])
+            })
+            .collect(),
+    };
+    for address in &addresses {
+        for port in &ports {
+            let _ = writeln!(text, "   {address}{port} accept");
+        }
+    }
+}
+
+/// Sets of the IPv4 and of the IPv6 blocks, without those that are empty.
+fn by_family(nets: &[IpNet]) -> impl Iterator<Item = (usize, String)> {
+    [false, true].into_iter().enumerate().filter_map(|(family, v6)| {
+        let nets: Vec<IpNet> = nets.iter().filter(|net| net.addr().is_ipv6() == v6).copied().collect();
+        let nets: Vec<String> = IpNet::aggregate(&nets).iter().map(ToString::to_string).collect();
+        (!nets.is_empty()).then(|| (family, format!("{{ {} }}", nets.join(", "))))
+    })
+}
+
+/// Ranges in order, without overlaps, which sets of the kernel do not take.
+fn merged(ranges: impl Iterator<Item = (u16, u16)>) -> Vec<(u16, u16)> {
+    let mut sorted: Vec<(u16, u16)> = ranges.collect();
+    sorted.sort_unstable();
+    let mut found: Vec<(u16, u16)> = Vec::new();
+    for (first, last) in sorted {
+        match found.last_mut() {
+            Some(before) if first <= before.1.saturating_add(1) => before.1 = before.1.max(last),
+            _ => found.push((first, last)),
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{merged, render};
+    use crate::policy::datagrams::{Allow, Filter, Peers};
+    use crate::state::Transport;
+    use std::path::PathBuf;
+
+    fn golden(name: &str, filter: &Filter) {
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/capture/testdata").join(name);
+        let rendered = render(filter);
+        if std::env::var_os("UPDATE").is_some() {
+            std::fs::write(&path, &rendered).unwrap();
+        }
+        let expected = std::fs::read_to_string(&path).unwrap_or_default();
+        assert_eq!(rendered, expected, "{name} differs; run the tests with UPDATE=1 and review the difference");
+    }
+
+    #[test]
+    fn filters_match_their_golden_files() {
+        let nets = |list: &[&str]| list.iter().map(|net| net.parse().unwrap()).collect::<Vec<_>>();
+        let exempt = ["10.0.0.9", "fd00::9"].map(|ip| ip.parse().unwrap()).into();
+        golden(
+            "network-closed.nft",
+            &Filter { ingress: Some(Vec::new()), egress: Some(Vec::new()), ..Filter::default() },
+        );
+        let everybody = Allow { peers: None, ports: Some([(Transport::Udp, 53, 53)].into()) };
+        let some = Allow {
+            peers: Some(Peers { nets: nets(&["10.0.0.1/32", "10.0.0.2/32", "fd00::1/128"]), except: Vec::new() }),
+            ports: Some([(Transport::Udp, 0, 65535), (Transport::Sctp, 7, 9), (Transport::Sctp, 8, 12)].into()),
+        };
+        let block = Allow {
+            peers: Some(Peers { nets: nets(&["172.17.0.0/16"]), except: nets(&["172.17.1.0/24"]) }),
+            ports: None,
+        };
+        golden(
+            "network-in.nft",
+            &Filter {
+                exempt,
+                ingress: Some(vec![everybody.clone(), some.clone(), block.clone()]),
+                ..Filter::default()
+            },
+        );
+        golden(
+            "network-out.nft",
+            &Filter { egress: Some(vec![everybody, some, block, Allow::default()]), ..Filter::default() },
+        );
+    }
+
+    #[test]
+    fn port_ranges_are_merged() {
+        assert_eq!(
+            merged([(5, 9), (1, 3), (4, 4), (8, 12), (20, 65535), (65535, 65535)].into_iter()),
+            [(1, 12), (20, 65535)]
+        );
+    }
+}
