@@ -3,7 +3,7 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench check fmt lint tidy fuzz-smoke reference
+.PHONY: help build demo test bench soak release check fmt lint tidy fuzz-smoke reference
 
 help: ## This list.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -20,10 +20,17 @@ test: ## Everything, root and rootless, with one summary. ONLY=<regex> chooses.
 	@./.ci/test.sh
 
 bench: ## Speed: direct, Tulle, and the ztunnel that PEER_ZTUNNEL names. BENCH=--quick tries it.
+	@$(MAKE) --no-print-directory release
+	target/release/lab bench $(BENCH)
+
+soak: ## Churn under load for MINUTES (30); memory, files and rules must not grow, no verdict may be wrong.
+	@$(MAKE) --no-print-directory release
+	target/release/lab soak --minutes $${MINUTES:-30}
+
+release: ## All programs, optimised, in target/release/, and which commit they were built from.
 	@./.ci/tools.sh
 	$(CARGO) build --workspace --locked --release
 	@cd target/release && { git describe --always --dirty --abbrev=10; sha256sum control lab ztunnel; } >built-from
-	target/release/lab bench $(BENCH)
 
 check: ## Before a commit: lints, and all tests that need no namespaces.
 	@$(MAKE) --no-print-directory lint

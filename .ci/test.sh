@@ -90,7 +90,7 @@ as_nobody() {
 in_user_namespace=(unshare --user --map-root-user --mount --net sh -ec
     'mount -t tmpfs tmpfs /run; ip link set lo up; exec "$@"' sh)
 
-./.ci/tools.sh || { [ -z "${CI:-}" ] || exit 1; }
+./.ci/tools.sh all || { [ -z "${CI:-}" ] || exit 1; }
 
 echo "building…"
 start=$SECONDS

@@ -1,18 +1,41 @@
 #!/bin/sh
-# Makes sure of the system tools that the lab uses, nft and ip, and of those that tests compare with, dig and unbound.
-# Installs them where that needs no question (root on a Debian-like system), and otherwise prints the command.
+# Makes sure of the system tools that the lab uses (nft and ip) and, with `all`, of the programs that tests compare with and put through
+# the mesh. Installs them where that needs no question (root on a Debian-like system), and otherwise prints the command.
 set -eu
+PATH=$PATH:/usr/sbin:/sbin
 
 missing=''
-command -v nft >/dev/null 2>&1 || [ -x /usr/sbin/nft ] || missing="$missing nftables"
-command -v ip >/dev/null 2>&1 || [ -x /usr/sbin/ip ] || missing="$missing iproute2"
-command -v dig >/dev/null 2>&1 || missing="$missing bind9-dnsutils"
-command -v unbound >/dev/null 2>&1 || [ -x /usr/sbin/unbound ] || missing="$missing unbound"
+# need PACKAGE PROGRAM…: the package is missing if one of its programs is.
+need() {
+    package=$1
+    shift
+    for program in "$@"; do
+        command -v "$program" >/dev/null 2>&1 || { missing="$missing $package" && return; }
+    done
+}
+need nftables nft
+need iproute2 ip
+if [ "${1:-}" = all ]; then
+    need bind9-dnsutils dig
+    need unbound unbound
+    need curl curl
+    need nginx-light nginx
+    need redis-server redis-server
+    need redis-tools redis-cli redis-benchmark
+    need openssh-server sshd
+    need openssh-client ssh scp ssh-keygen
+    need git git
+    need iperf3 iperf3
+    need postgresql-client psql
+    [ -n "$(find /usr/lib/postgresql -name initdb 2>/dev/null | head -1)" ] || missing="$missing postgresql"
+    [ -n "$(find /usr/lib -maxdepth 2 -name libnss_wrapper.so 2>/dev/null | head -1)" ] || missing="$missing libnss-wrapper"
+fi
 [ -n "$missing" ] || exit 0
 
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
-    echo "installing$missing (apt-get), which the lab and its tests need"
-    export DEBIAN_FRONTEND=noninteractive
+    echo "installing$missing (apt-get)"
+    # Run level 1: packages of servers do not start them.
+    export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1
     apt-get update -qq
     # shellcheck disable=SC2086 # a list of packages
     apt-get install -y -qq --no-install-recommends $missing >/dev/null

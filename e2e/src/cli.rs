@@ -23,6 +23,7 @@ use crate::netns::NetNs;
 use crate::rootless;
 use crate::shop;
 use crate::sniff;
+use crate::soak;
 use crate::state::Paths;
 use crate::state::View;
 use crate::supervise;
@@ -126,6 +127,8 @@ enum Command {
     },
     /// Measure the mesh beside no mesh, and prove that it did the work.
     Bench(bench::Options),
+    /// Churn for a long time; nothing may grow, no verdict may be wrong.
+    Soak(soak::Options),
     /// A process of the bench inside a pod.
     #[command(hide = true)]
     BenchAgent {
@@ -239,6 +242,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Bench(options) => bench::main(&options),
+        Command::Soak(options) => soak::main(&options),
         Command::BenchAgent { agent } => {
             bench::agent(&agent)?;
             Ok(ExitCode::SUCCESS)

@@ -36,7 +36,11 @@ pub mod sniff;
 
 pub mod scenario;
 
+pub mod oracle;
+
 pub mod bench;
+
+pub mod soak;
 
 pub mod demo;
 

@@ -15,7 +15,7 @@ use sha2::Sha256;
 const PROGRAMS: [&str; 3] = ["control", "lab", "ztunnel"];
 
 /// What the programs in `dir` were built from, in words.
-pub(super) fn from(dir: &Path) -> String {
+pub(crate) fn from(dir: &Path) -> String {
     let file = dir.join("built-from");
     let Ok(text) = std::fs::read_to_string(&file) else {
         return format!("unknown: {} does not exist; `make bench` writes it", file.display());

@@ -1,0 +1,187 @@
+//! The oracle of churn: a world in which one client is always allowed, one always denied and one flips, and the judge of
+//! what they saw.
+//!
+//! A policy and a Service's endpoints are rewritten behind the lab's back, as fast as the caller likes. Each verdict of
+//! the flipping client must be that of a version that its node had in force between the request's start and end, by the
+//! node's own log of applied versions. Used by the churn test and by `lab soak`. Limits: the node's log holds 4096
+//! changes.
+
+use std::time::Duration;
+use std::time::SystemTime;
+use std::time::UNIX_EPOCH;
+
+use anyhow::Context;
+use serde_json::Value;
+
+use crate::eventually::eventually;
+use crate::lab::Lab;
+use crate::scenario;
+
+/// Between two changes.
+pub const CHANGE_EVERY: Duration = Duration::from_millis(100);
+/// The log's time stamp is taken beside the swap of the snapshot, not in the same instant.
+const STAMP_SLACK_US: u64 = 5_000;
+/// A file's change reaches the node within this.
+pub const LAG_MAX_US: u64 = 1_000_000;
+
+/// The pods behind the Service that changes.
+pub const BACKENDS: [&str; 3] = ["flux-a", "flux-b", "flux-c"];
+
+/// Microseconds since the Unix epoch.
+pub fn now_us() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
+}
+
+/// Replaces a file of control's source behind the lab's back.
+fn write(lab: &Lab, name: &str, text: &str) -> anyhow::Result<()> {
+    let path = lab.paths().objects().join("shop").join(name);
+    let hidden = path.with_file_name(format!(".{name}.new"));
+    std::fs::write(&hidden, text)?;
+    Ok(std::fs::rename(&hidden, &path)?)
+}
+
+/// Lets the policy deny the flipping client, or nobody.
+pub fn flip(lab: &Lab, deny: bool) -> anyhow::Result<()> {
+    let who = if deny { "flip" } else { "nobody" };
+    let rules = format!("[{{from: [{{source: {{principals: ['cluster.local/ns/shop/sa/{who}']}}}}]}}]");
+    write(
+        lab,
+        "churn-flip.yaml",
+        scenario::authorization("shop", "flip", "flux", "DENY", &rules).trim_start_matches("---\n"),
+    )
+}
+
+/// The Service has those of `addresses` (pod, IPv4 address) that are present.
+pub fn endpoints(lab: &Lab, addresses: &[(String, String)], present: &[bool]) -> anyhow::Result<()> {
+    let list: Vec<Value> = addresses
+        .iter()
+        .zip(present)
+        .filter(|(_, present)| **present)
+        .map(|((pod, ip), _)| {
+            serde_json::json!({"addresses": [ip], "conditions": {"ready": true}, "nodeName": "node-2",
+                "targetRef": {"kind": "Pod", "namespace": "shop", "name": pod}})
+        })
+        .collect();
+    let slice = serde_json::json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": {"name": "flux-churn", "namespace": "shop", "labels": {"kubernetes.io/service-name": "flux"}},
+        "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}], "endpoints": list,
+    });
+    write(lab, "churn-slice.yaml", &slice.to_string())
+}
+
+/// The node's log of one policy: when which version came into force.
+pub fn versions(lab: &Lab) -> anyhow::Result<Vec<(u64, String)>> {
+    let log = lab.node_admin("node-2", "/debug/versions")?;
+    let mut changes: Vec<(u64, String)> = Vec::new();
+    for entry in log.as_array().context("the log is a list")? {
+        let time = entry["applied_unix_us"].as_u64().context("an entry without a time")?;
+        for (name, version) in entry["resources"].as_object().into_iter().flatten() {
+            if name.contains("Authorization") && name.ends_with("/flip") {
+                changes.push((time, version.as_str().unwrap_or("removed").to_owned()));
+            }
+        }
+    }
+    Ok(changes)
+}
+
+/// Version of the policy in force once the node has applied something newer than `after` changes.
+pub fn newest(lab: &Lab, after: usize) -> anyhow::Result<String> {
+    eventually("the node applies the policy", scenario::PATIENCE, || {
+        let changes = versions(lab)?;
+        match changes.last() {
+            Some((_, version)) if changes.len() > after => Ok(version.clone()),
+            _ => Err(anyhow::anyhow!("{} changes so far", changes.len())),
+        }
+    })
+}
+
+/// Whether the verdict of a request can be that of a version in force during it.
+pub fn is_justified(changes: &[(u64, String)], denying: &str, report: &Value) -> bool {
+    let (Some(start), Some(end)) = (report["t_us"].as_u64(), report["end_us"].as_u64()) else { return false };
+    let (start, end) = (start.saturating_sub(STAMP_SLACK_US), end + STAMP_SLACK_US);
+    let before = changes.iter().rev().find(|(time, _)| *time <= start);
+    let during = changes.iter().filter(|(time, _)| *time > start && *time <= end);
+    let passed = report["ok"] == true;
+    before.into_iter().chain(during).any(|(_, version)| (version == denying) != passed)
+}
+
+/// Longest time from writing a version to its being in force; a version overtaken by the next is as good.
+pub fn lag_us(changes: &[(u64, String)], written: &[(u64, bool)], denying: &str) -> Option<u64> {
+    let state_at = |time: u64| changes.iter().rev().find(|(at, _)| *at <= time).map(|(_, version)| version == denying);
+    let mut longest = 0;
+    for (time, deny) in written {
+        if state_at(*time) == Some(*deny) {
+            continue;
+        }
+        let applied = changes.iter().find(|(at, version)| at > time && (version == denying) == *deny);
+        longest = longest.max(applied?.0 - time);
+    }
+    Some(longest)
+}
+
+/// The world: `shop/web` may always, `shop/other` never, `shop/flip` by the flipping policy.
+pub fn world() -> String {
+    let mut objects = scenario::world(true);
+    objects.push_str(&scenario::client("shop", "flip", 1));
+    for name in BACKENDS {
+        objects.push_str(&scenario::server("shop", name, "flux", 2));
+    }
+    objects.push_str(
+        "---\napiVersion: v1\nkind: Service\nmetadata: {name: flux, namespace: shop}\nspec: {ports: [{name: http, port: 80, targetPort: 8080}]}\n",
+    );
+    let rules = "[{from: [{source: {principals: ['cluster.local/ns/shop/sa/other']}}]}]";
+    objects.push_str(&scenario::authorization("shop", "never", "flux", "DENY", rules));
+    objects
+}
+
+/// Addresses of the backends, once a denying and an allowing version have been in force and the Service answers; and the
+/// denying version.
+pub fn begin(lab: &Lab) -> anyhow::Result<(Vec<(String, String)>, String)> {
+    let addresses: Vec<(String, String)> = BACKENDS
+        .into_iter()
+        .map(|pod| anyhow::Ok((pod.to_owned(), lab.pod_ip("shop", pod)?)))
+        .collect::<anyhow::Result<_>>()?;
+    endpoints(lab, &addresses, &[true; 3])?;
+    flip(lab, true)?;
+    let denying = newest(lab, 0)?;
+    flip(lab, false)?;
+    let allowing = newest(lab, 1)?;
+    anyhow::ensure!(denying != allowing, "two versions of the policy have one name: {denying}");
+    eventually("the Service answers", scenario::PATIENCE, || {
+        let report = scenario::call(lab, "shop/web", "http://flux.shop/")?;
+        if report["ok"] == true { Ok(()) } else { Err(anyhow::anyhow!("{report}")) }
+    })?;
+    Ok((addresses, denying))
+}
+
+/// What the three clients saw, judged.
+///
+/// # Errors
+/// The first wrong verdict.
+pub fn judge(
+    allowed: &[Value],
+    denied: &[Value],
+    flipping: &[Value],
+    changes: &[(u64, String)],
+    denying: &str,
+) -> anyhow::Result<()> {
+    scenario::all_well(allowed, 1)?;
+    let passed: Vec<_> = denied.iter().filter(|report| report["ok"] == true).collect();
+    anyhow::ensure!(
+        passed.is_empty(),
+        "{} of {} denied requests passed: {:?}",
+        passed.len(),
+        denied.len(),
+        passed.first()
+    );
+    let unjust: Vec<_> = flipping.iter().filter(|report| !is_justified(changes, denying, report)).collect();
+    anyhow::ensure!(
+        unjust.is_empty(),
+        "{} of {} verdicts are of no version in force, such as {:?}",
+        unjust.len(),
+        flipping.len(),
+        unjust.first()
+    );
+    Ok(())
+}

@@ -1,0 +1,218 @@
+//! Promise: programs that people use work through the mesh as they do without it: nginx and curl, PostgreSQL, Redis, SSH,
+//! git, iperf3. Each server is in a STRICT namespace, so what answers came through a tunnel.
+
+use std::path::Path;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use e2e::eventually::eventually;
+use e2e::lab::Lab;
+use e2e::lab::LabConfig;
+use e2e::scenario;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// PostgreSQL and sshd refuse to be root, and want a name for who they are.
+const AS_USER: &str = "exec unshare --user --map-user=1000 --map-group=1000 \
+                       env LD_PRELOAD=libnss_wrapper.so NSS_WRAPPER_PASSWD=$D/passwd NSS_WRAPPER_GROUP=$D/group HOME=$D";
+
+struct World {
+    lab: Lab,
+    dir: tempfile::TempDir,
+}
+
+/// A server that runs `script` in a pod of node 2 behind a Service of the same name, and a client on node 1. `$D` in
+/// scripts is a folder of the test.
+fn world(name: &str, port: u16, needs: &[&str], script: &str) -> anyhow::Result<Option<World>> {
+    for program in needs {
+        if find(program).is_none() {
+            assert!(std::env::var_os("CI").is_none(), "{program} is not installed; .ci/tools.sh installs it");
+            eprintln!("SKIPPED: {program} is not installed");
+            return Ok(None);
+        }
+    }
+    let dir = tempfile::tempdir()?;
+    std::fs::write(dir.path().join("passwd"), format!("tulle:x:1000:1000::{}:/bin/sh\n", dir.path().display()))?;
+    std::fs::write(dir.path().join("group"), "tulle:x:1000:\n")?;
+    let script = serde_json::to_string(&prepared(script, dir.path()))?;
+    let mut objects = scenario::namespace("shop", true);
+    objects.push_str(&scenario::peer_authentication("shop", "STRICT"));
+    objects.push_str(&scenario::client("shop", "client", 1));
+    objects.push_str(&format!(
+        "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, labels: {{app: {name}}}}}\n\
+         spec: {{nodeName: node-2, serviceAccountName: {name}, containers: [{{name: main, image: none, \
+         command: [sh, -ec, {script}]}}]}}\n\
+         ---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\n\
+         spec: {{selector: {{app: {name}}}, ports: [{{name: tcp, port: {port}}}]}}\n"
+    ));
+    Ok(scenario::lab(LabConfig::of(&objects)).map(|lab| World { lab, dir }))
+}
+
+fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var("PATH").unwrap_or_default();
+    let folders = path.split(':').chain(["/usr/sbin", "/sbin"]).map(PathBuf::from);
+    let postgres = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let library = if program.ends_with(".so") { libraries() } else { Vec::new() };
+    folders
+        .chain(postgres.map(|version| version.path().join("bin")))
+        .chain(library)
+        .map(|folder| folder.join(program))
+        .find(|path| path.is_file())
+}
+
+/// Where Debian-like systems have libraries for any architecture.
+fn libraries() -> Vec<PathBuf> {
+    let lib = std::fs::read_dir("/usr/lib").into_iter().flatten().flatten();
+    lib.map(|entry| entry.path()).filter(|path| path.to_string_lossy().ends_with("-linux-gnu")).collect()
+}
+
+fn prepared(script: &str, dir: &Path) -> String {
+    let postgres = find("initdb").and_then(|path| path.parent().map(Path::to_path_buf)).unwrap_or_default();
+    format!("D={}; PATH=$PATH:/usr/sbin:/sbin:{}; export D PATH; cd $D\n{script}", dir.display(), postgres.display())
+}
+
+impl World {
+    /// A script in the client's pod: its output, or an error with what it said.
+    fn run(&self, script: &str) -> anyhow::Result<String> {
+        let script = prepared(script, self.dir.path());
+        let output = self.lab.exec("shop/client", &["timeout", "50", "sh", "-ec", &script])?;
+        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        anyhow::ensure!(output.status.success(), "{}: {out}{err}", output.status);
+        Ok(out.into_owned())
+    }
+
+    /// Repeats a script until it succeeds: the server is starting.
+    fn ready(&self, script: &str) -> anyhow::Result<String> {
+        eventually("the server answers", PATIENCE, || self.run(script))
+    }
+
+    /// Every connection to `port` that reached the server was of the client's identity.
+    fn came_through_the_mesh(&self, port: u16) -> anyhow::Result<()> {
+        let port = format!(":{port}");
+        let words = ["inbound", &port, "spiffe://cluster.local/ns/shop/sa/client"];
+        scenario::await_log(&self.lab, "node-2", &words).map(|_| ())
+    }
+}
+
+#[test]
+fn nginx_and_curl() -> anyhow::Result<()> {
+    let script = "
+        mkdir -p www tmp; head -c 5000000 /dev/urandom > www/big
+        cat > conf <<END
+worker_processes 1; master_process off; daemon off; pid $D/pid; error_log stderr;
+events { worker_connections 512; }
+http { access_log off; client_max_body_size 50m;
+  client_body_temp_path $D/tmp/a; proxy_temp_path $D/tmp/b; fastcgi_temp_path $D/tmp/c; uwsgi_temp_path $D/tmp/d; scgi_temp_path $D/tmp/e;
+  server { listen 8080; listen [::]:8080; root $D/www; location /echo { return 200 \"\\$request_method \\$server_protocol \\$remote_addr\"; } }
+  server { listen 8081 http2; root $D/www; } }
+END
+        exec nginx -p $D -c $D/conf -e stderr";
+    let Some(world) = world("web", 8080, &["nginx", "curl"], script)? else { return Ok(()) };
+    let client = world.lab.pod_ip("shop", "client")?;
+    assert_eq!(world.ready("curl -sSf http://web.shop:8080/echo")?, format!("GET HTTP/1.1 {client}"));
+    let sums =
+        "test $(curl -sSf http://web.shop:8080/big | sha256sum | cut -c1-64) = $(sha256sum < www/big | cut -c1-64)";
+    world.run(sums)?;
+    world.run(
+        "for i in $(seq 20); do echo url=http://web.shop:8080/echo?$i; done > urls; curl -sSf -K urls > /dev/null",
+    )?;
+    let ip = world.lab.pod_ip("shop", "web")?;
+    world.run(&format!("curl -sSf --http2-prior-knowledge http://{ip}:8081/big | cmp - www/big"))?;
+    let status = world.run("curl -s -o /dev/null -w '%{http_code}' http://web.shop:8080/absent")?;
+    assert_eq!(status, "404");
+    world.came_through_the_mesh(8080)
+}
+
+#[test]
+fn postgresql_and_psql() -> anyhow::Result<()> {
+    let script = format!(
+        "mkdir -p run; {} sh -ec 'initdb -D $D/data -U tulle --auth=trust -N >/dev/null
+        echo \"host all all all trust\" >> $D/data/pg_hba.conf
+        exec postgres -D $D/data -c listen_addresses=* -c unix_socket_directories=$D/run -c fsync=off'",
+        AS_USER
+    );
+    let needs = ["initdb", "postgres", "psql", "pgbench", "unshare", "libnss_wrapper.so"];
+    let Some(world) = world("db", 5432, &needs, &script)? else { return Ok(()) };
+    let psql = "psql -h db.shop -U tulle -d postgres -XAtq -v ON_ERROR_STOP=1";
+    assert_eq!(world.ready(&format!("{psql} -c 'select 40 + 2'"))?.trim(), "42");
+    world.run("pgbench -h db.shop -U tulle -i -q -s 1 postgres")?;
+    let bench = world
+        .run("pgbench -h db.shop -U tulle -c 4 -t 50 -n postgres; pgbench -h db.shop -U tulle -C -t 20 -n postgres")?;
+    assert!(bench.contains("number of transactions actually processed: 200/200"), "{bench}");
+    assert!(bench.contains("number of transactions actually processed: 20/20"), "a connection each: {bench}");
+    let copy = format!(
+        "seq 200000 > in; {psql} -c 'create table n (i int)' -c '\\copy n from in' -c '\\copy (select i from n order by i) to out'; cmp in out"
+    );
+    world.run(&copy)?;
+    // The server speaks first: a notification on an idle connection.
+    let listen = format!(
+        "(echo 'listen news;'; sleep 1; echo 'select 1;') | {psql} > heard & sleep 0.5; {psql} -c \"notify news, 'x'\"; wait; grep -q 'news.*x' heard"
+    );
+    world.run(&listen)?;
+    world.came_through_the_mesh(5432)
+}
+
+#[test]
+fn redis_and_its_command_line() -> anyhow::Result<()> {
+    let script = "exec redis-server --port 6379 --bind '* -::*' --protected-mode no --save '' --dir $D";
+    let Some(world) = world("cache", 6379, &["redis-server", "redis-cli", "redis-benchmark"], script)? else {
+        return Ok(());
+    };
+    let cli = "redis-cli -h cache.shop";
+    assert_eq!(world.ready(&format!("{cli} ping | grep PONG"))?.trim(), "PONG");
+    let script = format!(
+        "head -c 3000000 /dev/urandom > in; {cli} -x set big < in > /dev/null; {cli} get big | head -c 3000000 | cmp - in"
+    );
+    world.run(&script)?;
+    let piped = world.run("redis-benchmark -h cache.shop -n 20000 -c 20 -P 16 -t set,get --csv")?;
+    assert!(piped.contains("\"SET\"") && piped.contains("\"GET\""), "{piped}");
+    world.run(&format!("(timeout 5 {cli} subscribe news > heard || true) & for i in $(seq 100); do {cli} publish news hello | grep -q 1 && break; done; wait; grep -q hello heard"))?;
+    world.came_through_the_mesh(6379)
+}
+
+#[test]
+fn ssh_scp_and_git() -> anyhow::Result<()> {
+    let script = format!(
+        "ssh-keygen -q -t ed25519 -N '' -f host; ssh-keygen -q -t ed25519 -N '' -f me
+        git init -q --bare repo.git
+        printf 'Port 2222\\nHostKey %s/host\\nPidFile none\\nUsePAM no\\nStrictModes no\\nPasswordAuthentication no\\nAuthorizedKeysFile %s/me.pub\\nSubsystem sftp internal-sftp\\n' $D $D > conf
+        {AS_USER} $(command -v sshd) -D -e -f $D/conf"
+    );
+    let needs = ["sshd", "ssh", "scp", "ssh-keygen", "git", "unshare", "libnss_wrapper.so"];
+    let Some(world) = world("host", 2222, &needs, &script)? else { return Ok(()) };
+    let options = "-F none -i $D/me -o StrictHostKeyChecking=no -o UserKnownHostsFile=$D/known -o LogLevel=ERROR";
+    let user = AS_USER.trim_start_matches("exec ");
+    let said =
+        world.ready(&format!("{user} ssh {options} -p 2222 tulle@host.shop 'echo hello $POD_NAME; cat' < passwd"))?;
+    assert!(said.starts_with("hello") && said.contains("tulle:x:1000"), "{said}");
+    world.run(&format!(
+        "head -c 4000000 /dev/urandom > in; {user} scp {options} -P 2222 in tulle@host.shop:$D/out; cmp in out"
+    ))?;
+    let git = format!(
+        "export GIT_SSH_COMMAND=\"{user} ssh {options}\" GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0='*'
+        export GIT_AUTHOR_NAME=t GIT_AUTHOR_EMAIL=t@t GIT_COMMITTER_NAME=t GIT_COMMITTER_EMAIL=t@t
+        git clone -q ssh://tulle@host.shop:2222$D/repo.git work 2>&1; cd work
+        cp ../in .; git add in; git commit -qm one; git push -q origin HEAD:main
+        git clone -q -b main ssh://tulle@host.shop:2222$D/repo.git ../again; cmp ../again/in in"
+    );
+    world.run(&git)?;
+    world.came_through_the_mesh(2222)
+}
+
+#[test]
+fn iperf3_both_ways_and_both_families() -> anyhow::Result<()> {
+    let Some(world) = world("perf", 5201, &["iperf3"], "exec iperf3 -s")? else { return Ok(()) };
+    let view = world.lab.view()?;
+    let pod = view.pod("shop", "perf").ok_or_else(|| anyhow::anyhow!("no pod"))?;
+    let v6 = pod.addresses.iter().find(|address| address.to_string().contains(':'));
+    let v6 = v6.ok_or_else(|| anyhow::anyhow!("no IPv6 address: {:?}", pod.addresses))?.to_string();
+    for target in ["perf.shop", &v6] {
+        for more in ["-n 20M", "-n 20M -R", "-n 20M -P 4", "-t 1 --bidir"] {
+            let json = world.ready(&format!("iperf3 -c {target} {more} -J"))?;
+            let report: serde_json::Value = serde_json::from_str(&json)?;
+            let received = report["end"]["sum_received"]["bytes"].as_u64().unwrap_or_default();
+            assert!(received >= 1_000_000, "{target} {more}: {received} bytes\n{}", report["error"]);
+        }
+    }
+    world.came_through_the_mesh(5201)
+}
