@@ -23,7 +23,7 @@ rm -rf "$logs" && mkdir -p "$logs"
 needs_namespaces() {
     case $1 in
         */lib | */bin-* | e2e/tidy) return 1 ;;
-        e2e/* | ztunnel/flow) return 0 ;;
+        e2e/* | ztunnel/flow | ztunnel/recovery) return 0 ;;
         *) return 1 ;;
     esac
 }
@@ -113,7 +113,7 @@ while read -r program folder executable; do
     wrap=()
     if needs_namespaces "$program"; then
         options+=(--test-threads=1)
-        [ $root = yes ] || [ "$program" != ztunnel/flow ] || wrap=("${in_user_namespace[@]}")
+        [ $root = yes ] || [[ $program != ztunnel/* ]] || wrap=("${in_user_namespace[@]}")
     fi
     run "$pass" "$program" "$folder" "${wrap[@]}" "$executable" "${options[@]}"
 done <<<"$programs"
@@ -130,7 +130,7 @@ if [ $root = yes ]; then
         while read -r program folder executable; do
             [[ $program =~ $only ]] && needs_namespaces "$program" || continue
             wrap=()
-            [ "$program" != ztunnel/flow ] || wrap=("${in_user_namespace[@]}")
+            [[ $program != ztunnel/* ]] || wrap=("${in_user_namespace[@]}")
             log=$logs/rootless-${program//\//-}.log start=$SECONDS
             (as_nobody timeout --kill-after=20 "$limit" "${wrap[@]}" "$executable" --show-output --test-threads=1) >"$log" 2>&1 </dev/null
             finish rootless "$program" "$log" $? $((SECONDS - start))
