@@ -164,7 +164,8 @@ fn captured_pods_hear_what_others_hear() -> anyhow::Result<()> {
         ("alias.shop.svc.cluster.local", "mesh"),
         ("nosuch.shop.svc.cluster.local", "upstream"),
     ] {
-        let words = [&format!("name=\"{name}\""), &format!("source=\"{source}\""), "pod=shop/web"].map(|word| &**word);
+        let (name_word, source_word) = (format!("name=\"{name}\""), format!("source=\"{source}\""));
+        let words = [name_word.as_str(), source_word.as_str(), "pod=shop/web"];
         scenario::await_log(&lab, "node-1", &words)?;
     }
     let metrics = lab.exec_ok("node-1", &["curl", "-s", "http://127.0.0.1:15020/metrics"]).unwrap_or_default();

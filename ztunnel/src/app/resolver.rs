@@ -70,11 +70,12 @@ impl Names {
         for listener in sockets.streams {
             let (dns, shared, pod) = (dns.clone(), shared.clone(), pod.clone());
             let accepted: Accepted<Worker> = Arc::new(move |worker, tcp, load| {
-                let (dns, shared, pod, pool) = (dns.clone(), shared.clone(), pod.clone(), worker.pool.clone());
+                let (dns, shared, pod) = (dns.clone(), shared.clone(), pod.clone());
+                let (pool, failing, left) = (worker.pool.clone(), worker.failing.clone(), worker.left.clone());
                 spawn(async move {
                     match dns.takes(&tcp).await {
                         Some(upstream) => dns.serve_stream(tcp, upstream).await,
-                        None => outbound::serve(shared, pool, pod, tcp).await,
+                        None => outbound::serve(shared, pool, failing, left, pod, tcp).await,
                     }
                     drop(load);
                 });

@@ -79,47 +79,6 @@ impl Plan {
     }
 
     /// The endpoint, if it is known.
-    pub destination: Option<Arc<Workload>>,
-    /// The service that the client addressed.
-    pub service: Option<Arc<Service>>,
-    /// The service has endpoints besides that were not tried.
-    pub others: bool,
-}
-
-impl Plan {
-    /// Whether another endpoint may do as well.
-    pub fn others(&self) -> bool {
-        match self {
-            Self::Hbone(plan) => plan.others,
-            Self::Plain(plan) => plan.others,
-        }
-    }
-
-    /// Address and port of the application.
-    pub fn endpoint(&self) -> SocketAddr {
-        match self {
-            Self::Hbone(plan) => plan.authority,
-            Self::Plain(plan) => plan.address,
-        }
-    }
-
-    /// The service that the client addressed.
-    pub fn service(&self) -> Option<&Arc<Service>> {
-        match self {
-            Self::Hbone(plan) => plan.service.as_ref(),
-            Self::Plain(plan) => plan.service.as_ref(),
-        }
-    }
-
-    /// The endpoint's address and port.
-    pub fn target(&self) -> SocketAddr {
-        match self {
-            Self::Hbone(plan) => plan.authority,
-            Self::Plain(plan) => plan.address,
-        }
-    }
-
-    /// The endpoint, if it is known.
     pub fn destination(&self) -> Option<&Arc<Workload>> {
         match self {
             Self::Hbone(plan) => Some(&plan.destination),

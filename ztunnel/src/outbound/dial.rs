@@ -92,7 +92,8 @@ pub(super) async fn relay_tunnel(
         }
     };
     let terms = Terms { counts, limits: shared.relay, budget: &pod.buffers };
-    let outcome = relay::tunnel(tcp, send, recv, TcpSide::Client, terms, &lease.window, stopped(pod, registration)).await;
+    let outcome =
+        relay::tunnel(tcp, send, recv, TcpSide::Client, terms, &lease.window, stopped(pod, registration)).await;
     drop(lease);
     outcome
 }

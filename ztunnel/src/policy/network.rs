@@ -189,7 +189,7 @@ impl Finding {
                 (code, Some(isolated.policies().into()))
             }
         };
-        Err(Outcome { code, detail: self.to_string().into(), policy, rule: None })
+        Err(Outcome { code, detail: self.to_string().into(), policy, rule: None, dry_run: Vec::new() })
     }
 }
 

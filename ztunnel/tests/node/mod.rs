@@ -177,6 +177,7 @@ impl Node {
             limits: Limits::default(),
             preexisting: Preexisting::Keep,
             trust_domain: "cluster.local".into(),
+            names: None,
         };
         let pods = Pods::default();
         let stop = Arc::new(drain().0);
