@@ -49,7 +49,7 @@ pub fn possible() -> Result<(), String> {
 /// A namespace; `mesh` labels it.
 pub fn namespace(name: &str, mesh: bool) -> String {
     let labels = if mesh { ", labels: {tulle.dev/mesh: enabled}" } else { "" };
-    format!("---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}{labels}}}\n")
+    format!("---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: '{name}'{labels}}}\n")
 }
 
 /// A pod with an own service account that serves HTTP on 8080 and raw TCP on 9000; `app` is its only label.

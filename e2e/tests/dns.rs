@@ -168,13 +168,11 @@ fn captured_pods_hear_what_others_hear() -> anyhow::Result<()> {
         let words = [name_word.as_str(), source_word.as_str(), "pod=shop/web"];
         scenario::await_log(&lab, "node-1", &words)?;
     }
-    let metrics = lab.exec_ok("node-1", &["curl", "-s", "http://127.0.0.1:15020/metrics"]).unwrap_or_default();
-    if !metrics.is_empty() {
-        assert!(
-            metrics.contains("istio_dns_requests_total{request_query_type=\"SRV\",request_protocol=\"tcp\""),
-            "{metrics}"
-        );
-    }
+    let (_, metrics) = lab.get("node-1", 15020, "/metrics")?;
+    assert!(
+        metrics.contains("istio_dns_requests_total{request_query_type=\"SRV\",request_protocol=\"tcp\""),
+        "{metrics}"
+    );
     Ok(())
 }
 

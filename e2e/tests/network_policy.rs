@@ -56,8 +56,15 @@ fn the_frontend_may_reach_the_backend_and_others_may_not() -> anyhow::Result<()>
 }
 
 /// Pods of the matrix: namespace, name, node. Each has the label `pod` and serves on 80, called serve-80, and on 81.
-const PODS: [(&str, &str, u16); 7] =
-    [("x", "a", 1), ("x", "b", 2), ("x", "c", 1), ("y", "a", 2), ("y", "b", 1), ("z", "a", 1), ("z", "b", 2)];
+const PODS: [(&str, &str, u16); 7] = [
+    ("ns-x", "a", 1),
+    ("ns-x", "b", 2),
+    ("ns-x", "c", 1),
+    ("ns-y", "a", 2),
+    ("ns-y", "b", 1),
+    ("ns-z", "a", 1),
+    ("ns-z", "b", 2),
+];
 
 fn matrix_pod(namespace: &str, name: &str, node: u16, more: &str) -> String {
     format!(
@@ -69,7 +76,7 @@ fn matrix_pod(namespace: &str, name: &str, node: u16, more: &str) -> String {
 }
 
 fn matrix_world() -> String {
-    let mut text: String = ["x", "y", "z"].map(|name| scenario::namespace(name, true)).concat();
+    let mut text: String = ["ns-x", "ns-y", "ns-z"].map(|name| scenario::namespace(name, true)).concat();
     for (namespace, name, node) in PODS {
         text.push_str(&matrix_pod(namespace, name, node, ""));
     }
@@ -112,229 +119,239 @@ struct Case {
 const CASES: &[Case] = &[
     Case {
         name: "should support a 'default-deny-ingress' policy",
-        policies: &[("x", "{podSelector: {}, policyTypes: [Ingress]}")],
-        expected: |c| c.tns != "x",
+        policies: &[("ns-x", "{podSelector: {}, policyTypes: [Ingress]}")],
+        expected: |c| c.tns != "ns-x",
     },
     Case {
         name: "default deny all egress traffic (documentation)",
-        policies: &[("x", "{podSelector: {}, policyTypes: [Egress]}")],
-        expected: |c| c.fns != "x",
+        policies: &[("ns-x", "{podSelector: {}, policyTypes: [Egress]}")],
+        expected: |c| c.fns != "ns-x",
     },
     Case {
         name: "should support a 'default-deny-all' policy",
-        policies: &[("x", "{podSelector: {}, policyTypes: [Ingress, Egress]}")],
-        expected: |c| c.tns != "x" && c.fns != "x",
+        policies: &[("ns-x", "{podSelector: {}, policyTypes: [Ingress, Egress]}")],
+        expected: |c| c.tns != "ns-x" && c.fns != "ns-x",
     },
     Case {
         name: "allow all ingress traffic, beside a denial of all (documentation)",
         policies: &[
-            ("x", "{podSelector: {}, policyTypes: [Ingress]}"),
-            ("x", "{podSelector: {}, ingress: [{}], policyTypes: [Ingress]}"),
+            ("ns-x", "{podSelector: {}, policyTypes: [Ingress]}"),
+            ("ns-x", "{podSelector: {}, ingress: [{}], policyTypes: [Ingress]}"),
         ],
         expected: |_| true,
     },
     Case {
         name: "allow all egress traffic, beside a denial of all (documentation)",
         policies: &[
-            ("x", "{podSelector: {}, policyTypes: [Egress]}"),
-            ("x", "{podSelector: {}, egress: [{}], policyTypes: [Egress]}"),
+            ("ns-x", "{podSelector: {}, policyTypes: [Egress]}"),
+            ("ns-x", "{podSelector: {}, egress: [{}], policyTypes: [Egress]}"),
         ],
         expected: |_| true,
     },
     Case {
         name: "should enforce policy to allow traffic from pods within server namespace based on PodSelector",
         policies: &[(
-            "x",
+            "ns-x",
             "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{podSelector: {matchLabels: {pod: c}}}]}]}",
         )],
-        expected: |c| !c.into("x", "a") || c.out_of("x", "c"),
+        expected: |c| !c.into("ns-x", "a") || c.out_of("ns-x", "c"),
     },
     Case {
         name: "should enforce policy to allow ingress traffic for a target",
         policies: &[
-            ("x", "{podSelector: {}, policyTypes: [Ingress]}"),
-            ("x", "{podSelector: {matchLabels: {pod: a}}, ingress: [{}]}"),
+            ("ns-x", "{podSelector: {}, policyTypes: [Ingress]}"),
+            ("ns-x", "{podSelector: {matchLabels: {pod: a}}, ingress: [{}]}"),
         ],
-        expected: |c| c.tns != "x" || c.to == "a",
+        expected: |c| c.tns != "ns-x" || c.to == "a",
     },
     Case {
         name: "should enforce policy to allow ingress traffic from pods in all namespaces",
-        policies: &[("x", "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {}}]}]}")],
+        policies: &[("ns-x", "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {}}]}]}")],
         expected: |_| true,
     },
     Case {
         name: "should enforce policy to allow traffic only from a different namespace, based on NamespaceSelector",
         policies: &[(
-            "x",
-            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: y}}}]}]}",
+            "ns-x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-y}}}]}]}",
         )],
-        expected: |c| !c.into("x", "a") || c.fns == "y",
+        expected: |c| !c.into("ns-x", "a") || c.fns == "ns-y",
     },
     Case {
         name: "should enforce policy based on PodSelector with MatchExpressions",
         policies: &[(
-            "x",
+            "ns-x",
             "{podSelector: {matchExpressions: [{key: pod, operator: In, values: [a]}]}, ingress: [{from: [{podSelector: {matchExpressions: [{key: pod, operator: NotIn, values: [b, x]}]}}]}]}",
         )],
-        expected: |c| !c.into("x", "a") || c.out_of("x", "c"),
+        expected: |c| !c.into("ns-x", "a") || c.out_of("ns-x", "c"),
     },
     Case {
         name: "should enforce policy based on NamespaceSelector with MatchExpressions",
         policies: &[(
-            "x",
-            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchExpressions: [{key: kubernetes.io/metadata.name, operator: In, values: [y, z]}]}}]}]}",
+            "ns-x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchExpressions: [{key: kubernetes.io/metadata.name, operator: In, values: [ns-y, ns-z]}]}}]}]}",
         )],
-        expected: |c| !c.into("x", "a") || c.fns != "x",
+        expected: |c| !c.into("ns-x", "a") || c.fns != "ns-x",
     },
     Case {
         name: "should enforce policy based on PodSelector or NamespaceSelector",
         policies: &[(
-            "x",
-            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: y}}}, {podSelector: {matchLabels: {pod: b}}}]}]}",
+            "ns-x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-y}}}, {podSelector: {matchLabels: {pod: b}}}]}]}",
         )],
-        expected: |c| !c.into("x", "a") || c.fns == "y" || c.out_of("x", "b"),
+        expected: |c| !c.into("ns-x", "a") || c.fns == "ns-y" || c.out_of("ns-x", "b"),
     },
     Case {
         name: "should enforce policy based on PodSelector and NamespaceSelector",
         policies: &[(
-            "x",
-            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: y}}, podSelector: {matchLabels: {pod: b}}}]}]}",
+            "ns-x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-y}}, podSelector: {matchLabels: {pod: b}}}]}]}",
         )],
-        expected: |c| !c.into("x", "a") || c.out_of("y", "b"),
+        expected: |c| !c.into("ns-x", "a") || c.out_of("ns-y", "b"),
     },
     Case {
         name: "should enforce policy based on Multiple PodSelectors and NamespaceSelectors",
         policies: &[(
-            "x",
-            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchExpressions: [{key: kubernetes.io/metadata.name, operator: NotIn, values: [x]}]}, podSelector: {matchExpressions: [{key: pod, operator: NotIn, values: [a]}]}}]}]}",
+            "ns-x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchExpressions: [{key: kubernetes.io/metadata.name, operator: NotIn, values: [ns-x]}]}, podSelector: {matchExpressions: [{key: pod, operator: NotIn, values: [a]}]}}]}]}",
         )],
-        expected: |c| !c.into("x", "a") || (c.fns != "x" && c.from != "a"),
+        expected: |c| !c.into("ns-x", "a") || (c.fns != "ns-x" && c.from != "a"),
     },
     Case {
         name: "should enforce policy based on any PodSelectors",
         policies: &[(
-            "x",
+            "ns-x",
             "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{podSelector: {matchLabels: {pod: b}}}, {podSelector: {matchLabels: {pod: c}}}]}]}",
         )],
-        expected: |c| !c.into("x", "a") || c.fns == "x",
+        expected: |c| !c.into("ns-x", "a") || c.fns == "ns-x",
     },
     Case {
         name: "should enforce policy based on Ports",
         policies: &[(
-            "x",
-            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: y}}}], ports: [{port: 81}]}]}",
+            "ns-x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-y}}}], ports: [{port: 81}]}]}",
         )],
-        expected: |c| !c.into("x", "a") || (c.fns == "y" && c.port == 81),
+        expected: |c| !c.into("ns-x", "a") || (c.fns == "ns-y" && c.port == 81),
     },
     Case {
         name: "should enforce multiple, stacked policies with overlapping podSelectors",
         policies: &[
             (
-                "x",
-                "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: y}}}], ports: [{port: 81}]}]}",
+                "ns-x",
+                "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-y}}}], ports: [{port: 81}]}]}",
             ),
             (
-                "x",
-                "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: y}}}], ports: [{port: 80}]}]}",
+                "ns-x",
+                "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-y}}}], ports: [{port: 80}]}]}",
             ),
         ],
-        expected: |c| !c.into("x", "a") || c.fns == "y",
+        expected: |c| !c.into("ns-x", "a") || c.fns == "ns-y",
     },
     Case {
         name: "should allow ingress access on one named port",
-        policies: &[("x", "{podSelector: {matchLabels: {pod: a}}, ingress: [{ports: [{port: serve-81}]}]}")],
-        expected: |c| !c.into("x", "a") || c.port == 81,
+        policies: &[("ns-x", "{podSelector: {matchLabels: {pod: a}}, ingress: [{ports: [{port: serve-81}]}]}")],
+        expected: |c| !c.into("ns-x", "a") || c.port == 81,
     },
     Case {
         name: "should allow ingress access from namespace on one named port",
         policies: &[(
-            "x",
-            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: y}}}], ports: [{port: serve-80}]}]}",
+            "ns-x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-y}}}], ports: [{port: serve-80}]}]}",
         )],
-        expected: |c| !c.into("x", "a") || (c.fns == "y" && c.port == 80),
+        expected: |c| !c.into("ns-x", "a") || (c.fns == "ns-y" && c.port == 80),
     },
     Case {
         name: "should allow egress access on one named port",
         policies: &[(
-            "x",
+            "ns-x",
             "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Egress], egress: [{ports: [{port: serve-80}]}]}",
         )],
-        expected: |c| !c.out_of("x", "a") || c.port == 80,
+        expected: |c| !c.out_of("ns-x", "a") || c.port == 80,
     },
     Case {
         name: "should deny egress from pods based on PodSelector",
-        policies: &[("x", "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Egress]}")],
-        expected: |c| !c.out_of("x", "a"),
+        policies: &[("ns-x", "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Egress]}")],
+        expected: |c| !c.out_of("ns-x", "a"),
     },
     Case {
         name: "should work with Ingress, Egress specified together",
         policies: &[(
-            "x",
-            "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Ingress, Egress], ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: y}}}], ports: [{port: 80}]}], egress: [{to: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: z}}}], ports: [{port: 81}]}]}",
+            "ns-x",
+            "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Ingress, Egress], ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-y}}}], ports: [{port: 80}]}], egress: [{to: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-z}}}], ports: [{port: 81}]}]}",
         )],
         expected: |c| {
-            (!c.into("x", "a") || (c.fns == "y" && c.port == 80))
-                && (!c.out_of("x", "a") || (c.tns == "z" && c.port == 81))
+            (!c.into("ns-x", "a") || (c.fns == "ns-y" && c.port == 80))
+                && (!c.out_of("ns-x", "a") || (c.tns == "ns-z" && c.port == 81))
         },
     },
     Case {
         name: "should support denying of egress traffic on the client side (even if the server explicitly allows this traffic)",
         policies: &[
             (
-                "x",
-                "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Egress], egress: [{to: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: y}}, podSelector: {matchLabels: {pod: a}}}]}]}",
+                "ns-x",
+                "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Egress], egress: [{to: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-y}}, podSelector: {matchLabels: {pod: a}}}]}]}",
             ),
             (
-                "y",
-                "{podSelector: {matchLabels: {pod: b}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: x}}, podSelector: {matchLabels: {pod: a}}}]}]}",
+                "ns-y",
+                "{podSelector: {matchLabels: {pod: b}}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-x}}, podSelector: {matchLabels: {pod: a}}}]}]}",
             ),
         ],
-        expected: |c| (!c.out_of("x", "a") || c.into("y", "a")) && (!c.into("y", "b") || c.out_of("x", "a")),
+        expected: |c| {
+            (!c.out_of("ns-x", "a") || c.into("ns-y", "a")) && (!c.into("ns-y", "b") || c.out_of("ns-x", "a"))
+        },
     },
     Case {
         name: "should enforce policies to check ingress and egress policies can be controlled independently based on PodSelector",
         policies: &[
             (
-                "x",
+                "ns-x",
                 "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Egress], egress: [{to: [{podSelector: {matchLabels: {pod: b}}}]}]}",
             ),
             (
-                "x",
+                "ns-x",
                 "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Ingress], ingress: [{from: [{podSelector: {matchLabels: {pod: c}}}]}]}",
             ),
         ],
-        expected: |c| (!c.out_of("x", "a") || c.into("x", "b")) && (!c.into("x", "a") || c.out_of("x", "c")),
+        expected: |c| {
+            (!c.out_of("ns-x", "a") || c.into("ns-x", "b")) && (!c.into("ns-x", "a") || c.out_of("ns-x", "c"))
+        },
     },
     Case {
         name: "should enforce ingress policy allowing any port traffic to a server on a specific protocol",
-        policies: &[("x", "{podSelector: {matchLabels: {pod: a}}, ingress: [{ports: [{protocol: TCP}]}]}")],
+        policies: &[("ns-x", "{podSelector: {matchLabels: {pod: a}}, ingress: [{ports: [{protocol: TCP}]}]}")],
         expected: |_| true,
     },
     Case {
         name: "should not allow access by TCP when a policy specifies only UDP",
-        policies: &[("x", "{podSelector: {matchLabels: {pod: a}}, ingress: [{ports: [{protocol: UDP, port: 81}]}]}")],
-        expected: |c| !c.into("x", "a"),
+        policies: &[(
+            "ns-x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{ports: [{protocol: UDP, port: 81}]}]}",
+        )],
+        expected: |c| !c.into("ns-x", "a"),
     },
     Case {
         name: "should not mistakenly treat 'protocol: SCTP' as 'protocol: TCP', even if the plugin doesn't support SCTP",
-        policies: &[("x", "{podSelector: {matchLabels: {pod: a}}, ingress: [{ports: [{protocol: SCTP, port: 80}]}]}")],
-        expected: |c| !c.into("x", "a"),
+        policies: &[(
+            "ns-x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{ports: [{protocol: SCTP, port: 80}]}]}",
+        )],
+        expected: |c| !c.into("ns-x", "a"),
     },
     Case {
         name: "targeting a range of ports (documentation)",
         policies: &[(
-            "x",
+            "ns-x",
             "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Egress], egress: [{ports: [{port: 81, endPort: 90}]}]}",
         )],
-        expected: |c| !c.out_of("x", "a") || c.port == 81,
+        expected: |c| !c.out_of("ns-x", "a") || c.port == 81,
     },
     Case {
         name: "targeting multiple namespaces by label (documentation)",
         policies: &[(
-            "x",
-            "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Egress], egress: [{to: [{namespaceSelector: {matchExpressions: [{key: kubernetes.io/metadata.name, operator: In, values: [x, z]}]}}]}]}",
+            "ns-x",
+            "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Egress], egress: [{to: [{namespaceSelector: {matchExpressions: [{key: kubernetes.io/metadata.name, operator: In, values: [ns-x, ns-z]}]}}]}]}",
         )],
-        expected: |c| !c.out_of("x", "a") || c.tns != "y",
+        expected: |c| !c.out_of("ns-x", "a") || c.tns != "ns-y",
     },
 ];
 
@@ -410,61 +427,61 @@ fn reaches(lab: &Lab, from: &str, address: &str, port: u16) -> anyhow::Result<bo
 #[test]
 fn updates_of_policies_namespaces_and_pods_take_effect() -> anyhow::Result<()> {
     let Some(lab) = scenario::lab(LabConfig::of(&matrix_world())) else { return Ok(()) };
-    let target = lab.pod_ip("x", "a")?;
+    let target = lab.pod_ip("ns-x", "a")?;
     let from = |peer: &str| format!("{{podSelector: {{matchLabels: {{pod: a}}}}, ingress: [{{from: [{peer}]}}]}}");
     // should enforce updated policy
-    lab.apply_yaml(&policy("x", "edited", &from("{podSelector: {matchLabels: {pod: b}}}")))?;
-    assert!(reaches(&lab, "x/b", &target, 80)? && !reaches(&lab, "x/c", &target, 80)?);
-    lab.apply_yaml(&policy("x", "edited", &from("{podSelector: {matchLabels: {pod: c}}}")))?;
-    assert!(!reaches(&lab, "x/b", &target, 80)? && reaches(&lab, "x/c", &target, 80)?);
+    lab.apply_yaml(&policy("ns-x", "edited", &from("{podSelector: {matchLabels: {pod: b}}}")))?;
+    assert!(reaches(&lab, "ns-x/b", &target, 80)? && !reaches(&lab, "ns-x/c", &target, 80)?);
+    lab.apply_yaml(&policy("ns-x", "edited", &from("{podSelector: {matchLabels: {pod: c}}}")))?;
+    assert!(!reaches(&lab, "ns-x/b", &target, 80)? && reaches(&lab, "ns-x/c", &target, 80)?);
     // should allow ingress access from updated namespace
-    lab.apply_yaml(&policy("x", "edited", &from("{namespaceSelector: {matchLabels: {team: red}}}")))?;
-    assert!(!reaches(&lab, "y/a", &target, 80)?);
+    lab.apply_yaml(&policy("ns-x", "edited", &from("{namespaceSelector: {matchLabels: {team: red}}}")))?;
+    assert!(!reaches(&lab, "ns-y/a", &target, 80)?);
     let labelled =
-        "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: y, labels: {tulle.dev/mesh: enabled, team: red}}\n";
+        "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: ns-y, labels: {tulle.dev/mesh: enabled, team: red}}\n";
     lab.apply_yaml(labelled)?;
-    assert!(reaches(&lab, "y/a", &target, 80)?);
+    assert!(reaches(&lab, "ns-y/a", &target, 80)?);
     // should allow ingress access from updated pod
-    lab.apply_yaml(&policy("x", "edited", &from("{podSelector: {matchLabels: {pod: b, team: blue}}}")))?;
-    assert!(!reaches(&lab, "x/b", &target, 80)?);
-    lab.apply_yaml(&matrix_pod("x", "b", 2, ", team: blue"))?;
-    assert!(reaches(&lab, "x/b", &target, 80)?);
+    lab.apply_yaml(&policy("ns-x", "edited", &from("{podSelector: {matchLabels: {pod: b, team: blue}}}")))?;
+    assert!(!reaches(&lab, "ns-x/b", &target, 80)?);
+    lab.apply_yaml(&matrix_pod("ns-x", "b", 2, ", team: blue"))?;
+    assert!(reaches(&lab, "ns-x/b", &target, 80)?);
     // should deny ingress access to updated pod
-    lab.apply_yaml(&policy("z", "isolated", "{podSelector: {matchLabels: {team: green}}, policyTypes: [Ingress]}"))?;
-    let other = lab.pod_ip("z", "b")?;
-    assert!(reaches(&lab, "x/b", &other, 80)?);
-    lab.apply_yaml(&matrix_pod("z", "b", 2, ", team: green"))?;
-    assert!(!reaches(&lab, "x/b", &lab.pod_ip("z", "b")?, 80)?);
+    lab.apply_yaml(&policy("ns-z", "isolated", "{podSelector: {matchLabels: {team: green}}, policyTypes: [Ingress]}"))?;
+    let other = lab.pod_ip("ns-z", "b")?;
+    assert!(reaches(&lab, "ns-x/b", &other, 80)?);
+    lab.apply_yaml(&matrix_pod("ns-z", "b", 2, ", team: green"))?;
+    assert!(!reaches(&lab, "ns-x/b", &lab.pod_ip("ns-z", "b")?, 80)?);
     Ok(())
 }
 
 #[test]
 fn blocks_of_addresses_hold_with_their_exceptions() -> anyhow::Result<()> {
     let Some(lab) = scenario::lab(LabConfig::of(&matrix_world())) else { return Ok(()) };
-    let (xb, xc, target) = (lab.pod_ip("x", "b")?, lab.pod_ip("x", "c")?, lab.pod_ip("x", "a")?);
+    let (xb, xc, target) = (lab.pod_ip("ns-x", "b")?, lab.pod_ip("ns-x", "c")?, lab.pod_ip("ns-x", "a")?);
     // The documentation's first example: blocks, namespaces and pods as alternatives.
     let spec = format!(
         "{{podSelector: {{matchLabels: {{pod: a}}}}, policyTypes: [Ingress], ingress: [{{from: [{{ipBlock: {{cidr: 0.0.0.0/0, \
          except: [{xb}/32, {xc}/32]}}}}, {{podSelector: {{matchLabels: {{pod: c}}}}}}], ports: [{{protocol: TCP, port: 80}}]}}]}}"
     );
-    lab.apply_yaml(&policy("x", "blocks", &spec))?;
-    assert!(reaches(&lab, "y/a", &target, 80)?, "in the block");
-    assert!(!reaches(&lab, "x/b", &target, 80)?, "excepted");
-    assert!(reaches(&lab, "x/c", &target, 80)?, "excepted, but allowed as a pod");
-    assert!(!reaches(&lab, "y/a", &target, 81)?, "another port");
-    lab.delete("NetworkPolicy", "x/blocks")?;
+    lab.apply_yaml(&policy("ns-x", "blocks", &spec))?;
+    assert!(reaches(&lab, "ns-y/a", &target, 80)?, "in the block");
+    assert!(!reaches(&lab, "ns-x/b", &target, 80)?, "excepted");
+    assert!(reaches(&lab, "ns-x/c", &target, 80)?, "excepted, but allowed as a pod");
+    assert!(!reaches(&lab, "ns-y/a", &target, 81)?, "another port");
+    lab.delete("NetworkPolicy", "ns-x/blocks")?;
     // should enforce except clause while egress access to server in CIDR block
     let egress = |except: &str| {
         format!(
             "{{podSelector: {{matchLabels: {{pod: a}}}}, policyTypes: [Egress], egress: [{{to: [{{ipBlock: {{cidr: 0.0.0.0/0, except: [{except}]}}}}]}}]}}"
         )
     };
-    lab.apply_yaml(&policy("x", "out", &egress(&format!("{xb}/32"))))?;
-    assert!(!reaches(&lab, "x/a", &xb, 80)? && reaches(&lab, "x/a", &xc, 80)?);
+    lab.apply_yaml(&policy("ns-x", "out", &egress(&format!("{xb}/32"))))?;
+    assert!(!reaches(&lab, "ns-x/a", &xb, 80)? && reaches(&lab, "ns-x/a", &xc, 80)?);
     scenario::await_log(&lab, "node-1", &["NETWORK_POLICY_EGRESS", "policy=\"NetworkPolicy/x/out\""])?;
     // should ensure an IP overlapping both IPBlock.CIDR and IPBlock.Except is allowed
-    lab.apply_yaml(&policy("x", "also", &egress(&format!("{xc}/32"))))?;
-    assert!(reaches(&lab, "x/a", &xb, 80)? && reaches(&lab, "x/a", &xc, 80)?);
+    lab.apply_yaml(&policy("ns-x", "also", &egress(&format!("{xc}/32"))))?;
+    assert!(reaches(&lab, "ns-x/a", &xb, 80)? && reaches(&lab, "ns-x/a", &xc, 80)?);
     Ok(())
 }
 
@@ -503,20 +520,20 @@ fn next(lines: &mut impl BufRead) -> anyhow::Result<Value> {
 fn datagrams_are_held_to_the_policies_of_both_ends() -> anyhow::Result<()> {
     let mut world = matrix_world();
     world.push_str(
-        "---\napiVersion: v1\nkind: Service\nmetadata: {name: echo, namespace: x}\n\
+        "---\napiVersion: v1\nkind: Service\nmetadata: {name: echo, namespace: ns-x}\n\
          spec: {selector: {pod: a}, ports: [{name: echo, port: 7000, targetPort: 7007, protocol: UDP}]}\n",
     );
     let Some(lab) = scenario::lab(LabConfig::of(&world)) else { return Ok(()) };
-    let target = lab.pod_ip("x", "a")?;
+    let target = lab.pod_ip("ns-x", "a")?;
     let answered = |from: &str, address: &str| {
         anyhow::Ok(lab.exec(from, &["shop", "udp", address, "--json", "--timeout-ms", "1500"])?.status.success())
     };
     let direct = format!("{target}:7007");
-    for from in ["x/b", "x/c", "y/a"] {
+    for from in ["ns-x/b", "ns-x/c", "ns-y/a"] {
         assert!(answered(from, &direct)?, "without a policy {from} is answered");
     }
     let into = "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{podSelector: {matchLabels: {pod: b}}}], ports: [{protocol: UDP, port: 7007}]}]}";
-    lab.apply_yaml(&policy("x", "udp-in", into))?;
+    lab.apply_yaml(&policy("ns-x", "udp-in", into))?;
     let eventually = |from: &str, address: &str, expected: bool| {
         e2e::eventually::eventually(&format!("{from} to {address}: {expected}"), scenario::PATIENCE, || match answered(
             from, address,
@@ -525,10 +542,10 @@ fn datagrams_are_held_to_the_policies_of_both_ends() -> anyhow::Result<()> {
             other => Err(format!("{other:?}")),
         })
     };
-    eventually("x/c", &direct, false)?;
-    assert!(answered("x/b", &direct)? && !answered("y/a", &direct)?);
-    lab.delete("NetworkPolicy", "x/udp-in")?;
-    eventually("y/a", &direct, true)?;
+    eventually("ns-x/c", &direct, false)?;
+    assert!(answered("ns-x/b", &direct)? && !answered("ns-y/a", &direct)?);
+    lab.delete("NetworkPolicy", "ns-x/udp-in")?;
+    eventually("ns-y/a", &direct, true)?;
 
     // A virtual address is as good as what is behind it.
     let out = |pod: &str| {
@@ -540,12 +557,12 @@ fn datagrams_are_held_to_the_policies_of_both_ends() -> anyhow::Result<()> {
     let service = services.as_array().into_iter().flatten().find(|one| one["resource"]["service"]["name"] == "echo");
     let vip = service.and_then(|one| one["resource"]["service"]["addresses"][0].as_str()).unwrap_or_default();
     let vip = format!("{vip}:7000");
-    assert!(answered("x/c", &vip)?);
-    lab.apply_yaml(&policy("x", "udp-out", &out("b")))?;
-    eventually("x/c", &vip, false)?;
-    assert!(!answered("x/c", &direct)?);
-    lab.apply_yaml(&policy("x", "udp-out", &out("a")))?;
-    eventually("x/c", &vip, true)?;
-    assert!(answered("x/c", &direct)?);
+    assert!(answered("ns-x/c", &vip)?);
+    lab.apply_yaml(&policy("ns-x", "udp-out", &out("b")))?;
+    eventually("ns-x/c", &vip, false)?;
+    assert!(!answered("ns-x/c", &direct)?);
+    lab.apply_yaml(&policy("ns-x", "udp-out", &out("a")))?;
+    eventually("ns-x/c", &vip, true)?;
+    assert!(answered("ns-x/c", &direct)?);
     Ok(())
 }

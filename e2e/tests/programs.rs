@@ -109,7 +109,8 @@ END
         exec nginx -p $D -c $D/conf -e stderr";
     let Some(world) = world("web", 8080, &["nginx", "curl"], script)? else { return Ok(()) };
     let client = world.lab.pod_ip("shop", "client")?;
-    assert_eq!(world.ready("curl -sSf http://web.shop:8080/echo")?, format!("GET HTTP/1.1 {client}"));
+    let said = world.ready("curl -4sSf http://web.shop:8080/echo")?;
+    assert_eq!(said, format!("GET HTTP/1.1 {client}"), "the server sees the client's own address");
     let sums =
         "test $(curl -sSf http://web.shop:8080/big | sha256sum | cut -c1-64) = $(sha256sum < www/big | cut -c1-64)";
     world.run(sums)?;

@@ -145,6 +145,11 @@ impl Rules {
                     "    icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld2-listener-report } accept\n",
                 );
                 text.push_str("    udp dport 53 accept\n");
+                if let Some(port) = self.dns {
+                    // Redirected to us by now, though the interface is still the one it would have left by.
+                    let _ = writeln!(text, "    ip daddr 127.0.0.1 udp dport {port} accept");
+                    let _ = writeln!(text, "    ip6 daddr ::1 udp dport {port} accept");
+                }
                 text.push_str("    ct direction reply accept\n");
                 text.push_str("    counter reject with icmpx admin-prohibited\n");
             }
@@ -266,5 +271,6 @@ mod tests {
         golden("dns.nft", &Rules { v6: true, dns: Some(15053), ..Rules::default() });
         golden("released.nft", &Rules { released: true, ..Rules::default() });
         golden("tcp-only.nft", &Rules { v6: true, tcp_only: true, ..Rules::default() });
+        golden("tcp-only-dns.nft", &Rules { v6: true, tcp_only: true, dns: Some(15053), ..Rules::default() });
     }
 }
