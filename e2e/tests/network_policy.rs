@@ -478,7 +478,7 @@ fn blocks_of_addresses_hold_with_their_exceptions() -> anyhow::Result<()> {
     };
     lab.apply_yaml(&policy("ns-x", "out", &egress(&format!("{xb}/32"))))?;
     assert!(!reaches(&lab, "ns-x/a", &xb, 80)? && reaches(&lab, "ns-x/a", &xc, 80)?);
-    scenario::await_log(&lab, "node-1", &["NETWORK_POLICY_EGRESS", "policy=\"NetworkPolicy/x/out\""])?;
+    scenario::await_log(&lab, "node-1", &["NETWORK_POLICY_EGRESS", "policy=\"NetworkPolicy/ns-x/out\""])?;
     // should ensure an IP overlapping both IPBlock.CIDR and IPBlock.Except is allowed
     lab.apply_yaml(&policy("ns-x", "also", &egress(&format!("{xc}/32"))))?;
     assert!(reaches(&lab, "ns-x/a", &xb, 80)? && reaches(&lab, "ns-x/a", &xc, 80)?);
