@@ -130,15 +130,15 @@ struct Run {
 
 impl Run {
     fn segments(&mut self) -> anyhow::Result<()> {
-        let (addresses, mut denying) = oracle::begin(&self.lab)?;
+        let (addresses, denying) = oracle::begin(&self.lab)?;
         while self.samples.is_empty() || self.began.elapsed() < self.length {
-            self.segment(&addresses, &mut denying)?;
+            self.segment(&addresses, &denying)?;
             self.totals.segments += 1;
         }
         Ok(())
     }
 
-    fn segment(&mut self, addresses: &[(String, String)], denying: &mut String) -> anyhow::Result<()> {
+    fn segment(&mut self, addresses: &[(String, String)], denying: &str) -> anyhow::Result<()> {
         let number = self.totals.segments + 1;
         let kill = number.is_multiple_of(KILL_EVERY);
         if number.is_multiple_of(ROTATE_EVERY) {

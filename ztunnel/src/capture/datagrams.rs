@@ -49,7 +49,8 @@ pub fn render(filter: &Filter) -> String {
     if let Some(allows) = &filter.egress {
         let address = ["ct original ip daddr", "ct original ip6 daddr"];
         let loopback = [IpAddr::from([127, 0, 0, 0]), IpAddr::from(std::net::Ipv6Addr::LOCALHOST)];
-        let loopback = loopback.map(|ip| IpNet::new(ip, if ip.is_ipv4() { 8 } else { 128 }).unwrap_or(ip.into()));
+        let loopback =
+            loopback.map(|ip| IpNet::new(ip, if ip.is_ipv4() { 8 } else { 128 }).unwrap_or_else(|_| ip.into()));
         let exempt: Vec<IpNet> = exempt.into_iter().chain(loopback).collect();
         chain(&mut text, &Side { hook: "output", address, port: "ct original proto-dst" }, &exempt, allows);
     }

@@ -120,7 +120,7 @@ fn peer_holds(peer: &Peer, policy: &Policy, question: &Question<'_>) -> bool {
     match (peer, question.peer) {
         (Peer::Block { cidr, except }, _) => {
             let inside = |net: &&str| net.parse::<IpNet>().unwrap().contains(&question.ip);
-            inside(cidr) && !except.iter().any(|part| inside(&part))
+            inside(cidr) && !except.iter().any(inside)
         }
         (Peer::Pods { .. }, None) => false,
         (Peer::Pods { namespaces: None, pods }, Some(other)) => {
