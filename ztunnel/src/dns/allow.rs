@@ -3,10 +3,9 @@
 
 use std::net::SocketAddr;
 
-use crate::flow::LocalPod;
 use crate::outcome::Outcome;
 use crate::policy::network;
-use crate::state::{Snapshot, Transport};
+use crate::state::{Snapshot, Transport, Workload};
 
 /// Asked once for every question, before anything is answered, also from the mesh's own knowledge or the cache: a pod
 /// whose egress rules forbid its name server (UDP and TCP 53 at `upstream`) must not learn through us what that server
@@ -17,8 +16,7 @@ use crate::state::{Snapshot, Transport};
 ///
 /// # Errors
 /// The rule that forbids it.
-pub fn may_ask(snapshot: &Snapshot, pod: &LocalPod, upstream: SocketAddr) -> Result<(), Outcome> {
-    let Some(workload) = pod.workload(snapshot) else { return Ok(()) };
-    let by = |transport| network::egress(snapshot, workload, transport, upstream).outcome();
+pub fn may_ask(snapshot: &Snapshot, pod: &Workload, upstream: SocketAddr) -> Result<(), Outcome> {
+    let by = |transport| network::egress(snapshot, pod, transport, upstream).outcome();
     by(Transport::Udp).or_else(|refused| by(Transport::Tcp).map_err(|_| refused))
 }

@@ -18,7 +18,7 @@ use crate::dns::cache::{Asking, Ended, Given, Kept, Key, LONGEST, LONGEST_ABSENC
 use crate::dns::upstream::{self, Failure, Reply};
 use crate::dns::wire::{self, Body, EDE, IN, Message, OwnEdns};
 use crate::dns::zone::{Client, Found, Kind, lookup};
-use crate::state::Snapshot;
+use crate::state::{Snapshot, Workload};
 use crate::telemetry::dns::{DnsAnswerLabels, DnsLabels};
 
 /// Aliases that are followed.
@@ -54,6 +54,8 @@ pub(super) struct Asked {
     stream: bool,
     since: Instant,
     labels: DnsLabels,
+    /// The pod and its policies were known when it was looked at first.
+    judged: bool,
 }
 
 /// What to do with a question.
@@ -87,21 +89,45 @@ impl PodDns {
             tracing::debug!(target: "dns", pod = %self.name(), text);
             return Step::Done(failure(message.as_ref(), bytes, (id, flags), SERVFAIL, EDE_OTHER, text));
         };
-        let asked = Asked { bytes: bytes.to_vec(), message, upstream, stream, since: Instant::now(), labels };
-        if let Err(outcome) = may_ask(&snapshot, &self.pod, upstream) {
-            let text = outcome.to_string();
-            let answer = failure(asked.message.as_ref(), bytes, (id, flags), REFUSED, EDE_PROHIBITED, &text);
-            self.finished(&asked, "refused", REFUSED);
-            return Step::Done(answer);
-        }
-        match self.by_mesh(&snapshot, &asked).or_else(|| self.by_cache(&asked)) {
+        let known = snapshot.synced().then(|| self.pod.workload(&snapshot)).flatten();
+        let judged = known.is_some();
+        let asked = Asked { bytes: bytes.to_vec(), message, upstream, stream, since: Instant::now(), labels, judged };
+        match known.and_then(|workload| self.at_once(&snapshot, workload, &asked)) {
             Some(answer) => Step::Done(answer),
             None => Step::Later(Box::new(asked)),
         }
     }
 
+    /// The answer by policy, by the mesh or by the cache, in this order.
+    fn at_once(&self, snapshot: &Snapshot, workload: &Workload, asked: &Asked) -> Option<Vec<u8>> {
+        if let Err(outcome) = may_ask(snapshot, workload, asked.upstream) {
+            self.finished(asked, "refused", REFUSED);
+            let header = wire::header(&asked.bytes).unwrap_or((0, wire::Flags(0)));
+            let text = outcome.to_string();
+            return Some(failure(asked.message.as_ref(), &asked.bytes, header, REFUSED, EDE_PROHIBITED, &text));
+        }
+        self.by_mesh(snapshot, asked).or_else(|| self.by_cache(asked))
+    }
+
     /// The rest of a question that [`Self::begin`] could not answer.
     pub(super) async fn finish(&self, asked: Box<Asked>) -> Option<Vec<u8>> {
+        if !asked.judged {
+            // As any connection of the pod: what is not known yet may forbid it.
+            match self.shared.known(&self.pod).await {
+                Ok((snapshot, workload)) => {
+                    if let Some(answer) = self.at_once(&snapshot, &workload, &asked) {
+                        return Some(answer);
+                    }
+                }
+                Err(outcome) => {
+                    self.finished(&asked, "failed", SERVFAIL);
+                    let header = wire::header(&asked.bytes).unwrap_or((0, wire::Flags(0)));
+                    let text = outcome.to_string();
+                    let answer = failure(asked.message.as_ref(), &asked.bytes, header, SERVFAIL, EDE_OTHER, &text);
+                    return Some(answer);
+                }
+            }
+        }
         let Some(message) = &asked.message else { return self.relay(&asked).await };
         if let Some(target) = self.alias(&asked) {
             return Some(
@@ -210,7 +236,15 @@ impl PodDns {
                 Failure::Unreachable(std::io::Error::other(format!("an alias leads to a bad name: {error}")))
             })?;
             let (labels, upstream) = (asked.labels.clone(), asked.upstream);
-            let question = Asked { bytes, message: Some(walked.clone()), upstream, stream, since: asked.since, labels };
+            let question = Asked {
+                bytes,
+                message: Some(walked.clone()),
+                upstream,
+                stream,
+                since: asked.since,
+                labels,
+                judged: true,
+            };
             let Some(key) = self.key(&question) else { break };
             let Some(obtained) = self.obtain(&question, &walked, &key).await? else { break };
             let kept = obtained.kept;
