@@ -14,7 +14,7 @@ fn a_dry_run_is_told_by_log_metric_and_explain() -> anyhow::Result<()> {
     for (from, said) in [("shop/web", true), ("shop/other", false)] {
         let report = scenario::call(&lab, from, "http://cart.shop/")?;
         assert_eq!(report["ok"], true, "it has no effect on {from}: {report}");
-        let path = format!("/debug/explain?from={from}&to=cart.shop:80");
+        let path = format!("/debug/explain?from={from}&to=shop/cart:80");
         let explained = lab.control_get(&path)?;
         let expected = if said { json!(["shop/tried denied by rules[0]"]) } else { json!([]) };
         assert_eq!(explained["endpoints"][0]["inbound"]["dryRun"], expected, "{explained}");
