@@ -99,7 +99,7 @@ fn nginx_and_curl() -> anyhow::Result<()> {
     let script = "
         mkdir -p www tmp; head -c 5000000 /dev/urandom > www/big
         cat > conf <<END
-worker_processes 1; master_process off; daemon off; pid $D/pid; error_log stderr;
+user root root; worker_processes 1; master_process off; daemon off; pid $D/pid; error_log stderr;
 events { worker_connections 512; }
 http { access_log off; client_max_body_size 50m;
   client_body_temp_path $D/tmp/a; proxy_temp_path $D/tmp/b; fastcgi_temp_path $D/tmp/c; uwsgi_temp_path $D/tmp/d; scgi_temp_path $D/tmp/e;
