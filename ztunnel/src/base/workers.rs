@@ -27,6 +27,9 @@ const QUEUE: usize = 4096;
 
 /// How long to wait when the system has no room for another connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How long a listener that is told to stop still accepts. What was redirected to it before, or is in its queue, would be
+/// reset if it closed at once; a handshake within a pod takes far less.
+const LAST_CALL: Duration = Duration::from_millis(100);
 
 type Job<C> = Box<dyn FnOnce(Rc<C>) + Send>;
 
@@ -162,7 +165,10 @@ impl<C: 'static> Workers<C> {
         context: Rc<C>,
     ) -> io::Result<()> {
         let listener = TcpListener::from_std(listener)?;
-        let stop = drained.draining();
+        let stop = async {
+            drained.draining().await;
+            tokio::select! { () = tokio::time::sleep(LAST_CALL) => {}, () = drained.forced() => {} }
+        };
         tokio::pin!(stop);
         loop {
             let tcp = tokio::select! {
