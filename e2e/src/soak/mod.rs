@@ -279,7 +279,8 @@ fn guests(lab: &Lab, seed: u64, stop: &AtomicBool) -> anyhow::Result<usize> {
     while !stop.load(Ordering::Relaxed) {
         if alive.len() < GUESTS {
             // Names come again: a new pod with an old name is the hard case.
-            let name = format!("guest-{}", made % 7);
+            let free = (made..made + 7).map(|n| format!("guest-{}", n % 7)).find(|name| !alive.contains(name));
+            let Some(name) = free else { continue };
             lab.apply_yaml(&scenario::client("shop", &name, random.random_range(1..=2)))?;
             alive.push(name);
             made += 1;
