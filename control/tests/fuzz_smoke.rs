@@ -8,12 +8,12 @@
 mod targets;
 #[path = "../../fuzz/src/mutate.rs"]
 mod mutate;
+#[path = "../../fuzz/src/smoke.rs"]
+mod smoke;
 
 use std::fs;
 use std::path::PathBuf;
 
-use proptest::prelude::*;
-use proptest::test_runner::{Config, TestRunner};
 use prost::Message as _;
 use tulle_proto::discovery::{DeltaDiscoveryRequest, Node};
 use tulle_proto::names;
@@ -56,32 +56,12 @@ fn stream() -> Vec<u8> {
     bytes
 }
 
-/// A failing case is printed, shrunk; the tree is not written to.
-fn runner() -> TestRunner {
-    TestRunner::new(Config { failure_persistence: None, ..Config::default() })
-}
-
 #[test]
 fn no_target_breaks_on_damaged_input() {
-    for (name, target) in targets::TARGETS {
-        let seeds = seeds(name);
-        seeds.iter().for_each(|seed| target(seed));
-        let edits = prop::collection::vec(any::<mutate::Edit>(), 1..8);
-        let result = runner().run(&(0..seeds.len(), edits), |(seed, edits)| {
-            target(&mutate::mutate(&seeds[seed], &edits));
-            Ok(())
-        });
-        result.unwrap_or_else(|error| panic!("{name}: {error}"));
-    }
+    smoke::damaged(targets::TARGETS, seeds);
 }
 
 #[test]
 fn no_target_breaks_on_noise() {
-    for (name, target) in targets::TARGETS {
-        let result = runner().run(&prop::collection::vec(any::<u8>(), 0..200), |bytes| {
-            target(&bytes);
-            Ok(())
-        });
-        result.unwrap_or_else(|error| panic!("{name}: {error}"));
-    }
+    smoke::noise(targets::TARGETS);
 }

@@ -1,7 +1,8 @@
 //! Sockets of one pod: made in its namespace, marked as ours, with every option set before use.
 //!
 //! A few connected-to-be sockets a family are kept ready ([`STASH`]), so that a new connection does not wait for the
-//! namespace thread. A burst of one pod waits for itself, not in front of the others ([`TURNS`]). Options that listeners pass on to accepted sockets are set on the listener, once.
+//! namespace thread. A burst of one pod waits for itself, not in front of the others ([`TURNS`]). Options that listeners
+//! pass on to accepted sockets are set on the listener, once.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};

@@ -1,3 +1,7 @@
+//! The parser and the writer of DNS messages against messages that another library makes and reads.
+//!
+//! What goes out must mean to `hickory-proto` what was meant here, and no bytes may break either direction.
+
 use super::{Body, OwnEdns, normalised, parse, refusal, renamed, without_question};
 use hickory_proto::op::{Edns, Message, Query};
 use hickory_proto::rr::rdata::{A, SOA};

@@ -1,3 +1,7 @@
+//! Names and what they must lead to, as tables: a small mesh, a question, the answer that the cluster's DNS would give.
+//!
+//! What the mesh does not know whole must not be answered, so the tables hold as many names that are left to others.
+
 use super::{Client, Data, Found, Kind, lookup, reversed, undashed};
 use crate::state::fixtures::{behind, key, port, service, snapshot, with_ports, workload};
 use crate::state::{
