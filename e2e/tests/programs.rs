@@ -145,9 +145,11 @@ fn postgresql_and_psql() -> anyhow::Result<()> {
         "seq 200000 > in; {psql} -c 'create table n (i int)' -c '\\copy n from in' -c '\\copy (select i from n order by i) to out'; cmp in out"
     );
     world.run(&copy)?;
-    // The server speaks first: a notification on an idle connection.
+    // A notification finds its way to another connection.
     let listen = format!(
-        "(echo 'listen news;'; sleep 1; echo 'select 1;') | {psql} > heard & sleep 0.5; {psql} -c \"notify news, 'x'\"; wait; grep -q 'news.*x' heard"
+        "(echo 'listen news;'; for i in $(seq 100); do echo 'select pg_sleep(0.1);'; done) | {psql} > heard & listener=$!
+        for i in $(seq 200); do {psql} -c \"notify news, 'x'\"; ! grep -q 'news.*x' heard || break; done
+        kill $listener; grep -q 'news.*x' heard"
     );
     world.run(&listen)?;
     world.came_through_the_mesh(5432)
@@ -207,9 +209,10 @@ fn iperf3_both_ways_and_both_families() -> anyhow::Result<()> {
     let pod = view.pod("shop", "perf").ok_or_else(|| anyhow::anyhow!("no pod"))?;
     let v6 = pod.addresses.iter().find(|address| address.to_string().contains(':'));
     let v6 = v6.ok_or_else(|| anyhow::anyhow!("no IPv6 address: {:?}", pod.addresses))?.to_string();
+    world.ready("iperf3 -c perf.shop -n 1K")?;
     for target in ["perf.shop", &v6] {
         for more in ["-n 20M", "-n 20M -R", "-n 20M -P 4", "-t 1 --bidir"] {
-            let json = world.ready(&format!("iperf3 -c {target} {more} -J"))?;
+            let json = world.run(&format!("iperf3 -c {target} {more} -J"))?;
             let report: serde_json::Value = serde_json::from_str(&json)?;
             let received = report["end"]["sum_received"]["bytes"].as_u64().unwrap_or_default();
             assert!(received >= 1_000_000, "{target} {more}: {received} bytes\n{}", report["error"]);
