@@ -142,6 +142,7 @@ if [ $root = yes ]; then
 fi
 
 echo
+[ $root = yes ] || echo "NOT RUN the pass as root, which needs root: everything above ran once, as $(id -un)"
 for failure in "${failures[@]}"; do echo "FAILED $failure"; done
 [ "$skipped" = 0 ] || echo "SKIPPED $skipped: see above; with CI set they would be failures"
 echo "took $((SECONDS - began)) s"
