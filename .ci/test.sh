@@ -23,7 +23,7 @@ rm -rf "$logs" && mkdir -p "$logs"
 needs_namespaces() {
     case $1 in
         */lib | */bin-* | e2e/tidy) return 1 ;;
-        e2e/* | ztunnel/flow | ztunnel/recovery) return 0 ;;
+        e2e/* | ztunnel/flow | ztunnel/recovery | ztunnel/tunnel) return 0 ;;
         *) return 1 ;;
     esac
 }
@@ -113,8 +113,9 @@ while read -r program folder executable; do
     wrap=()
     if needs_namespaces "$program"; then
         options+=(--test-threads=1)
-        [ $root = yes ] || [[ $program != ztunnel/* ]] || wrap=("${in_user_namespace[@]}")
     fi
+    # All of the proxy's: its unit tests enter a namespace, too.
+    [ $root = yes ] || [[ $program != ztunnel/* ]] || wrap=("${in_user_namespace[@]}")
     run "$pass" "$program" "$folder" "${wrap[@]}" "$executable" "${options[@]}"
 done <<<"$programs"
 
