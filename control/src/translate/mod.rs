@@ -2,7 +2,7 @@
 //!
 //! Bad input gives a condition, never an error. Everything is computed from the whole world each time, and equal worlds
 //! give equal bytes, which is what makes versions hold over restarts. What is costly for each pod, encoding and hashing
-//! its workload, is remembered ([`Memory`]) with everything it was made of: of 10,000 pods the few that changed cost.
+//! its workload, is remembered ([`Memory`]) with everything it was made of: of 10,000 pods only the few that changed cost that.
 
 mod aliases;
 mod authorization;
