@@ -3,7 +3,7 @@
 //! A list counts for an issuer only if that issuer signed it; names are not enough, since a renewed intermediate has the
 //! name of its predecessor. What no list speaks of is good, and a list past its `nextUpdate` still counts: a late list
 //! must not cut a mesh in half, and a certificate that was taken back does not become good again by it. Limits: whole
-//! lists only (no deltas, no indirect ones), [`MAX_FILE_BYTES`] and [`MAX_LISTS`].
+//! lists only (no deltas, no indirect ones), [`MAX_CRL_BYTES`] and [`MAX_LISTS`].
 
 use std::collections::HashMap;
 use std::fmt;
@@ -18,7 +18,7 @@ use x509_parser::prelude::{FromDer, SubjectPublicKeyInfo};
 use x509_parser::revocation_list::CertificateRevocationList;
 
 /// Largest file that is read, bytes: some 200,000 serial numbers.
-pub(crate) const MAX_FILE_BYTES: usize = 8 << 20;
+pub const MAX_CRL_BYTES: usize = 8 << 20;
 /// Most lists in a file: one for each root and intermediate of the last year is a handful.
 pub(crate) const MAX_LISTS: usize = 64;
 /// Remembered answers to "did this issuer sign that list"; more issuers than this do not exist in one mesh.
@@ -46,7 +46,7 @@ struct List {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum CrlError {
     /// Too large.
-    #[error("the revocation lists have {0} bytes; at most {MAX_FILE_BYTES} are read")]
+    #[error("the revocation lists have {0} bytes; at most {MAX_CRL_BYTES} are read")]
     TooLarge(usize),
     /// Too many.
     #[error("there are more than {MAX_LISTS} revocation lists; leave out those of issuers that are gone")]
@@ -85,7 +85,7 @@ pub(crate) struct Link<'a> {
 impl Crls {
     /// Reads lists in PEM (text between the blocks is skipped), or one in DER. Nothing at all is no list.
     pub fn parse(bytes: &[u8]) -> Result<Self, CrlError> {
-        if bytes.len() > MAX_FILE_BYTES {
+        if bytes.len() > MAX_CRL_BYTES {
             return Err(CrlError::TooLarge(bytes.len()));
         }
         let mut lists = Vec::new();
@@ -206,7 +206,7 @@ mod tests {
         let error = Crls::parse(damaged.as_bytes()).unwrap_err().to_string();
         assert!(error.contains("revocation list 1 cannot be used"), "{error}");
         assert!(matches!(Crls::parse(b"\x30\x03\x01"), Err(CrlError::Unusable { index: 1, .. })));
-        assert!(matches!(Crls::parse(&vec![b' '; MAX_FILE_BYTES + 1]), Err(CrlError::TooLarge(_))));
+        assert!(matches!(Crls::parse(&vec![b' '; MAX_CRL_BYTES + 1]), Err(CrlError::TooLarge(_))));
     }
 
     proptest! {

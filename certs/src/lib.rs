@@ -13,7 +13,7 @@ mod roots;
 mod spiffe;
 mod verify;
 
-pub use crl::{CrlError, Crls};
+pub use crl::{CrlError, Crls, MAX_CRL_BYTES};
 pub use issued::{Issued, IssuedError, not_after};
 pub use request::{CsrError, MAX_CSR_BYTES, ParsedCsr, Request, RequestError, parse_csr, request};
 pub use roots::{MAX_ROOTS, Roots, RootsError, fingerprint};

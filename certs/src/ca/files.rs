@@ -1,6 +1,6 @@
 //! The CA directory: `root-cert.pem` (a bundle of all trusted roots), `root-key.pem` (of the one that signs), `ca-cert.pem`
 //! and `ca-key.pem` (the intermediate), `token-key.pem`; during a rotation also `next-root-key.pem` or `old-root-key.pem`;
-//! and `crl.pem` once something was taken back.
+//! and `crl.pem`, what was taken back (empty at first).
 //!
 //! Several processes may come first at once (`control serve` twice, `control token`), so everything happens under an
 //! exclusive lock on `.lock`, and files are replaced by rename. An interrupted run leaves at worst a key without its
@@ -61,6 +61,11 @@ pub(super) fn open(dir: &Path, now: i64) -> Result<Loaded, CaError> {
     let roots = root.roots.clone();
     let (intermediate, intermediate_key) = open_intermediate(dir, root, now)?;
     let token_key = open_token_key(dir)?;
+    let crl = dir.join(CRL);
+    if !crl.exists() {
+        // There for copies from the beginning; empty takes nothing back.
+        write(&crl, "", 0o644)?;
+    }
     let rotation = rotate::state(dir, &roots, &intermediate)?;
     Ok(Loaded { roots, intermediate, intermediate_key, token_key, rotation })
 }
@@ -129,8 +134,8 @@ pub(super) fn signing_root(dir: &Path) -> Result<(CertificateDer<'static>, KeyPa
     let here = "it is missing; this needs the certificate and the key of the root";
     let roots = read_roots(dir)?.ok_or_else(|| missing(ROOT_CERT, here))?;
     let key = read_key(&dir.join(ROOT_KEY))?.ok_or_else(|| missing(ROOT_KEY, here))?;
-    let own = of_key(&roots, &key)
-        .ok_or_else(|| missing(ROOT_KEY, "it is the key of no certificate in root-cert.pem"))?;
+    let own =
+        of_key(&roots, &key).ok_or_else(|| missing(ROOT_KEY, "it is the key of no certificate in root-cert.pem"))?;
     Ok((own, key))
 }
 

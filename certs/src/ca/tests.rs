@@ -40,7 +40,10 @@ fn issued_chain_proves_its_identity_in_both_roles() {
     }
     let late = verify_chain(&issued.chain, &issued.roots, &Crls::default(), Usage::Server, at(NOW + LEAF_LIFE_S + 1));
     assert!(matches!(late, Err(VerifyError::Invalid(_))), "{late:?}");
-    assert_eq!(verify_chain(&[], &issued.roots, &Crls::default(), Usage::Server, at(NOW)), Err(VerifyError::NoCertificate));
+    assert_eq!(
+        verify_chain(&[], &issued.roots, &Crls::default(), Usage::Server, at(NOW)),
+        Err(VerifyError::NoCertificate)
+    );
 }
 
 #[test]

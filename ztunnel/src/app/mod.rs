@@ -6,6 +6,7 @@
 pub mod answers;
 pub mod resolver;
 pub mod pods;
+pub mod revocation;
 pub mod wanted;
 pub mod worker;
 
@@ -39,7 +40,7 @@ use crate::identity::{self, Control, RootCa, TokenSource};
 use crate::relay;
 use crate::state;
 use crate::telemetry::metrics::Metrics;
-use crate::tls::Aliases;
+use crate::tls::{Aliases, Trust};
 use crate::xds;
 
 /// Log lines that may wait for the writer. At 300 bytes each it is 20 MB; then lines are dropped and counted.
@@ -88,11 +89,11 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let (writer, reader) = state::store();
-    let identities = identity::identities(
-        control(&config, true),
-        config.secret_ttl,
-        Aliases::new(config.trust_domain_aliases.iter().cloned()),
-    );
+    let trust = Trust {
+        aliases: Aliases::new(config.trust_domain_aliases.iter().cloned()),
+        revoked: revocation::load(config.crl_path.as_deref())?,
+    };
+    let identities = identity::identities(control(&config, true), config.secret_ttl, trust.clone());
     let shared = Shared {
         reader: reader.clone(),
         identities: identities.clone(),
@@ -124,6 +125,9 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     let stop = Arc::new(stop);
     serve_admin(&config, &answers, Arc::new(registry), stop.clone(), level, dropped)?;
 
+    if let Some(path) = config.crl_path.clone() {
+        tokio::spawn(revocation::watch(path, trust.revoked, identities.clone(), stopping.clone()));
+    }
     tokio::spawn(identities.run(reached(stopping.clone(), Phase::Forced)));
     tokio::spawn(xds::run(xds_config(&config), writer, monitor, reached(stopping.clone(), Phase::Forced)));
     let asked = answers.clone();

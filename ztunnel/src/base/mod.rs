@@ -5,6 +5,7 @@
 pub mod bucket;
 pub mod budget;
 pub mod conntrack;
+pub mod cut;
 pub mod drain;
 pub mod netns;
 pub mod pace;
