@@ -35,7 +35,7 @@ fn tunnels_of_a_revoked_certificate_are_cut_and_its_node_goes_on_with_a_new_one(
         if now == old { Err(format!("still {now}")) } else { Ok(()) }
     })?;
     scenario::reaches(&lab, "shop/web", "http://cart.shop/")?;
-    let cut = kept.next()?;
+    let cut = kept.report()?;
     anyhow::ensure!(cut["ok"] == false, "a connection of the old certificate lived on: {cut}");
     let spared = spared.finish()?;
     anyhow::ensure!(spared["ok"] == true, "another account's connection lives: {spared}");

@@ -30,6 +30,7 @@ use crate::app::pods::{Environment, Pods};
 use crate::app::resolver::Names;
 use crate::app::worker::Worker;
 use crate::base::drain::{Drain, Drained, Phase, drain};
+use crate::base::memory;
 use crate::base::netns::{NetnsThread, local_addresses};
 use crate::base::sockets::Options;
 use crate::base::workers::Workers;
@@ -55,6 +56,8 @@ pub fn run(config: Node) -> anyhow::Result<()> {
     let _ = (*crate::tls::provider()).clone().install_default();
     raise_file_limit();
     let (level, dropped, _writer) = logging(&config)?;
+    let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+    memory::tame(config.workers(cores).map_err(anyhow::Error::msg)? + 1);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(node(config, level, dropped))
 }
@@ -142,6 +145,11 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
         reached(stopping.clone(), Phase::Forced),
     ));
     tokio::spawn(watch_node_addresses(reader.clone()));
+    let counted = pods.clone();
+    tokio::spawn(memory::give_back_after_peaks(move || {
+        let (inbound, outbound) = counted.connections();
+        inbound + outbound
+    }));
     let (pods_stop, _) = drain();
     let pods_drain = start_pods(&config, &shared, &workers, &pods, pods_stop)?;
     tracing::info!(node = %config.node_name, workers = count, version = VERSION, "started");
