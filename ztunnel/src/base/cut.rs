@@ -1,4 +1,5 @@
-//! An order to end, given once to something that somebody else on the same thread waits for.
+//! An order to end, given to something that somebody else on the same thread waits for. Whoever comes late finds the
+//! order already given, so that none is lost between two waits.
 
 use std::cell::RefCell;
 
