@@ -566,3 +566,31 @@ fn datagrams_are_held_to_the_policies_of_both_ends() -> anyhow::Result<()> {
     assert!(answered("ns-x/c", &direct)?);
     Ok(())
 }
+
+#[test]
+fn an_edit_ends_the_answers_of_a_flow_that_it_forbids() -> anyhow::Result<()> {
+    let Some(lab) = scenario::lab(LabConfig::of(&matrix_world())) else { return Ok(()) };
+    let target = format!("{}:7007", lab.pod_ip("ns-x", "a")?);
+    let watch = |from: &str| -> anyhow::Result<_> {
+        let mut running = lab.spawn(from, &["shop", "udp", &target, "--stream"])?;
+        let stdout = running.child().and_then(|child| child.stdout.take());
+        let mut lines = BufReader::new(stdout.ok_or_else(|| anyhow::anyhow!("no output"))?);
+        anyhow::ensure!(next(&mut lines)?["kind"] == "open", "{from} is not answered");
+        Ok((running, lines))
+    };
+    // Who sent the one datagram says nothing more: what passes from here on are replies.
+    let (_b, mut left) = watch("ns-x/b")?;
+    let (_c, mut right) = watch("ns-x/c")?;
+    let (_y, mut other) = watch("ns-y/b")?;
+    let out = "{podSelector: {matchLabels: {pod: b}}, policyTypes: [Egress]}";
+    let into = "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{podSelector: {matchLabels: {pod: b}}}, \
+                {namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-y}}}]}]}";
+    lab.apply_yaml(&(policy("ns-x", "out", out) + &policy("ns-x", "in", into)))?;
+    let ended = next(&mut left)?;
+    assert_eq!(ended["whole"], false, "what the client may not ask any more is not answered: {ended}");
+    let ended = next(&mut right)?;
+    assert_eq!(ended["whole"], false, "nor what the server may not be asked: {ended}");
+    let ended = next(&mut other)?;
+    assert_eq!(ended["whole"], true, "an allowed flow lives on: {ended}");
+    Ok(())
+}

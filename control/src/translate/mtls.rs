@@ -90,9 +90,7 @@ impl<'a> Plan<'a> {
             MtlsMode::Strict => true,
             MtlsMode::Permissive => false,
             // Who has no policy for itself names its parent's, not this one.
-            MtlsMode::Unset => {
-                rank.target != Target::Everything && self.parent(&rank.policy.meta.namespace).is_some()
-            }
+            MtlsMode::Unset => rank.target != Target::Everything && self.parent(&rank.policy.meta.namespace).is_some(),
         };
         let of_mode = |wanted: MtlsMode| {
             let ports = rank.ports.iter().filter(move |(_, mode)| **mode == wanted);
@@ -117,8 +115,7 @@ impl<'a> Plan<'a> {
     /// True unless an older policy of the same rank, or of the mesh's own root namespace, stands before it.
     fn decides(&self, rank: &Rank<'a>) -> bool {
         let firsts = self.namespaces.values().filter_map(|ranks| ranks.first());
-        rank.target != Target::Everything
-            || self.of_mesh().chain(firsts).any(|first| std::ptr::eq(first, rank))
+        rank.target != Target::Everything || self.of_mesh().chain(firsts).any(|first| std::ptr::eq(first, rank))
     }
 
     pub(super) fn resources(&self) -> Vec<Resource> {

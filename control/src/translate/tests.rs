@@ -153,7 +153,9 @@ fn a_mesh_wide_mode_that_is_left_open_does_not_hide_that_of_istios_root_namespac
         let shown = show(load(&text));
         let case = format!("ours {of_ours}, Istio's {of_istios}, the namespace's {of_namespace}: {shown:#}");
         assert_eq!(shown["addresses"][0]["resource"]["workload"]["policies"], *expected, "{case}");
-        let sent = shown["authorizations"].as_array().is_some_and(|list| list.len() == expected.as_array().map_or(0, Vec::len));
+        let sent = shown["authorizations"]
+            .as_array()
+            .is_some_and(|list| list.len() == expected.as_array().map_or(0, Vec::len));
         assert!(sent || *of_namespace == "PERMISSIVE", "what a pod names is sent: {case}");
     }
 }

@@ -124,6 +124,9 @@ struct Udp {
     /// Time to wait for the echo, in milliseconds.
     #[arg(long, default_value_t = 2000)]
     timeout_ms: u64,
+    /// Send once and be answered again and again; ends when answers stay away for the time of one.
+    #[arg(long)]
+    stream: bool,
     /// One JSON line instead of text.
     #[arg(long)]
     json: bool,
