@@ -10,15 +10,8 @@ use std::io::BufReader;
 use e2e::lab::Lab;
 use e2e::lab::LabConfig;
 use e2e::scenario;
+use e2e::scenario::network_policy as policy;
 use serde_json::Value;
-
-/// A NetworkPolicy; `spec` is YAML in flow style.
-fn policy(namespace: &str, name: &str, spec: &str) -> String {
-    format!(
-        "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: {name}, namespace: {namespace}}}\n\
-         spec: {spec}\n"
-    )
-}
 
 fn may(lab: &Lab, from: &str) -> anyhow::Result<bool> {
     Ok(scenario::call(lab, from, "http://cart.shop/")?["ok"] == true)

@@ -20,6 +20,8 @@ use std::collections::BTreeSet;
 
 use tulle_proto::names;
 
+pub use datagrams::endpoints as datagram_endpoints;
+
 use crate::model::{Condition, Meta, ObjectConditions, ObjectKey, Pod, World};
 use crate::resource::{Kind, Resource};
 

@@ -134,7 +134,7 @@ struct Udp {
 
 #[derive(Clone, Debug, Args)]
 struct Load {
-    /// http://host[:port]/path, or tcp://host:port
+    /// http://host[:port]/path, tcp://host:port, or udp://host:port
     target: Vec<String>,
     /// Requests per second and target.
     #[arg(long, default_value_t = 20.0)]
@@ -151,6 +151,12 @@ struct Load {
     /// End when standard input ends.
     #[arg(long)]
     until_eof: bool,
+    /// IPv4 only.
+    #[arg(short = '4', long)]
+    v4: bool,
+    /// IPv6 only.
+    #[arg(short = '6', long)]
+    v6: bool,
 }
 
 /// Which addresses a client may use.

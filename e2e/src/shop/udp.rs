@@ -14,7 +14,9 @@ use serde_json::Value;
 use serde_json::json;
 use tokio::net::UdpSocket;
 
+use crate::shop::Family;
 use crate::shop::Udp;
+use crate::shop::client::look_up;
 use crate::shop::now_us;
 
 /// Longest datagram.
@@ -58,29 +60,34 @@ async fn stream(socket: Rc<UdpSocket>, peer: SocketAddr, answer: String) {
 
 /// One exchange; true if it was answered.
 pub(super) async fn call(options: &Udp) -> anyhow::Result<bool> {
-    let began = Instant::now();
     let timeout = Duration::from_millis(options.timeout_ms);
     if options.stream {
         return watch(&options.address, timeout).await;
     }
-    let result = tokio::time::timeout(timeout, exchange(&options.address, &options.send)).await;
-    let result = result.unwrap_or_else(|_| Err(anyhow::anyhow!("no answer within {} ms", options.timeout_ms)));
-    let ms = began.elapsed().as_secs_f64() * 1000.0;
-    let report = match &result {
-        Ok(source) => json!({"t_us": now_us(), "ok": true, "ms": ms, "source": source}),
-        Err(error) => json!({"t_us": now_us(), "ok": false, "ms": ms, "error": format!("{error:#}")}),
-    };
+    let report = attempt(&options.address, &options.send, Family::Any, timeout).await;
     match (options.json, &report["error"]) {
         (true, _) => println!("{report}"),
         (false, Value::Null) => println!("answered"),
         (false, error) => println!("failed: {}", error.as_str().unwrap_or_default()),
     }
-    Ok(result.is_ok())
+    Ok(report["ok"] == true)
+}
+
+/// One exchange, reported.
+pub(super) async fn attempt(address: &str, send: &str, family: Family, timeout: Duration) -> Value {
+    let began = Instant::now();
+    let result = tokio::time::timeout(timeout, exchange(address, send, family)).await;
+    let result = result.unwrap_or_else(|_| Err(anyhow::anyhow!("no answer within {} ms", timeout.as_millis())));
+    let ms = began.elapsed().as_secs_f64() * 1000.0;
+    match result {
+        Ok(source) => json!({"t_us": now_us(), "ok": true, "ms": ms, "source": source}),
+        Err(error) => json!({"t_us": now_us(), "ok": false, "ms": ms, "error": format!("{error:#}")}),
+    }
 }
 
 /// Watches a stream: a line when it opens, and one with the number of answers when it ends. True if it ended by itself.
 async fn watch(address: &str, timeout: Duration) -> anyhow::Result<bool> {
-    let socket = connected(address).await?;
+    let socket = connected(address, Family::Any).await?;
     socket.send(ASK.as_bytes()).await?;
     let mut buffer = [0; LONGEST];
     let mut answers = 0;
@@ -95,16 +102,16 @@ async fn watch(address: &str, timeout: Duration) -> anyhow::Result<bool> {
     Ok(answers == STREAM)
 }
 
-async fn connected(address: &str) -> anyhow::Result<UdpSocket> {
-    let target = tokio::net::lookup_host(address).await?.next().context("the name has no address")?;
+async fn connected(address: &str, family: Family) -> anyhow::Result<UdpSocket> {
+    let target = look_up(address, family).await?;
     let any = if target.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" };
     let socket = UdpSocket::bind(any).await?;
     socket.connect(target).await?;
     Ok(socket)
 }
 
-async fn exchange(address: &str, send: &str) -> anyhow::Result<String> {
-    let socket = connected(address).await?;
+async fn exchange(address: &str, send: &str, family: Family) -> anyhow::Result<String> {
+    let socket = connected(address, family).await?;
     let mut buffer = [0; LONGEST];
     loop {
         socket.send(send.as_bytes()).await?;
