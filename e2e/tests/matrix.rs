@@ -475,7 +475,7 @@ fn judge(cell: &Cell, made: bool, answer: &Value, records: &Records) -> Vec<Stri
         rule: wanted.rule.filter(|_| !passes),
         ..wanted.clone()
     };
-    let arrives = cell.to.server().is_some() && !(at_source && !passes);
+    let arrives = cell.to.server().is_some() && (passes || !at_source);
     for (direction, there) in [("outbound", cell.client.in_mesh()), ("inbound", arrives)] {
         let found = records.of(direction, cell);
         let mut wanted = in_record.clone();
