@@ -109,7 +109,50 @@ struct Case {
     expected: fn(Cell) -> bool,
 }
 
+/// Whether a pod of the matrix runs on node 2, whose pods have addresses of 10.20.2.0/24.
+fn on_second(namespace: &str, name: &str) -> bool {
+    PODS.contains(&(namespace, name, 2))
+}
+
 const CASES: &[Case] = &[
+    Case {
+        name: "the documentation's first example: a block with an exception, a namespace and pods; a block on one port",
+        policies: &[(
+            "ns-x",
+            "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Ingress, Egress], \
+              ingress: [{from: [{ipBlock: {cidr: 10.20.0.0/16, except: [10.20.1.0/24]}}, \
+                                {namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-z}}}, \
+                                {podSelector: {matchLabels: {pod: b}}}], ports: [{protocol: TCP, port: 80}]}], \
+              egress: [{to: [{ipBlock: {cidr: 10.20.2.0/24}}], ports: [{protocol: TCP, port: 81}]}]}",
+        )],
+        expected: |c| {
+            let from = on_second(c.fns, c.from) || c.fns == "ns-z" || c.out_of("ns-x", "b");
+            (!c.into("ns-x", "a") || (from && c.port == 80))
+                && (!c.out_of("ns-x", "a") || (on_second(c.tns, c.to) && c.port == 81))
+        },
+    },
+    Case {
+        name: "a namespace by the label of its name, both ways (documentation)",
+        policies: &[
+            (
+                "ns-y",
+                "{podSelector: {}, policyTypes: [Egress], egress: [{to: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-x}}}]}]}",
+            ),
+            (
+                "ns-x",
+                "{podSelector: {}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-y}}}]}]}",
+            ),
+        ],
+        expected: |c| (c.fns != "ns-y" || c.tns == "ns-x") && (c.tns != "ns-x" || c.fns == "ns-y"),
+    },
+    Case {
+        name: "a range of ports that holds the one and not the other, on both sides of it (documentation)",
+        policies: &[(
+            "ns-x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{ports: [{port: 32, endPort: 80}, {port: 82, endPort: 32768}]}]}",
+        )],
+        expected: |c| !c.into("ns-x", "a") || c.port == 80,
+    },
     Case {
         name: "should support a 'default-deny-ingress' policy",
         policies: &[("ns-x", "{podSelector: {}, policyTypes: [Ingress]}")],

@@ -151,7 +151,8 @@ async fn leave(
         };
         all.push(Leaving { answer, endpoints });
     }
-    let shown = all.iter().find(|one| one.answer.plan != "refuse").or_else(|| all.first()).map(|one| one.answer.clone());
+    let shown =
+        all.iter().find(|one| one.answer.plan != "refuse").or_else(|| all.first()).map(|one| one.answer.clone());
     let shown = shown.ok_or_else(|| not_found(format!("{} has no ready endpoint", target.service)))?;
     let share = 1.0 / all.len() as f64;
     let scaled = |one: Leaving| {
