@@ -23,7 +23,7 @@ rm -rf "$logs" && mkdir -p "$logs"
 needs_namespaces() {
     case $1 in
         */lib | */bin-* | e2e/tidy) return 1 ;;
-        e2e/* | ztunnel/flow | ztunnel/recovery) return 0 ;;
+        e2e/* | ztunnel/flow | ztunnel/recovery | ztunnel/tunnel) return 0 ;;
         *) return 1 ;;
     esac
 }
@@ -113,8 +113,9 @@ while read -r program folder executable; do
     wrap=()
     if needs_namespaces "$program"; then
         options+=(--test-threads=1)
-        [ $root = yes ] || [[ $program != ztunnel/* ]] || wrap=("${in_user_namespace[@]}")
     fi
+    # All of the proxy's: its unit tests enter a namespace, too.
+    [ $root = yes ] || [[ $program != ztunnel/* ]] || wrap=("${in_user_namespace[@]}")
     run "$pass" "$program" "$folder" "${wrap[@]}" "$executable" "${options[@]}"
 done <<<"$programs"
 
@@ -142,6 +143,7 @@ if [ $root = yes ]; then
 fi
 
 echo
+[ $root = yes ] || echo "NOT RUN the pass as root, which needs root: everything above ran once, as $(id -un)"
 for failure in "${failures[@]}"; do echo "FAILED $failure"; done
 [ "$skipped" = 0 ] || echo "SKIPPED $skipped: see above; with CI set they would be failures"
 echo "took $((SECONDS - began)) s"

@@ -5,6 +5,7 @@
 //! always an argument. All cryptography is aws-lc-rs through rcgen, rustls and webpki.
 
 pub mod ca;
+mod crl;
 mod issued;
 mod pem;
 mod request;
@@ -12,6 +13,7 @@ mod roots;
 mod spiffe;
 mod verify;
 
+pub use crl::{CrlError, Crls, MAX_CRL_BYTES};
 pub use issued::{Issued, IssuedError, not_after};
 pub use request::{CsrError, MAX_CSR_BYTES, ParsedCsr, Request, RequestError, parse_csr, request};
 pub use roots::{MAX_ROOTS, Roots, RootsError, fingerprint};

@@ -11,6 +11,7 @@ use rustls_pki_types::TrustAnchor;
 use rustls_pki_types::pem::PemObject;
 use sha2::{Digest, Sha256};
 use thiserror::Error;
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::pem;
 
@@ -97,6 +98,13 @@ impl Roots {
     /// The certificates, in order.
     pub fn certificates(&self) -> &[CertificateDer<'static>] {
         &self.0.certificates
+    }
+
+    /// SubjectPublicKeyInfo, DER, of the root that an anchor was made of.
+    pub(crate) fn public_key(&self, anchor: &TrustAnchor<'_>) -> Option<Vec<u8>> {
+        let index = self.0.anchors.iter().position(|own| own == anchor)?;
+        let (_, root) = X509Certificate::from_der(self.certificates().get(index)?).ok()?;
+        Some(root.public_key().raw.to_vec())
     }
 
     /// The same as webpki wants them.

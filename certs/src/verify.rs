@@ -9,12 +9,14 @@ use rustls::crypto::WebPkiSupportedAlgorithms;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::UnixTime;
 use thiserror::Error;
-use webpki::{EndEntityCert, KeyUsage};
+use webpki::{EndEntityCert, KeyUsage, VerifiedPath};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
+use crate::Crls;
 use crate::Roots;
 use crate::SpiffeId;
+use crate::crl::Link;
 
 /// Longest chain that is looked at, certificates. Ours has 2; a deeper PKI rarely more than 4.
 const MAX_CHAIN: usize = 10;
@@ -45,6 +47,12 @@ pub enum VerifyError {
     /// webpki's verdict: unknown issuer, expired, wrong usage, bad signature.
     #[error("the peer's certificate is not valid: {0}")]
     Invalid(webpki::Error),
+    /// A certificate of the chain was taken back.
+    #[error("the peer's certificate was revoked: serial number {serial} is in a revocation list of its issuer")]
+    Revoked {
+        /// Of the leaf or an intermediate, lower-case hex.
+        serial: String,
+    },
     /// The leaf names no URI.
     #[error("the peer's certificate names no identity (no URI among its subject alternative names)")]
     NoIdentity,
@@ -86,10 +94,12 @@ pub fn leaf_identity(leaf: &CertificateDer<'_>) -> Result<SpiffeId, VerifyError>
     }
 }
 
-/// Verifies a chain (leaf first) against the roots, for the usage, at a time; gives the identity it proves.
+/// Verifies a chain (leaf first) against the roots and revocation lists, for the usage, at a time; gives the identity it
+/// proves.
 pub fn verify_chain(
     chain: &[CertificateDer<'_>],
     roots: &Roots,
+    crls: &Crls,
     usage: Usage,
     now: UnixTime,
 ) -> Result<SpiffeId, VerifyError> {
@@ -104,10 +114,31 @@ pub fn verify_chain(
         Usage::Server => KeyUsage::server_auth(),
         Usage::Client => KeyUsage::client_auth(),
     };
-    end_entity
+    let path = end_entity
         .verify_for_usage(algorithms().all, roots.anchors(), intermediates, now, usage, None, None)
         .map_err(VerifyError::Invalid)?;
+    if !crls.is_empty() {
+        not_revoked(&path, roots, crls)?;
+    }
     leaf_identity(leaf)
+}
+
+/// Looks up each certificate of a verified path, with the key of the one above it.
+fn not_revoked(path: &VerifiedPath<'_>, roots: &Roots, crls: &Crls) -> Result<(), VerifyError> {
+    let unreadable = || VerifyError::Unreadable("its root has no public key".into());
+    let mut links: Vec<(&[u8], &[u8])> = vec![(path.end_entity().issuer(), path.end_entity().serial())];
+    let mut keys: Vec<Vec<u8>> = Vec::new();
+    for intermediate in path.intermediate_certificates() {
+        keys.push(intermediate.subject_public_key_info().to_vec());
+        links.push((intermediate.issuer(), intermediate.serial()));
+    }
+    keys.push(roots.public_key(path.anchor()).ok_or_else(unreadable)?);
+    for ((issuer, serial), key) in links.into_iter().zip(&keys) {
+        if crls.revoke(&Link { issuer, serial, key }) {
+            return Err(VerifyError::Revoked { serial: serial.iter().map(|byte| format!("{byte:02x}")).collect() });
+        }
+    }
+    Ok(())
 }
 
 fn algorithms() -> &'static WebPkiSupportedAlgorithms {

@@ -44,6 +44,8 @@ pub enum Command {
     Token(Token),
     /// Replace the root (in three steps, one a call) or the intermediate, without dropping a connection.
     Rotate(Rotate),
+    /// Take certificates back: adds serial numbers to crl.pem, the file that nodes read as CRL_PATH.
+    Revoke(Revoke),
 }
 
 /// `control serve`.
@@ -147,6 +149,20 @@ pub struct Rotate {
     /// Do not ask the nodes: those that are behind lose connections until they have caught up.
     #[arg(long)]
     pub force: bool,
+}
+
+/// `control revoke`.
+#[derive(Debug, Clone, Args)]
+pub struct Revoke {
+    /// Serial numbers in hex, as `tulle get certificates` shows them.
+    #[arg(required = true)]
+    pub serials: Vec<String>,
+    /// The CA directory of the control plane.
+    #[arg(long, env = "TULLE_CONTROL_CA_DIR")]
+    pub ca_dir: PathBuf,
+    /// The serial numbers are those of intermediates: all that they signed is taken back.
+    #[arg(long)]
+    pub intermediate: bool,
 }
 
 /// What can be replaced.

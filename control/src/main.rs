@@ -34,6 +34,10 @@ fn run(command: Command) -> anyhow::Result<()> {
             println!("{}", cli::rotate(&rotate)?);
             Ok(())
         }
+        Command::Revoke(revoke) => {
+            println!("{}", cli::revoke(&revoke)?);
+            Ok(())
+        }
         Command::Serve(serve) => {
             tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(app::serve(serve))
         }

@@ -5,6 +5,9 @@
 //! with clients on the first and servers on the second, so that what they say crosses the node link.
 
 use std::fmt::Write as _;
+use std::io::BufRead as _;
+use std::io::BufReader;
+use std::process::ChildStdout;
 use std::process::Command;
 use std::time::Duration;
 
@@ -13,6 +16,7 @@ use serde_json::Value;
 use crate::eventually::eventually;
 use crate::lab::Lab;
 use crate::lab::LabConfig;
+use crate::lab::Running;
 use crate::lab::programs_dir;
 use crate::topology;
 
@@ -134,6 +138,14 @@ pub fn calls(lab: &Lab, from: &str, url: &str, more: &[&str]) -> anyhow::Result<
     Ok(reports)
 }
 
+/// Waits until a call from there goes well.
+pub fn reaches(lab: &Lab, from: &str, url: &str) -> anyhow::Result<()> {
+    eventually(&format!("{from} reaches {url}"), PATIENCE, || match call(lab, from, url) {
+        Ok(report) if report["ok"] == true => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+}
+
 /// The JSON lines of an output; others are skipped.
 pub fn json_lines(bytes: &[u8]) -> Vec<Value> {
     String::from_utf8_lossy(bytes).lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
@@ -177,6 +189,39 @@ pub fn pod_status(lab: &Lab, node: &str, pod: &str) -> anyhow::Result<Value> {
     let status = lab.node_admin(node, "/status")?;
     let pods = status["pods"].as_array().cloned().unwrap_or_default();
     Ok(pods.into_iter().find(|entry| entry["name"] == pod).unwrap_or_default())
+}
+
+/// A client's connection that stays open.
+pub struct Held {
+    running: Running,
+    lines: BufReader<ChildStdout>,
+}
+
+/// A connection to cart with a line back and forth every 50 ms; returns once it is open.
+pub fn hold(lab: &Lab, from: &str) -> anyhow::Result<Held> {
+    let mut running = lab.spawn(from, &["shop", "tcp", "cart.shop:9000", "--hold-ms", "50"])?;
+    let stdout = running.child().and_then(|child| child.stdout.take());
+    let mut held = Held { running, lines: BufReader::new(stdout.ok_or_else(|| anyhow::anyhow!("no output"))?) };
+    let opened = held.report()?;
+    anyhow::ensure!(opened["kind"] == "open", "{from} could not connect: {opened}");
+    Ok(held)
+}
+
+impl Held {
+    /// Its next report; blocks until there is one.
+    pub fn report(&mut self) -> anyhow::Result<Value> {
+        let mut line = String::new();
+        self.lines.read_line(&mut line)?;
+        Ok(serde_json::from_str(&line)?)
+    }
+
+    /// Closes it; its last report.
+    pub fn finish(mut self) -> anyhow::Result<Value> {
+        if let Some(child) = self.running.child() {
+            drop(child.stdin.take());
+        }
+        self.report()
+    }
 }
 
 /// A random word that no traffic holds by chance.

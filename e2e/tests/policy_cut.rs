@@ -1,44 +1,10 @@
 //! Promise: a policy change cuts the live connections that it forbids, with a reason, and no others.
 
-use std::io::BufRead;
-use std::io::BufReader;
 use std::time::Instant;
 
-use e2e::lab::Lab;
 use e2e::lab::LabConfig;
-use e2e::lab::Running;
 use e2e::scenario;
-use serde_json::Value;
-
-struct Held {
-    running: Running,
-    lines: BufReader<std::process::ChildStdout>,
-}
-
-/// A connection with a line back and forth every 50 ms; returns once it is open.
-fn hold(lab: &Lab, from: &str) -> anyhow::Result<Held> {
-    let mut running = lab.spawn(from, &["shop", "tcp", "cart.shop:9000", "--hold-ms", "50"])?;
-    let stdout = running.child().and_then(|child| child.stdout.take());
-    let mut held = Held { running, lines: BufReader::new(stdout.ok_or_else(|| anyhow::anyhow!("no output"))?) };
-    let opened = held.next()?;
-    anyhow::ensure!(opened["kind"] == "open", "{from} could not connect: {opened}");
-    Ok(held)
-}
-
-impl Held {
-    fn next(&mut self) -> anyhow::Result<Value> {
-        let mut line = String::new();
-        self.lines.read_line(&mut line)?;
-        Ok(serde_json::from_str(&line)?)
-    }
-
-    fn finish(mut self) -> anyhow::Result<Value> {
-        if let Some(child) = self.running.child() {
-            drop(child.stdin.take());
-        }
-        self.next()
-    }
-}
+use e2e::scenario::hold;
 
 #[test]
 fn a_new_policy_cuts_what_it_forbids_and_nothing_else() -> anyhow::Result<()> {
@@ -48,7 +14,7 @@ fn a_new_policy_cuts_what_it_forbids_and_nothing_else() -> anyhow::Result<()> {
     let rules = "[{from: [{source: {principals: ['cluster.local/ns/shop/sa/web']}}]}]";
     lab.apply_yaml(&scenario::authorization("shop", "not-web", "cart", "DENY", rules))?;
     let began = Instant::now();
-    let cut = web.next()?;
+    let cut = web.report()?;
     assert_eq!(cut["ok"], false, "the forbidden connection ends: {cut}");
     assert!(began.elapsed() < scenario::PATIENCE);
     scenario::await_log(&lab, "node-2", &["POLICY_CHANGED", "shop/not-web"])?;
@@ -63,7 +29,7 @@ fn strict_cuts_live_plaintext() -> anyhow::Result<()> {
     let mut guest = hold(&lab, "plain/guest")?;
     let web = hold(&lab, "shop/web")?;
     lab.apply_yaml(&scenario::peer_authentication("shop", "STRICT"))?;
-    let cut = guest.next()?;
+    let cut = guest.report()?;
     assert_eq!(cut["ok"], false, "plaintext ends: {cut}");
     assert_eq!(web.finish()?["ok"], true, "mutual TLS lives");
     Ok(())

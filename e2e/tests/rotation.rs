@@ -84,14 +84,7 @@ fn root_and_intermediate_are_replaced_under_load_without_a_failure() -> anyhow::
     // A proxy that starts now has never known the old root.
     lab.kill("node-2", "KILL")?;
     lab.restart("node-2")?;
-    serves(&lab)
-}
-
-fn serves(lab: &Lab) -> anyhow::Result<()> {
-    eventually("web reaches cart", PATIENCE, || match scenario::call(lab, "shop/web", "http://cart.shop/") {
-        Ok(report) if report["ok"] == true => Ok(()),
-        other => Err(format!("{other:?}")),
-    })
+    scenario::reaches(&lab, "shop/web", "http://cart.shop/")
 }
 
 #[test]

@@ -29,6 +29,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("roots", roots),
     ("issued", issued),
     ("certificate", certificate),
+    ("crl", crl),
     ("dns", dns),
 ];
 
@@ -174,7 +175,14 @@ pub fn certificate(data: &[u8]) {
     let _ = tulle_certs::not_after(&leaf);
     let now = rustls_pki_types::UnixTime::since_unix_epoch(std::time::Duration::from_secs(1_800_000_000));
     if let Ok(roots) = Roots::from_der(vec![leaf.clone().into_owned()]) {
-        let _ = tulle_certs::verify_chain(&[leaf], &roots, Usage::Server, now);
+        let _ = tulle_certs::verify_chain(&[leaf], &roots, &tulle_certs::Crls::default(), Usage::Server, now);
+    }
+}
+
+/// The file that `CRL_PATH` names.
+pub fn crl(data: &[u8]) {
+    if let Ok(crls) = tulle_certs::Crls::parse(data) {
+        assert!(crls.is_empty() || crls.lists() > 0);
     }
 }
 

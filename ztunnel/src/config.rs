@@ -68,6 +68,9 @@ pub struct Node {
     /// as those of the own domain.
     #[arg(long, env = "TULLE_TRUST_DOMAIN_ALIASES", value_delimiter = ',')]
     pub trust_domain_aliases: Vec<String>,
+    /// File of revocation lists, PEM or DER; replaced by rename, watched. Empty: nothing was taken back.
+    #[arg(long, env = "CRL_PATH")]
+    pub crl_path: Option<PathBuf>,
     /// Where discovery comes from.
     #[arg(long, env = "XDS_ADDRESS", default_value = "https://control.tulle-system.svc:15012")]
     pub xds_address: String,

@@ -39,6 +39,8 @@ pub enum Code {
     TlsFailed,
     /// The peer proved another identity than the expected one.
     WrongIdentity,
+    /// The peer's certificate is in a revocation list.
+    CertRevoked,
     /// The HTTP/2 tunnel failed.
     TunnelFailed,
     /// The destination's proxy answered CONNECT with an error.
@@ -137,6 +139,7 @@ impl Code {
         Self::ConnectTimeout,
         Self::TlsFailed,
         Self::WrongIdentity,
+        Self::CertRevoked,
         Self::TunnelFailed,
         Self::TunnelRefused,
         Self::NoCertificate,
@@ -211,6 +214,9 @@ impl Code {
                 R::No,
                 "the peer proved another identity than the expected one",
             ),
+            Self::CertRevoked => {
+                row("CERT_REVOKED", "CERT_REVOKED", 401, F::Policy, R::Later, "the peer's certificate was taken back")
+            }
             Self::TunnelFailed => {
                 row("TUNNEL_FAILED", "H2_HANDSHAKE_FAILURE", 503, F::Destination, R::Yes, "the HTTP/2 tunnel failed")
             }

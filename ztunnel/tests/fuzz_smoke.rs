@@ -12,7 +12,11 @@ mod smoke;
 mod node;
 
 use prost::Message as _;
+use rustls_pki_types::CertificateRevocationListDer;
+use rustls_pki_types::pem::PemObject as _;
 use tulle_certs::ca::Authority;
+use tulle_certs::ca::files::CRL;
+use tulle_certs::ca::revoke::{Signed, revoke};
 use tulle_certs::{SpiffeId, request};
 use tulle_proto::mesh;
 use tulle_proto::mesh::network_peer::Peer;
@@ -44,6 +48,7 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         "dns" => messages(),
         "network-policy" => vec![network_policy().encode_to_vec()],
         "csr" | "roots" | "issued" | "certificate" => certificates(target),
+        "crl" => revocation_lists(),
         other => panic!("{other} has no seed; add one"),
     }
 }
@@ -140,6 +145,15 @@ fn certificates(target: &str) -> Vec<Vec<u8>> {
         "issued" => chain.join("\n\n").into_bytes(),
         _ => tulle_certs::Roots::from_pem(roots.as_bytes()).unwrap().certificates()[0].to_vec(),
     }]
+}
+
+/// PEM and DER.
+fn revocation_lists() -> Vec<Vec<u8>> {
+    let dir = tempfile::tempdir().unwrap();
+    revoke(dir.path(), Signed::Leaf, &[vec![1, 2, 3], vec![4]], NOW).unwrap();
+    let pem = std::fs::read(dir.path().join(CRL)).unwrap();
+    let der = CertificateRevocationListDer::from_pem_slice(&pem).unwrap().to_vec();
+    vec![pem, der]
 }
 
 #[test]

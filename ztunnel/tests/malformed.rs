@@ -12,7 +12,7 @@ use rcgen::{
     date_time_ymd,
 };
 use rustls_pki_types::{CertificateDer, UnixTime};
-use tulle_certs::{Roots, SpiffeId, Usage, VerifyError, verify_chain};
+use tulle_certs::{Crls, Roots, SpiffeId, Usage, VerifyError, verify_chain};
 use ztunnel::capture::pods;
 use ztunnel::config::duration;
 use ztunnel::hbone::headers::{Authority, TraceId, destination};
@@ -248,7 +248,7 @@ fn uri(text: &str) -> SanType {
 const NOW: Duration = Duration::from_secs(1_800_000_000);
 
 fn verify(chain: &[CertificateDer<'_>], roots: &Roots) -> Result<SpiffeId, VerifyError> {
-    verify_chain(chain, roots, Usage::Client, UnixTime::since_unix_epoch(NOW))
+    verify_chain(chain, roots, &Crls::default(), Usage::Client, UnixTime::since_unix_epoch(NOW))
 }
 
 #[test]

@@ -16,7 +16,7 @@ use http::{HeaderMap, Response, StatusCode};
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::LocalSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tulle_certs::ca::Authority;
 use tulle_certs::{Issued, SpiffeId, request};
@@ -32,7 +32,7 @@ use ztunnel::hbone::pool::{Key, Opened, Pool};
 use ztunnel::hbone::{Config, server};
 use ztunnel::outcome::Code;
 use ztunnel::relay::{self, TcpSide, Terms};
-use ztunnel::tls::{Aliases, WorkloadCert};
+use ztunnel::tls::{Trust, WorkloadCert};
 
 fn now() -> i64 {
     i64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()).unwrap()
@@ -58,7 +58,7 @@ fn cert(dir: &Path, id: &str) -> Arc<WorkloadCert> {
     let authority = Authority::open(dir, now()).unwrap();
     let asked = request(&id).unwrap();
     let chain = authority.sign(&tulle_certs::parse_csr(&asked.csr_pem).unwrap(), &id, 3600, now()).unwrap();
-    Arc::new(WorkloadCert::new(Issued::parse(&chain, &id).unwrap(), asked.key, &Aliases::default()).unwrap())
+    Arc::new(WorkloadCert::new(Issued::parse(&chain, &id).unwrap(), asked.key, &Trust::default()).unwrap())
 }
 
 const A: &str = "spiffe://cluster.local/ns/shop/sa/a";
@@ -102,7 +102,8 @@ async fn serve(listener: TcpListener, side: Side) {
             let handle = |incoming| {
                 tokio::task::spawn_local(answer(side.clone(), window.clone(), incoming));
             };
-            let _ = server::serve(tls, config, side.drained.clone(), Duration::from_secs(60), &window, handle).await;
+            let _ =
+                server::serve(tls, config, side.drained.clone(), sleep(Duration::from_secs(60)), &window, handle).await;
         });
     }
 }
@@ -290,7 +291,7 @@ fn the_next_tunnel_is_opened_before_one_is_full() {
         }
         let mut waited = 0;
         while world.tunnels.get() < 2 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            sleep(Duration::from_millis(5)).await;
             waited += 1;
             assert!(waited < 1000, "no second tunnel");
         }
@@ -498,7 +499,7 @@ async fn piped(lifetime: Duration) -> (tokio::task::JoinHandle<Option<Code>>, h2
         let window = Window::new(&Budget::new(1 << 20), config.stream_window, config.connection_window);
         let mut kept = Vec::new();
         let keep = |incoming: server::Incoming| kept.push(incoming);
-        server::serve(far, config, drained, lifetime, &window, keep).await.err().map(|outcome| outcome.code)
+        server::serve(far, config, drained, sleep(lifetime), &window, keep).await.err().map(|outcome| outcome.code)
     });
     let (send, connection) = h2::client::handshake(near).await.unwrap();
     tokio::task::spawn_local(connection);
@@ -519,9 +520,9 @@ fn a_tunnel_ends_with_the_certificate_of_its_peer() {
         let (serving, mut send, _owner) = piped(Duration::from_secs(600)).await;
         let request = || connect_request("10.0.0.1:80", HeaderMap::new()).unwrap();
         let (response, mut open) = send.send_request(request(), false).unwrap();
-        tokio::time::sleep(Duration::from_secs(599)).await;
+        sleep(Duration::from_secs(599)).await;
         assert!(send.clone().ready().await.is_ok(), "before its end it takes new streams");
-        tokio::time::sleep(Duration::from_secs(2)).await;
+        sleep(Duration::from_secs(2)).await;
         let refused = match send.clone().ready().await {
             Ok(mut send) => send.send_request(request(), false).unwrap().0.await.is_err(),
             Err(_) => true,
@@ -544,13 +545,13 @@ fn a_tunnel_without_streams_ends_after_a_quarter_of_an_hour() {
         let (serving, mut send, _owner) = piped(Duration::from_secs(86_400)).await;
         let request = connect_request("10.0.0.1:80", HeaderMap::new()).unwrap();
         let (response, mut open) = send.send_request(request, false).unwrap();
-        tokio::time::sleep(Duration::from_secs(7200)).await;
+        sleep(Duration::from_secs(7200)).await;
         assert!(!serving.is_finished(), "a stream keeps it open");
         open.send_reset(h2::Reason::CANCEL);
         drop(response);
-        tokio::time::sleep(Duration::from_secs(600)).await;
+        sleep(Duration::from_secs(600)).await;
         assert!(!serving.is_finished(), "not at once");
-        tokio::time::sleep(Duration::from_secs(1300)).await;
+        sleep(Duration::from_secs(1300)).await;
         assert!(serving.is_finished());
     });
 }

@@ -1,5 +1,6 @@
 //! The CA directory: `root-cert.pem` (a bundle of all trusted roots), `root-key.pem` (of the one that signs), `ca-cert.pem`
-//! and `ca-key.pem` (the intermediate), `token-key.pem`; during a rotation also `next-root-key.pem` or `old-root-key.pem`.
+//! and `ca-key.pem` (the intermediate), `token-key.pem`; during a rotation also `next-root-key.pem` or `old-root-key.pem`;
+//! and `crl.pem`, what was taken back (empty at first).
 //!
 //! Several processes may come first at once (`control serve` twice, `control token`), so everything happens under an
 //! exclusive lock on `.lock`, and files are replaced by rename. An interrupted run leaves at worst a key without its
@@ -38,6 +39,9 @@ pub const NEXT_ROOT_KEY: &str = "next-root-key.pem";
 /// Key of the root that signed before, until it is retired.
 pub const OLD_ROOT_KEY: &str = "old-root-key.pem";
 
+/// What was taken back; see [`crate::ca::revoke`].
+pub const CRL: &str = "crl.pem";
+
 /// Largest file that is read, bytes: a bundle of 64 roots has about 100 KiB.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
 
@@ -57,6 +61,11 @@ pub(super) fn open(dir: &Path, now: i64) -> Result<Loaded, CaError> {
     let roots = root.roots.clone();
     let (intermediate, intermediate_key) = open_intermediate(dir, root, now)?;
     let token_key = open_token_key(dir)?;
+    let crl = dir.join(CRL);
+    if !crl.exists() {
+        // There for copies from the beginning; empty takes nothing back.
+        write(&crl, "", 0o644)?;
+    }
     let rotation = rotate::state(dir, &roots, &intermediate)?;
     Ok(Loaded { roots, intermediate, intermediate_key, token_key, rotation })
 }
@@ -117,6 +126,17 @@ pub(super) fn read_roots(dir: &Path) -> Result<Option<Roots>, CaError> {
     let path = dir.join(ROOT_CERT);
     let Some(bundle) = read(&path)? else { return Ok(None) };
     Roots::from_pem(bundle.as_bytes()).map(Some).map_err(|source| CaError::Roots { path, source })
+}
+
+/// The root that signs, with its key.
+pub(super) fn signing_root(dir: &Path) -> Result<(CertificateDer<'static>, KeyPair), CaError> {
+    let missing = |file: &str, reason: &str| CaError::Content { path: dir.join(file), reason: reason.to_owned() };
+    let here = "it is missing; this needs the certificate and the key of the root";
+    let roots = read_roots(dir)?.ok_or_else(|| missing(ROOT_CERT, here))?;
+    let key = read_key(&dir.join(ROOT_KEY))?.ok_or_else(|| missing(ROOT_KEY, here))?;
+    let own =
+        of_key(&roots, &key).ok_or_else(|| missing(ROOT_KEY, "it is the key of no certificate in root-cert.pem"))?;
+    Ok((own, key))
 }
 
 /// The root of the bundle that belongs to a key.
@@ -221,7 +241,7 @@ pub(super) fn read_key(path: &Path) -> Result<Option<KeyPair>, CaError> {
     })
 }
 
-fn read(path: &Path) -> Result<Option<String>, CaError> {
+pub(super) fn read(path: &Path) -> Result<Option<String>, CaError> {
     match std::fs::metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(io("read", path, source)),

@@ -5,6 +5,7 @@
 //! lives at most 24 hours and never outlives the intermediate; the files are described in [`files`].
 
 pub mod files;
+pub mod revoke;
 pub mod rotate;
 
 use std::net::IpAddr;
@@ -50,6 +51,7 @@ pub struct Authority {
     intermediate: CertificateDer<'static>,
     not_before: i64,
     not_after: i64,
+    serial: String,
     token_key: TokenKey,
     rotation: Rotation,
 }
@@ -140,6 +142,7 @@ impl Authority {
             intermediate: loaded.intermediate,
             not_before: facts.not_before,
             not_after: facts.not_after,
+            serial: facts.serial,
             token_key: loaded.token_key,
             rotation: loaded.rotation,
         })
@@ -172,6 +175,11 @@ impl Authority {
     /// The certificate that signs leaves.
     pub fn intermediate(&self) -> &CertificateDer<'static> {
         &self.intermediate
+    }
+
+    /// Its serial number, lower-case hex.
+    pub fn intermediate_serial(&self) -> &str {
+        &self.serial
     }
 
     /// All trusted roots.

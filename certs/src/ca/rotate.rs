@@ -77,7 +77,7 @@ fn begin(certificate: &CertificateDer<'_>) -> Result<i64, CaError> {
 /// If a rotation is under way, or the key of the root that signs is not here.
 pub fn announce(dir: &Path, now: i64) -> Result<(), CaError> {
     let _lock = files::lock(dir)?;
-    let (roots, _) = signing_root(dir)?;
+    let roots = all_roots(dir)?;
     if dir.join(OLD_ROOT_KEY).exists() {
         return Err(not_now(dir, OLD_ROOT_KEY, "the last rotation is not finished: retire its old root first"));
     }
@@ -101,13 +101,14 @@ pub fn announce(dir: &Path, now: i64) -> Result<(), CaError> {
 /// If no root is announced.
 pub fn switch(dir: &Path) -> Result<(), CaError> {
     let _lock = files::lock(dir)?;
-    let (roots, old_key_pem) = signing_root(dir)?;
+    let roots = all_roots(dir)?;
+    let (_, old_key) = files::signing_root(dir)?;
     let next = dir.join(NEXT_ROOT_KEY);
     let announced = files::read_key(&next)?.and_then(|key| files::of_key(&roots, &key));
     if announced.is_none() {
         return Err(not_now(dir, NEXT_ROOT_KEY, "no new root is announced: announce one first"));
     }
-    files::write(&dir.join(OLD_ROOT_KEY), &old_key_pem, 0o600)?;
+    files::write(&dir.join(OLD_ROOT_KEY), &old_key.serialize_pem(), 0o600)?;
     let current = dir.join(ROOT_KEY);
     std::fs::rename(&next, &current).map_err(|source| files::io("rename to", &current, source))
 }
@@ -118,7 +119,7 @@ pub fn switch(dir: &Path) -> Result<(), CaError> {
 /// If the new root does not sign yet, or has signed no intermediate yet (opening the directory makes it do so).
 pub fn retire(dir: &Path, now: i64) -> Result<(), CaError> {
     let _lock = files::lock(dir)?;
-    let (roots, _) = signing_root(dir)?;
+    let roots = all_roots(dir)?;
     let path = dir.join(OLD_ROOT_KEY);
     let Some(old) = files::read_key(&path)? else {
         return Err(not_now(dir, OLD_ROOT_KEY, "no old root is left to retire"));
@@ -141,22 +142,16 @@ pub fn retire(dir: &Path, now: i64) -> Result<(), CaError> {
 /// If the root's key is not here.
 pub fn renew_intermediate(dir: &Path) -> Result<(), CaError> {
     let _lock = files::lock(dir)?;
-    signing_root(dir)?;
+    files::signing_root(dir)?;
     // Without its key the certificate does not count; opening makes both.
     let path = dir.join(files::CA_KEY);
     std::fs::remove_file(&path).map_err(|source| files::io("remove", &path, source))
 }
 
-/// The bundle, and the key of the root that signs, PEM.
-fn signing_root(dir: &Path) -> Result<(Roots, String), CaError> {
-    let missing =
-        |file: &str| not_now(dir, file, "it is missing; rotation needs the certificate and the key of the root");
-    let roots = files::read_roots(dir)?.ok_or_else(|| missing(ROOT_CERT))?;
-    let key = files::read_key(&dir.join(ROOT_KEY))?.ok_or_else(|| missing(ROOT_KEY))?;
-    if files::of_key(&roots, &key).is_none() {
-        return Err(not_now(dir, ROOT_KEY, "it is the key of no certificate in root-cert.pem"));
-    }
-    Ok((roots, key.serialize_pem()))
+/// The bundle. The root that signs must be here too, with its key.
+fn all_roots(dir: &Path) -> Result<Roots, CaError> {
+    files::signing_root(dir)?;
+    files::read_roots(dir)?.ok_or_else(|| not_now(dir, ROOT_CERT, "it is missing"))
 }
 
 fn write_bundle(dir: &Path, certificates: Vec<CertificateDer<'static>>) -> Result<(), CaError> {
@@ -176,7 +171,7 @@ mod tests {
 
     use super::*;
     use crate::ca::Authority;
-    use crate::{Issued, SpiffeId, Usage, parse_csr, request, verify_chain};
+    use crate::{Crls, Issued, SpiffeId, Usage, parse_csr, request, verify_chain};
 
     const NOW: i64 = 1_800_000_000;
 
@@ -188,7 +183,7 @@ mod tests {
 
     fn trusts(holder: &Issued, peer: &Issued, now: i64) -> bool {
         let at = UnixTime::since_unix_epoch(std::time::Duration::from_secs(now.unsigned_abs()));
-        verify_chain(&peer.chain, &holder.roots, Usage::Client, at).is_ok()
+        verify_chain(&peer.chain, &holder.roots, &Crls::default(), Usage::Client, at).is_ok()
     }
 
     #[test]

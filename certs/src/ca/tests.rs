@@ -7,7 +7,7 @@ use std::time::Duration;
 use rustls_pki_types::UnixTime;
 
 use crate::ca::{Authority, INTERMEDIATE_LIFE_S, LEAF_LIFE_S, files};
-use crate::{Issued, SpiffeId, Usage, VerifyError, parse_csr, request, verify_chain};
+use crate::{Crls, Issued, SpiffeId, Usage, VerifyError, parse_csr, request, verify_chain};
 
 const NOW: i64 = 1_800_000_000;
 
@@ -35,12 +35,15 @@ fn issued_chain_proves_its_identity_in_both_roles() {
     assert_eq!(issued.not_before, NOW - 60);
     assert_eq!(issued.serial.len(), 32);
     for usage in [Usage::Server, Usage::Client] {
-        let proven = verify_chain(&issued.chain, &issued.roots, usage, at(NOW));
+        let proven = verify_chain(&issued.chain, &issued.roots, &Crls::default(), usage, at(NOW));
         assert_eq!(proven, Ok(id("cart")));
     }
-    let late = verify_chain(&issued.chain, &issued.roots, Usage::Server, at(NOW + LEAF_LIFE_S + 1));
+    let late = verify_chain(&issued.chain, &issued.roots, &Crls::default(), Usage::Server, at(NOW + LEAF_LIFE_S + 1));
     assert!(matches!(late, Err(VerifyError::Invalid(_))), "{late:?}");
-    assert_eq!(verify_chain(&[], &issued.roots, Usage::Server, at(NOW)), Err(VerifyError::NoCertificate));
+    assert_eq!(
+        verify_chain(&[], &issued.roots, &Crls::default(), Usage::Server, at(NOW)),
+        Err(VerifyError::NoCertificate)
+    );
 }
 
 #[test]
@@ -49,7 +52,7 @@ fn another_root_is_not_trusted() {
     let one = Authority::open(one.path(), NOW).expect("open");
     let two = Authority::open(two.path(), NOW).expect("open");
     let issued = issue(&one, "cart", 0, NOW);
-    let foreign = verify_chain(&issued.chain, two.roots(), Usage::Client, at(NOW));
+    let foreign = verify_chain(&issued.chain, two.roots(), &Crls::default(), Usage::Client, at(NOW));
     assert!(matches!(foreign, Err(VerifyError::Invalid(_))), "{foreign:?}");
 }
 
@@ -59,9 +62,9 @@ fn server_certificate_is_no_client_certificate_and_has_no_identity() {
     let authority = Authority::open(dir.path(), NOW).expect("open");
     let names = ["localhost".to_owned(), "127.0.0.1".into(), "::1".into()];
     let server = authority.server_certificate(&names, NOW).expect("server");
-    let as_client = verify_chain(&server.chain, authority.roots(), Usage::Client, at(NOW));
+    let as_client = verify_chain(&server.chain, authority.roots(), &Crls::default(), Usage::Client, at(NOW));
     assert!(matches!(as_client, Err(VerifyError::Invalid(_))), "{as_client:?}");
-    let as_server = verify_chain(&server.chain, authority.roots(), Usage::Server, at(NOW));
+    let as_server = verify_chain(&server.chain, authority.roots(), &Crls::default(), Usage::Server, at(NOW));
     assert_eq!(as_server, Err(VerifyError::NoIdentity));
     assert!(authority.server_certificate(&["not a name".into()], NOW).is_err());
 }
@@ -163,7 +166,7 @@ fn an_interrupted_run_is_completed() {
         let second = Authority::open(dir.path(), NOW).expect(lost);
         let issued = issue(&second, "cart", 0, NOW);
         // Also with a new root certificate: it is of the same key.
-        let proven = verify_chain(&issued.chain, first.roots(), Usage::Client, at(NOW));
+        let proven = verify_chain(&issued.chain, first.roots(), &Crls::default(), Usage::Client, at(NOW));
         assert_eq!(proven, Ok(id("cart")), "{lost}");
     }
 }

@@ -280,6 +280,7 @@ fn node_status(status: &NodeStatus) -> Value {
                 "error": certificate.error,
                 "roots": certificate.roots,
                 "issuer": certificate.issuer,
+                "serial": certificate.serial,
             })
         })
         .collect();

@@ -12,7 +12,6 @@ use tokio::sync::watch;
 use crate::admin::View;
 use crate::base::Stop;
 use crate::ca::grant::Accounts;
-use crate::resource::ResourceSet;
 use crate::source::Loaded;
 use crate::translate;
 use crate::translate::Settings;
@@ -34,6 +33,7 @@ pub struct Outputs {
 /// The loop's state.
 pub struct Engine {
     settings: Settings,
+    memory: translate::Memory,
     published: watch::Sender<Published>,
     accounts: watch::Sender<Arc<Accounts>>,
     view: watch::Sender<Arc<View>>,
@@ -45,7 +45,8 @@ pub fn new(settings: Settings) -> (Engine, Outputs) {
     let (accounts_sender, accounts) = watch::channel(Arc::default());
     let (view_sender, view) =
         watch::channel(Arc::new(View { waiting: vec!["the first reading of the source".into()], ..View::default() }));
-    let engine = Engine { settings, published: published_sender, accounts: accounts_sender, view: view_sender };
+    let memory = translate::Memory::default();
+    let engine = Engine { settings, memory, published: published_sender, accounts: accounts_sender, view: view_sender };
     let outputs = Outputs { published, accounts, view };
     (engine, outputs)
 }
@@ -78,9 +79,9 @@ impl Engine {
             self.view.send_replace(Arc::new(View { loaded, waiting, ..View::default() }));
             return;
         }
-        let translation = translate::translate(&loaded.world, &self.settings);
-        let set = ResourceSet::new(translation.resources, &previous.set);
-        let generation = previous.generation + 1;
+        let translation = translate::translate(&loaded.world, &self.settings, &mut self.memory);
+        let next = previous.next(translation.resources);
+        let generation = next.generation;
         self.accounts.send_replace(Arc::new(translation.accounts));
         self.view.send_replace(Arc::new(View {
             generation,
@@ -89,7 +90,7 @@ impl Engine {
             nodes: translation.nodes,
             waiting: Vec::new(),
         }));
-        self.published.send_replace(Published { generation, set: Arc::new(set) });
+        self.published.send_replace(next);
         tracing::debug!(generation, "published");
     }
 }

@@ -53,6 +53,7 @@ mod tests {
             error: String::new(),
             roots: roots.iter().map(|root| (*root).to_owned()).collect(),
             issuer: issuer.into(),
+            serial: String::new(),
         }
     }
 

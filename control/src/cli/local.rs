@@ -12,12 +12,12 @@ use crate::resource::ResourceSet;
 use crate::resource::{Kind, view};
 use crate::source::Loaded;
 use crate::source::files::watch::Folder;
-use crate::translate::{Settings, Translation, translate};
+use crate::translate::{Memory, Settings, Translation, translate};
 
 fn load(dir: &Path) -> Result<(Loaded, Translation), Failure> {
     let cannot = |error: String| Failure::wrong(format!("cannot read {}: {error}", dir.display()));
     let loaded = Folder::new(dir.to_owned()).look().map_err(|error| cannot(error.to_string()))?.unwrap_or_default();
-    let translation = translate(&loaded.world, &Settings::default());
+    let translation = translate(&loaded.world, &Settings::default(), &mut Memory::default());
     Ok((loaded, translation))
 }
 

@@ -1,4 +1,4 @@
-//! The `tulle` command, and `control rotate`: what the mesh is, what it would do, and what is wrong with a folder of manifests.
+//! The `tulle` command, `control rotate` and `control revoke`: what the mesh is, what it would do, and what is wrong with a folder of manifests.
 //!
 //! It asks a running control plane over HTTP, or reads a folder itself with `--files`, through the same source and
 //! translation. `explain` and `status` show what the node proxies say of themselves and therefore need a running mesh.
@@ -7,6 +7,7 @@
 mod fetch;
 mod local;
 mod render;
+mod revoke;
 mod rotate;
 
 use std::path::PathBuf;
@@ -17,6 +18,7 @@ use clap::Subcommand;
 use clap::ValueEnum;
 use serde_json::Value;
 
+pub use revoke::revoke;
 pub use rotate::rotate;
 
 /// Tulle, a service mesh without sidecars.

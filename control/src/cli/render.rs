@@ -139,7 +139,7 @@ pub(super) fn conditions(value: &Value) -> String {
 }
 
 pub(super) fn certificates(value: &Value) -> String {
-    let header = ["NODE", "IDENTITY", "STATE", "NOT AFTER", "ERROR"];
+    let header = ["NODE", "IDENTITY", "STATE", "SERIAL", "NOT AFTER", "ERROR"];
     table(
         &header,
         rows(value, |item| {
@@ -149,6 +149,7 @@ pub(super) fn certificates(value: &Value) -> String {
                 cell(&item["node"]),
                 cell(&item["identity"]),
                 cell(&item["state"]),
+                cell(&item["serial"]),
                 expiry.map_or_else(String::new, |at| at.to_string()),
                 cell(&item["error"]),
             ]

@@ -28,9 +28,13 @@ pub fn rotate(options: &Rotate) -> anyhow::Result<String> {
     let now = base::unix_now();
     let authority = Authority::open(dir, now).context("cannot open the CA")?;
     if options.what == Replaced::Intermediate {
+        let old = authority.intermediate_serial();
         rotate::renew_intermediate(dir)?;
         Authority::open(dir, now)?;
-        return Ok("the intermediate is new; nodes renew their certificates within seconds".to_owned());
+        return Ok(format!(
+            "the intermediate is new; nodes renew their certificates within seconds\n\
+             once they have, `control revoke --intermediate {old}` takes back what the old one signed"
+        ));
     }
     if !options.force {
         until_safe(options, authority.rotation())?;

@@ -4,6 +4,7 @@
 //! is built whole by the source and never changed afterwards.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 use crate::model::condition::ObjectKey;
@@ -128,5 +129,33 @@ impl World {
                 drop(self.unenforced.insert((o.kind, key.0, key.1), o));
             }
         }
+    }
+
+    /// Adds an object unless there is one of the same kind and name; says whether it did.
+    pub fn insert_new(&mut self, object: Object) -> bool {
+        let meta = object.meta();
+        let key = (meta.namespace.clone(), meta.name.clone());
+        match object {
+            Object::Namespace(o) => vacant(&mut self.namespaces, key.1, o),
+            Object::Node(o) => vacant(&mut self.nodes, key.1, o),
+            Object::ServiceAccount(o) => vacant(&mut self.service_accounts, key, o),
+            Object::Pod(o) => vacant(&mut self.pods, key, o),
+            Object::Service(o) => vacant(&mut self.services, key, o),
+            Object::EndpointSlice(o) => vacant(&mut self.slices, key, o),
+            Object::AuthorizationPolicy(o) => vacant(&mut self.authorization_policies, key, o),
+            Object::PeerAuthentication(o) => vacant(&mut self.peer_authentications, key, o),
+            Object::NetworkPolicy(o) => vacant(&mut self.network_policies, key, o),
+            Object::Unenforced(o) => vacant(&mut self.unenforced, (o.kind, key.0, key.1), o),
+        }
+    }
+}
+
+fn vacant<K: Ord, V>(map: &mut BTreeMap<K, V>, key: K, value: V) -> bool {
+    match map.entry(key) {
+        Entry::Vacant(entry) => {
+            entry.insert(value);
+            true
+        }
+        Entry::Occupied(_) => false,
     }
 }

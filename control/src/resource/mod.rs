@@ -91,7 +91,9 @@ impl Resource {
     /// Encodes a message. Deterministic: the generated maps are ordered.
     pub fn new(kind: Kind, name: String, message: &impl Message, aliases: Vec<String>) -> Self {
         let body = message.encode_to_vec();
-        let version: String = Sha256::digest(&body)[..16].iter().map(|byte| format!("{byte:02x}")).collect();
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let digits = |byte: &u8| [DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]].map(char::from);
+        let version: String = Sha256::digest(&body)[..16].iter().flat_map(digits).collect();
         Self {
             kind,
             name: name.into(),

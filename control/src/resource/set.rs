@@ -1,25 +1,30 @@
 //! The published set, and the difference between two of them.
 //!
 //! Sets share their unchanged resources, so a set of 10,000 workloads that differs in one costs one resource and the
-//! map; a session keeps the set that it sent last instead of a list of what its node knows.
+//! map; a session keeps the set that it sent last instead of a list of what its node knows. Names are long and begin
+//! alike, so sets are made and compared by walking two ordered lists side by side, where shared resources are equal by
+//! their address, and not by look-ups.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::OnceLock;
 
 use crate::resource::{Kind, Resource};
 
 /// All resources of one generation.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default)]
 pub struct ResourceSet {
     authorizations: BTreeMap<Arc<str>, Arc<Resource>>,
     network_policies: BTreeMap<Arc<str>, Arc<Resource>>,
     addresses: BTreeMap<Arc<str>, Arc<Resource>>,
-    aliases: BTreeMap<String, Arc<str>>,
+    /// Made when somebody first asks by alias: most nodes take everything and never do.
+    aliases: OnceLock<BTreeMap<String, Arc<str>>>,
 }
 
 /// What leads from one set to another.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Changes {
     /// New or with another version, by name.
     pub changed: BTreeMap<Arc<str>, Arc<Resource>>,
@@ -29,18 +34,19 @@ pub struct Changes {
 
 impl ResourceSet {
     /// Makes a set; resources equal to those of `previous` are shared with it. Of two with one name the first stays.
-    pub fn new(resources: Vec<Resource>, previous: &Self) -> Self {
-        let mut set = Self::default();
+    pub fn new<R: Into<Arc<Resource>>>(resources: Vec<R>, previous: &Self) -> Self {
+        let mut kinds: BTreeMap<Kind, Vec<Arc<Resource>>> = BTreeMap::new();
         for resource in resources {
-            let kind = resource.kind;
-            let shared = match previous.of(kind).get(&resource.name) {
-                Some(old) if **old == resource => Arc::clone(old),
-                _ => Arc::new(resource),
-            };
-            for alias in &shared.aliases {
-                set.aliases.entry(alias.clone()).or_insert_with(|| Arc::clone(&shared.name));
-            }
-            set.of_mut(kind).entry(Arc::clone(&shared.name)).or_insert(shared);
+            let resource = resource.into();
+            kinds.entry(resource.kind).or_default().push(resource);
+        }
+        let mut set = Self::default();
+        for (kind, mut list) in kinds {
+            // Stable, and translation's order is nearly this one.
+            list.sort_by(|a, b| a.name.cmp(&b.name));
+            list.dedup_by(|later, first| later.name == first.name);
+            share(&mut list, previous.of(kind));
+            *set.of_mut(kind) = list.into_iter().map(|resource| (Arc::clone(&resource.name), resource)).collect();
         }
         set
     }
@@ -66,21 +72,43 @@ impl ResourceSet {
     pub fn find(&self, kind: Kind, name: &str) -> Option<&Arc<Resource>> {
         let resources = self.of(kind);
         resources.get(name).or_else(|| match kind {
-            Kind::Address => resources.get(self.aliases.get(name)?),
+            Kind::Address => resources.get(self.aliases().get(name)?),
             Kind::Authorization | Kind::NetworkPolicy => None,
+        })
+    }
+
+    fn aliases(&self) -> &BTreeMap<String, Arc<str>> {
+        self.aliases.get_or_init(|| {
+            let mut aliases = BTreeMap::new();
+            for resource in self.addresses.values() {
+                for alias in &resource.aliases {
+                    aliases.entry(alias.clone()).or_insert_with(|| Arc::clone(&resource.name));
+                }
+            }
+            aliases
         })
     }
 
     /// What must be sent to somebody who has `old` so that he has `self`.
     pub fn changes_since(&self, old: &Self, kind: Kind) -> Changes {
-        let (new, old) = (self.of(kind), old.of(kind));
-        let changed = new.iter().filter(|(name, resource)| {
-            old.get(*name).is_none_or(|o| !Arc::ptr_eq(o, resource) && o.version != resource.version)
-        });
-        let removed = old.keys().filter(|name| !new.contains_key(*name));
-        Changes {
-            changed: changed.map(|(name, resource)| (Arc::clone(name), Arc::clone(resource))).collect(),
-            removed: removed.map(Arc::clone).collect(),
+        let mut changes = Changes::default();
+        let (mut new, mut old) = (self.of(kind).values().peekable(), old.of(kind).values().peekable());
+        loop {
+            let order = match (new.peek(), old.peek()) {
+                (Some(new), Some(old)) if Arc::ptr_eq(new, old) => Ordering::Equal,
+                (Some(new), Some(old)) => new.name.cmp(&old.name),
+                (Some(_), None) => Ordering::Less,
+                (None, Some(_)) => Ordering::Greater,
+                (None, None) => return changes,
+            };
+            let is_new = new.next_if(|_| order != Ordering::Greater);
+            let was_old = old.next_if(|_| order != Ordering::Less);
+            match (is_new, was_old) {
+                (Some(now), Some(before)) if Arc::ptr_eq(now, before) || now.version == before.version => {}
+                (Some(now), _) => drop(changes.changed.insert(Arc::clone(&now.name), Arc::clone(now))),
+                (None, Some(before)) => drop(changes.removed.insert(Arc::clone(&before.name))),
+                (None, None) => return changes,
+            }
         }
     }
 
@@ -102,6 +130,19 @@ impl ResourceSet {
             }
         }
         Changes { changed, removed }
+    }
+}
+
+/// Replaces what is equal to one of `previous` by it. Both are ordered by name.
+fn share(list: &mut [Arc<Resource>], previous: &BTreeMap<Arc<str>, Arc<Resource>>) {
+    let mut previous = previous.values().peekable();
+    for resource in list {
+        while previous.next_if(|old| !Arc::ptr_eq(old, resource) && old.name < resource.name).is_some() {}
+        if let Some(old) = previous.next_if(|old| Arc::ptr_eq(old, resource) || old.name == resource.name)
+            && (Arc::ptr_eq(old, resource) || **old == **resource)
+        {
+            *resource = Arc::clone(old);
+        }
     }
 }
 

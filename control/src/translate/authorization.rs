@@ -29,7 +29,7 @@ pub(super) struct Translated<'a> {
 pub(super) fn translate<'a>(
     policy: &'a AuthorizationPolicy,
     world: &'a World,
-    endpoints: &'a Endpoints,
+    endpoints: &'a Endpoints<'a>,
     settings: &'a Settings,
 ) -> Translated<'a> {
     match &policy.spec {
@@ -47,7 +47,7 @@ fn unreadable<'a>(
     target: &Target,
     reason: &str,
     world: &'a World,
-    endpoints: &'a Endpoints,
+    endpoints: &'a Endpoints<'a>,
     settings: &'a Settings,
 ) -> Translated<'a> {
     let meta = &policy.meta;
@@ -76,7 +76,7 @@ fn readable<'a>(
     policy: &'a AuthorizationPolicy,
     spec: &AuthorizationSpec,
     world: &'a World,
-    endpoints: &'a Endpoints,
+    endpoints: &'a Endpoints<'a>,
     settings: &'a Settings,
 ) -> Translated<'a> {
     let mut conditions = Vec::new();
@@ -191,7 +191,7 @@ fn selecting<'a>(
     policy: &'a AuthorizationPolicy,
     target: Target,
     world: &'a World,
-    endpoints: &'a Endpoints,
+    endpoints: &'a Endpoints<'a>,
     settings: &'a Settings,
 ) -> Option<Selecting<'a>> {
     let meta = &policy.meta;
@@ -210,7 +210,14 @@ fn selecting<'a>(
 }
 
 /// True for a pod that the service selects, or that serves it by an endpoint slice.
-fn behind(pod: &Pod, policy: &Meta, service: &str, world: &World, endpoints: &Endpoints, settings: &Settings) -> bool {
+fn behind(
+    pod: &Pod,
+    policy: &Meta,
+    service: &str,
+    world: &World,
+    endpoints: &Endpoints<'_>,
+    settings: &Settings,
+) -> bool {
     let key = (policy.namespace.clone(), service.to_owned());
     world.services.get(&key).is_some_and(|service| {
         let selector = &service.selector;

@@ -1,7 +1,8 @@
 //! From the world to what nodes are told and what users are told: pure, total and in a fixed order.
 //!
-//! Bad input gives a condition, never an error. Everything is computed from the whole world each time: 10,000 pods
-//! take some tens of milliseconds, and equal worlds give equal bytes, which is what makes versions hold over restarts.
+//! Bad input gives a condition, never an error. Everything is computed from the whole world each time, and equal worlds
+//! give equal bytes, which is what makes versions hold over restarts. What is costly for each pod, encoding and hashing
+//! its workload, is remembered ([`Memory`]) with everything it was made of: of 10,000 pods only the few that changed cost that.
 
 mod aliases;
 mod authorization;
@@ -17,6 +18,7 @@ mod workload;
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use tulle_proto::names;
 
@@ -76,7 +78,7 @@ impl Settings {
 #[derive(Debug, Default, PartialEq)]
 pub struct Translation {
     /// Everything that nodes are told.
-    pub resources: Vec<Resource>,
+    pub resources: Vec<Arc<Resource>>,
     /// Everything that users are told, by object.
     pub conditions: Vec<ObjectConditions>,
     /// (namespace, account) of the unfinished pods of each node: what that node may ask certificates for.
@@ -115,16 +117,20 @@ struct Selecting<'a> {
     applies: Box<dyn Fn(&Pod) -> bool + 'a>,
 }
 
-/// Translates the whole world.
-pub fn translate(world: &World, settings: &Settings) -> Translation {
+pub use workload::Memory;
+
+/// Translates the whole world. The result does not depend on `memory`, which only saves work; it must have seen no other
+/// settings.
+pub fn translate(world: &World, settings: &Settings, memory: &mut Memory) -> Translation {
     let mut conditions = Conditions::default();
     let endpoints = service::Endpoints::new(world, settings);
-    let mut resources = Vec::new();
+    let mut resources: Vec<Arc<Resource>> = Vec::with_capacity(world.pods.len() + world.services.len());
+    let mut remembered = Memory::default();
     let mut selecting = Vec::new();
     for policy in world.authorization_policies.values() {
         let one = authorization::translate(policy, world, &endpoints, settings);
         one.conditions.into_iter().for_each(|c| conditions.add("AuthorizationPolicy", &policy.meta, c));
-        resources.extend(one.resource);
+        resources.extend(one.resource.map(Arc::new));
         selecting.extend(one.selecting);
     }
     let mut groups = groups::Groups::new(world);
@@ -132,10 +138,10 @@ pub fn translate(world: &World, settings: &Settings) -> Translation {
     for policy in &network_policies {
         let (of_policy, condition) = network::translate(policy, &groups);
         conditions.add("NetworkPolicy", &policy.meta, condition);
-        resources.extend(of_policy);
+        resources.extend(of_policy.into_iter().map(Arc::new));
     }
     let mtls = mtls::Plan::new(world, settings);
-    resources.extend(mtls.resources());
+    resources.extend(mtls.resources().into_iter().map(Arc::new));
     mtls.conditions(&mut conditions);
     for unenforced in world.unenforced.values() {
         let message = format!("This version reads {} objects but does not act on them yet", unenforced.kind);
@@ -149,17 +155,18 @@ pub fn translate(world: &World, settings: &Settings) -> Translation {
     }
     let datagrams = datagrams::Datagrams::new(world);
     for service in world.services.values().filter(|s| !s.external_name) {
-        resources.push(service::translate(service, &datagrams, settings));
+        resources.push(Arc::new(service::translate(service, &datagrams, settings)));
     }
     let aliases = world.services.values().filter(|s| s.external_name);
-    resources.extend(aliases.filter_map(|service| dns::external_name(service, settings)));
+    resources.extend(aliases.filter_map(|service| dns::external_name(service, settings)).map(Arc::new));
     let mut accounts: BTreeMap<String, BTreeSet<(String, String)>> = BTreeMap::new();
-    let mut nodes = BTreeSet::new();
     for pod in world.pods.values() {
         if !pod.node.is_empty() && !pod.finished() {
             let account = (pod.meta.namespace.clone(), pod.service_account.clone());
-            accounts.entry(pod.node.clone()).or_default().insert(account);
-            nodes.insert(pod.node.clone());
+            match accounts.get_mut(&pod.node) {
+                Some(of_node) => drop(of_node.insert(account)),
+                None => drop(accounts.insert(pod.node.clone(), BTreeSet::from([account]))),
+            }
         }
         if pod.takes_part() {
             let mut policies: Vec<String> =
@@ -174,10 +181,13 @@ pub fn translate(world: &World, settings: &Settings) -> Translation {
                 network: isolating().map(|policy| network::name(policy)).collect(),
                 groups: membership.groups.clone(),
             };
-            resources.push(workload::translate(pod, named, &endpoints, world, settings));
+            let facts = workload::facts(pod, named, &endpoints, world, settings);
+            resources.push(remembered.take_over(memory, pod, facts, settings));
         }
     }
-    resources.extend(workload::outsiders(&endpoints, settings));
+    *memory = remembered;
+    let nodes = accounts.keys().cloned().collect();
+    resources.extend(workload::outsiders(&endpoints, settings).into_iter().map(Arc::new));
     Translation { resources, conditions: conditions.finish(), accounts, nodes }
 }
 

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
+use std::collections::HashMap;
 use std::net::IpAddr;
 
 use tulle_proto::workload;
@@ -119,23 +120,37 @@ pub(super) struct Outsider {
     pub(super) services: Membership,
 }
 
-/// Who serves what.
-pub(super) struct Endpoints {
-    pods: BTreeMap<Key, Membership>,
+/// Who serves what. Pods by namespace and name, whose texts are the world's.
+pub(super) struct Endpoints<'a> {
+    pods: HashMap<(&'a str, &'a str), Membership>,
     outsiders: BTreeMap<(String, IpAddr), Outsider>,
 }
 
-impl Endpoints {
-    pub(super) fn new(world: &World, settings: &Settings) -> Self {
-        let mut this = Self { pods: BTreeMap::new(), outsiders: BTreeMap::new() };
+/// Pods by namespace and one label: the few that a selector may select.
+type ByLabel<'a> = HashMap<(&'a str, &'a str, &'a str), Vec<&'a Pod>>;
+
+fn by_label(world: &World) -> ByLabel<'_> {
+    let mut found = ByLabel::new();
+    for pod in world.pods.values().filter(|pod| pod.takes_part()) {
+        for (label, value) in &pod.meta.labels {
+            found.entry((&pod.meta.namespace, label, value)).or_default().push(pod);
+        }
+    }
+    found
+}
+
+impl<'a> Endpoints<'a> {
+    pub(super) fn new(world: &'a World, settings: &Settings) -> Self {
+        let mut this = Self { pods: HashMap::new(), outsiders: BTreeMap::new() };
+        let labelled = by_label(world);
         let mut slices: BTreeMap<(&str, &str), Vec<&EndpointSlice>> = BTreeMap::new();
         for slice in world.slices.values().filter(|s| !s.service.is_empty()) {
             let key = (slice.meta.namespace.as_str(), slice.service.as_str());
             slices.entry(key).or_default().push(slice);
         }
-        let by_address: BTreeMap<IpAddr, &Pod> = world
-            .pods
-            .values()
+        // Only slices name addresses.
+        let pods = world.pods.values().filter(|_| !slices.is_empty());
+        let by_address: BTreeMap<IpAddr, &Pod> = pods
             .filter(|pod| pod.takes_part() && !pod.host_network)
             .flat_map(|pod| pod.addresses.iter().map(move |ip| (*ip, &**pod)))
             .collect();
@@ -144,24 +159,21 @@ impl Endpoints {
             let name = format!("{}/{}", meta.namespace, settings.hostname(meta));
             match slices.get(&(meta.namespace.as_str(), meta.name.as_str())) {
                 Some(slices) => this.add_slices(service, &name, slices, world, &by_address),
-                None => this.add_selected(service, &name, world),
+                None => this.add_selected(service, &name, &labelled),
             }
         }
         this
     }
 
-    fn add_selected(&mut self, service: &Service, name: &str, world: &World) {
-        // Without a selector nobody is selected, rather than everybody.
-        if service.selector.is_empty() {
-            return;
-        }
-        let namespace = service.meta.namespace.clone();
-        let pods = world.pods.range((namespace.clone(), String::new())..).take_while(|((ns, _), _)| *ns == namespace);
-        for (key, pod) in pods {
-            let selected = service.selector.iter().all(|(label, value)| pod.meta.labels.get(label) == Some(value));
-            if selected && pod.takes_part() {
-                let ports = pod_ports(service, pod);
-                self.add_pod(key.clone(), name, ports);
+    fn add_selected(&mut self, service: &Service, name: &str, labelled: &ByLabel<'a>) {
+        let namespace = service.meta.namespace.as_str();
+        // The fewest candidates; without a selector nobody is selected, rather than everybody.
+        let candidates = service.selector.iter().map(|(label, value)| {
+            labelled.get(&(namespace, label.as_str(), value.as_str())).map(Vec::as_slice).unwrap_or_default()
+        });
+        for pod in candidates.min_by_key(|pods| pods.len()).unwrap_or_default() {
+            if service.selector.iter().all(|(label, value)| pod.meta.labels.get(label) == Some(value)) {
+                self.add_pod(pod, name, pod_ports(service, pod));
             }
         }
     }
@@ -171,8 +183,8 @@ impl Endpoints {
         service: &Service,
         name: &str,
         slices: &[&EndpointSlice],
-        world: &World,
-        by_address: &BTreeMap<IpAddr, &Pod>,
+        world: &'a World,
+        by_address: &BTreeMap<IpAddr, &'a Pod>,
     ) {
         for slice in slices {
             let ports = slice_ports(service, slice);
@@ -187,8 +199,7 @@ impl Endpoints {
                 match pod {
                     // The pod's own health decides; an endpoint that is not ready beside a ready pod is left out.
                     Some(pod) if endpoint.ready || !pod.ready || service.publish_not_ready => {
-                        let key = (pod.meta.namespace.clone(), pod.meta.name.clone());
-                        self.add_pod(key, name, ports.clone());
+                        self.add_pod(pod, name, ports.clone());
                     }
                     Some(_) => {}
                     None if endpoint.ready && endpoint.pod.is_none() => {
@@ -200,9 +211,9 @@ impl Endpoints {
         }
     }
 
-    fn add_pod(&mut self, key: Key, service: &str, ports: Vec<workload::Port>) {
+    fn add_pod(&mut self, pod: &'a Pod, service: &str, ports: Vec<workload::Port>) {
         if !ports.is_empty() {
-            let membership = self.pods.entry(key).or_default();
+            let membership = self.pods.entry((&pod.meta.namespace, &pod.meta.name)).or_default();
             merge(membership.entry(service.to_owned()).or_default(), ports);
         }
     }
@@ -227,12 +238,13 @@ impl Endpoints {
     }
 
     pub(super) fn serves(&self, pod: &Pod, service: &str) -> bool {
-        let key = (pod.meta.namespace.clone(), pod.meta.name.clone());
-        self.pods.get(&key).is_some_and(|membership| membership.contains_key(service))
+        self.pods
+            .get(&(pod.meta.namespace.as_str(), pod.meta.name.as_str()))
+            .is_some_and(|membership| membership.contains_key(service))
     }
 
     pub(super) fn of_pod(&self, pod: &Pod) -> Membership {
-        self.pods.get(&(pod.meta.namespace.clone(), pod.meta.name.clone())).cloned().unwrap_or_default()
+        self.pods.get(&(pod.meta.namespace.as_str(), pod.meta.name.as_str())).cloned().unwrap_or_default()
     }
 
     pub(super) fn outsiders(&self) -> impl Iterator<Item = (&IpAddr, &Outsider)> {

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::resource::{Kind, ResourceSet, view};
 use crate::source::files::{Files, parse};
-use crate::translate::{Settings, Translation, translate};
+use crate::translate::{Memory, Settings, Translation, translate};
 
 const MARKER: &str = "\n# ==== becomes ====\n";
 
@@ -17,7 +17,7 @@ fn load(text: &str) -> Translation {
     let path = "case.yaml".to_owned();
     let loaded =
         files.update(&std::collections::BTreeSet::from([path.clone()]), vec![(path, Ok(text.as_bytes().to_vec()))]);
-    translate(&loaded.world, &Settings::default())
+    translate(&loaded.world, &Settings::default(), &mut Memory::default())
 }
 
 fn show(translation: Translation) -> Value {
@@ -157,5 +157,56 @@ fn a_mesh_wide_mode_that_is_left_open_does_not_hide_that_of_istios_root_namespac
             .as_array()
             .is_some_and(|list| list.len() == expected.as_array().map_or(0, Vec::len));
         assert!(sent || *of_namespace == "PERMISSIVE", "what a pod names is sent: {case}");
+    }
+}
+
+#[test]
+fn what_is_remembered_changes_no_result() {
+    let (mut files, mut memory) = (Files::default(), Memory::default());
+    let pod = |name: &str, labels: &str, ready: &str| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: a, labels: {{{labels}}}}}\nspec: {{nodeName: n}}\n\
+             status: {{podIP: 10.0.0.{}, conditions: [{{type: Ready, status: '{ready}'}}]}}\n",
+            name.len()
+        )
+    };
+    let namespace =
+        |label: &str| format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: a, labels: {{{label}}}}}\n");
+    let service = |app: &str| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: s, namespace: a}}\nspec: {{selector: {{app: {app}}}, ports: [{{port: 80}}]}}\n"
+        )
+    };
+    let policy = |app: &str| {
+        format!(
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: p, namespace: a}}\n\
+             spec: {{selector: {{matchLabels: {{app: {app}}}}}, action: DENY, rules: [{{}}]}}\n"
+        )
+    };
+    let node = |zone: &str| {
+        format!("apiVersion: v1\nkind: Node\nmetadata: {{name: n, labels: {{topology.kubernetes.io/zone: {zone}}}}}\n")
+    };
+    let mut present = std::collections::BTreeSet::new();
+    // Each step changes one thing that the workload of a pod, whose own file stays, may depend on.
+    for (file, text) in [
+        ("one", pod("p", "app: x", "True")),
+        ("two", pod("pp", "app: x", "True")),
+        ("namespace", namespace("tulle.dev/mesh: enabled")),
+        ("service", service("x")),
+        ("policy", policy("x")),
+        ("node", node("z1")),
+        ("node", node("z2")),
+        ("one", pod("p", "app: x", "False")),
+        ("service", service("y")),
+        ("policy", policy("y")),
+        ("namespace", namespace("tulle.dev/egress: deny")),
+        ("two", pod("pp", "app: y", "True")),
+    ] {
+        let path = format!("{file}.yaml");
+        present.insert(path.clone());
+        let loaded = files.update(&present, vec![(path, Ok(text.into_bytes()))]);
+        let settings = Settings::default();
+        let remembering = translate(&loaded.world, &settings, &mut memory);
+        assert_eq!(remembering, translate(&loaded.world, &settings, &mut Memory::default()), "{file}");
     }
 }

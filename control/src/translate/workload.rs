@@ -3,6 +3,9 @@
 //!
 //! Empty and default fields are left out the way Istio does it, so that its proxies read them alike.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use prost::Message;
 use tulle_proto::names;
 use tulle_proto::tulle_workload::{EgressMode, WorkloadInfo};
@@ -12,10 +15,11 @@ use crate::model::{Pod, World};
 use crate::resource::{Kind, Resource};
 use crate::translate::Settings;
 use crate::translate::enrol;
-use crate::translate::service::{Endpoints, Outsider, octets};
+use crate::translate::service::{Endpoints, Membership, Outsider, octets};
 use crate::translate::telemetry;
 
 /// What a pod must know of policies.
+#[derive(Debug, PartialEq, Eq)]
 pub(super) struct Policies {
     /// Authorizations that it names, with the stand-ins of NetworkPolicies.
     pub(super) authorization: Vec<String>,
@@ -25,34 +29,89 @@ pub(super) struct Policies {
     pub(super) groups: Vec<u64>,
 }
 
-/// The resource of one pod.
-pub(super) fn translate(
+/// What a pod's workload is made of besides the pod itself.
+#[derive(Debug, PartialEq)]
+pub(super) struct Facts {
+    policies: Policies,
+    services: Membership,
+    hbone: bool,
+    egress: EgressMode,
+    locality: Option<workload::Locality>,
+}
+
+pub(super) fn facts(
     pod: &Pod,
     policies: Policies,
-    endpoints: &Endpoints,
+    endpoints: &Endpoints<'_>,
     world: &World,
     settings: &Settings,
-) -> Resource {
+) -> Facts {
+    Facts {
+        policies,
+        services: endpoints.of_pod(pod),
+        hbone: enrol::speaks_hbone(pod, world, settings),
+        egress: egress(pod, world, settings),
+        locality: locality(world, &pod.node),
+    }
+}
+
+/// The workloads of one translation, for the next, by the address of the pod: one that would be made of the same pod and
+/// facts is the same.
+#[derive(Debug, Default)]
+pub struct Memory(HashMap<usize, Remembered>);
+
+/// The pod is kept, so that no other can have its address.
+#[derive(Debug)]
+struct Remembered {
+    _pod: Arc<Pod>,
+    facts: Facts,
+    resource: Arc<Resource>,
+}
+
+impl Memory {
+    /// The workload of a pod, by what `before` remembers or made anew.
+    pub(super) fn take_over(
+        &mut self,
+        before: &mut Self,
+        pod: &Arc<Pod>,
+        facts: Facts,
+        settings: &Settings,
+    ) -> Arc<Resource> {
+        let known = before.0.remove(&Arc::as_ptr(pod).addr()).filter(|known| known.facts == facts);
+        let known = known.unwrap_or_else(|| Remembered {
+            _pod: Arc::clone(pod),
+            resource: Arc::new(translate(pod, &facts, settings)),
+            facts,
+        });
+        let resource = Arc::clone(&known.resource);
+        self.0.insert(Arc::as_ptr(pod).addr(), known);
+        resource
+    }
+}
+
+/// The resource of one pod.
+fn translate(pod: &Pod, facts: &Facts, settings: &Settings) -> Resource {
     let meta = &pod.meta;
     let uid = settings.pod_uid(meta);
     let healthy = pod.ready && !meta.deleting;
     let (workload_type, workload_name) = telemetry::owner(meta);
     let info = WorkloadInfo {
         pod_uid: meta.uid.clone(),
-        egress: egress(pod, world, settings).into(),
-        groups: policies.groups,
-        network_policies: policies.network,
+        egress: facts.egress.into(),
+        groups: facts.policies.groups.clone(),
+        network_policies: facts.policies.network.clone(),
         probe_ports: pod.probe_ports.iter().map(|port| (*port).into()).collect(),
         hostname: if pod.subdomain.is_empty() { String::new() } else { pod.hostname.clone() },
         subdomain: if pod.hostname.is_empty() { String::new() } else { pod.subdomain.clone() },
         ..WorkloadInfo::default()
     };
+    let services = facts.services.iter();
     let message = workload::Workload {
         uid: uid.clone(),
         name: meta.name.clone(),
         namespace: meta.namespace.clone(),
         addresses: pod.addresses.iter().map(|ip| octets(ip).into()).collect(),
-        tunnel_protocol: if enrol::speaks_hbone(pod, world, settings) {
+        tunnel_protocol: if facts.hbone {
             workload::TunnelProtocol::Hbone.into()
         } else {
             workload::TunnelProtocol::None.into()
@@ -64,15 +123,15 @@ pub(super) fn translate(
         canonical_revision: telemetry::canonical_revision(meta),
         workload_type: workload_type.into(),
         workload_name,
-        authorization_policies: policies.authorization,
+        authorization_policies: facts.policies.authorization.clone(),
         status: if healthy {
             workload::WorkloadStatus::Healthy.into()
         } else {
             workload::WorkloadStatus::Unhealthy.into()
         },
         cluster_id: settings.cluster_id.clone(),
-        services: endpoints.of_pod(pod).into_iter().map(|(name, ports)| (name, workload::PortList { ports })).collect(),
-        locality: locality(world, &pod.node),
+        services: services.map(|(name, ports)| (name.clone(), workload::PortList { ports: ports.clone() })).collect(),
+        locality: facts.locality.clone(),
         network_mode: if pod.host_network {
             workload::NetworkMode::HostNetwork.into()
         } else {
@@ -120,7 +179,7 @@ fn resource(uid: String, message: workload::Workload, aliases: Vec<String>) -> R
 }
 
 /// Endpoints that are no pods: plain workloads named by slice and address.
-pub(super) fn outsiders(endpoints: &Endpoints, settings: &Settings) -> Vec<Resource> {
+pub(super) fn outsiders(endpoints: &Endpoints<'_>, settings: &Settings) -> Vec<Resource> {
     endpoints
         .outsiders()
         .map(|(ip, outsider)| {

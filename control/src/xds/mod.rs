@@ -7,9 +7,10 @@
 pub mod server;
 pub mod session;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::resource::ResourceSet;
+use crate::resource::{Changes, Kind, Resource, ResourceSet};
 
 /// What all sessions share: a generation and its resources.
 #[derive(Debug, Clone, Default)]
@@ -18,4 +19,15 @@ pub struct Published {
     pub generation: u64,
     /// All resources.
     pub set: Arc<ResourceSet>,
+    /// What led here from the generation before: the difference is the same for each of a thousand nodes.
+    pub step: Arc<BTreeMap<Kind, Changes>>,
+}
+
+impl Published {
+    /// The next generation.
+    pub fn next(&self, resources: Vec<Arc<Resource>>) -> Self {
+        let set = ResourceSet::new(resources, &self.set);
+        let step = Kind::ALL.into_iter().map(|kind| (kind, set.changes_since(&self.set, kind))).collect();
+        Self { generation: self.generation + 1, set: Arc::new(set), step: Arc::new(step) }
+    }
 }

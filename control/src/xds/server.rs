@@ -212,9 +212,9 @@ impl Server {
                     .map_err(|violation| Status::invalid_argument(violation.to_string()))?;
             }
             let published = self.published.borrow_and_update().clone();
-            for response in session.poll_batch(&published) {
+            for part in session.next_batch(&published) {
                 self.nodes.responses.fetch_add(1, Ordering::Relaxed);
-                if outgoing.send(Ok(response)).await.is_err() {
+                if outgoing.send(Ok(part.into())).await.is_err() {
                     return Ok(());
                 }
             }

@@ -4,21 +4,23 @@
 //! Address, and nothing more before all its responses are answered, so that a workload never overtakes the policy that it
 //! names, and a node that stops reading costs one batch. NetworkPolicies and the groups that they name must change in one
 //! step, so their responses say whether workloads of the same batch follow. Limits: names of an on-demand subscription are
-//! bounded; responses are cut at [`MAX_RESPONSE_BYTES`].
+//! bounded; responses are cut at [`MAX_RESPONSE_BYTES`], and encoded one by one when they are sent, so that a thousand
+//! nodes that connect at once do not need the whole mesh in memory a thousand times.
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use prost::Message;
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use tulle_proto::names;
 
 use crate::resource::{Audience, Changes, Kind, Resource, ResourceSet};
 use crate::xds::Published;
 
-/// A response is cut when it would grow beyond this, bytes: gRPC implementations accept 4 MiB unless told otherwise.
-pub const MAX_RESPONSE_BYTES: usize = 3 * 1024 * 1024;
+/// A response is cut when it would grow beyond this, bytes. gRPC implementations accept 4 MiB unless told otherwise; but
+/// the buffer in which a stream's messages are encoded stays as large as the largest of them was, as long as the stream
+/// lasts, and control has as many streams as the cluster has nodes. The buffer doubles, and this fits 32 KiB.
+pub const MAX_RESPONSE_BYTES: usize = 30 * 1024;
 /// Most names that one stream may ask for on demand. A node talks to some thousand addresses at most.
 pub const MAX_NAMES: usize = 50_000;
 /// Longest name, bytes.
@@ -79,6 +81,8 @@ struct Subscription {
     /// What the node has, for a wildcard: versions it brought along, until the first batch; then the set it was sent.
     initial: Option<BTreeMap<String, String>>,
     sent: Arc<ResourceSet>,
+    /// Generation of `sent`.
+    sent_generation: u64,
     answered_once: bool,
     nacks: Vec<String>,
 }
@@ -148,7 +152,7 @@ impl Session {
     }
 
     /// The next batch, if the node is ready for one. Empty: nothing to send now.
-    pub fn poll_batch(&mut self, published: &Published) -> Vec<DeltaDiscoveryResponse> {
+    pub fn next_batch(&mut self, published: &Published) -> Vec<Part> {
         if !self.in_flight.is_empty() || published.generation == 0 {
             return Vec::new();
         }
@@ -157,7 +161,7 @@ impl Session {
             let Some(subscription) = self.types.get_mut(&kind) else {
                 continue;
             };
-            let of_kind = subscription.changes(kind, &published.set, &self.abilities);
+            let of_kind = subscription.changes(kind, published, &self.abilities);
             // The first answer is sent even if empty: the node waits for it to be ready.
             if of_kind.is_empty() && subscription.answered_once {
                 continue;
@@ -168,14 +172,14 @@ impl Session {
         let followed = changes.iter().any(|(kind, _)| *kind == Kind::Address);
         let mut batch = Vec::new();
         for (kind, of_kind) in changes {
-            for mut response in responses(kind, of_kind, published.generation) {
+            for mut part in parts(kind, of_kind, published.generation) {
                 if kind == Kind::NetworkPolicy && followed {
-                    response.system_version_info.push(names::TOGETHER);
+                    part.version.push(names::TOGETHER);
                 }
                 self.next_nonce += 1;
-                response.nonce = format!("{}-{}", published.generation, self.next_nonce);
-                self.in_flight.insert(response.nonce.clone(), kind);
-                batch.push(response);
+                part.nonce = format!("{}-{}", published.generation, self.next_nonce);
+                self.in_flight.insert(part.nonce.clone(), kind);
+                batch.push(part);
             }
         }
         // All types must be subscribed before a generation can be said to have arrived.
@@ -200,6 +204,7 @@ impl Subscription {
             asked: BTreeSet::new(),
             initial: Some(request.initial_resource_versions.clone()),
             sent: Arc::default(),
+            sent_generation: 0,
             answered_once: false,
             nacks: Vec::new(),
         };
@@ -237,13 +242,20 @@ impl Subscription {
         }
     }
 
-    fn changes(&mut self, kind: Kind, set: &Arc<ResourceSet>, abilities: &Abilities) -> Changes {
+    fn changes(&mut self, kind: Kind, published: &Published, abilities: &Abilities) -> Changes {
+        let set = &published.set;
         let mut changes = if self.wildcard {
             let changes = match self.initial.take() {
                 Some(have) => set.changes_from_versions(have.iter(), kind),
+                None if Arc::ptr_eq(set, &self.sent) => Changes::default(),
+                // The usual case: the node has what was published just before.
+                None if self.sent_generation + 1 == published.generation && published.step.contains_key(&kind) => {
+                    published.step[&kind].clone()
+                }
                 None => set.changes_since(&self.sent, kind),
             };
             self.sent = Arc::clone(set);
+            self.sent_generation = published.generation;
             changes
         } else {
             self.initial = None;
@@ -288,40 +300,74 @@ fn check_names(request: &DeltaDiscoveryRequest) -> Result<(), Violation> {
     Ok(())
 }
 
-/// Cuts changes into responses of bounded size; at least one, even if there is nothing.
-fn responses(kind: Kind, changes: Changes, generation: u64) -> Vec<DeltaDiscoveryResponse> {
-    let empty = || DeltaDiscoveryResponse {
-        system_version_info: generation.to_string(),
-        type_url: kind.type_url().to_owned(),
-        ..DeltaDiscoveryResponse::default()
+/// A response that is not encoded yet.
+#[derive(Debug)]
+pub struct Part {
+    kind: Kind,
+    /// `system_version_info`.
+    version: String,
+    nonce: String,
+    changed: Vec<Arc<Resource>>,
+    removed: Vec<Arc<str>>,
+}
+
+impl From<Part> for DeltaDiscoveryResponse {
+    fn from(part: Part) -> Self {
+        Self {
+            system_version_info: part.version,
+            type_url: part.kind.type_url().to_owned(),
+            nonce: part.nonce,
+            resources: part.changed.iter().map(|resource| encode(resource)).collect(),
+            removed_resources: part.removed.iter().map(|name| name.to_string()).collect(),
+        }
+    }
+}
+
+/// Cuts changes into parts of bounded size; at least one, even if there is nothing.
+fn parts(kind: Kind, changes: Changes, generation: u64) -> Vec<Part> {
+    let empty = || Part {
+        kind,
+        version: generation.to_string(),
+        nonce: String::new(),
+        changed: Vec::new(),
+        removed: Vec::new(),
     };
     let mut done = Vec::new();
     let mut current = empty();
     let mut size = 0;
-    let mut room = |current: &mut DeltaDiscoveryResponse, more: usize| {
+    let mut room = |current: &mut Part, more: usize| {
         if size + more > MAX_RESPONSE_BYTES && size > 0 {
             done.push(std::mem::replace(current, empty()));
             size = 0;
         }
         size += more;
     };
-    for resource in changes.changed.values() {
-        let encoded = encode(resource);
-        room(&mut current, encoded.encoded_len() + 8);
-        current.resources.push(encoded);
+    for resource in changes.changed.into_values() {
+        room(&mut current, encoded_size(&resource));
+        current.changed.push(resource);
     }
     for name in changes.removed {
-        room(&mut current, name.len() + 8);
-        current.removed_resources.push(name.to_string());
+        room(&mut current, name.len() + FIELD);
+        current.removed.push(name);
     }
     done.push(current);
     // The node must not take the first part of its first policies for all of them.
     if let Some((_last, parts)) = done.split_last_mut() {
         for part in parts {
-            part.system_version_info.push(names::MORE);
+            part.version.push(names::MORE);
         }
     }
     done
+}
+
+/// Tag and length of a field, at most.
+const FIELD: usize = 8;
+
+/// Bytes that a resource takes in a response, at most.
+fn encoded_size(resource: &Resource) -> usize {
+    let aliases: usize = resource.aliases.iter().map(|alias| alias.len() + FIELD).sum();
+    let texts = resource.name.len() + resource.version.len() + resource.kind.type_url().len();
+    texts + resource.body.len() + aliases + 6 * FIELD
 }
 
 fn encode(resource: &Resource) -> tulle_proto::discovery::Resource {

@@ -17,6 +17,9 @@ use anyhow::Context;
 
 use crate::bench::closed;
 use crate::bench::paced;
+use crate::bench::scale::attached;
+use crate::bench::scale::identity;
+use crate::bench::scale::watch;
 use crate::bench::server;
 use crate::bench::work::Order;
 use crate::bench::work::PORT_REQUESTS;
@@ -28,6 +31,9 @@ use crate::bench::work::Work;
 const WATCHDOG: Duration = Duration::from_secs(40);
 /// Between two tries of the denied client.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// For the first request of a new pod.
+const FIRST_PATIENCE: Duration = Duration::from_secs(15);
 
 /// Arguments of `lab bench-agent`.
 #[derive(Debug, clap::Subcommand)]
@@ -50,6 +56,20 @@ pub enum Agent {
         #[arg(long)]
         to: IpAddr,
     },
+    /// A client that says when it begins or ceases to be answered.
+    Watch {
+        /// The server.
+        #[arg(long)]
+        to: SocketAddr,
+    },
+    /// One request, timed; then it stays.
+    First {
+        /// The server.
+        #[arg(long)]
+        to: SocketAddr,
+    },
+    /// Simulated node proxies.
+    Attach(attached::Options),
 }
 
 /// Runs one of them to its end.
@@ -67,6 +87,9 @@ pub fn main(agent: &Agent) -> anyhow::Result<()> {
                 _ => on_one_thread(closed::run(order)),
             }
         }
+        Agent::Watch { to } => watch::run(*to),
+        Agent::First { to } => first(*to),
+        Agent::Attach(options) => attached::run(options),
         Agent::Probe { to } => probe(SocketAddr::new(*to, PORT_REQUESTS)),
     }
 }
@@ -116,8 +139,23 @@ fn probe(to: SocketAddr) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn answers(to: SocketAddr) -> bool {
-    let patience = Duration::from_millis(900);
+/// One request, however long it takes within reason.
+fn first(to: SocketAddr) -> anyhow::Result<()> {
+    let began = Instant::now();
+    anyhow::ensure!(answers_within(to, FIRST_PATIENCE), "no answer from {to} after {:?}", began.elapsed());
+    println!("{}{}", identity::SAID, began.elapsed().as_micros());
+    // Its pod is not to end.
+    loop {
+        std::thread::park();
+    }
+}
+
+/// Whether a server answers a request on a connection of its own.
+pub(super) fn answers(to: SocketAddr) -> bool {
+    answers_within(to, Duration::from_millis(900))
+}
+
+fn answers_within(to: SocketAddr, patience: Duration) -> bool {
     let Ok(mut stream) = TcpStream::connect_timeout(&to, patience) else { return false };
     let _ = stream.set_read_timeout(Some(patience));
     let _ = stream.write_all(&[b'x'; REQUEST]);

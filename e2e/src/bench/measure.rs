@@ -159,12 +159,7 @@ impl Bench {
             config = config.env("ztunnel", name, value);
         }
         for node in peer.iter().flat_map(|_| world::THEIRS.nodes) {
-            let name = format!("node-{node}");
-            config.nodes = config.nodes.max(node);
-            config.programs.extend(peer.map(|peer| (name.clone(), peer.to_path_buf())));
-            // Ours has no name server in the pods either.
-            config = config.env(&name, "ISTIO_META_DNS_CAPTURE", "false");
-            config.handed.insert(name);
+            config = as_peer(config, node, peer);
         }
         let lab = Lab::up(config)?;
         let view = lab.view()?;
@@ -388,6 +383,17 @@ impl Bench {
             bytes: sum("istio_tcp_received_bytes_total") + sum("istio_tcp_sent_bytes_total"),
         })
     }
+}
+
+/// The same lab with a peer as the proxy of a node.
+pub(super) fn as_peer(mut config: LabConfig, node: u16, peer: Option<&Path>) -> LabConfig {
+    let name = format!("node-{node}");
+    config.nodes = config.nodes.max(node);
+    config.programs.extend(peer.map(|peer| (name.clone(), peer.to_path_buf())));
+    // Ours has no name server in the pods either.
+    config = config.env(&name, "ISTIO_META_DNS_CAPTURE", "false");
+    config.handed.insert(name);
+    config
 }
 
 /// The pod from which a load comes: each round has a client of its own to whom the cold servers are still cold.

@@ -15,6 +15,7 @@ mod paced;
 mod proof;
 mod report;
 mod rows;
+mod scale;
 mod server;
 mod work;
 mod world;
@@ -100,8 +101,6 @@ pub fn main(options: &Options) -> anyhow::Result<ExitCode> {
     let machine = machine::describe();
     let peer = options.peer.as_deref().map(built::peer).transpose()?;
     let bin_dir = options.bin_dir.clone().map_or_else(programs_dir, Ok)?;
-    eprintln!("lab bench: starting a lab");
-    let bench = Bench::start(&bin_dir, options.peer.as_deref(), options.rounds() + 1)?;
     let (warm_ms, run_ms) = options.times();
     let mut report = Report {
         machine,
@@ -119,31 +118,42 @@ pub fn main(options: &Options) -> anyhow::Result<ExitCode> {
         others: BTreeMap::new(),
         proven: Vec::new(),
     };
-    let mut denied = Vec::new();
-    for variant in options.meshes() {
-        whole_run(&mut report, variant, bench.check_policies(variant));
-        denied.push((variant, bench.start_denied(variant)?));
+    let tests: Vec<_> = rows::tests().into_iter().filter(|test| test.name.contains(&options.only)).collect();
+    if !tests.is_empty() {
+        connections(options, &bin_dir, &tests, &mut report)?;
     }
-    first_contacts(&bench, options, &mut report);
-    if !options.no_memory {
-        // First, while the proxies are fresh: a peak of before would be in every later figure.
-        memory(&bench, options, &mut report);
-    }
-    let mut proved = Proved::default();
-    loads(&bench, options, &mut report, &mut proved);
-    match bench.judge(&proved) {
-        Ok(lines) => report.proven.extend(lines),
-        Err(error) => whole_run(&mut report, TULLE, Err(error)),
-    }
-    for (variant, denied) in denied {
-        whole_run(&mut report, variant, bench.finish_denied(denied));
-        whole_run(&mut report, variant, bench.check_policies(variant).map(|line| format!("{line}, at the end too")));
-    }
+    scale::run(options, &bin_dir, &mut report);
     let notes = format!("{}took: {:.0} s\n", report.notes(), began.elapsed().as_secs_f64());
     println!("{}\n{notes}", report.table());
     save(&options.json, &report)?;
-    drop(bench);
     Ok(if report.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The loads between pods, and what connections cost in memory, in one lab.
+fn connections(options: &Options, bin_dir: &Path, tests: &[Test], report: &mut Report) -> anyhow::Result<()> {
+    eprintln!("lab bench: starting a lab");
+    let bench = Bench::start(bin_dir, options.peer.as_deref(), options.rounds() + 1)?;
+    let mut denied = Vec::new();
+    for variant in options.meshes() {
+        whole_run(report, variant, bench.check_policies(variant));
+        denied.push((variant, bench.start_denied(variant)?));
+    }
+    first_contacts(&bench, options, report);
+    if !options.no_memory {
+        // First, while the proxies are fresh: a peak of before would be in every later figure.
+        memory(&bench, options, report);
+    }
+    let mut proved = Proved::default();
+    loads(&bench, options, tests, report, &mut proved);
+    match bench.judge(&proved) {
+        Ok(lines) => report.proven.extend(lines),
+        Err(error) => whole_run(report, TULLE, Err(error)),
+    }
+    for (variant, denied) in denied {
+        whole_run(report, variant, bench.finish_denied(denied));
+        whole_run(report, variant, bench.check_policies(variant).map(|line| format!("{line}, at the end too")));
+    }
+    Ok(())
 }
 
 /// Notes what was proven, or that the whole of a mesh's rows is not.
@@ -173,8 +183,7 @@ fn first_contacts(bench: &Bench, options: &Options, report: &mut Report) {
     }
 }
 
-fn loads(bench: &Bench, options: &Options, report: &mut Report, proved: &mut Proved) {
-    let tests: Vec<_> = rows::tests().into_iter().filter(|test| test.name.contains(&options.only)).collect();
+fn loads(bench: &Bench, options: &Options, tests: &[Test], report: &mut Report, proved: &mut Proved) {
     let variants = report.variants.clone();
     for round in 0..options.rounds() {
         for (index, test) in tests.iter().enumerate() {

@@ -123,6 +123,15 @@ pub(super) fn is_of_namespace(policy: &Value, namespace: &str) -> bool {
     policy["namespace"] == namespace || name.strip_prefix(namespace).is_some_and(|rest| rest.starts_with('/'))
 }
 
+/// Workloads of the bench's crowd in a proxy's dump of what it knows: a list, or a map by name.
+pub(super) fn of_crowd(dump: &Value) -> usize {
+    let workloads = &dump["workloads"];
+    let listed = workloads.as_array().into_iter().flatten();
+    let named = workloads.as_object().into_iter().flat_map(|map| map.values());
+    let is_of = |workload: &&Value| workload["namespace"].as_str().is_some_and(|name| name.starts_with("crowd-"));
+    listed.chain(named).filter(is_of).count()
+}
+
 /// A log that is read on from where it was left.
 #[derive(Debug)]
 pub(super) struct LogTail {

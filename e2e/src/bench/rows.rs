@@ -133,6 +133,25 @@ pub(super) const RSS: [&str; 2] = ["RSS MB, client's proxy", "RSS MB, server's p
 /// The growth from none to the most idle connections, for each.
 pub(super) const PER_CONNECTION: [&str; 2] = ["KB/connection, client's proxy", "KB/connection, server's proxy"];
 
+/// The growth from one number of known workloads to the next, mean of both proxies.
+pub(super) const PER_WORKLOAD: &str = "KB/workload";
+/// Control's memory, and its growth with the proxies attached.
+pub(super) const RSS_CONTROL: &str = "RSS MB, control";
+pub(super) const PER_PROXY: &str = "KiB/proxy, control";
+/// CPU for each new pod: client's proxy, server's proxy, control.
+pub(super) const CPU_POD: [&str; 3] =
+    ["CPU-ms/pod, client's proxy", "CPU-ms/pod, server's proxy", "CPU-ms/pod, control"];
+/// Percentiles of what takes milliseconds.
+pub(super) const TIMES: [(&str, f64); 4] = [("p50 ms", 0.5), ("p90 ms", 0.9), ("p99 ms", 0.99), ("worst ms", 1.0)];
+
+/// The smallest value that `share` of all values do not exceed.
+pub(super) fn percentile(values: &[f64], share: f64) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (sorted.len() as f64 * share).ceil() as usize;
+    sorted.get(rank.saturating_sub(1)).copied()
+}
+
 /// Whether a figure is in the table; the others are in the file only.
 pub(super) fn in_table(name: &str) -> bool {
     [CPU_GB, CPU_REQUEST, CPU_CONNECTION].iter().all(|names| !names[1..].contains(&name))
@@ -144,6 +163,7 @@ pub(super) fn shape(name: &str) -> (usize, Better) {
         REQUESTS | CONNECTIONS => (0, Better::Higher),
         GBITS => (2, Better::Higher),
         P50 | P90 | P99 => (0, Better::Lower),
+        PER_WORKLOAD => (2, Better::Lower),
         _ if CPU_GB.contains(&name) => (3, Better::Lower),
         _ => (1, Better::Lower),
     }
@@ -171,6 +191,7 @@ mod tests {
     use crate::bench::rows::Run;
     use crate::bench::rows::figures;
     use crate::bench::rows::median;
+    use crate::bench::rows::percentile;
     use crate::bench::rows::rotation;
     use crate::bench::rows::tests;
     use crate::bench::work::Measured;
@@ -181,6 +202,15 @@ mod tests {
         assert_eq!(median(&[]), None);
         assert_eq!(median(&[3.0, 1.0, 900.0]), Some(3.0));
         assert_eq!(median(&[4.0, 2.0]), Some(3.0));
+    }
+
+    #[test]
+    fn a_percentile_is_a_value_that_was_seen() {
+        let values: Vec<f64> = (1..=200).rev().map(f64::from).collect();
+        for (share, expected) in [(0.5, 100.0), (0.99, 198.0), (1.0, 200.0), (0.0, 1.0)] {
+            assert_eq!(percentile(&values, share), Some(expected), "{share}");
+        }
+        assert_eq!(percentile(&[], 0.5), None);
     }
 
     #[test]

@@ -104,14 +104,16 @@ fn policies() -> Vec<(String, &'static str, String)> {
     policies
 }
 
-fn client(namespace: &str, name: &str, account: &str, node: u16) -> String {
+/// A pod from which the bench runs its generators.
+pub(super) fn client(namespace: &str, name: &str, account: &str, node: u16) -> String {
     format!(
         "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}}}\n\
          spec: {{nodeName: node-{node}, serviceAccountName: {account}, containers: [{{name: main, image: none}}]}}\n"
     )
 }
 
-fn server(namespace: &str, name: &str, node: u16, marker: &str) -> String {
+/// A pod that serves every kind of load; `marker` is what its answers are made of.
+pub(super) fn server(namespace: &str, name: &str, node: u16, marker: &str) -> String {
     let ports: Vec<String> = PORTS.iter().map(|port| format!("{{containerPort: {port}}}")).collect();
     format!(
         "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{app: server}}}}\n\

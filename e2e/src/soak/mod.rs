@@ -11,6 +11,8 @@ mod measure;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::PoisonError;
+use std::sync::RwLock;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -152,11 +154,11 @@ impl Run {
             running.push(self.lab.load(client, &url, rate, &[])?);
         }
         let (seed, random) = (self.random.random(), &mut self.random);
-        let (lab, stop) = (&self.lab, AtomicBool::new(false));
+        let (lab, stop, calm) = (&self.lab, AtomicBool::new(false), RwLock::new(()));
         let (pods, killed, flips) = std::thread::scope(|scope| {
-            let guests = scope.spawn(|| guests(lab, seed, &stop));
+            let guests = scope.spawn(|| guests(lab, seed, &stop, &calm));
             let rude = scope.spawn(|| rude(lab, &stop));
-            let churned = churn(lab, random, addresses, kill);
+            let churned = churn(lab, random, addresses, kill.then_some(&calm));
             stop.store(true, Ordering::Relaxed);
             let panicked = |_| anyhow::anyhow!("a part of the churn panicked");
             let guests = guests.join().map_err(panicked)?;
@@ -250,18 +252,25 @@ impl Run {
     }
 }
 
-/// Policy and endpoints, every 100 ms; in the middle control is killed and started again.
-fn churn(lab: &Lab, random: &mut StdRng, addresses: &[(String, String)], kill: bool) -> anyhow::Result<usize> {
+/// Policy and endpoints, every 100 ms; with `kill` control is killed and started again in the middle, while nobody waits
+/// for it to publish something.
+fn churn(
+    lab: &Lab,
+    random: &mut StdRng,
+    addresses: &[(String, String)],
+    mut kill: Option<&RwLock<()>>,
+) -> anyhow::Result<usize> {
     let (began, mut flips) = (Instant::now(), 0);
-    let mut kill = kill;
     while began.elapsed() < CHURN {
         oracle::flip(lab, flips % 2 == 0)?;
         flips += 1;
         let mut present = [random.random::<bool>(), random.random(), random.random()];
         present[random.random_range(0..3)] = true;
         oracle::endpoints(lab, addresses, &present)?;
-        if kill && began.elapsed() > CHURN / 2 {
-            kill = false;
+        if let Some(calm) = kill.filter(|_| began.elapsed() > CHURN / 2) {
+            kill = None;
+            // A waiting writer comes before new readers, so this is not put off for ever.
+            let _calm = calm.write().unwrap_or_else(PoisonError::into_inner);
             lab.kill("control", "KILL")?;
             lab.restart("control")?;
         }
@@ -271,12 +280,14 @@ fn churn(lab: &Lab, random: &mut StdRng, addresses: &[(String, String)], kill: b
     Ok(flips)
 }
 
-/// Pods of the mesh come and go; in the end none is left. Gives their number.
-fn guests(lab: &Lab, seed: u64, stop: &AtomicBool) -> anyhow::Result<usize> {
+/// Pods of the mesh come and go; in the end none is left. Gives their number. Each change holds `calm`: without control
+/// it could not be waited for.
+fn guests(lab: &Lab, seed: u64, stop: &AtomicBool, calm: &RwLock<()>) -> anyhow::Result<usize> {
     let mut random = StdRng::seed_from_u64(seed);
     let mut alive: Vec<String> = Vec::new();
     let mut made = 0;
     while !stop.load(Ordering::Relaxed) {
+        let _calm = calm.read().unwrap_or_else(PoisonError::into_inner);
         if alive.len() < GUESTS {
             // Names come again: a new pod with an old name is the hard case.
             let free = (made..made + 7).map(|n| format!("guest-{}", n % 7)).find(|name| !alive.contains(name));

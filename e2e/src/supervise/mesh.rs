@@ -105,6 +105,9 @@ pub fn start_ztunnel(config: &Config, paths: &Paths, node: u16, netns: &Path) ->
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .into();
+    if !handed {
+        env.insert("CRL_PATH".to_owned(), paths.ca().join("crl.pem").display().to_string());
+    }
     for component in ["ztunnel", &name] {
         argv.extend(config.args.get(component).cloned().unwrap_or_default());
         env.extend(config.env.get(component).cloned().unwrap_or_default());

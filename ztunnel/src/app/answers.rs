@@ -111,6 +111,7 @@ impl Answers {
                 "error": cert.error,
                 "roots": cert.roots,
                 "issuer": cert.issuer,
+                "serial": cert.serial,
             })).collect::<Vec<_>>(),
             "xds": {
                 "connected": self.monitor.status().connected,
@@ -171,9 +172,9 @@ impl Answers {
 }
 
 fn certificate_status(status: CertStatus) -> CertificateStatus {
-    let (roots, issuer) = status
+    let (roots, issuer, serial) = status
         .certificate
-        .map(|held| (held.root_fingerprints.clone(), held.issuer_fingerprint.clone()))
+        .map(|held| (held.root_fingerprints.clone(), held.issuer_fingerprint.clone(), held.issued.serial.clone()))
         .unwrap_or_default();
     CertificateStatus {
         identity: status.identity.to_string(),
@@ -182,6 +183,7 @@ fn certificate_status(status: CertStatus) -> CertificateStatus {
         error: status.error,
         roots,
         issuer,
+        serial,
     }
 }
 

@@ -7,6 +7,7 @@ pub mod answers;
 mod explain;
 pub mod resolver;
 pub mod pods;
+pub mod revocation;
 pub mod wanted;
 pub mod worker;
 
@@ -30,6 +31,7 @@ use crate::app::pods::{Environment, Pods};
 use crate::app::resolver::Names;
 use crate::app::worker::Worker;
 use crate::base::drain::{Drain, Drained, Phase, drain};
+use crate::base::memory;
 use crate::base::netns::{NetnsThread, local_addresses};
 use crate::base::sockets::Options;
 use crate::base::workers::Workers;
@@ -40,7 +42,7 @@ use crate::identity::{self, Control, RootCa, TokenSource};
 use crate::relay;
 use crate::state;
 use crate::telemetry::metrics::Metrics;
-use crate::tls::Aliases;
+use crate::tls::{Aliases, Trust};
 use crate::xds;
 
 /// Log lines that may wait for the writer. At 300 bytes each it is 20 MB; then lines are dropped and counted.
@@ -55,6 +57,8 @@ pub fn run(config: Node) -> anyhow::Result<()> {
     let _ = (*crate::tls::provider()).clone().install_default();
     raise_file_limit();
     let (level, dropped, _writer) = logging(&config)?;
+    let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+    memory::tame(config.workers(cores).map_err(anyhow::Error::msg)? + 1);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(node(config, level, dropped))
 }
@@ -89,11 +93,11 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let (writer, reader) = state::store();
-    let identities = identity::identities(
-        control(&config, true),
-        config.secret_ttl,
-        Aliases::new(config.trust_domain_aliases.iter().cloned()),
-    );
+    let trust = Trust {
+        aliases: Aliases::new(config.trust_domain_aliases.iter().cloned()),
+        revoked: revocation::load(config.crl_path.as_deref())?,
+    };
+    let identities = identity::identities(control(&config, true), config.secret_ttl, trust.clone());
     let shared = Shared {
         reader: reader.clone(),
         identities: identities.clone(),
@@ -125,6 +129,9 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     let stop = Arc::new(stop);
     serve_admin(&config, &answers, Arc::new(registry), stop.clone(), level, dropped)?;
 
+    if let Some(path) = config.crl_path.clone() {
+        tokio::spawn(revocation::watch(path, trust.revoked, identities.clone(), stopping.clone()));
+    }
     tokio::spawn(identities.run(reached(stopping.clone(), Phase::Forced)));
     tokio::spawn(xds::run(xds_config(&config), writer, monitor, reached(stopping.clone(), Phase::Forced)));
     let asked = answers.clone();
@@ -139,6 +146,11 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
         reached(stopping.clone(), Phase::Forced),
     ));
     tokio::spawn(watch_node_addresses(reader.clone()));
+    let counted = pods.clone();
+    tokio::spawn(memory::give_back_after_peaks(move || {
+        let (inbound, outbound) = counted.connections();
+        inbound + outbound
+    }));
     let (pods_stop, _) = drain();
     let pods_drain = start_pods(&config, &shared, &workers, &pods, pods_stop)?;
     tracing::info!(node = %config.node_name, workers = count, version = VERSION, "started");

@@ -5,7 +5,9 @@
 pub mod bucket;
 pub mod budget;
 pub mod conntrack;
+pub mod cut;
 pub mod drain;
+pub mod memory;
 pub mod netns;
 pub mod pace;
 pub mod sockets;

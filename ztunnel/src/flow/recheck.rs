@@ -8,8 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::{Rc, Weak};
 
-use tokio::sync::Notify;
-
+use crate::base::cut::Cut;
 use crate::base::workers;
 use crate::outcome::{Code, Outcome};
 use crate::state::{Reader, Snapshot};
@@ -22,8 +21,7 @@ pub type Check<T> = fn(&Snapshot, &T) -> Option<Outcome>;
 
 struct Conn<T> {
     facts: T,
-    cut: RefCell<Option<Outcome>>,
-    notify: Notify,
+    cut: Cut<Outcome>,
 }
 
 /// The table. Belongs to one worker.
@@ -43,13 +41,7 @@ pub struct Registration<T> {
 impl<T> Registration<T> {
     /// Completes when a snapshot forbids the connection.
     pub async fn cut(&self) -> Outcome {
-        loop {
-            let notified = self.conn.notify.notified();
-            if let Some(outcome) = self.conn.cut.borrow().clone() {
-                return outcome;
-            }
-            notified.await;
-        }
+        self.conn.cut.ordered().await
     }
 }
 
@@ -71,7 +63,7 @@ impl<T: 'static> Live<T> {
     pub fn register(self: &Rc<Self>, facts: T) -> Registration<T> {
         let id = self.next.get();
         self.next.set(id + 1);
-        let conn = Rc::new(Conn { facts, cut: RefCell::default(), notify: Notify::new() });
+        let conn = Rc::new(Conn { facts, cut: Cut::default() });
         self.connections.borrow_mut().insert(id, conn.clone());
         Registration { id, conn, table: Rc::downgrade(self) }
     }
@@ -107,7 +99,6 @@ impl<T: 'static> Live<T> {
         if outcome.code == Code::PolicyPending {
             return;
         }
-        *conn.cut.borrow_mut() = Some(Outcome { code: Code::PolicyChanged, ..outcome });
-        conn.notify.notify_waiters();
+        conn.cut.order(Outcome { code: Code::PolicyChanged, ..outcome });
     }
 }

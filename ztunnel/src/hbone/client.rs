@@ -12,21 +12,22 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::SendRequest;
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{CertificateDer, ServerName};
 use tokio::io::{AsyncRead, AsyncWrite, BufReader};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_rustls::TlsConnector;
-use tulle_certs::SpiffeId;
+use tulle_certs::{SpiffeId, Usage};
 
 use crate::base::budget::Budget;
+use crate::base::cut::Cut;
 use crate::base::pace::Paced;
 use crate::base::sockets::PodSockets;
 use crate::base::window::{Slot, Window};
 use crate::base::workers;
 use crate::hbone::{Config, FRAME_BUDGET, HEADER_LIST, READ_BUFFER, SEND_BUFFER, TLS_BUFFER};
-use crate::outcome::{Code, Outcome, chain};
-use crate::tls::{WorkloadCert, WrongIdentity, peer_identity};
+use crate::outcome::{Code, Outcome};
+use crate::tls::{WorkloadCert, peer_identity, refusal};
 
 /// What a tunnel is made with.
 #[derive(Clone, Debug)]
@@ -62,6 +63,8 @@ pub struct Tunnel {
     pub streams: Cell<usize>,
     /// When the last stream ended.
     pub idle_since: Cell<Instant>,
+    /// The other side's certificate was taken back: streams end.
+    pub cut: Rc<Cut<Outcome>>,
     closed: Rc<Cell<bool>>,
     window: Rc<Window>,
 }
@@ -147,11 +150,14 @@ async fn handshake(
     let mut tls = TlsConnector::from(dialer.cert.client_config(expected))
         .connect(name, transport)
         .await
-        .map_err(|error| tls_outcome(&error, address))?;
+        .map_err(|error| refusal(&error, &format!("tunnel to {address}: ")))?;
     let session = tls.get_mut().1;
     session.set_buffer_limit(Some(TLS_BUFFER));
     let peer = peer_identity(session.peer_certificates())
         .map_err(|error| Outcome::new(Code::TlsFailed, format!("tunnel to {address}: {error}")))?;
+
+    let shown: Vec<CertificateDer<'static>> =
+        session.peer_certificates().unwrap_or_default().iter().map(|one| one.clone().into_owned()).collect();
 
     let window = Window::new(&dialer.budget, config.stream_window, config.connection_window);
     let (send, connection) = h2::client::Builder::new()
@@ -169,9 +175,16 @@ async fn handshake(
         .map_err(|error| Outcome::new(Code::TunnelFailed, format!("tunnel to {address}: {error}")))?;
     let closed = Rc::new(Cell::new(false));
     let flag = closed.clone();
-    let sizes = window.clone();
+    let (sizes, cert, cut) = (window.clone(), dialer.cert.clone(), Rc::<Cut<Outcome>>::default());
+    let order = cut.clone();
     workers::spawn(async move {
-        if let Err(error) = drive(connection, &sizes).await {
+        let revoked = async {
+            let outcome = cert.revoked(&shown, Usage::Server).await;
+            tracing::warn!(%address, reason = %outcome, "tunnel is cut");
+            flag.set(true);
+            order.order(outcome);
+        };
+        if let Err(error) = drive(connection, &sizes, revoked).await {
             tracing::debug!(%address, %error, "tunnel ended");
         }
         flag.set(true);
@@ -182,34 +195,29 @@ async fn handshake(
         cert: dialer.cert.clone(),
         streams: Cell::new(0),
         idle_since: Cell::new(Instant::now()),
+        cut,
         closed,
         window,
     })
 }
 
-/// Keeps the tunnel going until it ends, and its receive window as large as it should be.
-async fn drive<T>(mut connection: h2::client::Connection<T, Bytes>, window: &Window) -> Result<(), h2::Error>
+/// Keeps the tunnel going until it ends, and its receive window as large as it should be. `revoked` ends its streams and
+/// then it, by what it does when it completes.
+async fn drive<T>(
+    mut connection: h2::client::Connection<T, Bytes>,
+    window: &Window,
+    revoked: impl Future<Output = ()>,
+) -> Result<(), h2::Error>
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
+    tokio::pin!(revoked);
+    let mut over = false;
     loop {
         tokio::select! {
             ended = &mut connection => return ended,
+            () = &mut revoked, if !over => over = true,
             size = window.changed() => connection.set_target_window_size(size),
         }
-    }
-}
-
-/// Sorts a failed handshake: somebody else's certificate, or anything else.
-fn tls_outcome(error: &io::Error, address: SocketAddr) -> Outcome {
-    let wrong = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()).and_then(|inner| match inner {
-        rustls::Error::InvalidCertificate(rustls::CertificateError::Other(other)) => {
-            other.0.downcast_ref::<WrongIdentity>()
-        }
-        _ => None,
-    });
-    match wrong {
-        Some(wrong) => Outcome::new(Code::WrongIdentity, format!("tunnel to {address}: {wrong}")),
-        None => Outcome::new(Code::TlsFailed, format!("tunnel to {address}: {}", chain(error))),
     }
 }

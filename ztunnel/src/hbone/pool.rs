@@ -92,6 +92,11 @@ impl Lease {
         self.tunnel.retire();
     }
 
+    /// Completes when the other side's certificate was taken back.
+    pub async fn cut(&self) -> Outcome {
+        self.tunnel.cut.ordered().await
+    }
+
     /// Who the other side proved to be.
     pub fn peer(&self) -> &SpiffeId {
         &self.tunnel.peer

@@ -26,8 +26,8 @@ const IDLE: Duration = Duration::from_secs(900);
 /// A request and the means to answer it.
 pub type Incoming = (Request<RecvStream>, SendResponse<Bytes>);
 
-/// Serves the tunnel until it ends. `handle` gets each stream and must not block. `lifetime` is how long the peer's
-/// certificate is still valid: after that it gets no new streams.
+/// Serves the tunnel until it ends. `handle` gets each stream and must not block. `expired` completes when the
+/// peer's certificate proves nothing any more: after that it gets no new streams.
 ///
 /// # Errors
 /// Why the tunnel ended, if not in good order.
@@ -35,7 +35,7 @@ pub async fn serve<T>(
     io: T,
     config: Config,
     drained: Drained,
-    lifetime: Duration,
+    expired: impl Future<Output = ()>,
     window: &Window,
     mut handle: impl FnMut(Incoming),
 ) -> Result<(), Outcome>
@@ -62,7 +62,6 @@ where
     let idle = sleep(IDLE);
     let draining = drained.draining();
     let forced = drained.forced();
-    let expired = sleep(lifetime);
     tokio::pin!(draining, forced, expired, idle);
     loop {
         tokio::select! {
@@ -86,7 +85,7 @@ where
                 connection.graceful_shutdown();
             }
             () = &mut expired, if closed_since.is_none() => {
-                // Whose certificate has expired proves nothing any more, not even for a moment.
+                // Whose certificate has expired, or was taken back, proves nothing any more, not even for a moment.
                 closed_since = Some(Instant::now());
                 goodbye = true;
                 connection.graceful_shutdown();

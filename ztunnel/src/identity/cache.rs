@@ -182,6 +182,17 @@ impl Identities {
         renewing
     }
 
+    /// The revocation lists have changed: own certificates that they name are asked for anew. Gives how many those are.
+    pub fn replace_revoked(&self) -> usize {
+        let in_force = self.shared.in_force.load();
+        let revoked: Vec<&SpiffeId> = in_force.iter().filter(|(_, cert)| cert.is_revoked()).map(|(id, _)| id).collect();
+        let mut table = self.table();
+        revoked.iter().for_each(|id| table.hurry(id, (self.shared.clock)()));
+        drop(table);
+        self.shared.wake.notify_one();
+        revoked.len()
+    }
+
     /// Tells of every answer of the CA, so of every renewal.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.shared.answers.subscribe()

@@ -18,7 +18,7 @@ use tulle_proto::names;
 
 use crate::identity::control::chain;
 use crate::identity::{Control, ControlError};
-use crate::tls::{Aliases, TlsError, WorkloadCert};
+use crate::tls::{TlsError, Trust, WorkloadCert};
 
 /// An answer that takes longer is an outage; a signature takes milliseconds.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -70,15 +70,15 @@ pub struct Client {
     control: Control,
     /// Wanted life.
     ttl: Duration,
-    aliases: Aliases,
+    trust: Trust,
     /// The channel, and the roots it was made with.
     channel: Mutex<Option<(Vec<u8>, Channel)>>,
 }
 
 impl Client {
-    /// `ttl` is the wanted life of certificates; the CA may shorten it. `aliases`: of the trust domain.
-    pub fn new(control: Control, ttl: Duration, aliases: Aliases) -> Self {
-        Self { control, ttl, aliases, channel: Mutex::new(None) }
+    /// `ttl` is the wanted life of certificates; the CA may shorten it. `trust`: whom their holders believe.
+    pub fn new(control: Control, ttl: Duration, trust: Trust) -> Self {
+        Self { control, ttl, trust, channel: Mutex::new(None) }
     }
 
     /// Requests a certificate.
@@ -107,7 +107,7 @@ impl Client {
         })?;
         let issued = Issued::parse(&answer.into_inner().cert_chain, id)
             .map_err(|source| FetchError::Answer { address: address(), source })?;
-        Ok(WorkloadCert::new(issued, made.key, &self.aliases)?)
+        Ok(WorkloadCert::new(issued, made.key, &self.trust)?)
     }
 
     async fn channel(&self) -> Result<Channel, ControlError> {

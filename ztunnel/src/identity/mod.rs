@@ -19,12 +19,12 @@ pub(crate) use client::text as status_text;
 pub use client::{Client, FetchError};
 pub use control::{Control, ControlError, RootCa, TokenSource, backoff};
 
-use crate::tls::Aliases;
+use crate::tls::Trust;
 
 /// Identities that come from the CA at `control` and live for `ttl`. They are fetched once [`Identities::run`] runs.
-/// `aliases` are other names of the trust domain.
-pub fn identities(control: Control, ttl: Duration, aliases: Aliases) -> Identities {
-    let client = Arc::new(Client::new(control, ttl, aliases));
+/// `trust`: whom their holders believe.
+pub fn identities(control: Control, ttl: Duration, trust: Trust) -> Identities {
+    let client = Arc::new(Client::new(control, ttl, trust));
     let fetch: Fetch = Arc::new(move |id| {
         let client = client.clone();
         Box::pin(async move { client.fetch(&id).await.map_err(|error| error.to_string()) })

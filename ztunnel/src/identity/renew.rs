@@ -134,6 +134,13 @@ impl Table {
         renewing
     }
 
+    /// A certificate in force was taken back: it is due now.
+    pub(super) fn hurry(&mut self, id: &SpiffeId, now_ms: i64) {
+        if let Some(entry) = self.entries.get_mut(id) {
+            entry.due_ms = entry.due_ms.min(now_ms);
+        }
+    }
+
     /// The next request to make, which counts as in flight from now on. `None`: nothing is due, or enough is in flight.
     pub(super) fn start(&mut self, now_ms: i64) -> Option<SpiffeId> {
         if self.entries.values().filter(|entry| entry.in_flight).count() >= MAX_IN_FLIGHT {

@@ -14,7 +14,7 @@ use tulle_certs::SpiffeId;
 use tulle_certs::ca::Authority;
 
 use crate::identity::{Clock, Fetch, Identities, IdentityError};
-use crate::tls::{Aliases, WorkloadCert};
+use crate::tls::{Trust, WorkloadCert};
 
 /// A CA that the test controls.
 struct Ca {
@@ -80,7 +80,7 @@ impl Ca {
         let csr = tulle_certs::parse_csr(&made.csr_pem).unwrap();
         let now_s = (self.clock)() / 1000;
         let chain = self.authority.sign(&csr, &id, self.life_s.load(Ordering::SeqCst), now_s).unwrap();
-        Ok(WorkloadCert::new(tulle_certs::Issued::parse(&chain, &id).unwrap(), made.key, &Aliases::default()).unwrap())
+        Ok(WorkloadCert::new(tulle_certs::Issued::parse(&chain, &id).unwrap(), made.key, &Trust::default()).unwrap())
     }
 
     fn asked(&self) -> usize {

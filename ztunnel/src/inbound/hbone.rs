@@ -13,12 +13,14 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::Response;
+use rustls::pki_types::CertificateDer;
 use tokio::io::BufReader;
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
-use tulle_certs::SpiffeId;
+use tulle_certs::{SpiffeId, Usage};
 
+use crate::base::cut::Cut;
 use crate::base::pace::Paced;
 use crate::base::sockets::reset;
 use crate::base::window::Window;
@@ -29,11 +31,11 @@ use crate::hbone::server;
 use crate::hbone::{READ_BUFFER, TLS_BUFFER};
 use crate::inbound::recheck::Live;
 use crate::inbound::{Request, admit, stopped};
-use crate::outcome::{Code, Outcome, chain};
+use crate::outcome::{Code, Outcome};
 use crate::relay::{self, TcpSide, Terms};
 use crate::state::{Snapshot, Workload};
 use crate::telemetry::{ConnRecord, Direction};
-use crate::tls::peer_identity;
+use crate::tls::{peer_identity, refusal};
 
 /// How long a new connection may stay silent. A proxy's ClientHello follows its SYN at once.
 const FIRST_BYTE: Duration = Duration::from_secs(5);
@@ -48,6 +50,8 @@ struct Tunnel {
     source_identity: SpiffeId,
     own_identity: SpiffeId,
     window: Rc<Window>,
+    /// The peer's certificate was taken back: streams end.
+    cut: Cut<Outcome>,
 }
 
 /// Serves one tunnel to its end.
@@ -97,12 +101,14 @@ async fn tunnel(
     let mut tls = timeout(shared.hbone.handshake_timeout, accept)
         .await
         .map_err(|_| Outcome::new(Code::TlsFailed, "the peer did not finish the TLS handshake in time"))?
-        .map_err(|error| Outcome::new(Code::TlsFailed, chain(&error)))?;
+        .map_err(|error| refusal(&error, ""))?;
     let session = tls.get_mut().1;
     session.set_buffer_limit(Some(TLS_BUFFER));
     let source_identity =
         peer_identity(session.peer_certificates()).map_err(|error| Outcome::new(Code::TlsFailed, error))?;
-    let lifetime = session.peer_certificates().and_then(|chain| chain.first()).map_or(Duration::ZERO, remaining);
+    let shown: Vec<CertificateDer<'static>> =
+        session.peer_certificates().unwrap_or_default().iter().map(|one| one.clone().into_owned()).collect();
+    let lifetime = shown.first().map_or(Duration::ZERO, remaining);
     drop(permit);
 
     shared.metrics.tunnels.inc();
@@ -110,10 +116,27 @@ async fn tunnel(
     let config = shared.hbone;
     let own_identity = cert.identity.clone();
     let window = Window::new(&pod.buffers, config.stream_window, config.connection_window);
-    let context =
-        Tunnel { shared, live, pod: pod.clone(), peer, local, source_identity, own_identity, window: window.clone() };
-    let context = Rc::new(context);
-    let result = server::serve(tls, config, pod.drained.clone(), lifetime, &window, |(request, respond)| {
+    let context = Rc::new(Tunnel {
+        shared,
+        live,
+        pod: pod.clone(),
+        peer,
+        local,
+        source_identity,
+        own_identity,
+        window: window.clone(),
+        cut: Cut::default(),
+    });
+    let expired = async {
+        tokio::select! {
+            () = sleep(lifetime) => {}
+            outcome = cert.revoked(&shown, Usage::Client) => {
+                tracing::warn!(%peer, reason = %outcome, "tunnel is cut");
+                context.cut.order(outcome);
+            }
+        }
+    };
+    let result = server::serve(tls, config, pod.drained.clone(), expired, &window, |(request, respond)| {
         let context = context.clone();
         workers::spawn(async move { stream(&context, request, respond).await });
     })
@@ -123,7 +146,7 @@ async fn tunnel(
 }
 
 /// How long the peer's certificate is still valid.
-fn remaining(leaf: &rustls::pki_types::CertificateDer<'_>) -> Duration {
+fn remaining(leaf: &CertificateDer<'_>) -> Duration {
     let left = tulle_certs::not_after(leaf).map_or(0, |end| end.saturating_sub(unix_now()));
     Duration::from_secs(u64::try_from(left).unwrap_or(0))
 }
@@ -220,7 +243,12 @@ async fn carry(
     let counts = record.counts.clone();
     let recv = async { Ok(request.into_body()) };
     // A stop resets the stream, so the other side cannot take it for an end.
-    let stop = stopped(&pod.drained, &registration);
+    let stop = async {
+        tokio::select! {
+            outcome = stopped(&pod.drained, &registration) => outcome,
+            outcome = tunnel.cut.ordered() => outcome,
+        }
+    };
     let terms = Terms { counts: &counts, limits: shared.relay, budget: &pod.buffers };
     relay::tunnel(tcp, send, recv, TcpSide::Server, terms, &window, stop).await
 }

@@ -92,8 +92,13 @@ pub(super) async fn relay_tunnel(
         }
     };
     let terms = Terms { counts, limits: shared.relay, budget: &pod.buffers };
-    let outcome =
-        relay::tunnel(tcp, send, recv, TcpSide::Client, terms, &lease.window, stopped(pod, registration)).await;
+    let stop = async {
+        tokio::select! {
+            outcome = stopped(pod, registration) => outcome,
+            outcome = lease.cut() => outcome,
+        }
+    };
+    let outcome = relay::tunnel(tcp, send, recv, TcpSide::Client, terms, &lease.window, stop).await;
     drop(lease);
     outcome
 }

@@ -5,17 +5,21 @@
 //! authentication past a rotated root. Verification itself is `tulle_certs`; this module binds it to rustls and to the
 //! expectation of the caller, and gives every refusal a sentence that names both identities.
 
+mod revoked;
 mod verify;
 
 use std::sync::{Arc, OnceLock};
 
 use rustls::crypto::CryptoProvider;
-use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{ClientConfig, ServerConfig};
-use tulle_certs::{Issued, SpiffeId, fingerprint};
+use tulle_certs::{Issued, SpiffeId, Usage, fingerprint};
 
-pub use verify::{WrongIdentity, peer_identity};
+pub use revoked::Revoked;
+pub use verify::{WrongIdentity, peer_identity, refusal};
+
+use crate::outcome::{Code, Outcome};
 
 /// Why a TLS configuration could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -67,7 +71,16 @@ pub struct WorkloadCert {
     server: Arc<ServerConfig>,
     client: ClientConfig,
     roots: tulle_certs::Roots,
-    aliases: Aliases,
+    trust: Trust,
+}
+
+/// Whom a node believes, besides the roots that come with each certificate. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Trust {
+    /// Other names of the trust domain.
+    pub aliases: Aliases,
+    /// Certificates that were taken back.
+    pub revoked: Revoked,
 }
 
 /// Other names of the mesh's trust domain, as while it is renamed: who proves an identity there is who has that
@@ -111,7 +124,7 @@ impl WorkloadCert {
     ///
     /// # Errors
     /// If the key does not fit the certificate.
-    pub fn new(issued: Issued, key: PrivatePkcs8KeyDer<'static>, aliases: &Aliases) -> Result<Self, TlsError> {
+    pub fn new(issued: Issued, key: PrivatePkcs8KeyDer<'static>, trust: &Trust) -> Result<Self, TlsError> {
         let identity = issued.identity.clone();
         let provider = provider();
         let key = PrivateKeyDer::Pkcs8(key);
@@ -125,7 +138,7 @@ impl WorkloadCert {
             .with_client_cert_verifier(Arc::new(verify::ClientVerifier::new(
                 issued.roots.clone(),
                 identity.trust_domain(),
-                aliases.clone(),
+                trust.clone(),
                 provider.clone(),
             )))
             .with_cert_resolver(resolver.clone());
@@ -140,7 +153,7 @@ impl WorkloadCert {
             .with_custom_certificate_verifier(Arc::new(verify::ServerVerifier::new(
                 issued.roots.clone(),
                 Vec::new(),
-                (identity.trust_domain(), aliases),
+                (identity.trust_domain(), trust),
                 provider,
             )))
             .with_client_cert_resolver(resolver);
@@ -154,7 +167,7 @@ impl WorkloadCert {
             roots: issued.roots.clone(),
             root_fingerprints: issued.roots.fingerprints(),
             issuer_fingerprint: issued.chain.get(1).map(|issuer| fingerprint(issuer)).unwrap_or_default(),
-            aliases: aliases.clone(),
+            trust: trust.clone(),
             identity,
             issued,
             server: Arc::new(server),
@@ -173,10 +186,20 @@ impl WorkloadCert {
         config.dangerous().set_certificate_verifier(Arc::new(verify::ServerVerifier::new(
             self.roots.clone(),
             expected.to_vec(),
-            (self.identity.trust_domain(), &self.aliases),
+            (self.identity.trust_domain(), &self.trust),
             provider(),
         )));
         Arc::new(config)
+    }
+
+    /// Completes once the certificate of a peer that was verified as `usage` is in a revocation list.
+    pub async fn revoked(&self, chain: &[CertificateDer<'_>], usage: Usage) -> Outcome {
+        Outcome::new(Code::CertRevoked, self.trust.revoked.hit(chain, &self.roots, usage).await.to_string())
+    }
+
+    /// Whether this certificate itself is in a revocation list, so that peers will refuse it.
+    pub fn is_revoked(&self) -> bool {
+        self.trust.revoked.look(&self.issued.chain, &self.roots, Usage::Client).is_some()
     }
 
     /// Whether the certificate can still be shown, `now` in Unix seconds.

@@ -4,6 +4,7 @@
 //! the single URI of the leaf, so that the identity that is checked is the identity that policy sees.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -13,9 +14,10 @@ use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, PeerIncompatible, SignatureScheme,
 };
-use tulle_certs::{Roots, SpiffeId, Usage, VerifyError, leaf_identity, verify_chain};
+use tulle_certs::{Crls, Roots, SpiffeId, Usage, VerifyError, leaf_identity, verify_chain};
 
-use crate::tls::Aliases;
+use crate::outcome::{Code, Outcome, chain};
+use crate::tls::Trust;
 
 /// The peer's certificate is good, but it is somebody else's.
 #[derive(Debug, Clone)]
@@ -33,6 +35,21 @@ impl fmt::Display for WrongIdentity {
 }
 
 impl std::error::Error for WrongIdentity {}
+
+/// Sorts a failed handshake: somebody else's certificate, one that was taken back, or anything else.
+pub fn refusal(error: &io::Error, place: &str) -> Outcome {
+    let ours = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()).and_then(|inner| match inner {
+        Error::InvalidCertificate(CertificateError::Other(other)) => Some(&other.0),
+        _ => None,
+    });
+    if let Some(wrong) = ours.and_then(|inner| inner.downcast_ref::<WrongIdentity>()) {
+        return Outcome::new(Code::WrongIdentity, format!("{place}{wrong}"));
+    }
+    match ours.and_then(|inner| inner.downcast_ref::<VerifyError>()) {
+        Some(revoked @ VerifyError::Revoked { .. }) => Outcome::new(Code::CertRevoked, format!("{place}{revoked}")),
+        _ => Outcome::new(Code::TlsFailed, format!("{place}{}", chain(error))),
+    }
+}
 
 /// Identity of the peer of an established connection, from the certificates it showed.
 ///
@@ -61,10 +78,12 @@ fn verify(
     end_entity: &CertificateDer<'_>,
     intermediates: &[CertificateDer<'_>],
     roots: &Roots,
+    crls: &Crls,
     usage: Usage,
     now: UnixTime,
 ) -> Result<SpiffeId, Error> {
-    verify_chain(&chain_of(end_entity, intermediates), roots, usage, now).map_err(|error: VerifyError| refuse(error))
+    verify_chain(&chain_of(end_entity, intermediates), roots, crls, usage, now)
+        .map_err(|error: VerifyError| refuse(error))
 }
 
 /// Accepts servers with one of the expected identities.
@@ -73,19 +92,19 @@ pub(super) struct ServerVerifier {
     roots: Roots,
     expected: Vec<SpiffeId>,
     trust_domain: String,
-    aliases: Aliases,
+    trust: Trust,
     provider: Arc<CryptoProvider>,
 }
 
 impl ServerVerifier {
-    /// `own` is the trust domain of who connects, with its aliases.
+    /// `own` is the trust domain of who connects, and whom it believes.
     pub(super) fn new(
         roots: Roots,
         expected: Vec<SpiffeId>,
-        own: (&str, &Aliases),
+        own: (&str, &Trust),
         provider: Arc<CryptoProvider>,
     ) -> Self {
-        Self { roots, expected, trust_domain: own.0.to_owned(), aliases: own.1.clone(), provider }
+        Self { roots, expected, trust_domain: own.0.to_owned(), trust: own.1.clone(), provider }
     }
 }
 
@@ -103,8 +122,8 @@ impl ServerCertVerifier for ServerVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let proven = verify(end_entity, intermediates, &self.roots, Usage::Server, now)?;
-        let fits = |expected: &SpiffeId| self.aliases.same(&self.trust_domain, expected, &proven);
+        let proven = verify(end_entity, intermediates, &self.roots, &self.trust.revoked.lists(), Usage::Server, now)?;
+        let fits = |expected: &SpiffeId| self.trust.aliases.same(&self.trust_domain, expected, &proven);
         if self.expected.iter().any(fits) || identity_check_is_broken() {
             return Ok(ServerCertVerified::assertion());
         }
@@ -141,13 +160,13 @@ impl ServerCertVerifier for ServerVerifier {
 pub(super) struct ClientVerifier {
     roots: Roots,
     trust_domain: String,
-    aliases: Aliases,
+    trust: Trust,
     provider: Arc<CryptoProvider>,
 }
 
 impl ClientVerifier {
-    pub(super) fn new(roots: Roots, trust_domain: &str, aliases: Aliases, provider: Arc<CryptoProvider>) -> Self {
-        Self { roots, trust_domain: trust_domain.to_owned(), aliases, provider }
+    pub(super) fn new(roots: Roots, trust_domain: &str, trust: Trust, provider: Arc<CryptoProvider>) -> Self {
+        Self { roots, trust_domain: trust_domain.to_owned(), trust, provider }
     }
 }
 
@@ -163,8 +182,8 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let proven = verify(end_entity, intermediates, &self.roots, Usage::Client, now)?;
-        if self.aliases.covers(&self.trust_domain, proven.trust_domain()) {
+        let proven = verify(end_entity, intermediates, &self.roots, &self.trust.revoked.lists(), Usage::Client, now)?;
+        if self.trust.aliases.covers(&self.trust_domain, proven.trust_domain()) {
             return Ok(ClientCertVerified::assertion());
         }
         Err(refuse(WrongIdentity { proven, expected: format!("trust domain {}", self.trust_domain) }))

@@ -30,7 +30,7 @@ use ztunnel::flow::{Limits, Shared};
 use ztunnel::identity::Identities;
 use ztunnel::state::{Change, Writer, store};
 use ztunnel::telemetry::metrics::Metrics;
-use ztunnel::tls::{Aliases, WorkloadCert};
+use ztunnel::tls::{Trust, WorkloadCert};
 use ztunnel::{hbone, relay, xds};
 
 /// One node with three pods: a and b in the mesh, c not.
@@ -114,7 +114,7 @@ impl Lab {
         let authority = Authority::open(&self.dir.path().join("ca"), now()).unwrap();
         let asked = request(&id).unwrap();
         let chain = authority.sign(&tulle_certs::parse_csr(&asked.csr_pem).unwrap(), &id, 3600, now()).unwrap();
-        WorkloadCert::new(Issued::parse(&chain, &id).unwrap(), asked.key, &Aliases::default()).unwrap()
+        WorkloadCert::new(Issued::parse(&chain, &id).unwrap(), asked.key, &Trust::default()).unwrap()
     }
 
     /// The rules in force in a pod.
@@ -162,7 +162,7 @@ impl Node {
                 let csr = tulle_certs::parse_csr(&asked.csr_pem).map_err(|error| error.to_string())?;
                 let chain = authority.sign(&csr, &id, 3600, now()).map_err(|error| error.to_string())?;
                 let issued = Issued::parse(&chain, &id).map_err(|error| error.to_string())?;
-                WorkloadCert::new(issued, asked.key, &Aliases::default()).map_err(|error| error.to_string())
+                WorkloadCert::new(issued, asked.key, &Trust::default()).map_err(|error| error.to_string())
             })
         });
         let identities = Identities::new(fetch, Arc::new(|| now() * 1000));

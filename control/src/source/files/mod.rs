@@ -128,7 +128,6 @@ impl Files {
 
     fn loaded(&self) -> Loaded {
         let mut loaded = Loaded::default();
-        let mut seen: BTreeMap<ObjectKey, &str> = BTreeMap::new();
         for (path, known) in &self.known {
             loaded.files.insert(path.clone(), known.sha256.clone());
             loaded.problems.extend(known.problems.iter().cloned());
@@ -136,8 +135,9 @@ impl Files {
                 loaded.never_read.push(path.clone());
             }
             for (object, line, _) in &known.objects {
-                let key = object.key();
-                if let Some(first) = seen.get(&key) {
+                if !loaded.world.insert_new(object.clone()) {
+                    let key = object.key();
+                    let first = self.first_with(&key).unwrap_or(path);
                     loaded.problems.push(Problem {
                         file: path.clone(),
                         line: *line,
@@ -146,13 +146,16 @@ impl Files {
                         message: format!("is defined a second time; the definition in {first} holds"),
                         error: true,
                     });
-                    continue;
                 }
-                seen.insert(key, path);
-                loaded.world.insert(object.clone());
             }
         }
         loaded
+    }
+
+    /// The first file that has an object of this name.
+    fn first_with(&self, key: &ObjectKey) -> Option<&str> {
+        let has = |known: &Known| known.objects.iter().any(|(object, ..)| object.key() == *key);
+        self.known.iter().find(|(_, known)| has(known)).map(|(path, _)| path.as_str())
     }
 }
 

@@ -19,7 +19,15 @@ fn resource(kind: Kind, name: &str, content: &str) -> Resource {
 }
 
 fn published(generation: u64, resources: Vec<Resource>) -> Published {
-    Published { generation, set: Arc::new(ResourceSet::new(resources, &ResourceSet::default())) }
+    let set = Arc::new(ResourceSet::new(resources, &ResourceSet::default()));
+    Published { generation, set, ..Published::default() }
+}
+
+impl Session {
+    /// A batch as it goes out.
+    fn poll_batch(&mut self, published: &Published) -> Vec<DeltaDiscoveryResponse> {
+        self.next_batch(published).into_iter().map(DeltaDiscoveryResponse::from).collect()
+    }
 }
 
 fn subscribe(kind: Kind) -> DeltaDiscoveryRequest {
@@ -209,11 +217,11 @@ proptest! {
         let mut held = Held::new();
         let mut session = reconnect(&held);
         let mut last = Published::default();
-        for (generation, (content, what)) in (1u64..).zip(steps) {
+        for (content, what) in steps {
             let resources = content.iter().flat_map(|(name, version)| Kind::ALL.map(|kind| {
-                resource(kind, &format!("r{name}"), &format!("{version}"))
+                Arc::new(resource(kind, &format!("r{name}"), &format!("{version}")))
             }));
-            last = Published { generation, set: Arc::new(ResourceSet::new(resources.collect(), &last.set)) };
+            last = last.next(resources.collect());
             let batch = session.poll_batch(&last);
             // 0: the stream breaks after the first response; otherwise all are read and answered.
             let read = if what == 0 { 1 } else { batch.len() };

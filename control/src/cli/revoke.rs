@@ -1,0 +1,24 @@
+//! `control revoke`: takes certificates back, by their serial numbers, in the CA directory.
+//!
+//! It works on the file `crl.pem` there. Nodes read a copy of it as `CRL_PATH`; who brings it to them is the same that
+//! brings them `root-cert.pem`.
+
+use anyhow::Context;
+use tulle_certs::ca::revoke::{Signed, revoke as take_back, serial};
+
+use crate::base;
+use crate::config::Revoke;
+
+/// Adds to the list and says what it holds.
+///
+/// # Errors
+/// If a serial number is none, or the directory cannot be used.
+pub fn revoke(options: &Revoke) -> anyhow::Result<String> {
+    let serials: Result<Vec<_>, String> = options.serials.iter().map(|text| serial(text)).collect();
+    let serials = serials.map_err(anyhow::Error::msg)?;
+    let of = if options.intermediate { Signed::Intermediate } else { Signed::Leaf };
+    let all = take_back(&options.ca_dir, of, &serials, base::unix_now()).context("cannot revoke")?;
+    Ok(format!(
+        "crl.pem takes back {all} certificate(s); nodes whose CRL_PATH is a copy of it follow once they have it"
+    ))
+}

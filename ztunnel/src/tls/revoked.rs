@@ -1,0 +1,74 @@
+//! Certificates that were taken back: the lists in force, and who must be told when they change.
+//!
+//! A handshake asks the lists of the moment; an open tunnel waits for the lists that name its peer's chain. There is one
+//! store in a node, handed to every certificate's configuration.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::UnixTime;
+use tokio::sync::watch;
+use tulle_certs::{Crls, Roots, Usage, VerifyError, verify_chain};
+
+/// The lists. Cheap to clone; all clones are one store.
+#[derive(Clone, Debug)]
+pub struct Revoked {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    crls: ArcSwap<Crls>,
+    changes: watch::Sender<()>,
+}
+
+impl Default for Revoked {
+    fn default() -> Self {
+        Self { shared: Arc::new(Shared { crls: ArcSwap::default(), changes: watch::channel(()).0 }) }
+    }
+}
+
+impl Revoked {
+    /// The lists of this moment.
+    pub fn lists(&self) -> Arc<Crls> {
+        self.shared.crls.load_full()
+    }
+
+    /// New lists; open tunnels are asked again if they differ. Whether they do.
+    pub fn replace(&self, crls: Crls) -> bool {
+        if *self.lists() == crls {
+            return false;
+        }
+        self.shared.crls.store(Arc::new(crls));
+        self.shared.changes.send_replace(());
+        true
+    }
+
+    /// Why a chain that was good is not any more, if a list of now names it.
+    pub(super) fn look(&self, chain: &[CertificateDer<'_>], roots: &Roots, usage: Usage) -> Option<VerifyError> {
+        let crls = self.lists();
+        if crls.is_empty() {
+            return None;
+        }
+        match verify_chain(chain, roots, &crls, usage, UnixTime::now()) {
+            Err(error @ VerifyError::Revoked { .. }) => Some(error),
+            // Ends by itself are others' business; a chain that was verified once needs no second opinion.
+            Ok(_) | Err(_) => None,
+        }
+    }
+
+    /// Completes once a list names the chain.
+    pub(super) async fn hit(&self, chain: &[CertificateDer<'_>], roots: &Roots, usage: Usage) -> VerifyError {
+        // Subscribed before the first look, so that no change falls between.
+        let mut changes = self.shared.changes.subscribe();
+        loop {
+            if let Some(error) = self.look(chain, roots, usage) {
+                return error;
+            }
+            if changes.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
+    }
+}
