@@ -107,6 +107,14 @@ pub fn authorization(namespace: &str, name: &str, app: &str, action: &str, rules
     )
 }
 
+/// A NetworkPolicy; `spec` is YAML in flow style.
+pub fn network_policy(namespace: &str, name: &str, spec: &str) -> String {
+    format!(
+        "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: {name}, namespace: {namespace}}}\n\
+         spec: {spec}\n"
+    )
+}
+
 /// A PeerAuthentication of a namespace.
 pub fn peer_authentication(namespace: &str, mode: &str) -> String {
     format!(

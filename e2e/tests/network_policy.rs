@@ -10,15 +10,8 @@ use std::io::BufReader;
 use e2e::lab::Lab;
 use e2e::lab::LabConfig;
 use e2e::scenario;
+use e2e::scenario::network_policy as policy;
 use serde_json::Value;
-
-/// A NetworkPolicy; `spec` is YAML in flow style.
-fn policy(namespace: &str, name: &str, spec: &str) -> String {
-    format!(
-        "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: {name}, namespace: {namespace}}}\n\
-         spec: {spec}\n"
-    )
-}
 
 fn may(lab: &Lab, from: &str) -> anyhow::Result<bool> {
     Ok(scenario::call(lab, from, "http://cart.shop/")?["ok"] == true)
@@ -116,7 +109,50 @@ struct Case {
     expected: fn(Cell) -> bool,
 }
 
+/// Whether a pod of the matrix runs on node 2, whose pods have addresses of 10.20.2.0/24.
+fn on_second(namespace: &str, name: &str) -> bool {
+    PODS.contains(&(namespace, name, 2))
+}
+
 const CASES: &[Case] = &[
+    Case {
+        name: "the documentation's first example: a block with an exception, a namespace and pods; a block on one port",
+        policies: &[(
+            "ns-x",
+            "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Ingress, Egress], \
+              ingress: [{from: [{ipBlock: {cidr: 10.20.0.0/16, except: [10.20.1.0/24]}}, \
+                                {namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-z}}}, \
+                                {podSelector: {matchLabels: {pod: b}}}], ports: [{protocol: TCP, port: 80}]}], \
+              egress: [{to: [{ipBlock: {cidr: 10.20.2.0/24}}], ports: [{protocol: TCP, port: 81}]}]}",
+        )],
+        expected: |c| {
+            let from = on_second(c.fns, c.from) || c.fns == "ns-z" || c.out_of("ns-x", "b");
+            (!c.into("ns-x", "a") || (from && c.port == 80))
+                && (!c.out_of("ns-x", "a") || (on_second(c.tns, c.to) && c.port == 81))
+        },
+    },
+    Case {
+        name: "a namespace by the label of its name, both ways (documentation)",
+        policies: &[
+            (
+                "ns-y",
+                "{podSelector: {}, policyTypes: [Egress], egress: [{to: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-x}}}]}]}",
+            ),
+            (
+                "ns-x",
+                "{podSelector: {}, ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-y}}}]}]}",
+            ),
+        ],
+        expected: |c| (c.fns != "ns-y" || c.tns == "ns-x") && (c.tns != "ns-x" || c.fns == "ns-y"),
+    },
+    Case {
+        name: "a range of ports that holds the one and not the other, on both sides of it (documentation)",
+        policies: &[(
+            "ns-x",
+            "{podSelector: {matchLabels: {pod: a}}, ingress: [{ports: [{port: 32, endPort: 80}, {port: 82, endPort: 32768}]}]}",
+        )],
+        expected: |c| !c.into("ns-x", "a") || c.port == 80,
+    },
     Case {
         name: "should support a 'default-deny-ingress' policy",
         policies: &[("ns-x", "{podSelector: {}, policyTypes: [Ingress]}")],
@@ -564,5 +600,33 @@ fn datagrams_are_held_to_the_policies_of_both_ends() -> anyhow::Result<()> {
     lab.apply_yaml(&policy("ns-x", "udp-out", &out("a")))?;
     eventually("ns-x/c", &vip, true)?;
     assert!(answered("ns-x/c", &direct)?);
+    Ok(())
+}
+
+#[test]
+fn an_edit_ends_the_answers_of_a_flow_that_it_forbids() -> anyhow::Result<()> {
+    let Some(lab) = scenario::lab(LabConfig::of(&matrix_world())) else { return Ok(()) };
+    let target = format!("{}:7007", lab.pod_ip("ns-x", "a")?);
+    let watch = |from: &str| -> anyhow::Result<_> {
+        let mut running = lab.spawn(from, &["shop", "udp", &target, "--stream"])?;
+        let stdout = running.child().and_then(|child| child.stdout.take());
+        let mut lines = BufReader::new(stdout.ok_or_else(|| anyhow::anyhow!("no output"))?);
+        anyhow::ensure!(next(&mut lines)?["kind"] == "open", "{from} is not answered");
+        Ok((running, lines))
+    };
+    // Who sent the one datagram says nothing more: what passes from here on are replies.
+    let (_b, mut left) = watch("ns-x/b")?;
+    let (_c, mut right) = watch("ns-x/c")?;
+    let (_y, mut other) = watch("ns-y/b")?;
+    let out = "{podSelector: {matchLabels: {pod: b}}, policyTypes: [Egress]}";
+    let into = "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{podSelector: {matchLabels: {pod: b}}}, \
+                {namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ns-y}}}]}]}";
+    lab.apply_yaml(&(policy("ns-x", "out", out) + &policy("ns-x", "in", into)))?;
+    let ended = next(&mut left)?;
+    assert_eq!(ended["whole"], false, "what the client may not ask any more is not answered: {ended}");
+    let ended = next(&mut right)?;
+    assert_eq!(ended["whole"], false, "nor what the server may not be asked: {ended}");
+    let ended = next(&mut other)?;
+    assert_eq!(ended["whole"], true, "an allowed flow lives on: {ended}");
     Ok(())
 }

@@ -39,12 +39,14 @@ fn traffic_is_tunnelled_authorised_and_cut() {
     );
 
     // A live connection ends when a policy forbids it, and new ones are refused; others go on.
-    let live = lab.within("a", || {
+    let (greeting_read, is_greeted) = std::sync::mpsc::channel::<()>();
+    let live = lab.within("a", move || {
         let mut tcp = TcpStream::connect("10.99.0.2:8080").unwrap();
         tcp.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let mut buffer = [0; 64];
         let greeted = tcp.read(&mut buffer).unwrap();
         assert!(greeted > 0);
+        greeting_read.send(()).unwrap();
         loop {
             match tcp.read(&mut buffer) {
                 Ok(0) => return None,
@@ -53,11 +55,8 @@ fn traffic_is_tunnelled_authorised_and_cut() {
             }
         }
     });
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while node.pods.connections().0 == 0 {
-        assert!(Instant::now() < deadline, "no live connection is counted");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    is_greeted.recv_timeout(Duration::from_secs(10)).expect("the live connection is not greeted");
+    assert!(node.pods.connections().0 > 0, "no live connection is counted");
     node.deny("a");
     assert_eq!(live.join().unwrap(), Some(std::io::ErrorKind::ConnectionReset), "cut with a reset");
     assert!(from("a", "10.99.0.2:8080", 1).is_err(), "denied");

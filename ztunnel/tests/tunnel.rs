@@ -320,6 +320,79 @@ fn waiters_for_a_failing_tunnel_all_get_its_error_at_once() {
 }
 
 #[test]
+fn waiters_for_a_silent_peer_share_one_attempt_and_all_get_its_error() {
+    run(async || {
+        let config = Config { handshake_timeout: Duration::from_millis(300), ..Config::default() };
+        let world = World::new(config).await;
+        let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let request = connect_request("10.0.0.1:80", HeaderMap::new()).unwrap();
+        let key = key(B, silent.local_addr().unwrap());
+        let open = || world.pool.open(&key, &world.dialer, &request);
+        let (a, b, c, d) = tokio::join!(open(), open(), open(), open());
+        for result in [a, b, c, d] {
+            assert_eq!(result.err().unwrap().code, Code::ConnectTimeout);
+        }
+        let mut attempts = Vec::new();
+        while let Ok(Ok(attempt)) = timeout(Duration::from_millis(50), silent.accept()).await {
+            attempts.push(attempt);
+        }
+        assert_eq!(attempts.len(), 1, "one after the other would be one attempt each");
+        assert_eq!(world.echo(b"others are not held up").await, b"others are not held up");
+    });
+}
+
+/// Like [`serve`], for a peer that takes `most` streams a tunnel. Counts the most that were ever open in one.
+async fn serve_few(listener: TcpListener, cert: Arc<WorkloadCert>, most: u32, seen: Rc<Cell<usize>>) {
+    loop {
+        let (tcp, _) = listener.accept().await.unwrap();
+        let (cert, seen) = (cert.clone(), seen.clone());
+        tokio::task::spawn_local(async move {
+            let tls = TlsAcceptor::from(cert.server_config()).accept(tcp).await.unwrap();
+            let mut connection =
+                h2::server::Builder::new().max_concurrent_streams(most).handshake::<_, Bytes>(tls).await.unwrap();
+            let open = Rc::new(Cell::new(0_usize));
+            while let Some(Ok((request, mut respond))) = connection.accept().await {
+                open.set(open.get() + 1);
+                seen.set(seen.get().max(open.get()));
+                let open = open.clone();
+                tokio::task::spawn_local(async move {
+                    let mut send = respond.send_response(Response::new(()), false).unwrap();
+                    let all = read_all(request.into_body()).await;
+                    send.send_data(all.into(), true).unwrap();
+                    open.set(open.get() - 1);
+                });
+            }
+        });
+    }
+}
+
+#[test]
+fn a_peer_that_takes_few_streams_gets_more_tunnels_and_no_stream_waits_for_another() {
+    run(async || {
+        let world = World::new(Config::default()).await;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let key = key(B, listener.local_addr().unwrap());
+        let seen = Rc::new(Cell::new(0));
+        tokio::task::spawn_local(serve_few(listener, world.pki.cert(B), 3, seen.clone()));
+        let request = connect_request("10.0.0.1:80", HeaderMap::new()).unwrap();
+        let mut open = Vec::new();
+        for number in 0..12 {
+            let opened = timeout(Duration::from_secs(5), world.pool.open(&key, &world.dialer, &request)).await;
+            let Opened { response, send, lease } = opened.unwrap().unwrap();
+            // None of those before has ended: one that stood in a queue inside the tunnel would never be answered.
+            let answer = timeout(Duration::from_secs(5), response).await;
+            let answer = answer.unwrap_or_else(|_| panic!("stream {number} waits for the others")).unwrap();
+            open.push((send, answer.into_body(), lease));
+        }
+        assert!(seen.get() <= 3 && world.pool.tunnels() >= 4, "{} in one of {}", seen.get(), world.pool.tunnels());
+        for (mut send, body, _lease) in open {
+            send.send_data(Bytes::from_static(b"bytes"), true).unwrap();
+            assert_eq!(read_all(body).await, b"bytes");
+        }
+    });
+}
+
+#[test]
 fn a_refusal_is_seen_as_such() {
     run(async || {
         let world = World::new(Config::default()).await;
@@ -339,6 +412,25 @@ fn a_draining_server_serves_what_was_open_and_new_streams_find_another_tunnel() 
         world.drain.advance(Phase::Draining);
         opened.send.send_data(Bytes::from_static(b" and after"), true).unwrap();
         assert_eq!(read_all(body).await, b" and after");
+    });
+}
+
+#[test]
+fn a_stream_that_crosses_the_goodbye_is_served() {
+    run(async || {
+        let world = World::new(Config::default()).await;
+        let mut before = world.open("10.0.0.1:80").await.unwrap();
+        before.send.send_data(Bytes::from_static(b"before"), false).unwrap();
+        let mut body = before.response.await.unwrap().into_body();
+        assert_eq!(body.data().await.unwrap().unwrap(), "before");
+        // The client has not heard of it when it opens the next one.
+        world.drain.advance(Phase::Draining);
+        let mut crossing = world.open("10.0.0.1:80").await.unwrap();
+        crossing.send.send_data(Bytes::from_static(b"crossing"), true).unwrap();
+        let answer = timeout(Duration::from_secs(5), crossing.response).await.expect("nobody serves it").unwrap();
+        assert_eq!(read_all(answer.into_body()).await, b"crossing");
+        assert_eq!(world.tunnels.get(), 1, "it went on the tunnel that was saying goodbye");
+        before.send.send_data(Bytes::new(), true).unwrap();
     });
 }
 

@@ -1,7 +1,8 @@
 //! `/debug/explain`: what would happen to a connection, as its source and destination nodes decide it now.
 //!
-//! Control finds the pods and addresses that the names mean and joins two answers; it derives no verdict of its own. A
-//! connection to a service has one answer per endpoint that the source may choose.
+//! Control finds the pods and addresses that the names mean ([`target`]) and joins two answers; it derives no verdict of
+//! its own. A connection to a service has one answer per endpoint that the source may choose. What no proxy sends, a
+//! client outside the mesh and datagrams, may reach whatever control knows behind the address.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -16,7 +17,10 @@ use tulle_proto::node::{EndpointChoice, InboundAnswer, InboundQuestion, Outbound
 
 use crate::admin::State;
 use crate::admin::View;
-use crate::model::Pod;
+use crate::admin::target;
+use crate::admin::target::{Asked, Source, Target};
+use crate::model::Transport;
+use crate::resource::ResourceSet;
 use crate::resource::view::ip;
 
 /// Most endpoints whose nodes are asked; the rest is counted.
@@ -27,6 +31,10 @@ const MAX_ENDPOINTS: usize = 16;
 pub(super) struct Ask {
     from: Option<String>,
     to: Option<String>,
+    /// `tcp`, `udp`, `sctp`; absent: TCP.
+    transport: Option<String>,
+    /// `v4`, `v6`; absent: the first address.
+    family: Option<String>,
 }
 
 type Failure = (StatusCode, String);
@@ -39,55 +47,167 @@ pub(super) async fn answer(state: &State, ask: &Ask) -> (StatusCode, Json<Value>
     }
 }
 
+/// What the source does with a connection to one address.
+struct Leaving {
+    answer: OutboundAnswer,
+    endpoints: Vec<EndpointChoice>,
+}
+
+/// What was found about one endpoint.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Allowed,
+    Denied,
+    /// Nobody authorises there.
+    Open,
+    /// Its node did not answer.
+    Unknown,
+}
+
 async fn explain(state: &State, ask: &Ask) -> Result<Value, Failure> {
     let (Some(from), Some(to)) = (&ask.from, &ask.to) else {
         return Err((StatusCode::BAD_REQUEST, "from and to are needed".into()));
     };
+    let asked = Asked::parse(ask.transport.as_deref(), ask.family.as_deref())
+        .map_err(|text| (StatusCode::BAD_REQUEST, text))?;
     let view = Arc::clone(&state.view.borrow());
-    let source =
-        find_pod(&view, from).ok_or_else(|| not_found(format!("there is no running pod or deployment {from}")))?;
-    let (address, port) = find_target(&view, to).map_err(not_found)?;
-    let question = OutboundQuestion {
-        source_uid: state.settings.pod_uid(&source.meta),
-        address: octets(address).into(),
-        port: port.into(),
-    };
-    let outbound = match state.registry.ask(&source.node, Question::Outbound(question)).await {
-        Ok(Answer::Outbound(outbound)) => outbound,
-        Ok(_) => return Err(unavailable("the source node answered another question".into())),
-        Err(error) => return Err(unavailable(error.to_string())),
-    };
+    let set = Arc::clone(&state.published.borrow().set);
+    let source = target::source(&view, from).map_err(not_found)?;
+    let asked = source.narrow(asked);
+    let target = target::find(&view, &set, &state.settings, asked, to).map_err(not_found)?;
+    let (outbound, choices) = leave(state, &view, &set, &source, asked, &target).await?;
     let mut endpoints = Vec::new();
-    let mut verdicts = Vec::new();
-    for choice in outbound.endpoints.iter().take(MAX_ENDPOINTS) {
-        let (value, allowed) = endpoint(state, &view, &outbound, source, choice).await;
+    let mut found = Vec::new();
+    for choice in choices.iter().take(MAX_ENDPOINTS) {
+        let (value, one) = endpoint(state, &view, &outbound, asked, choice).await;
         endpoints.push(value);
-        verdicts.extend(allowed);
+        found.push(one);
     }
-    let refused = outbound.plan == "refuse";
-    let verdict = match (refused, verdicts.iter().all(|a| *a), verdicts.iter().any(|a| *a)) {
-        (true, ..) => "refused",
-        _ if outbound.endpoints.is_empty() => "plain",
-        _ if verdicts.is_empty() => "unknown",
-        (_, true, _) => "allowed",
-        (_, _, true) => "partly",
-        _ => "denied",
+    let (pod, node) = match &source {
+        Source::Pod(pod) => (Some(pod.meta.path()), Some(&pod.node)),
+        Source::Address(_) => (None, None),
     };
     Ok(json!({
-        "from": {"pod": source.meta.path(), "node": source.node, "identity": outbound.source_identity},
-        "to": {"address": address.to_string(), "port": port, "service": outbound.service},
-        "verdict": verdict,
+        "from": {
+            "pod": pod,
+            "node": node,
+            "address": ip(&outbound.source_address),
+            "identity": outbound.source_identity,
+        },
+        "to": {
+            "address": target.addresses.first().map(ToString::to_string),
+            "port": target.port,
+            "transport": target::word(asked.transport),
+            "service": if outbound.service.is_empty() { &target.service } else { &outbound.service },
+        },
+        "verdict": verdict(outbound.plan == "refuse", &found),
         "outbound": {
             "plan": outbound.plan,
             "code": outbound.code,
             "text": outbound.text,
             "policy": outbound.policy,
+            "rule": outbound.rule,
             "sourceAddress": ip(&outbound.source_address),
             "generation": outbound.generation,
         },
         "endpoints": endpoints,
-        "endpointsNotShown": outbound.endpoints.len().saturating_sub(MAX_ENDPOINTS),
+        "endpointsNotShown": choices.len().saturating_sub(MAX_ENDPOINTS),
     }))
+}
+
+/// Endpoints whose nodes do not answer count only where no other does.
+fn verdict(refused: bool, found: &[Found]) -> &'static str {
+    let has = |wanted: Found| found.contains(&wanted);
+    match (refused, has(Found::Allowed), has(Found::Open), has(Found::Denied)) {
+        (true, ..) => "refused",
+        (_, true, _, true) | (_, _, true, true) => "partly",
+        (_, true, ..) => "allowed",
+        (_, _, _, true) => "denied",
+        _ if has(Found::Unknown) => "unknown",
+        _ => "plain",
+    }
+}
+
+/// What the source node says of every address that is dialled, as one answer.
+async fn leave(
+    state: &State,
+    view: &View,
+    set: &ResourceSet,
+    source: &Source<'_>,
+    asked: Asked,
+    target: &Target,
+) -> Result<(OutboundAnswer, Vec<EndpointChoice>), Failure> {
+    let mut all = Vec::new();
+    for address in target.addresses.iter().take(MAX_ENDPOINTS) {
+        let answer = send(state, source, asked, *address, target.port).await?;
+        let behind = || target::behind(view, set, &state.settings, asked, *address, target.port);
+        let asks_proxy = matches!(source, Source::Pod(_)) && asked.transport == Transport::Tcp;
+        let endpoints = match (asks_proxy, answer.plan == "refuse") {
+            (true, false) => answer.endpoints.clone(),
+            (false, false) => behind(),
+            (_, true) if target.addresses.len() == 1 => Vec::new(),
+            // Others of the same name may be reached.
+            (_, true) => behind().into_iter().map(|endpoint| refused(endpoint, &answer)).collect(),
+        };
+        all.push(Leaving { answer, endpoints });
+    }
+    let shown =
+        all.iter().find(|one| one.answer.plan != "refuse").or_else(|| all.first()).map(|one| one.answer.clone());
+    let shown = shown.ok_or_else(|| not_found(format!("{} has no ready endpoint", target.service)))?;
+    let share = 1.0 / all.len() as f64;
+    let scaled = |one: Leaving| {
+        one.endpoints
+            .into_iter()
+            .map(move |endpoint| EndpointChoice { share_percent: endpoint.share_percent * share, ..endpoint })
+    };
+    Ok((shown, all.into_iter().flat_map(scaled).collect()))
+}
+
+fn refused(endpoint: EndpointChoice, answer: &OutboundAnswer) -> EndpointChoice {
+    let OutboundAnswer { code, text, policy, rule, .. } = answer.clone();
+    EndpointChoice { code, text, policy, rule, ..endpoint }
+}
+
+/// What the source does with a connection to one address.
+async fn send(
+    state: &State,
+    source: &Source<'_>,
+    asked: Asked,
+    address: IpAddr,
+    port: u16,
+) -> Result<OutboundAnswer, Failure> {
+    let pod = match source {
+        Source::Pod(pod) => pod,
+        Source::Address(own) => {
+            return Ok(OutboundAnswer {
+                plan: "plain".into(),
+                text: format!("{own} is no pod of the mesh; nothing intercepts what it sends"),
+                source_address: target::octets(*own).into(),
+                ..OutboundAnswer::default()
+            });
+        }
+    };
+    let question = OutboundQuestion {
+        source_uid: state.settings.pod_uid(&pod.meta),
+        address: target::octets(address).into(),
+        port: port.into(),
+        transport: asked.on_wire().into(),
+    };
+    match state.registry.ask(&pod.node, Question::Outbound(question)).await {
+        Ok(Answer::Outbound(answer)) if answer.transport() != asked.on_wire() => Err(unavailable(older(&pod.node))),
+        Ok(Answer::Outbound(answer)) => {
+            let own = || pod.addresses.first().map(|ip| target::octets(*ip)).unwrap_or_default();
+            let source_address =
+                if answer.source_address.is_empty() { own().into() } else { answer.source_address.clone() };
+            Ok(OutboundAnswer { source_address, ..answer })
+        }
+        Ok(_) => Err(unavailable("the source node answered another question".into())),
+        Err(error) => Err(unavailable(error.to_string())),
+    }
+}
+
+fn older(node: &str) -> String {
+    format!("the proxy of node {node} is older and can explain TCP only; update it")
 }
 
 /// One endpoint, with its node's verdict if its node is one of ours.
@@ -95,9 +215,9 @@ async fn endpoint(
     state: &State,
     view: &View,
     outbound: &OutboundAnswer,
-    source: &Pod,
+    asked: Asked,
     choice: &EndpointChoice,
-) -> (Value, Option<bool>) {
+) -> (Value, Found) {
     let mut value = json!({
         "pod": format!("{}/{}", choice.namespace, choice.name),
         "uid": choice.uid,
@@ -114,42 +234,36 @@ async fn endpoint(
             "code": choice.code,
             "text": choice.text,
             "policy": choice.policy,
+            "rule": choice.rule,
         });
     }
     // The destination is never asked about what does not leave; its verdict is shown all the same.
     let left = choice.code.is_empty();
-    let refused = (!left).then_some(false);
+    let otherwise = |found: Found| if left { found } else { Found::Denied };
     let key = (choice.namespace.clone(), choice.name.clone());
-    let captured = view.world().pods.contains_key(&key);
-    if !captured {
+    if !view.world().pods.contains_key(&key) {
         value["note"] = json!("not a pod of the mesh: nobody authorises there");
-        return (value, refused);
+        return (value, otherwise(Found::Open));
     }
     let question = InboundQuestion {
         destination_uid: choice.uid.clone(),
         address: choice.address.clone(),
         port: choice.port,
         source_identity: if choice.protocol == "hbone" { outbound.source_identity.clone() } else { String::new() },
-        source_address: if outbound.source_address.is_empty() {
-            source.addresses.first().map(|ip| octets(*ip)).unwrap_or_default().into()
-        } else {
-            outbound.source_address.clone()
-        },
+        source_address: outbound.source_address.clone(),
+        transport: asked.on_wire().into(),
     };
-    match state.registry.ask(&choice.node, Question::Inbound(question)).await {
-        Ok(Answer::Inbound(inbound)) => {
+    let text = match state.registry.ask(&choice.node, Question::Inbound(question)).await {
+        Ok(Answer::Inbound(inbound)) if inbound.transport() == asked.on_wire() => {
             value["inbound"] = inbound_view(&inbound);
-            (value, Some(left && inbound.allowed))
+            return (value, otherwise(if inbound.allowed { Found::Allowed } else { Found::Denied }));
         }
-        Ok(_) => {
-            value["error"] = json!("the destination node answered another question");
-            (value, refused)
-        }
-        Err(error) => {
-            value["error"] = json!(error.to_string());
-            (value, refused)
-        }
-    }
+        Ok(Answer::Inbound(_)) => older(&choice.node),
+        Ok(_) => "the destination node answered another question".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    value["error"] = json!(text);
+    (value, otherwise(Found::Unknown))
 }
 
 fn inbound_view(inbound: &InboundAnswer) -> Value {
@@ -174,63 +288,27 @@ fn unavailable(text: String) -> Failure {
     (StatusCode::BAD_GATEWAY, text)
 }
 
-fn octets(ip: IpAddr) -> Vec<u8> {
-    match ip {
-        IpAddr::V4(v4) => v4.octets().to_vec(),
-        IpAddr::V6(v6) => v6.octets().to_vec(),
-    }
-}
+#[cfg(test)]
+mod tests {
+    use super::Found::{Allowed, Denied, Open, Unknown};
+    use super::verdict;
 
-/// `ns/pod`, or `ns/deployment` meaning its first running pod.
-fn find_pod<'a>(view: &'a View, name: &str) -> Option<&'a Pod> {
-    let (namespace, name) = name.split_once('/')?;
-    let pods = &view.world().pods;
-    if let Some(pod) = pods.get(&(namespace.to_owned(), name.to_owned())) {
-        return pod.takes_part().then_some(pod);
-    }
-    pods.values()
-        .map(|pod| &**pod)
-        .find(|pod| pod.meta.namespace == namespace && pod.takes_part() && belongs_to(pod, name))
-}
-
-/// By owner, or by the names that Deployments and the lab give their pods.
-fn belongs_to(pod: &Pod, deployment: &str) -> bool {
-    let owned = pod.meta.owner.as_ref().is_some_and(|owner| {
-        let hash = pod.meta.label("pod-template-hash").unwrap_or_default();
-        owner.name == deployment || owner.name == format!("{deployment}-{hash}")
-    });
-    let numbered = || {
-        let rest = pod.meta.name.strip_prefix(deployment)?.strip_prefix('-')?;
-        (!rest.is_empty() && rest.bytes().all(|b| b.is_ascii_digit())).then_some(())
-    };
-    owned || numbered().is_some()
-}
-
-/// `ip:port`, `ns/service[:port]` or `ns/pod:port`.
-fn find_target(view: &View, text: &str) -> Result<(IpAddr, u16), String> {
-    if let Ok(socket) = text.parse::<std::net::SocketAddr>() {
-        return Ok((socket.ip(), socket.port()));
-    }
-    let (path, port) = match text.rsplit_once(':') {
-        Some((path, port)) => {
-            let port = port.parse::<u16>().map_err(|_| format!("`{port}` is not a port"))?;
-            (path, Some(port))
+    #[test]
+    fn endpoints_are_joined_to_one_verdict() {
+        for (refused, found, expected) in [
+            (true, &[Allowed][..], "refused"),
+            (false, &[], "plain"),
+            (false, &[Open], "plain"),
+            (false, &[Allowed, Allowed], "allowed"),
+            (false, &[Allowed, Open, Unknown], "allowed"),
+            (false, &[Denied, Denied], "denied"),
+            (false, &[Denied, Unknown], "denied"),
+            (false, &[Denied, Allowed], "partly"),
+            (false, &[Denied, Open], "partly"),
+            (false, &[Unknown], "unknown"),
+            (false, &[Unknown, Open], "unknown"),
+        ] {
+            assert_eq!(verdict(refused, found), expected, "{refused}, expected {expected}");
         }
-        None => (text, None),
-    };
-    let shape = || format!("`{text}` is none of ns/service[:port], ns/pod:port, ip:port");
-    let (namespace, name) = path.split_once('/').ok_or_else(shape)?;
-    let key = (namespace.to_owned(), name.to_owned());
-    if let Some(service) = view.world().services.get(&key)
-        && let Some(address) = service.addresses.first()
-    {
-        // Without a port the first one is meant; the answer shows which.
-        let port = port.or_else(|| service.ports.first().map(|first| first.port));
-        let port = port.ok_or_else(|| format!("{path} has no TCP port; name one, as in {path}:80"))?;
-        return Ok((*address, port));
     }
-    let pod = find_pod(view, path).ok_or_else(|| format!("there is no service or running pod {path}"))?;
-    let port = port.ok_or_else(|| format!("{path} is a pod: a port is needed, as in {path}:8080"))?;
-    let address = pod.addresses.first().ok_or_else(shape)?;
-    Ok((*address, port))
 }

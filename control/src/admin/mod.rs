@@ -5,6 +5,7 @@
 
 mod explain;
 mod metrics;
+mod target;
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;

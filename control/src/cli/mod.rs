@@ -2,7 +2,7 @@
 //!
 //! It asks a running control plane over HTTP, or reads a folder itself with `--files`, through the same source and
 //! translation. `explain` and `status` show what the node proxies say of themselves and therefore need a running mesh.
-//! Exit codes: 0 done, 1 something is wrong, 2 wrong usage or not in this version.
+//! Exit codes: 0 done, 1 something is wrong, 2 wrong usage or not in this version; `explain` tells its verdict by more.
 
 mod fetch;
 mod local;
@@ -61,12 +61,19 @@ enum Command {
         #[arg(short, long)]
         namespace: Option<String>,
     },
-    /// What would happen to a connection, as the proxies of both ends decide it now.
+    /// What would happen to a connection, as the proxies of both ends decide it now. Exit code: 0 it is allowed, or nobody
+    /// authorises it; 3 it is denied; 4 some of the endpoints allow it; 1 it cannot be found out.
     Explain {
-        /// `ns/pod` or `ns/deployment`.
+        /// `ns/pod`, `ns/deployment`, or the address of a client outside the mesh.
         from: String,
         /// `ns/service[:port]`, `ns/pod:port` or `ip:port`.
         to: String,
+        /// What carries it; what is not TCP is judged by NetworkPolicies alone.
+        #[arg(long, default_value = "tcp")]
+        transport: Transport,
+        /// Address family to dial; else the target's first address.
+        #[arg(long)]
+        family: Option<Family>,
     },
     /// Checks the manifests of `--files DIR`; exit code 1 if something is wrong.
     Check,
@@ -80,6 +87,21 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
         rest: Vec<String>,
     },
+}
+
+/// What carries a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Transport {
+    Tcp,
+    Udp,
+    Sctp,
+}
+
+/// IPv4 or IPv6.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Family {
+    V4,
+    V6,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -139,10 +161,20 @@ fn run(cli: &Cli) -> Result<(String, u8), Failure> {
             let status = live(cli, "status", "/debug/status")?;
             Ok((print(&status, render::status)?, 0))
         }
-        Command::Explain { from, to } => {
-            let path = format!("/debug/explain?from={}&to={}", fetch::escape(from), fetch::escape(to));
+        Command::Explain { from, to, transport, family } => {
+            let mut path = format!("/debug/explain?from={}&to={}", fetch::escape(from), fetch::escape(to));
+            path.push_str(match transport {
+                Transport::Tcp => "",
+                Transport::Udp => "&transport=udp",
+                Transport::Sctp => "&transport=sctp",
+            });
+            path.push_str(match family {
+                None => "",
+                Some(Family::V4) => "&family=v4",
+                Some(Family::V6) => "&family=v6",
+            });
             let answer = live(cli, "explain", &path)?;
-            Ok((print(&answer, render::explain)?, 0))
+            Ok((print(&answer, render::explain)?, exit_code(&answer["verdict"])))
         }
         Command::Get { kind, namespace } => {
             let list = get(cli, *kind, namespace.as_deref())?;
@@ -163,6 +195,16 @@ fn run(cli: &Cli) -> Result<(String, u8), Failure> {
         Command::Install { .. } => Err(Failure::unsupported(
             "`install` comes with Kubernetes support, which this version does not have; `lab up <dir>` runs a mesh here",
         )),
+    }
+}
+
+/// The exit code that tells a verdict; a word of another version is not known.
+fn exit_code(verdict: &Value) -> u8 {
+    match verdict.as_str() {
+        Some("allowed" | "plain") => 0,
+        Some("denied" | "refused") => 3,
+        Some("partly") => 4,
+        _ => 1,
     }
 }
 

@@ -236,10 +236,13 @@ pub(super) fn check(value: &Value) -> String {
 pub(super) fn explain(value: &Value) -> String {
     let (from, to, out) = (&value["from"], &value["to"], &value["outbound"]);
     let mut text = format!(
-        "{} → {}:{}{}: {}\n",
-        cell(&from["pod"]),
-        cell(&to["address"]),
-        cell(&to["port"]),
+        "{} → {}{}{}: {}\n",
+        if from["pod"].is_null() { cell(&from["address"]) } else { cell(&from["pod"]) },
+        at(to),
+        match cell(&to["transport"]) {
+            other if other == "udp" || other == "sctp" => format!("/{other}"),
+            _ => String::new(),
+        },
         match cell(&to["service"]) {
             service if service.is_empty() => service,
             service => format!(" ({service})"),
@@ -250,17 +253,17 @@ pub(super) fn explain(value: &Value) -> String {
         none if none.is_empty() => "no identity".into(),
         identity => identity,
     };
-    text.push_str(&format!("  source node {}: {}, as {identity}\n", cell(&from["node"]), cell(&out["plan"])));
+    let node = if from["node"].is_null() { "no node of the mesh".into() } else { cell(&from["node"]) };
+    text.push_str(&format!("  source node {node}: {}, as {identity}\n", cell(&out["plan"])));
     if !cell(&out["text"]).is_empty() {
         text.push_str(&format!("    {}\n", sentence(out)));
     }
     for endpoint in value["endpoints"].as_array().into_iter().flatten() {
         text.push_str(&format!(
-            "  {:>5.1} % {} {}:{} on {} by {}\n",
+            "  {:>5.1} % {} {} on {} by {}\n",
             endpoint["sharePercent"].as_f64().unwrap_or(0.0),
             cell(&endpoint["pod"]),
-            cell(&endpoint["address"]),
-            cell(&endpoint["port"]),
+            at(endpoint),
             cell(&endpoint["node"]),
             cell(&endpoint["protocol"]),
         ));
@@ -302,6 +305,12 @@ pub(super) fn explain(value: &Value) -> String {
         text.push_str(&format!("  and {} more endpoints\n", cell(&value["endpointsNotShown"])));
     }
     text
+}
+
+/// Address and port.
+fn at(value: &Value) -> String {
+    let (address, port) = (cell(&value["address"]), cell(&value["port"]));
+    if address.contains(':') { format!("[{address}]:{port}") } else { format!("{address}:{port}") }
 }
 
 fn sentence(value: &Value) -> String {

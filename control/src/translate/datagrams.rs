@@ -21,15 +21,17 @@ pub(super) struct Datagrams<'a> {
 impl<'a> Datagrams<'a> {
     pub(super) fn new(world: &'a World) -> Self {
         let needed = world.network_policies.values().any(|policy| policy.egress.is_some());
-        let slices = needed.then(|| {
-            let mut slices: BTreeMap<(&str, &str), Vec<&EndpointSlice>> = BTreeMap::new();
-            for slice in world.slices.values() {
-                let key = (slice.meta.namespace.as_str(), slice.service.as_str());
-                slices.entry(key).or_default().push(slice);
-            }
-            slices
-        });
-        Self { world, slices }
+        if needed { Self::all(world) } else { Self { world, slices: None } }
+    }
+
+    /// Every service, whether or not anybody needs it.
+    fn all(world: &'a World) -> Self {
+        let mut slices: BTreeMap<(&str, &str), Vec<&EndpointSlice>> = BTreeMap::new();
+        for slice in world.slices.values() {
+            let key = (slice.meta.namespace.as_str(), slice.service.as_str());
+            slices.entry(key).or_default().push(slice);
+        }
+        Self { world, slices: Some(slices) }
     }
 
     /// The ports of one service that are not TCP.
@@ -39,12 +41,7 @@ impl<'a> Datagrams<'a> {
         let ports = service.names.ports.iter().filter(|port| port.transport != Transport::Tcp);
         ports
             .map(|port| {
-                let mut endpoints = match slices {
-                    Some(slices) => in_slices(slices, port, service.publish_not_ready),
-                    None => self.selected(service, port),
-                };
-                endpoints.sort_unstable();
-                endpoints.dedup();
+                let endpoints = self.behind(service, slices.map(Vec::as_slice), port);
                 let endpoint =
                     |at: SocketAddr| DatagramEndpoint { address: octets(&at.ip()).into(), port: at.port().into() };
                 DatagramPort {
@@ -58,6 +55,16 @@ impl<'a> Datagrams<'a> {
                 }
             })
             .collect()
+    }
+
+    fn behind(&self, service: &Service, slices: Option<&[&EndpointSlice]>, port: &NamedPort) -> Vec<SocketAddr> {
+        let mut endpoints = match slices {
+            Some(slices) => in_slices(slices, port, service.publish_not_ready),
+            None => self.selected(service, port),
+        };
+        endpoints.sort_unstable();
+        endpoints.dedup();
+        endpoints
     }
 
     fn selected(&self, service: &Service, port: &NamedPort) -> Vec<SocketAddr> {
@@ -84,6 +91,14 @@ impl<'a> Datagrams<'a> {
             })
             .collect()
     }
+}
+
+/// Address and port of each endpoint of one port, for people who ask.
+pub fn endpoints(world: &World, service: &Service, port: &NamedPort) -> Vec<SocketAddr> {
+    let of =
+        |slice: &&EndpointSlice| slice.meta.namespace == service.meta.namespace && slice.service == service.meta.name;
+    let slices: Vec<&EndpointSlice> = world.slices.values().map(|slice| &**slice).filter(of).collect();
+    Datagrams { world, slices: None }.behind(service, (!slices.is_empty()).then_some(&slices), port)
 }
 
 fn in_slices(slices: &[&EndpointSlice], port: &NamedPort, not_ready: bool) -> Vec<SocketAddr> {

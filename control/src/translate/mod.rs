@@ -22,6 +22,8 @@ use std::sync::Arc;
 
 use tulle_proto::names;
 
+pub use datagrams::endpoints as datagram_endpoints;
+
 use crate::model::{Condition, Meta, ObjectConditions, ObjectKey, Pod, World};
 use crate::resource::{Kind, Resource};
 

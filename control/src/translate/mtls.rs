@@ -68,8 +68,20 @@ impl<'a> Plan<'a> {
     /// The namespace's or mesh's policy, if it says STRICT.
     fn parent(&self, namespace: &str) -> Option<&Rank<'a>> {
         let of_namespace = self.namespaces.get(namespace).and_then(|ranks| ranks.first());
-        let deciding = of_namespace.filter(|rank| rank.mode != MtlsMode::Unset).or_else(|| self.mesh.first());
+        let deciding = of_namespace.filter(|rank| rank.mode != MtlsMode::Unset).or_else(|| self.of_mesh().last());
         deciding.filter(|rank| rank.mode == MtlsMode::Strict)
+    }
+
+    /// The oldest of each root namespace, ours first, up to the one that says a mode: one that leaves it open does not
+    /// stand before Istio's.
+    fn of_mesh(&self) -> impl Iterator<Item = &Rank<'a>> {
+        let firsts = self.mesh.chunk_by(|a, b| a.policy.meta.namespace == b.policy.meta.namespace);
+        let mut decided = false;
+        firsts.filter_map(|of_one| of_one.first()).take_while(move |rank| {
+            let open = !decided;
+            decided = rank.mode != MtlsMode::Unset;
+            open
+        })
     }
 
     /// The rules of a policy's denial; `None`: it denies nothing.
@@ -77,7 +89,8 @@ impl<'a> Plan<'a> {
         let strict = match rank.mode {
             MtlsMode::Strict => true,
             MtlsMode::Permissive => false,
-            MtlsMode::Unset => self.parent(&rank.policy.meta.namespace).is_some(),
+            // Who has no policy for itself names its parent's, not this one.
+            MtlsMode::Unset => rank.target != Target::Everything && self.parent(&rank.policy.meta.namespace).is_some(),
         };
         let of_mode = |wanted: MtlsMode| {
             let ports = rank.ports.iter().filter(move |(_, mode)| **mode == wanted);
@@ -99,11 +112,10 @@ impl<'a> Plan<'a> {
         self.mesh.iter().chain(nested.flatten())
     }
 
-    /// True unless an older policy of the same rank stands before it.
+    /// True unless an older policy of the same rank, or of the mesh's own root namespace, stands before it.
     fn decides(&self, rank: &Rank<'a>) -> bool {
         let firsts = self.namespaces.values().filter_map(|ranks| ranks.first());
-        rank.target != Target::Everything
-            || self.mesh.first().into_iter().chain(firsts).any(|first| std::ptr::eq(first, rank))
+        rank.target != Target::Everything || self.of_mesh().chain(firsts).any(|first| std::ptr::eq(first, rank))
     }
 
     pub(super) fn resources(&self) -> Vec<Resource> {

@@ -127,6 +127,40 @@ fn many_pods_become_as_many_workloads() {
 }
 
 #[test]
+fn a_mesh_wide_mode_that_is_left_open_does_not_hide_that_of_istios_root_namespace() {
+    let strict_of = |namespace: &str| json!([format!("{namespace}/tulle_strict_of-{namespace}")]);
+    let (ours, istios) = (strict_of("tulle-system"), strict_of("istio-system"));
+    // mode in ours, mode in Istio's, mode of the namespace → what the pod names
+    let cases: &[(&str, &str, &str, Value)] = &[
+        ("UNSET", "STRICT", "UNSET", istios.clone()),
+        ("UNSET", "STRICT", "PERMISSIVE", json!(null)),
+        ("UNSET", "UNSET", "UNSET", json!(null)),
+        ("UNSET", "PERMISSIVE", "UNSET", json!(null)),
+        ("PERMISSIVE", "STRICT", "UNSET", json!(null)),
+        ("STRICT", "PERMISSIVE", "UNSET", ours.clone()),
+        ("STRICT", "STRICT", "UNSET", ours),
+    ];
+    for (of_ours, of_istios, of_namespace, expected) in cases {
+        let mut text = "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {tulle.dev/mesh: enabled}}\n---\n\
+             apiVersion: v1\nkind: Pod\nmetadata: {name: p, namespace: shop}\nspec: {nodeName: n}\nstatus: {podIP: 10.0.0.1}\n"
+            .to_owned();
+        for (namespace, mode) in [("tulle-system", of_ours), ("istio-system", of_istios), ("shop", of_namespace)] {
+            text.push_str(&format!(
+                "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+                 metadata: {{name: of-{namespace}, namespace: {namespace}}}\nspec: {{mtls: {{mode: {mode}}}}}\n"
+            ));
+        }
+        let shown = show(load(&text));
+        let case = format!("ours {of_ours}, Istio's {of_istios}, the namespace's {of_namespace}: {shown:#}");
+        assert_eq!(shown["addresses"][0]["resource"]["workload"]["policies"], *expected, "{case}");
+        let sent = shown["authorizations"]
+            .as_array()
+            .is_some_and(|list| list.len() == expected.as_array().map_or(0, Vec::len));
+        assert!(sent || *of_namespace == "PERMISSIVE", "what a pod names is sent: {case}");
+    }
+}
+
+#[test]
 fn what_is_remembered_changes_no_result() {
     let (mut files, mut memory) = (Files::default(), Memory::default());
     let pod = |name: &str, labels: &str, ready: &str| {

@@ -36,6 +36,7 @@ use crate::shop::Load;
 use crate::shop::Tcp;
 use crate::shop::family;
 use crate::shop::now_us;
+use crate::shop::udp;
 
 const BODY_LIMIT: usize = 64 << 20;
 const IN_FLIGHT_MAX: usize = 1000;
@@ -196,18 +197,21 @@ pub(super) async fn load(options: &Load) -> anyhow::Result<bool> {
 async fn load_one(target: &str, options: &Load, failures: &Rc<Cell<u64>>) -> anyhow::Result<()> {
     let timeout = Duration::from_millis(options.timeout_ms);
     let room = Arc::new(Semaphore::new(IN_FLIGHT_MAX));
+    let family = family(options.v4, options.v6);
     let raw = target.strip_prefix("tcp://").map(str::to_owned);
+    let datagrams = target.strip_prefix("udp://").map(str::to_owned);
+    let is_http = raw.is_none() && datagrams.is_none();
     let make = || -> anyhow::Result<Client> {
         Ok(Client {
             target: Target::parse(target)?,
             headers: vec![],
             data: None,
-            family: Family::Any,
+            family,
             keep_alive: options.keep_alive,
             sender: None,
         })
     };
-    let kept = match (raw.is_none(), options.keep_alive) {
+    let kept = match (is_http, options.keep_alive) {
         (true, true) => Some(Rc::new(Mutex::new(make()?))),
         (true, false) => make().map(|_| None)?,
         (false, _) => None,
@@ -219,10 +223,12 @@ async fn load_one(target: &str, options: &Load, failures: &Rc<Cell<u64>>) -> any
         tokio::time::sleep_until(began + Duration::from_secs_f64(number as f64 / options.rate)).await;
         let permit = room.clone().acquire_owned().await?;
         let (raw, kept, failures, name) = (raw.clone(), kept.clone(), failures.clone(), target.to_owned());
-        let mut own = if raw.is_none() && kept.is_none() { Some(make()?) } else { None };
+        let datagrams = datagrams.clone();
+        let mut own = if is_http && kept.is_none() { Some(make()?) } else { None };
         running.spawn_local(async move {
             let mut report = match (raw, kept, own.as_mut()) {
-                (Some(address), _, _) => tcp_attempt(number, &address, "ping", Family::Any, timeout).await,
+                _ if datagrams.is_some() => udp::attempt(&datagrams.unwrap_or_default(), "ping", family, timeout).await,
+                (Some(address), _, _) => tcp_attempt(number, &address, "ping", family, timeout).await,
                 (None, Some(kept), _) => kept.lock().await.attempt(number, timeout).await,
                 (None, None, Some(own)) => own.attempt(number, timeout).await,
                 (None, None, None) => Value::Null,
@@ -340,7 +346,8 @@ impl Client {
     }
 }
 
-async fn connect(address: &str, family: Family) -> anyhow::Result<TcpStream> {
+/// The first address of a name in the family that is asked for.
+pub(super) async fn look_up(address: &str, family: Family) -> anyhow::Result<SocketAddr> {
     let found: Vec<SocketAddr> = tokio::net::lookup_host(address)
         .await
         .with_context(|| format!("{address} is not known"))?
@@ -350,7 +357,11 @@ async fn connect(address: &str, family: Family) -> anyhow::Result<TcpStream> {
             Family::V6 => found.is_ipv6(),
         })
         .collect();
-    let first = found.first().with_context(|| format!("{address} has no address of the asked family"))?;
+    found.first().copied().with_context(|| format!("{address} has no address of the asked family"))
+}
+
+async fn connect(address: &str, family: Family) -> anyhow::Result<TcpStream> {
+    let first = look_up(address, family).await?;
     let stream = TcpStream::connect(first).await.with_context(|| format!("{first} does not accept"))?;
     stream.set_nodelay(true)?;
     Ok(stream)

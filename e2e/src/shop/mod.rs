@@ -124,6 +124,9 @@ struct Udp {
     /// Time to wait for the echo, in milliseconds.
     #[arg(long, default_value_t = 2000)]
     timeout_ms: u64,
+    /// Send once and be answered again and again; ends when answers stay away for the time of one.
+    #[arg(long)]
+    stream: bool,
     /// One JSON line instead of text.
     #[arg(long)]
     json: bool,
@@ -131,7 +134,7 @@ struct Udp {
 
 #[derive(Clone, Debug, Args)]
 struct Load {
-    /// http://host[:port]/path, or tcp://host:port
+    /// http://host[:port]/path, tcp://host:port, or udp://host:port
     target: Vec<String>,
     /// Requests per second and target.
     #[arg(long, default_value_t = 20.0)]
@@ -148,6 +151,12 @@ struct Load {
     /// End when standard input ends.
     #[arg(long)]
     until_eof: bool,
+    /// IPv4 only.
+    #[arg(short = '4', long)]
+    v4: bool,
+    /// IPv6 only.
+    #[arg(short = '6', long)]
+    v6: bool,
 }
 
 /// Which addresses a client may use.

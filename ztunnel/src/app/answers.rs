@@ -1,29 +1,19 @@
 //! What this node says about itself: to control's questions, and on its admin pages.
 //!
-//! Explanations come from the same `decide` functions that traffic goes through, on the snapshot in force; there is no
-//! second implementation that could disagree.
+//! Explanations are made by [`explain`], on the snapshot in force.
 
-use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use tulle_certs::SpiffeId;
 use tulle_proto::node::node_message::Answer;
 use tulle_proto::node::node_question::Question;
-use tulle_proto::node::{
-    CertificateStatus, EndpointChoice, InboundAnswer, InboundQuestion, NodeMessage, NodeQuestion, NodeStatus,
-    OutboundAnswer, OutboundQuestion, PodStatus, TrustAnswer,
-};
+use tulle_proto::node::{CertificateStatus, NodeMessage, NodeQuestion, NodeStatus, PodStatus, TrustAnswer};
 
+use crate::app::explain;
 use crate::app::pods::Pods;
 use crate::flow::Shared;
 use crate::identity::CertStatus;
-use crate::inbound;
-use crate::lb::{self, Chance};
-use crate::outbound::decide::{Plan, choose, decide};
-use crate::policy;
-use crate::policy::network::{self, Finding};
-use crate::state::{IpFamily, Protocol, Service, Snapshot, Transport, Workload};
+use crate::state::{Protocol, Service, Workload};
 use crate::xds::Monitor;
 
 /// Version of this program.
@@ -47,8 +37,12 @@ impl Answers {
     pub fn answer(&self, question: NodeQuestion) -> NodeMessage {
         let answer = match question.question {
             Some(Question::Status(_)) => Ok(Answer::Status(self.status())),
-            Some(Question::Outbound(question)) => self.outbound(&question).map(Answer::Outbound),
-            Some(Question::Inbound(question)) => self.inbound(&question).map(Answer::Inbound),
+            Some(Question::Outbound(question)) => {
+                explain::outbound(&self.shared.reader.load(), &self.shared.network, &question).map(Answer::Outbound)
+            }
+            Some(Question::Inbound(question)) => {
+                explain::inbound(&self.shared.reader.load(), &question).map(Answer::Inbound)
+            }
             Some(Question::Trust(question)) => {
                 let renewing = self.shared.identities.trust(&question.roots, &question.issuer);
                 tracing::info!(renewing, "control told the CA's roots and issuer");
@@ -175,148 +169,6 @@ impl Answers {
             "version": { "version": VERSION, "cryptoProvider": "aws-lc-rs" },
         })
     }
-
-    fn outbound(&self, question: &OutboundQuestion) -> Result<OutboundAnswer, String> {
-        let snapshot = self.shared.reader.load();
-        let source = snapshot
-            .workload(&question.source_uid)
-            .ok_or_else(|| format!("this node does not know the workload {}", question.source_uid))?;
-        let destination = SocketAddr::new(ip(&question.address)?, port(question.port)?);
-        let mut answer = OutboundAnswer {
-            source_address: source.address(IpFamily::of(destination.ip())).map(octets).unwrap_or_default().into(),
-            generation: snapshot.generation(),
-            ..OutboundAnswer::default()
-        };
-        let enrolled = source.protocol == Protocol::Hbone;
-        if !enrolled {
-            answer.plan = "plain".to_owned();
-            answer.text = format!("{}/{} is not in the mesh; nothing intercepts it", source.namespace, source.name);
-            self.unenrolled(&snapshot, source, destination, &mut answer);
-            return Ok(answer);
-        }
-        // Endpoints have each their own verdict, so the plan is made without those that the source's policies forbid; where
-        // there is no endpoint to tell it of, the plan itself is refused.
-        let chosen = choose(&snapshot, source, &self.shared.network, destination, &Chance::of(0));
-        match chosen.and_then(|plan| match plan.destination() {
-            Some(_) => Ok(plan),
-            None => decide(&snapshot, source, &self.shared.network, destination, &Chance::of(0)),
-        }) {
-            Err(outcome) => {
-                answer.plan = "refuse".to_owned();
-                answer.code = outcome.code.name().to_owned();
-                answer.text = outcome.detail.into_owned();
-                answer.policy = outcome.policy.as_deref().unwrap_or_default().to_owned();
-            }
-            Ok(plan) => {
-                answer.service = plan.service().map(|service| service.key()).unwrap_or_default();
-                answer.endpoints = self.endpoints(&snapshot, source, &plan, destination);
-                match plan {
-                    Plan::Hbone(_) => {
-                        answer.plan = "hbone".to_owned();
-                        answer.source_identity = source.identity.to_string();
-                        answer.text = "through a mutual TLS tunnel".to_owned();
-                    }
-                    Plan::Plain(plan) => {
-                        answer.plan = "plain".to_owned();
-                        answer.text = match plan.destination {
-                            Some(workload) => {
-                                format!("plain TCP: {}/{} is not in the mesh", workload.namespace, workload.name)
-                            }
-                            None => format!("plain TCP: {destination} is outside the mesh"),
-                        };
-                    }
-                }
-            }
-        }
-        Ok(answer)
-    }
-
-    fn endpoints(
-        &self,
-        snapshot: &Snapshot,
-        source: &Workload,
-        plan: &Plan,
-        destination: SocketAddr,
-    ) -> Vec<EndpointChoice> {
-        let shares = plan.service().and_then(|service| {
-            lb::shares(snapshot, service, destination.port(), source, IpFamily::of(destination.ip())).ok()
-        });
-        let endpoint = |workload: &Workload, ip: IpAddr, port: u16, percent: f64| {
-            let finding = network::egress(snapshot, source, Transport::Tcp, SocketAddr::new(ip, port));
-            with_finding(endpoint(workload, ip, port, percent), &finding)
-        };
-        match (shares, plan.destination()) {
-            (Some(shares), _) => shares
-                .into_iter()
-                .map(|(choice, percent)| endpoint(&choice.workload, choice.ip, choice.port, percent))
-                .collect(),
-            (None, Some(workload)) => vec![endpoint(workload, destination.ip(), destination.port(), 100.0)],
-            (None, None) => Vec::new(),
-        }
-    }
-
-    /// An unenrolled pod is balanced by the cluster; what it can reach is still worth saying.
-    fn unenrolled(&self, snapshot: &Snapshot, source: &Workload, destination: SocketAddr, answer: &mut OutboundAnswer) {
-        let Ok(plan) = choose(snapshot, source, &self.shared.network, destination, &Chance::of(0)) else { return };
-        answer.service = plan.service().map(|service| service.key()).unwrap_or_default();
-        answer.endpoints = self.endpoints(snapshot, source, &plan, destination);
-        for endpoint in &mut answer.endpoints {
-            "plain".clone_into(&mut endpoint.protocol);
-            // Nothing intercepts it, so none of its policies is enforced here.
-            (endpoint.code, endpoint.text, endpoint.policy) = Default::default();
-        }
-    }
-
-    fn inbound(&self, question: &InboundQuestion) -> Result<InboundAnswer, String> {
-        let snapshot = self.shared.reader.load();
-        let workload = snapshot
-            .workload(&question.destination_uid)
-            .ok_or_else(|| format!("this node does not know the workload {}", question.destination_uid))?;
-        let target = SocketAddr::new(ip(&question.address)?, port(question.port)?);
-        let source = ip(&question.source_address)?;
-        let identity = match question.source_identity.as_str() {
-            "" => None,
-            text => Some(text.parse::<SpiffeId>().map_err(|error| error.to_string())?),
-        };
-        let evaluated = policy::evaluated(&snapshot, workload);
-        let mut answer = InboundAnswer {
-            evaluated: evaluated.iter().map(|(name, _)| name.to_string()).collect(),
-            policy_versions: evaluated.iter().map(|(name, version)| (name.to_string(), version.to_string())).collect(),
-            generation: snapshot.generation(),
-            rule: -1,
-            ..InboundAnswer::default()
-        };
-        let rule = |rule: Option<usize>| rule.and_then(|rule| i32::try_from(rule).ok()).unwrap_or(-1);
-        if workload.protocol != Protocol::Hbone {
-            answer.allowed = true;
-            answer.code = "OK".to_owned();
-            answer.text = format!("{}/{} is not in the mesh; no policy is enforced", workload.namespace, workload.name);
-            return Ok(answer);
-        }
-        match inbound::decide::decide(&snapshot, workload, identity.as_ref(), source, target) {
-            Ok(verdict) => {
-                answer.allowed = true;
-                answer.code = "OK".to_owned();
-                let by_network =
-                    network::ingress(&snapshot, workload, identity.as_ref(), source, Transport::Tcp, target.port());
-                answer.text = match by_network {
-                    Finding::Open => verdict.text(),
-                    by_network => format!("{by_network}; {}", verdict.text()),
-                };
-                answer.policy = verdict.policy.as_deref().unwrap_or_default().to_owned();
-                answer.rule = rule(verdict.rule);
-                answer.dry_run = verdict.dry_run.iter().map(ToString::to_string).collect();
-            }
-            Err(outcome) => {
-                answer.code = outcome.code.name().to_owned();
-                answer.dry_run = outcome.dry_run.iter().map(ToString::to_string).collect();
-                answer.text = outcome.detail.into_owned();
-                answer.policy = outcome.policy.as_deref().unwrap_or_default().to_owned();
-                answer.rule = rule(outcome.rule);
-            }
-        }
-        Ok(answer)
-    }
 }
 
 fn certificate_status(status: CertStatus) -> CertificateStatus {
@@ -346,36 +198,6 @@ fn pod_status(pod: crate::app::pods::Status) -> PodStatus {
         inbound_connections: pod.inbound_connections as u64,
         outbound_connections: pod.outbound_connections as u64,
         addresses: pod.addresses.iter().map(ToString::to_string).collect(),
-    }
-}
-
-fn endpoint(workload: &Workload, ip: IpAddr, port: u16, percent: f64) -> EndpointChoice {
-    let hbone = workload.protocol == Protocol::Hbone;
-    EndpointChoice {
-        uid: workload.uid.to_string(),
-        name: workload.name.to_string(),
-        namespace: workload.namespace.to_string(),
-        node: workload.node.to_string(),
-        address: octets(ip).into(),
-        port: u32::from(port),
-        share_percent: percent,
-        protocol: if hbone { "hbone" } else { "plain" }.to_owned(),
-        expected_identities: if hbone { vec![workload.identity.to_string()] } else { Vec::new() },
-        ..EndpointChoice::default()
-    }
-}
-
-/// Adds what the source's NetworkPolicies say.
-fn with_finding(endpoint: EndpointChoice, finding: &Finding) -> EndpointChoice {
-    match finding.outcome() {
-        Ok(()) if *finding == Finding::Open => endpoint,
-        Ok(()) => EndpointChoice { text: finding.to_string(), ..endpoint },
-        Err(outcome) => EndpointChoice {
-            code: outcome.code.name().to_owned(),
-            text: outcome.detail.into_owned(),
-            policy: outcome.policy.as_deref().unwrap_or_default().to_owned(),
-            ..endpoint
-        },
     }
 }
 
@@ -415,23 +237,4 @@ fn service_json(service: &Service) -> Value {
             .collect::<serde_json::Map<String, Value>>(),
         "version": &*service.version,
     })
-}
-
-fn octets(ip: IpAddr) -> Vec<u8> {
-    match ip {
-        IpAddr::V4(v4) => v4.octets().to_vec(),
-        IpAddr::V6(v6) => v6.octets().to_vec(),
-    }
-}
-
-fn ip(bytes: &[u8]) -> Result<IpAddr, String> {
-    if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
-        return Ok(IpAddr::from(v4));
-    }
-    let v6 = <[u8; 16]>::try_from(bytes).map_err(|_| format!("an address has {} bytes, not 4 or 16", bytes.len()))?;
-    Ok(IpAddr::from(v6).to_canonical())
-}
-
-fn port(port: u32) -> Result<u16, String> {
-    u16::try_from(port).ok().filter(|port| *port != 0).ok_or_else(|| format!("{port} is not a port"))
 }

@@ -4,6 +4,7 @@
 //! the snapshot, the certificates and a queue a worker, so that no slow page and no reconnect ever delays a byte.
 
 pub mod answers;
+mod explain;
 pub mod resolver;
 pub mod pods;
 pub mod revocation;

@@ -332,4 +332,25 @@ mod tests {
             done.unwrap().unwrap();
         }
     }
+    #[tokio::test]
+    async fn what_a_listener_accepts_is_probed_for_life() {
+        let netns = Netns::open(Path::new("/proc/self/ns/net")).unwrap();
+        let probes = (Duration::from_secs(7), Duration::from_secs(3), 2);
+        let options = Options { mark: 0, keepalive: Some(probes), user_timeout: None, reuse_port: false };
+        let pod = PodSockets::new(netns, NetnsThread::start().unwrap(), options);
+        let listener = pod.listen(0).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        // Whoever connects and then says nothing at all, before TLS and HTTP/2 could ask whether it is there.
+        let _silent = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+        let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+        let (accepted, _) = listener.accept().await.unwrap();
+        let accepted = socket2::SockRef::from(&accepted);
+        assert!(accepted.keepalive().unwrap());
+        let found = (
+            accepted.tcp_keepalive_time().unwrap(),
+            accepted.tcp_keepalive_interval().unwrap(),
+            accepted.tcp_keepalive_retries().unwrap(),
+        );
+        assert_eq!(found, probes);
+    }
 }

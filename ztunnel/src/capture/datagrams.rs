@@ -1,9 +1,10 @@
 //! The nftables rules that hold a pod's UDP and SCTP to its NetworkPolicies.
 //!
-//! A table of its own beside the redirect rules, replaced in one transaction when what it says has changed. Packets of a
-//! connection's first direction are judged each, so that a policy's edit ends what it forbids; replies pass. What leaves
-//! is judged by its original destination, since port 53 has been redirected by then. Other protocols are left alone: the
-//! proxy has TCP, and NetworkPolicy says nothing of the rest. Like capture it is no fence: who may mark packets passes.
+//! A table of its own beside the redirect rules, replaced in one transaction when what it says has changed. Each packet is
+//! judged by the first packet of its flow, as connection tracking remembers it: replies too, so that a policy's edit ends
+//! what it forbids in both directions, and port 53 is seen before its redirect. Other protocols are left alone: the proxy
+//! has TCP, and NetworkPolicy says nothing of the rest. What tracking cannot place is refused. Like capture it is no
+//! fence: who may mark packets passes.
 
 use std::fmt::Write as _;
 use std::io;
@@ -38,49 +39,69 @@ pub fn render(filter: &Filter) -> String {
     text.push_str("table inet tulle_network {\n");
     let probes = [IpAddr::V4(PROBE_V4), IpAddr::V6(PROBE_V6)];
     let exempt: Vec<IpNet> = filter.exempt.iter().copied().chain(probes).map(IpNet::from).collect();
-    if let Some(allows) = &filter.ingress {
+    let near = filter.ingress.as_ref().map(|allows| {
         chain(
             &mut text,
-            &Side { hook: "input", address: ["ip saddr", "ip6 saddr"], port: "th dport" },
+            &Side { name: "ingress", address: ["ct original ip saddr", "ct original ip6 saddr"] },
             &exempt,
             allows,
-        );
-    }
-    if let Some(allows) = &filter.egress {
-        let address = ["ct original ip daddr", "ct original ip6 daddr"];
+        )
+    });
+    let far = filter.egress.as_ref().map(|allows| {
         let loopback = [IpAddr::from([127, 0, 0, 0]), IpAddr::from(std::net::Ipv6Addr::LOCALHOST)];
         let loopback =
             loopback.map(|ip| IpNet::new(ip, if ip.is_ipv4() { 8 } else { 128 }).unwrap_or_else(|_| ip.into()));
-        let exempt: Vec<IpNet> = exempt.into_iter().chain(loopback).collect();
-        chain(&mut text, &Side { hook: "output", address, port: "ct original proto-dst" }, &exempt, allows);
-    }
+        let exempt: Vec<IpNet> = exempt.iter().copied().chain(loopback).collect();
+        chain(
+            &mut text,
+            &Side { name: "egress", address: ["ct original ip daddr", "ct original ip6 daddr"] },
+            &exempt,
+            allows,
+        )
+    });
+    // The flow's own direction, and that of flows whose replies the packet is one of.
+    hook(&mut text, "input", near, far);
+    hook(&mut text, "output", far, near);
     text.push_str("}\n");
     text
 }
 
-/// How one direction looks at a packet.
+/// How one direction looks at a flow.
 struct Side {
-    hook: &'static str,
+    /// Name of its chain.
+    name: &'static str,
     /// The peer's address, for IPv4 and IPv6.
     address: [&'static str; 2],
-    /// The destination's port.
-    port: &'static str,
 }
 
-fn chain(text: &mut String, side: &Side, exempt: &[IpNet], allows: &[Allow]) {
-    let hook = side.hook;
-    let _ = writeln!(text, "  chain {hook} {{\n    type filter hook {hook} priority filter; policy accept;");
-    text.push_str("    meta l4proto != { udp, sctp } accept\n    ct direction reply accept\n");
-    if hook == "input" {
-        text.push_str("    iifname \"lo\" accept\n");
-    } else {
-        let _ = writeln!(text, "    meta mark & {MARK_MASK:#x} == {MARK_PROXY:#x} accept");
-    }
+/// What may be exchanged in one direction; the rest comes back to the caller. Gives the chain's name.
+fn chain(text: &mut String, side: &Side, exempt: &[IpNet], allows: &[Allow]) -> &'static str {
+    let _ = writeln!(text, "  chain {} {{", side.name);
     for (family, nets) in by_family(exempt) {
         let _ = writeln!(text, "    {} {nets} accept", side.address[family]);
     }
     for allow in allows {
         rule(text, side, allow);
+    }
+    text.push_str("  }\n");
+    side.name
+}
+
+/// Packets at `hook`: those of flows that began there go to the chain `own`, replies to `others`. `None`: they pass.
+fn hook(text: &mut String, hook: &str, own: Option<&str>, others: Option<&str>) {
+    let _ = writeln!(text, "  chain {hook} {{\n    type filter hook {hook} priority filter; policy accept;");
+    text.push_str("    meta l4proto != { udp, sctp } accept\n");
+    if hook == "input" {
+        text.push_str("    iifname \"lo\" accept\n");
+        let _ = writeln!(text, "    ct mark & {MARK_MASK:#x} == {MARK_PROXY:#x} accept");
+    } else {
+        // The proxy's own look-ups, and the mark by which their answers are known.
+        let _ = writeln!(text, "    meta mark & {MARK_MASK:#x} == {MARK_PROXY:#x} ct mark set {MARK_PROXY:#x} accept");
+        text.push_str("    ct direction reply oifname \"lo\" accept\n");
+    }
+    for (direction, chain) in [("original", own), ("reply", others)] {
+        let verdict = chain.map_or_else(|| "accept".to_owned(), |name| format!("jump {name}"));
+        let _ = writeln!(text, "    ct direction {direction} {verdict}");
     }
     // The sender should hear of it rather than wait; a peer from outside should not.
     let verdict = if hook == "input" { "drop" } else { "reject with icmpx admin-prohibited" };
@@ -99,7 +120,8 @@ fn rule(text: &mut String, side: &Side, allow: &Allow) {
                     .iter()
                     .map(|(first, last)| if first == last { first.to_string() } else { format!("{first}-{last}") });
                 let set: Vec<String> = set.collect();
-                (!set.is_empty()).then(|| format!(" meta l4proto {word} {} {{ {} }}", side.port, set.join(", ")))
+                (!set.is_empty())
+                    .then(|| format!(" meta l4proto {word} ct original proto-dst {{ {} }}", set.join(", ")))
             })
             .collect(),
     };

@@ -24,6 +24,11 @@ pub fn decide(
         let text = format!("port {} belongs to the proxy", target.port());
         return Err(Outcome::new(Code::SelfCall, text));
     }
+    // A neighbour on the same link may address a packet so; without the redirect the kernel would have dropped it.
+    if target.ip().is_loopback() {
+        let text = format!("{} is the pod's own loopback, which nobody else reaches", target.ip());
+        return Err(Outcome::new(Code::WrongDestination, text));
+    }
     network::ingress(snapshot, workload, identity, source, Transport::Tcp, target.port()).outcome()?;
     let facts = Facts {
         source_identity: identity,
@@ -54,4 +59,30 @@ pub fn denial(verdict: &Verdict) -> Outcome {
 /// Sabotage of test builds: `TULLE_BREAK=authz` lets everybody in.
 fn authorization_is_broken() -> bool {
     cfg!(feature = "sabotage") && std::env::var("TULLE_BREAK").is_ok_and(|part| part == "authz")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::decide;
+    use crate::outcome::Code;
+    use crate::state::Change;
+    use crate::state::fixtures::{snapshot, workload};
+    use std::sync::Arc;
+
+    #[test]
+    fn the_proxys_ports_and_the_pods_loopback_are_not_reached_by_others() {
+        let pod = workload("shop", "cart", "10.0.0.2");
+        let snapshot = snapshot([Change::Workload(Arc::new(pod.clone()))]);
+        for (target, expected) in [
+            ("10.0.0.2:8080", None),
+            ("10.0.0.2:15001", Some(Code::SelfCall)),
+            ("10.0.0.2:15006", Some(Code::SelfCall)),
+            ("10.0.0.2:15008", Some(Code::SelfCall)),
+            ("127.0.0.2:8080", Some(Code::WrongDestination)),
+            ("[::1]:8080", Some(Code::WrongDestination)),
+        ] {
+            let found = decide(&snapshot, &pod, None, "10.0.0.1".parse().unwrap(), target.parse().unwrap());
+            assert_eq!(found.err().map(|outcome| outcome.code), expected, "{target}");
+        }
+    }
 }

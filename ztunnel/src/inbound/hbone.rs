@@ -33,7 +33,7 @@ use crate::inbound::recheck::Live;
 use crate::inbound::{Request, admit, stopped};
 use crate::outcome::{Code, Outcome};
 use crate::relay::{self, TcpSide, Terms};
-use crate::state::Snapshot;
+use crate::state::{Snapshot, Workload};
 use crate::telemetry::{ConnRecord, Direction};
 use crate::tls::{peer_identity, refusal};
 
@@ -263,21 +263,60 @@ fn target<B>(tunnel: &Tunnel, request: &http::Request<B>) -> Result<SocketAddr, 
         }
         Authority::Host(host, port) => {
             let snapshot = tunnel.shared.reader.load();
-            let port = service_port(&snapshot, tunnel, &host, port)?;
+            let pod = tunnel.pod.workload(&snapshot);
+            let port = service_port(&snapshot, pod, tunnel.source_identity.namespace(), &host, port)?;
             Ok(SocketAddr::new(tunnel.local.ip(), port))
         }
     }
 }
 
-/// The pod's own port for a service's port.
-fn service_port(snapshot: &Snapshot, tunnel: &Tunnel, host: &str, port: u16) -> Result<u16, Outcome> {
+/// The pod's own port for a service's port. The name means what it means to the client, whose namespace is proven: a
+/// service that is hidden from it is none.
+fn service_port(
+    snapshot: &Snapshot,
+    pod: Option<&Arc<Workload>>,
+    client_namespace: &str,
+    host: &str,
+    port: u16,
+) -> Result<u16, Outcome> {
     let unknown = || {
         let text = format!("this pod is not an endpoint of {host}:{port}");
         Outcome::new(Code::WrongDestination, text)
     };
-    let service = snapshot.service_by_hostname(host, &tunnel.pod.namespace).ok_or_else(unknown)?;
-    let workload = tunnel.pod.workload(snapshot).ok_or_else(unknown)?;
-    let ports = workload.services.get(service.key().as_str()).ok_or_else(unknown)?;
+    let service = snapshot.service_by_hostname(host, client_namespace).ok_or_else(unknown)?;
+    let ports = pod.ok_or_else(unknown)?.services.get(service.key().as_str()).ok_or_else(unknown)?;
     let own = ports.iter().find(|own| own.service_port == port).map(|own| own.target_port).filter(|port| *port != 0);
     own.or_else(|| service.port(port).map(|port| port.target_port).filter(|port| *port != 0)).ok_or_else(unknown)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::service_port;
+    use crate::outcome::Code;
+    use crate::state::fixtures::{behind, service, snapshot, workload};
+    use crate::state::{Change, Visibility};
+    use std::sync::Arc;
+
+    #[test]
+    fn a_service_that_is_hidden_from_the_clients_namespace_cannot_be_asked_for() {
+        let hidden =
+            crate::state::ServiceSpec { visibility: Visibility::Namespace, ..service("shop", "cart", "10.96.0.1") };
+        let pod = behind(behind(workload("shop", "cart-0", "10.0.0.1"), "shop", "cart"), "shop", "open");
+        let changes = [hidden, service("shop", "open", "10.96.0.2")].map(|spec| Change::Service(Arc::new(spec)));
+        let snapshot = snapshot(changes.into_iter().chain([Change::Workload(Arc::new(pod))]));
+        let pod = snapshot.workload("Kubernetes//Pod/shop/cart-0");
+        let ask = |from: &str, name: &str, port| {
+            let host = format!("{name}.shop.svc.cluster.local");
+            service_port(&snapshot, pod, from, &host, port).map_err(|outcome| outcome.code)
+        };
+        for (from, name, port, expected) in [
+            ("shop", "cart", 80, Ok(8080)),
+            ("bank", "cart", 80, Err(Code::WrongDestination)),
+            ("bank", "open", 80, Ok(8080)),
+            ("shop", "cart", 81, Err(Code::WrongDestination)),
+            ("shop", "other", 80, Err(Code::WrongDestination)),
+        ] {
+            assert_eq!(ask(from, name, port), expected, "{name}:{port} from {from}");
+        }
+    }
 }

@@ -19,7 +19,7 @@ use crate::flow::{LocalPod, Shared};
 use crate::hbone::client::Patience;
 use crate::hbone::pool::Pool;
 use crate::lb::{Chance, Failing};
-use crate::outbound::decide::{Plan, decide};
+use crate::outbound::decide::{Plan, choose, permit};
 use crate::outbound::dial;
 use crate::outcome::{Code, Outcome};
 use crate::relay::early::Said;
@@ -93,13 +93,14 @@ impl Attempts<'_> {
         let mut said = Said::new(&self.pod.buffers);
         let mut last = None;
         loop {
-            let plan = match self.decide(snapshot, source, destination, &tried) {
+            let plan = match self.choose(snapshot, source, destination, &tried) {
                 Ok(plan) => plan,
                 // What a real attempt met says more than that nothing else is left.
                 Err(outcome) => return Err(last.unwrap_or(outcome)),
             };
             record.service = plan.service().cloned();
             record.destination.workload = plan.destination().cloned();
+            permit(snapshot, source, &plan).map_err(|outcome| last.take().unwrap_or(outcome))?;
             let others = plan.others() && tried.len() + 1 < MOST && begin.elapsed() < LONGEST;
             let patience = if others { SHORT } else { self.shared.hbone.patience() };
             let endpoint = plan.endpoint();
@@ -134,7 +135,7 @@ impl Attempts<'_> {
         }
     }
 
-    fn decide(
+    fn choose(
         self,
         snapshot: &Snapshot,
         source: &Workload,
@@ -153,7 +154,7 @@ impl Attempts<'_> {
             failing: &|endpoint| failing.is(endpoint, now),
             bound: &bound,
         };
-        decide(snapshot, source, &self.shared.network, destination, &chance)
+        choose(snapshot, source, &self.shared.network, destination, &chance)
     }
 
     /// The endpoint of `plan` took the connection.

@@ -99,12 +99,20 @@ pub fn decide(
     chance: &Chance<'_>,
 ) -> Result<Plan, Outcome> {
     let plan = choose(snapshot, source, network, destination, chance)?;
-    // What a NetworkPolicy names is the endpoint and its port, not the Service that led there.
-    network::egress(snapshot, source, Transport::Tcp, plan.endpoint()).outcome()?;
+    permit(snapshot, source, &plan)?;
     Ok(plan)
 }
 
-/// The same without the NetworkPolicies of `source`.
+/// Whether the NetworkPolicies of `source` let `plan` out.
+///
+/// # Errors
+/// Why not.
+pub fn permit(snapshot: &Snapshot, source: &Workload, plan: &Plan) -> Result<(), Outcome> {
+    // What a NetworkPolicy names is the endpoint and its port, not the Service that led there.
+    network::egress(snapshot, source, Transport::Tcp, plan.endpoint()).outcome()
+}
+
+/// [`decide`] without the NetworkPolicies of `source`, for who has to say which endpoint [`permit`] refuses.
 ///
 /// # Errors
 /// Why the connection is refused.

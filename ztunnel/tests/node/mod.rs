@@ -108,6 +108,15 @@ impl Lab {
         path
     }
 
+    /// A certificate of a pod's account, as its node would have it.
+    pub fn certificate(&self, pod: &str) -> WorkloadCert {
+        let id: SpiffeId = format!("spiffe://cluster.local/ns/shop/sa/{pod}").parse().unwrap();
+        let authority = Authority::open(&self.dir.path().join("ca"), now()).unwrap();
+        let asked = request(&id).unwrap();
+        let chain = authority.sign(&tulle_certs::parse_csr(&asked.csr_pem).unwrap(), &id, 3600, now()).unwrap();
+        WorkloadCert::new(Issued::parse(&chain, &id).unwrap(), asked.key, &Trust::default()).unwrap()
+    }
+
     /// The rules in force in a pod.
     pub fn rules(&self, pod: &str) -> String {
         let output = Command::new("ip").args(["netns", "exec", &self.netns(pod), "nft", "list", "ruleset"]).output();
@@ -137,6 +146,11 @@ fn now() -> i64 {
 
 impl Node {
     pub fn start(lab: &Lab, path: PathBuf) -> Self {
+        Self::start_with(lab, path, hbone::Config::default())
+    }
+
+    /// With other limits of tunnels.
+    pub fn start_with(lab: &Lab, path: PathBuf, hbone: hbone::Config) -> Self {
         let _ = (*ztunnel::tls::provider()).clone().install_default();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let (writer, reader) = store();
@@ -157,7 +171,7 @@ impl Node {
             reader,
             identities: identities.clone(),
             metrics: Metrics::new(&mut registry),
-            hbone: hbone::Config::default(),
+            hbone,
             relay: relay::Limits::default(),
             network: "".into(),
             cluster: "Kubernetes".into(),
@@ -192,6 +206,11 @@ impl Node {
 
     /// The same, `denied` pods being in a namespace that may not leave the cluster.
     pub fn describe_egress(&mut self, hbone: &[&str], denied: &[&str]) {
+        self.describe_selected(hbone, denied, None);
+    }
+
+    /// The same, `selected` naming a pod and the policy that selects it.
+    pub fn describe_selected(&mut self, hbone: &[&str], denied: &[&str], selected: Option<(&str, &str)>) {
         let mut changes: Vec<Change> = PODS
             .iter()
             .map(|(pod, n)| {
@@ -209,6 +228,11 @@ impl Node {
                         TunnelProtocol::None
                     }),
                     extensions: extensions(denied.contains(pod)),
+                    authorization_policies: selected
+                        .iter()
+                        .filter(|(of, _)| of == pod)
+                        .map(|(_, policy)| (*policy).to_owned())
+                        .collect(),
                     ..Workload::default()
                 };
                 let bytes = Address { r#type: Some(Type::Workload(workload)) }.encode_to_vec();
@@ -221,11 +245,16 @@ impl Node {
 
     /// Denies everybody who is `account`.
     pub fn deny(&mut self, account: &str) {
-        use tulle_proto::security::{Action, Authorization, Clause, Match, Rule, Scope, ServiceAccountMatch};
+        self.policy(account, tulle_proto::security::Scope::Namespace);
+    }
+
+    /// The policy `shop/no`, which denies everybody who is `account`.
+    pub fn policy(&mut self, account: &str, scope: tulle_proto::security::Scope) {
+        use tulle_proto::security::{Action, Authorization, Clause, Match, Rule, ServiceAccountMatch};
         let policy = Authorization {
             name: "no".to_owned(),
             namespace: "shop".to_owned(),
-            scope: i32::from(Scope::Namespace),
+            scope: i32::from(scope),
             action: i32::from(Action::Deny),
             rules: vec![Rule {
                 clauses: vec![Clause {

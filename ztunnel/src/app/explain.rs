@@ -1,0 +1,304 @@
+//! What this node would do with a connection, for `tulle explain`: control asks, this answers.
+//!
+//! Explanations come from the same `decide` functions that traffic goes through, and for datagrams from the same
+//! findings that their filters are made of; there is no second implementation that could disagree. Pure.
+
+use std::net::{IpAddr, SocketAddr};
+
+use tulle_certs::SpiffeId;
+use tulle_proto::node::{
+    EndpointChoice, InboundAnswer, InboundQuestion, OutboundAnswer, OutboundQuestion, Transport as Asked,
+};
+
+use crate::inbound;
+use crate::lb::{self, Chance};
+use crate::outbound::decide::{Plan, choose, decide};
+use crate::outcome::{Code, Outcome};
+use crate::policy;
+use crate::policy::network::{self, Finding};
+use crate::state::{EgressMode, IpFamily, NETWORK_POLICY, Protocol, Snapshot, Transport, Workload};
+
+/// What would become of a connection that a pod of this node opens. `network` is the node's own.
+///
+/// # Errors
+/// Why the question has no answer.
+pub(super) fn outbound(
+    snapshot: &Snapshot,
+    network: &str,
+    question: &OutboundQuestion,
+) -> Result<OutboundAnswer, String> {
+    let source = snapshot
+        .workload(&question.source_uid)
+        .ok_or_else(|| format!("this node does not know the workload {}", question.source_uid))?;
+    let destination = SocketAddr::new(ip(&question.address)?, port(question.port)?);
+    let transport = transport(question.transport)?;
+    let mut answer = OutboundAnswer {
+        source_address: source.address(IpFamily::of(destination.ip())).map(octets).unwrap_or_default().into(),
+        generation: snapshot.generation(),
+        transport: question.transport,
+        plan: "plain".to_owned(),
+        ..OutboundAnswer::default()
+    };
+    if source.protocol != Protocol::Hbone {
+        answer.text = format!("{}/{} is not in the mesh; nothing intercepts it", source.namespace, source.name);
+    }
+    if transport != Transport::Tcp {
+        datagram(snapshot, network, source, transport, destination, &mut answer);
+    } else if source.protocol != Protocol::Hbone {
+        unenrolled(snapshot, network, source, destination, &mut answer);
+    } else {
+        stream(snapshot, network, source, destination, &mut answer);
+    }
+    Ok(answer)
+}
+
+/// A connection of a pod of the mesh.
+fn stream(snapshot: &Snapshot, network: &str, source: &Workload, destination: SocketAddr, answer: &mut OutboundAnswer) {
+    // Endpoints have each their own verdict, so the plan is made without those that the source's policies forbid; where
+    // there is no endpoint to tell it of, the plan itself is refused.
+    let chosen = choose(snapshot, source, network, destination, &Chance::of(0));
+    let planned = chosen.and_then(|plan| match plan.destination() {
+        Some(_) => Ok(plan),
+        None => decide(snapshot, source, network, destination, &Chance::of(0)),
+    });
+    let plan = match planned {
+        Ok(plan) => plan,
+        Err(outcome) => return refuse(answer, outcome),
+    };
+    answer.service = plan.service().map(|service| service.key()).unwrap_or_default();
+    answer.endpoints = endpoints(snapshot, source, &plan, destination);
+    match plan {
+        Plan::Hbone(_) => {
+            answer.plan = "hbone".to_owned();
+            answer.source_identity = source.identity.to_string();
+            answer.text = "through a mutual TLS tunnel".to_owned();
+        }
+        Plan::Plain(plan) => {
+            answer.text = match &plan.destination {
+                Some(workload) => format!("plain TCP: {}/{} is not in the mesh", workload.namespace, workload.name),
+                None => format!("plain TCP: {destination} is outside the mesh"),
+            };
+            if plan.destination.is_none() {
+                let_out(answer, &network::egress(snapshot, source, Transport::Tcp, plan.address));
+            }
+        }
+    }
+}
+
+/// What the proxy does not carry: NetworkPolicies hold for it, in the pod's kernel.
+fn datagram(
+    snapshot: &Snapshot,
+    network: &str,
+    source: &Workload,
+    transport: Transport,
+    destination: SocketAddr,
+    answer: &mut OutboundAnswer,
+) {
+    let service = snapshot.service_by_vip(network, destination.ip(), &source.namespace);
+    answer.service = service.map(|service| service.key()).unwrap_or_default();
+    if source.protocol != Protocol::Hbone {
+        return;
+    }
+    answer.text = format!("{} does not go through the proxy", transport.as_str().to_uppercase());
+    let is_name = transport == Transport::Udp && destination.port() == 53;
+    let is_own = destination.ip().is_loopback() || source.addresses.contains(&destination.ip());
+    if source.egress == EgressMode::Deny && !is_name && !is_own {
+        let text = format!(
+            "nothing but TCP and name look-ups leaves the pods of namespace {}, which is labelled tulle.dev/egress: deny",
+            source.namespace
+        );
+        return refuse(answer, Outcome::new(Code::EgressDenied, text));
+    }
+    let finding = network::egress(snapshot, source, transport, destination);
+    match finding.outcome() {
+        Ok(()) => let_out(answer, &finding),
+        Err(outcome) => refuse(answer, outcome),
+    }
+}
+
+fn refuse(answer: &mut OutboundAnswer, outcome: Outcome) {
+    answer.plan = "refuse".to_owned();
+    answer.code = outcome.code.name().to_owned();
+    answer.policy = outcome.policy.as_deref().unwrap_or_default().to_owned();
+    answer.text = outcome.detail.into_owned();
+}
+
+/// Adds which NetworkPolicy lets it out.
+fn let_out(answer: &mut OutboundAnswer, finding: &Finding) {
+    if *finding != Finding::Open {
+        answer.text = format!("{}; {finding}", answer.text);
+    }
+    (answer.policy, answer.rule) = allowing(finding);
+}
+
+/// The policy that allows and the index of its rule.
+fn allowing(finding: &Finding) -> (String, Option<u32>) {
+    match finding {
+        Finding::Allowed { policy, rule, .. } => (policy.to_string(), u32::try_from(*rule).ok()),
+        _ => (String::new(), None),
+    }
+}
+
+fn endpoints(snapshot: &Snapshot, source: &Workload, plan: &Plan, destination: SocketAddr) -> Vec<EndpointChoice> {
+    let shares = plan.service().and_then(|service| {
+        lb::shares(snapshot, service, destination.port(), source, IpFamily::of(destination.ip())).ok()
+    });
+    let endpoint = |workload: &Workload, ip: IpAddr, port: u16, percent: f64| {
+        let finding = network::egress(snapshot, source, Transport::Tcp, SocketAddr::new(ip, port));
+        with_finding(endpoint(workload, ip, port, percent), &finding)
+    };
+    match (shares, plan.destination()) {
+        (Some(shares), _) => shares
+            .into_iter()
+            .map(|(choice, percent)| endpoint(&choice.workload, choice.ip, choice.port, percent))
+            .collect(),
+        (None, Some(workload)) => vec![endpoint(workload, destination.ip(), destination.port(), 100.0)],
+        (None, None) => Vec::new(),
+    }
+}
+
+/// An unenrolled pod is balanced by the cluster; what it can reach is still worth saying.
+fn unenrolled(
+    snapshot: &Snapshot,
+    network: &str,
+    source: &Workload,
+    destination: SocketAddr,
+    answer: &mut OutboundAnswer,
+) {
+    let Ok(plan) = choose(snapshot, source, network, destination, &Chance::of(0)) else { return };
+    answer.service = plan.service().map(|service| service.key()).unwrap_or_default();
+    answer.endpoints = endpoints(snapshot, source, &plan, destination);
+    for endpoint in &mut answer.endpoints {
+        "plain".clone_into(&mut endpoint.protocol);
+        // Nothing intercepts it, so none of its policies is enforced here.
+        (endpoint.code, endpoint.text, endpoint.policy, endpoint.rule) = Default::default();
+    }
+}
+
+/// What would become of a connection to a pod of this node.
+///
+/// # Errors
+/// Why the question has no answer.
+pub(super) fn inbound(snapshot: &Snapshot, question: &InboundQuestion) -> Result<InboundAnswer, String> {
+    let workload = snapshot
+        .workload(&question.destination_uid)
+        .ok_or_else(|| format!("this node does not know the workload {}", question.destination_uid))?;
+    let target = SocketAddr::new(ip(&question.address)?, port(question.port)?);
+    let (source, transport) = (ip(&question.source_address)?, transport(question.transport)?);
+    let identity = match question.source_identity.as_str() {
+        "" => None,
+        text => Some(text.parse::<SpiffeId>().map_err(|error| error.to_string())?),
+    };
+    let mut evaluated = policy::evaluated(snapshot, workload);
+    evaluated.retain(|(name, _)| transport == Transport::Tcp || name.starts_with(NETWORK_POLICY));
+    let mut answer = InboundAnswer {
+        evaluated: evaluated.iter().map(|(name, _)| name.to_string()).collect(),
+        policy_versions: evaluated.iter().map(|(name, version)| (name.to_string(), version.to_string())).collect(),
+        generation: snapshot.generation(),
+        allowed: true,
+        code: "OK".to_owned(),
+        rule: -1,
+        transport: question.transport,
+        ..InboundAnswer::default()
+    };
+    if workload.protocol != Protocol::Hbone {
+        answer.text = format!("{}/{} is not in the mesh; no policy is enforced", workload.namespace, workload.name);
+        return Ok(answer);
+    }
+    let rule = |rule: Option<usize>| rule.and_then(|rule| i32::try_from(rule).ok()).unwrap_or(-1);
+    let by_network = network::ingress(snapshot, workload, identity.as_ref(), source, transport, target.port());
+    if transport != Transport::Tcp {
+        match by_network.outcome() {
+            Ok(()) => {
+                let (policy, by) = allowing(&by_network);
+                (answer.policy, answer.rule) = (policy, by.and_then(|by| i32::try_from(by).ok()).unwrap_or(-1));
+                answer.text = format!("{by_network}; no AuthorizationPolicy holds for what is not TCP");
+            }
+            Err(outcome) => deny(&mut answer, outcome),
+        }
+        return Ok(answer);
+    }
+    match inbound::decide::decide(snapshot, workload, identity.as_ref(), source, target) {
+        Ok(verdict) => {
+            answer.text = match by_network {
+                Finding::Open => verdict.text(),
+                by_network => format!("{by_network}; {}", verdict.text()),
+            };
+            answer.policy = verdict.policy.as_deref().unwrap_or_default().to_owned();
+            answer.rule = rule(verdict.rule);
+            answer.dry_run = verdict.dry_run.iter().map(ToString::to_string).collect();
+        }
+        Err(outcome) => deny(&mut answer, outcome),
+    }
+    Ok(answer)
+}
+
+fn deny(answer: &mut InboundAnswer, outcome: Outcome) {
+    answer.allowed = false;
+    answer.code = outcome.code.name().to_owned();
+    answer.dry_run = outcome.dry_run.iter().map(ToString::to_string).collect();
+    answer.policy = outcome.policy.as_deref().unwrap_or_default().to_owned();
+    answer.rule = outcome.rule.and_then(|rule| i32::try_from(rule).ok()).unwrap_or(-1);
+    answer.text = outcome.detail.into_owned();
+}
+
+fn endpoint(workload: &Workload, ip: IpAddr, port: u16, percent: f64) -> EndpointChoice {
+    let hbone = workload.protocol == Protocol::Hbone;
+    EndpointChoice {
+        uid: workload.uid.to_string(),
+        name: workload.name.to_string(),
+        namespace: workload.namespace.to_string(),
+        node: workload.node.to_string(),
+        address: octets(ip).into(),
+        port: u32::from(port),
+        share_percent: percent,
+        protocol: if hbone { "hbone" } else { "plain" }.to_owned(),
+        expected_identities: if hbone { vec![workload.identity.to_string()] } else { Vec::new() },
+        ..EndpointChoice::default()
+    }
+}
+
+/// Adds what the source's NetworkPolicies say.
+fn with_finding(endpoint: EndpointChoice, finding: &Finding) -> EndpointChoice {
+    match finding.outcome() {
+        Ok(()) if *finding == Finding::Open => endpoint,
+        Ok(()) => {
+            let (policy, rule) = allowing(finding);
+            EndpointChoice { text: finding.to_string(), policy, rule, ..endpoint }
+        }
+        Err(outcome) => EndpointChoice {
+            code: outcome.code.name().to_owned(),
+            text: outcome.detail.into_owned(),
+            policy: outcome.policy.as_deref().unwrap_or_default().to_owned(),
+            ..endpoint
+        },
+    }
+}
+
+fn octets(ip: IpAddr) -> Vec<u8> {
+    match ip {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    }
+}
+
+fn ip(bytes: &[u8]) -> Result<IpAddr, String> {
+    if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
+        return Ok(IpAddr::from(v4));
+    }
+    let v6 = <[u8; 16]>::try_from(bytes).map_err(|_| format!("an address has {} bytes, not 4 or 16", bytes.len()))?;
+    Ok(IpAddr::from(v6).to_canonical())
+}
+
+fn port(port: u32) -> Result<u16, String> {
+    u16::try_from(port).ok().filter(|port| *port != 0).ok_or_else(|| format!("{port} is not a port"))
+}
+
+fn transport(asked: i32) -> Result<Transport, String> {
+    match Asked::try_from(asked) {
+        Ok(Asked::Tcp) => Ok(Transport::Tcp),
+        Ok(Asked::Udp) => Ok(Transport::Udp),
+        Ok(Asked::Sctp) => Ok(Transport::Sctp),
+        Err(_) => Err(format!("this node does not know the transport {asked}")),
+    }
+}
