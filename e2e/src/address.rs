@@ -68,6 +68,15 @@ pub fn pod(node: u16, index: u16) -> Pair {
     }
 }
 
+/// The node that a pod of this address is on.
+pub fn node_of(pair: Pair) -> Option<u16> {
+    match pair.v4.octets() {
+        [10, 20, node, _] => Some(node.into()),
+        [10, 10, 0, low] if low > 10 => Some(u16::from(low) - 10),
+        _ => None,
+    }
+}
+
 /// The node's end of its pods' links.
 pub fn gateway(node: u16) -> Pair {
     pod(node, 1)
@@ -103,6 +112,7 @@ mod tests {
                 assert!(seen.insert(pair), "{pair:?}");
             }
             for index in 1..=address::POD_MAX {
+                assert_eq!(address::node_of(address::pod(node, index)), Some(node));
                 assert!(seen.insert(address::pod(node, index)));
             }
         }

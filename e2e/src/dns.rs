@@ -335,6 +335,7 @@ mod tests {
 
     use crate::address;
     use crate::dns;
+    use crate::objects::Proxy;
     use crate::objects::Service;
     use crate::objects::ServicePod;
     use crate::objects::ServicePort;
@@ -367,6 +368,7 @@ mod tests {
             }],
             pods: pods.clone(),
             external: None,
+            proxy: Proxy::default(),
         };
         let zone = dns::zone(&[service("cart", Some(address::service(10))), service("db", None)], &[]);
         let cases = [

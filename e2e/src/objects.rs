@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use serde_json::Value;
 use serde_json::json;
@@ -50,6 +51,23 @@ pub struct Service {
     pub pods: Vec<ServicePod>,
     /// Target of an ExternalName Service.
     pub external: Option<String>,
+    /// What else its address translation must know.
+    pub proxy: Proxy,
+}
+
+/// How a Service is balanced, and where else it is reached.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Proxy {
+    /// spec.externalIPs and the addresses of status.loadBalancer.
+    pub addresses: Vec<IpAddr>,
+    /// Port on every node, by port of the Service; TCP only.
+    pub node_ports: BTreeMap<u16, u16>,
+    /// internalTrafficPolicy: Local.
+    pub internal_local: bool,
+    /// externalTrafficPolicy: Local.
+    pub external_local: bool,
+    /// sessionAffinity: ClientIP.
+    pub affinity: bool,
 }
 
 /// A pod behind a Service.
@@ -114,7 +132,14 @@ pub fn complete(
             || (key.kind == "Namespace" && outside.contains(key.name.as_str()));
         match key.kind.as_str() {
             _ if is_outside => {}
-            "Pod" | "Deployment" | "Node" => {}
+            "Pod" | "Deployment" => {}
+            // Nodes are the lab's; what a manifest says of one is its labels (zones).
+            "Node" => {
+                let labels = object.pointer("/metadata/labels").and_then(Value::as_object).cloned().unwrap_or_default();
+                if let Some(node) = all.objects.get_mut(&Key::new("Node", "", &key.name)) {
+                    labels.into_iter().for_each(|(name, value)| node["metadata"]["labels"][name] = value);
+                }
+            }
             "Service" => {
                 let (object, slices, service) = service(key, object, pods, facts, allocator)?;
                 insert(&mut all.objects, object);
@@ -208,7 +233,9 @@ fn service(
     let own = (key.namespace.clone(), key.name.clone());
     if text(&object, "/spec/type") == "ExternalName" {
         let external = Some(text(&object, "/spec/externalName").to_owned());
-        return Ok((object, vec![], Service { key: own, addresses: None, ports: vec![], pods: vec![], external }));
+        let proxy = Proxy::default();
+        let service = Service { key: own, addresses: None, ports: vec![], pods: vec![], external, proxy };
+        return Ok((object, vec![], service));
     }
     let headless = text(&object, "/spec/clusterIP") == "None";
     let addresses = if headless { None } else { Some(allocator.service(&own)?) };
@@ -238,7 +265,37 @@ fn service(
         })
         .collect();
     let pods = serving.iter().map(|member| service_pod(member.pod, &key.name)).collect();
-    Ok((object, slices, Service { key: own, addresses, ports, pods, external: None }))
+    let proxy = proxy(&mut object);
+    Ok((object, slices, Service { key: own, addresses, ports, pods, external: None, proxy }))
+}
+
+/// Gives the ports of the node that are missing, and reads what kube-proxy reads.
+fn proxy(object: &mut Value) -> Proxy {
+    let mut node_ports = BTreeMap::new();
+    if matches!(text(object, "/spec/type"), "NodePort" | "LoadBalancer") {
+        let seed: u16 =
+            text(object, "/spec/clusterIP").bytes().fold(0, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
+        let ports = object.pointer_mut("/spec/ports").and_then(Value::as_array_mut);
+        for (index, port) in ports.into_iter().flatten().enumerate() {
+            let wanted = port["nodePort"].as_u64().and_then(|port| u16::try_from(port).ok()).filter(|port| *port > 0);
+            // Anywhere in Kubernetes' range; two Services that meet there must say which they want.
+            let given = wanted.unwrap_or(30_000 + (seed.wrapping_add(index as u16)) % 2_768);
+            port["nodePort"] = given.into();
+            if let Some(number) = port["port"].as_u64().and_then(|port| u16::try_from(port).ok()) {
+                node_ports.insert(number, given);
+            }
+        }
+    }
+    let external = object.pointer("/spec/externalIPs").and_then(Value::as_array).into_iter().flatten();
+    let balancer = object.pointer("/status/loadBalancer/ingress").and_then(Value::as_array).into_iter().flatten();
+    let addresses = external.chain(balancer.map(|entry| &entry["ip"])).filter_map(Value::as_str);
+    Proxy {
+        addresses: addresses.filter_map(|ip| ip.parse().ok()).collect(),
+        node_ports,
+        internal_local: text(object, "/spec/internalTrafficPolicy") == "Local",
+        external_local: text(object, "/spec/externalTrafficPolicy") == "Local",
+        affinity: text(object, "/spec/sessionAffinity") == "ClientIP",
+    }
 }
 
 fn service_pod(pod: &Pod, service: &str) -> ServicePod {
@@ -250,6 +307,7 @@ fn service_pod(pod: &Pod, service: &str) -> ServicePod {
 struct Member<'a> {
     pod: &'a Pod,
     ready: bool,
+    serving: bool,
     leaving: bool,
 }
 
@@ -267,7 +325,8 @@ fn members<'a>(key: &Key, object: &Value, pods: &'a [Pod], facts: &BTreeMap<PodK
         .filter_map(|pod| {
             let facts = facts.get(&pod.key()).cloned().unwrap_or_default();
             let ready = facts.ready && !facts.leaving;
-            facts.finished.is_none().then_some(Member { pod, ready, leaving: facts.leaving })
+            let (serving, leaving) = (facts.ready, facts.leaving);
+            facts.finished.is_none().then_some(Member { pod, ready, serving, leaving })
         })
         .collect()
 }
@@ -317,7 +376,7 @@ fn slices(key: &Key, service: &Value, members: &[Member<'_>]) -> Vec<Value> {
                         "addresses": [member.pod.spot.addresses().texts()[family]],
                         "conditions": {
                             "ready": member.ready || publish,
-                            "serving": member.ready || publish,
+                            "serving": member.serving || publish,
                             "terminating": member.leaving,
                         },
                         "nodeName": format!("node-{}", member.pod.spot.node().unwrap_or_default()),

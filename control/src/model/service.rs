@@ -16,6 +16,9 @@ pub struct Service {
     pub selector: BTreeMap<String, String>,
     /// Virtual addresses. Empty: headless.
     pub addresses: Vec<IpAddr>,
+    /// Addresses besides, that clients in the cluster reach it at: spec.externalIPs, and those of its load balancer that
+    /// the cluster's own balancing takes over.
+    pub external: Vec<IpAddr>,
     /// TCP ports.
     pub ports: Vec<ServicePort>,
     /// spec.ipFamilies, as (IPv4, IPv6). Both false: not said.
@@ -121,6 +124,15 @@ pub struct EndpointSlice {
     pub endpoints: Vec<Endpoint>,
 }
 
+/// A v1 Endpoints object, from before there were slices.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LegacyEndpoints {
+    /// Name and namespace of the Service that it is of.
+    pub meta: Meta,
+    /// As slices.
+    pub subsets: Vec<EndpointSlice>,
+}
+
 /// A port as the endpoints have it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SlicePort {
@@ -137,6 +149,10 @@ pub struct Endpoint {
     pub addresses: Vec<IpAddr>,
     /// conditions.ready; true if absent.
     pub ready: bool,
+    /// conditions.serving; as ready if absent.
+    pub serving: bool,
+    /// conditions.terminating; false if absent.
+    pub terminating: bool,
     /// Name of the pod behind it, if targetRef says so.
     pub pod: Option<String>,
     /// nodeName; may be empty.

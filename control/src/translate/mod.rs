@@ -7,6 +7,7 @@ mod aliases;
 mod authorization;
 mod datagrams;
 mod dns;
+mod endpoints;
 mod enrol;
 mod groups;
 mod mtls;
@@ -116,7 +117,7 @@ struct Selecting<'a> {
 /// Translates the whole world.
 pub fn translate(world: &World, settings: &Settings) -> Translation {
     let mut conditions = Conditions::default();
-    let endpoints = service::Endpoints::new(world, settings);
+    let endpoints = endpoints::Endpoints::new(world, settings);
     let mut resources = Vec::new();
     let mut selecting = Vec::new();
     for policy in world.authorization_policies.values() {
@@ -146,8 +147,12 @@ pub fn translate(world: &World, settings: &Settings) -> Translation {
             .for_each(|c| conditions.add("Namespace", &namespace.meta, c));
     }
     let datagrams = datagrams::Datagrams::new(world);
+    let claims = service::Claims::new(world);
     for service in world.services.values().filter(|s| !s.external_name) {
-        resources.push(service::translate(service, &datagrams, settings));
+        let name = format!("{}/{}", service.meta.namespace, settings.hostname(&service.meta));
+        claims.condition(service).into_iter().for_each(|c| conditions.add("Service", &service.meta, c));
+        let other_ports = datagrams.of(service);
+        resources.push(service::translate(service, &claims, endpoints.uses_all(&name), other_ports, settings));
     }
     let aliases = world.services.values().filter(|s| s.external_name);
     resources.extend(aliases.filter_map(|service| dns::external_name(service, settings)));

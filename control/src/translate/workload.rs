@@ -11,8 +11,9 @@ use tulle_proto::workload;
 use crate::model::{Pod, World};
 use crate::resource::{Kind, Resource};
 use crate::translate::Settings;
+use crate::translate::endpoints::{Endpoints, Outsider};
 use crate::translate::enrol;
-use crate::translate::service::{Endpoints, Outsider, octets};
+use crate::translate::service::octets;
 use crate::translate::telemetry;
 
 /// What a pod must know of policies.
