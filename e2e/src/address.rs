@@ -39,6 +39,8 @@ impl Pair {
 /// Address of control on the fabric.
 pub const CONTROL: Pair =
     Pair { v4: Ipv4Addr::new(10, 10, 0, 2), v6: Ipv6Addr::new(0xfd00, 0x10, 0x10, 0, 0, 0, 0, 2) };
+/// All pods of all nodes.
+pub const PODS: (&str, &str) = ("10.20.0.0/16", "fd00:10:20::/48");
 /// All Service addresses.
 pub const SERVICES: (&str, &str) = ("10.96.0.0/16", "fd00:10:96::/112");
 
@@ -65,15 +67,6 @@ pub fn pod(node: u16, index: u16) -> Pair {
     Pair {
         v4: Ipv4Addr::new(10, 20, node as u8, index as u8),
         v6: Ipv6Addr::new(0xfd00, 0x10, 0x20, node, 0, 0, 0, index),
-    }
-}
-
-/// The node that a pod of this address is on.
-pub fn node_of(pair: Pair) -> Option<u16> {
-    match pair.v4.octets() {
-        [10, 20, node, _] => Some(node.into()),
-        [10, 10, 0, low] if low > 10 => Some(u16::from(low) - 10),
-        _ => None,
     }
 }
 
@@ -112,7 +105,6 @@ mod tests {
                 assert!(seen.insert(pair), "{pair:?}");
             }
             for index in 1..=address::POD_MAX {
-                assert_eq!(address::node_of(address::pod(node, index)), Some(node));
                 assert!(seen.insert(address::pod(node, index)));
             }
         }

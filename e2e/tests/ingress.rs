@@ -74,7 +74,7 @@ fn nginx(dir: &Path, namespace: &str, port: u16, listen: u16) -> anyhow::Result<
          http {{ access_log off; client_body_temp_path {base}/b; proxy_temp_path {base}/p; fastcgi_temp_path {base}/f;\n\
          uwsgi_temp_path {base}/u; scgi_temp_path {base}/s;\n\
          resolver 10.20.1.1 ipv6=off valid=1s;\n\
-         server {{ listen {listen}; set $shop cart.shop.svc.cluster.local; location / {{ proxy_pass http://$shop; }} }} }}\n"
+         server {{ listen {listen}; listen [::]:{listen}; set $shop cart.shop.svc.cluster.local; location / {{ proxy_pass http://$shop; }} }} }}\n"
     );
     std::fs::write(dir.join(format!("{namespace}.conf")), config)?;
     let conf = dir.join(format!("{namespace}.conf"));
