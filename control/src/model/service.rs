@@ -3,6 +3,7 @@
 //! Only TCP ports are kept: the mesh carries nothing else, and other ports pass it untouched.
 
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use crate::model::meta::Meta;
@@ -103,9 +104,9 @@ pub enum TrafficScope {
     Cluster,
     /// Endpoints of the client's node or none.
     NodeOnly,
-    /// The client's node first, then its zone, then all.
+    /// The client's node first, then its zone, then all: PreferSameNode.
     PreferNode,
-    /// The client's zone first, then all.
+    /// The client's zone first, then all: PreferSameZone, PreferClose.
     PreferZone,
 }
 
@@ -142,6 +143,15 @@ pub struct SlicePort {
     pub port: u16,
 }
 
+/// Clients that an endpoint is meant for. Both empty: no hints.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Hints {
+    /// forZones.
+    pub zones: BTreeSet<String>,
+    /// forNodes.
+    pub nodes: BTreeSet<String>,
+}
+
 /// One endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Endpoint {
@@ -157,6 +167,10 @@ pub struct Endpoint {
     pub pod: Option<String>,
     /// nodeName; may be empty.
     pub node: String,
+    /// zone; may be empty.
+    pub zone: String,
+    /// hints: for whose clients it is.
+    pub hints: Hints,
     /// hostname: its name below the Service's; may be empty.
     pub hostname: String,
 }

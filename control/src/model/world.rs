@@ -116,6 +116,11 @@ pub struct World {
 }
 
 impl World {
+    /// Zone of a node; empty if it has none.
+    pub fn zone(&self, node: &str) -> &str {
+        self.nodes.get(node).and_then(|node| node.meta.label("topology.kubernetes.io/zone")).unwrap_or_default()
+    }
+
     /// Adds an object; one of the same kind and name is replaced.
     pub fn insert(&mut self, object: Object) {
         let meta = object.meta();

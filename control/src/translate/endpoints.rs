@@ -6,7 +6,12 @@
 //! Who gets traffic is the cluster's own rule, so that enrolment changes no balancing: ready endpoints; where there is none,
 //! those that are terminating and still serve; with publishNotReadyAddresses, all. Under internalTrafficPolicy Local each
 //! node is looked at alone. WDS says health by pod and not by Service, so a Service that must use unready endpoints is sent
-//! with health policy ALLOW_ALL and names only those that it uses.
+//! with health policy ALLOW_ALL and names only those that it uses. A headless Service is its names, which stand for ready
+//! endpoints, and has no other rule.
+//!
+//! Hints narrow the choice only where all ready endpoints have them, for clients whose zone (or node) some endpoint is
+//! meant for. Without slices they are what trafficDistribution gives, the endpoint's own zone and node; without a zone
+//! there are none.
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
@@ -14,7 +19,9 @@ use std::net::IpAddr;
 
 use tulle_proto::workload;
 
-use crate::model::{Endpoint, EndpointSlice, Pod, Service, ServicePort, TargetPort, TrafficScope, Transport, World};
+use crate::model::{
+    Endpoint, EndpointSlice, Hints, Pod, Service, ServicePort, TargetPort, TrafficScope, Transport, World,
+};
 use crate::translate::Settings;
 use crate::translate::service::protocol;
 
@@ -27,6 +34,7 @@ pub(super) type Membership = BTreeMap<String, Vec<workload::Port>>;
 pub(super) struct Outsider {
     pub(super) slice: Key,
     pub(super) node: String,
+    pub(super) zone: String,
     /// Its name in DNS, and the Service below which it is one.
     pub(super) hostname: (String, String),
     pub(super) services: Membership,
@@ -38,8 +46,17 @@ pub(super) struct Endpoints {
     outsiders: BTreeMap<(String, IpAddr), Outsider>,
     /// (pod, service) also where the pod gets no traffic.
     behind: BTreeSet<(Key, String)>,
-    /// Services that use endpoints which are not ready.
-    all: BTreeSet<String>,
+    /// By service resource name.
+    balancing: BTreeMap<String, Balancing>,
+}
+
+/// What a service's endpoints say about the choice among them.
+#[derive(Clone, Copy)]
+pub(super) struct Balancing {
+    /// Also those that are not ready get traffic.
+    pub(super) all: bool,
+    /// What is preferred to what.
+    pub(super) scope: TrafficScope,
 }
 
 /// Who an endpoint is.
@@ -54,6 +71,8 @@ enum Who {
 struct Member<'a> {
     ports: Vec<workload::Port>,
     node: &'a str,
+    zone: &'a str,
+    hints: Option<&'a Hints>,
     ready: bool,
     /// Leaving, and still answering.
     leaving: bool,
@@ -67,8 +86,12 @@ type Members<'a> = BTreeMap<Who, Member<'a>>;
 
 impl Endpoints {
     pub(super) fn new(world: &World, settings: &Settings) -> Self {
-        let mut this =
-            Self { pods: BTreeMap::new(), outsiders: BTreeMap::new(), behind: BTreeSet::new(), all: BTreeSet::new() };
+        let mut this = Self {
+            pods: BTreeMap::new(),
+            outsiders: BTreeMap::new(),
+            behind: BTreeSet::new(),
+            balancing: BTreeMap::new(),
+        };
         let mut slices: BTreeMap<(&str, &str), Vec<&EndpointSlice>> = BTreeMap::new();
         for slice in world.slices.values().filter(|s| !s.service.is_empty()) {
             let key = (slice.meta.namespace.as_str(), slice.service.as_str());
@@ -101,6 +124,7 @@ impl Endpoints {
     fn add(&mut self, service: &Service, name: &str, members: Members<'_>) {
         let used = used(service, &members);
         let all = service.publish_not_ready || used.iter().any(|who| !members[*who].ready);
+        let scope = scope(service, &used.iter().map(|who| &members[*who]).collect::<Vec<_>>());
         let used: BTreeSet<Who> = used.into_iter().cloned().collect();
         for (who, member) in members {
             let keep = used.contains(&who) || (!all && member.unhealthy);
@@ -116,6 +140,7 @@ impl Endpoints {
                         self.outsiders.entry((slice.meta.namespace.clone(), *ip)).or_insert_with(|| Outsider {
                             slice: (slice.meta.namespace.clone(), slice.meta.name.clone()),
                             node: endpoint.node.clone(),
+                            zone: member.zone.to_owned(),
                             hostname: (endpoint.hostname.clone(), slice.service.clone()),
                             services: Membership::new(),
                         });
@@ -124,9 +149,7 @@ impl Endpoints {
                 (Who::Address(_), _) => {}
             }
         }
-        if all {
-            self.all.insert(name.to_owned());
-        }
+        self.balancing.insert(name.to_owned(), Balancing { all, scope });
     }
 
     /// Whether the pod is an endpoint of the service, with or without traffic.
@@ -134,9 +157,10 @@ impl Endpoints {
         self.behind.contains(&((pod.meta.namespace.clone(), pod.meta.name.clone()), service.to_owned()))
     }
 
-    /// Whether a service uses endpoints that are not ready.
-    pub(super) fn uses_all(&self, service: &str) -> bool {
-        self.all.contains(service)
+    /// How to choose among a service's endpoints.
+    pub(super) fn balancing(&self, service: &str) -> Balancing {
+        let unknown = Balancing { all: false, scope: TrafficScope::Cluster };
+        self.balancing.get(service).copied().unwrap_or(unknown)
     }
 
     pub(super) fn of_pod(&self, pod: &Pod) -> Membership {
@@ -153,10 +177,39 @@ fn used<'m, 'a>(service: &Service, members: &'m Members<'a>) -> Vec<&'m Who> {
     if service.publish_not_ready {
         return members.keys().collect();
     }
+    let headless = service.addresses.is_empty();
     let group = |member: &Member<'a>| if service.scope == TrafficScope::NodeOnly { member.node } else { "" };
     let with_ready: BTreeSet<&str> = members.values().filter(|member| member.ready).map(group).collect();
-    let gets = |member: &Member<'a>| member.ready || (member.leaving && !with_ready.contains(group(member)));
+    let gets =
+        |member: &Member<'a>| member.ready || (member.leaving && !headless && !with_ready.contains(group(member)));
     members.iter().filter(|(_, member)| gets(member)).map(|(who, _)| who).collect()
+}
+
+/// What is preferred among `used`, by their hints.
+fn scope(service: &Service, used: &[&Member<'_>]) -> TrafficScope {
+    if service.scope == TrafficScope::NodeOnly {
+        return TrafficScope::NodeOnly;
+    }
+    let none = Hints::default();
+    let given = used.iter().any(|member| member.hints.is_some_and(|hints| *hints != none));
+    let own = |member: &Member<'_>, nodes: bool| match (given, nodes) {
+        (true, false) => member.hints.is_some_and(|hints| is_only(&hints.zones, member.zone)),
+        (true, true) => member.hints.is_some_and(|hints| is_only(&hints.nodes, member.node)),
+        (false, false) => service.scope != TrafficScope::Cluster && !member.zone.is_empty(),
+        (false, true) => service.scope == TrafficScope::PreferNode && !member.node.is_empty(),
+    };
+    let all = |nodes: bool| {
+        !used.is_empty() && used.iter().all(|member| (member.ready || service.publish_not_ready) && own(member, nodes))
+    };
+    match (all(false), all(true)) {
+        (_, true) => TrafficScope::PreferNode,
+        (true, false) => TrafficScope::PreferZone,
+        (false, false) => TrafficScope::Cluster,
+    }
+}
+
+fn is_only(names: &BTreeSet<String>, name: &str) -> bool {
+    names.len() == 1 && names.contains(name)
 }
 
 fn selected<'a>(service: &Service, world: &'a World) -> Members<'a> {
@@ -172,7 +225,7 @@ fn selected<'a>(service: &Service, world: &'a World) -> Members<'a> {
         if selected && pod.takes_part() {
             let ports = pod_ports(service, pod);
             let leaving = pod.meta.deleting;
-            add(&mut members, Who::Pod(key.clone()), of_pod(pod, ports, (true, true), leaving));
+            add(&mut members, Who::Pod(key.clone()), of_pod(pod, world, ports, (true, true), leaving));
         }
     }
     members
@@ -199,12 +252,15 @@ fn sliced<'a>(
                 let who = Who::Pod((pod.meta.namespace.clone(), pod.meta.name.clone()));
                 let says = (endpoint.ready, endpoint.serving);
                 let leaving = endpoint.terminating || pod.meta.deleting;
-                add(&mut members, who, of_pod(pod, ports.clone(), says, leaving));
+                let member = of_pod(pod, world, ports.clone(), says, leaving);
+                add(&mut members, who, Member { hints: Some(&endpoint.hints), ..member });
             } else if endpoint.pod.is_none() {
                 for ip in &endpoint.addresses {
                     let member = Member {
                         ports: ports.clone(),
                         node: &endpoint.node,
+                        zone: if endpoint.zone.is_empty() { world.zone(&endpoint.node) } else { &endpoint.zone },
+                        hints: Some(&endpoint.hints),
                         ready: endpoint.ready,
                         leaving: endpoint.serving && endpoint.terminating,
                         unhealthy: false,
@@ -220,11 +276,19 @@ fn sliced<'a>(
 }
 
 /// The pod's own state counts besides what its slice says of (ready, serving), which may be older.
-fn of_pod(pod: &Pod, ports: Vec<workload::Port>, says: (bool, bool), leaving: bool) -> Member<'_> {
+fn of_pod<'a>(
+    pod: &'a Pod,
+    world: &'a World,
+    ports: Vec<workload::Port>,
+    says: (bool, bool),
+    leaving: bool,
+) -> Member<'a> {
     let (ready, serving) = says;
     Member {
         ports,
         node: &pod.node,
+        zone: world.zone(&pod.node),
+        hints: None,
         ready: ready && pod.ready && !leaving,
         leaving: serving && pod.ready && leaving,
         unhealthy: !pod.ready || pod.meta.deleting,
@@ -235,7 +299,8 @@ fn of_pod(pod: &Pod, ports: Vec<workload::Port>, says: (bool, bool), leaving: bo
 /// One endpoint may be in several slices: of each family, and of each set of ports.
 fn add<'a>(members: &mut Members<'a>, who: Who, member: Member<'a>) {
     let known = members.entry(who).or_default();
-    known.node = member.node;
+    (known.node, known.zone) = (member.node, member.zone);
+    known.hints = known.hints.or(member.hints);
     known.ready |= member.ready;
     known.leaving |= member.leaving;
     known.unhealthy |= member.unhealthy;

@@ -152,7 +152,7 @@ pub fn translate(world: &World, settings: &Settings) -> Translation {
         let name = format!("{}/{}", service.meta.namespace, settings.hostname(&service.meta));
         claims.condition(service).into_iter().for_each(|c| conditions.add("Service", &service.meta, c));
         let other_ports = datagrams.of(service);
-        resources.push(service::translate(service, &claims, endpoints.uses_all(&name), other_ports, settings));
+        resources.push(service::translate(service, &claims, endpoints.balancing(&name), other_ports, settings));
     }
     let aliases = world.services.values().filter(|s| s.external_name);
     resources.extend(aliases.filter_map(|service| dns::external_name(service, settings)));

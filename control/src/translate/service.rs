@@ -18,6 +18,7 @@ use crate::resource::{Kind, Resource};
 use crate::translate::Settings;
 use crate::translate::age;
 use crate::translate::dns;
+use crate::translate::endpoints::Balancing;
 
 /// Bytes of an address in network order.
 pub(super) fn octets(ip: &IpAddr) -> Vec<u8> {
@@ -73,11 +74,11 @@ impl<'a> Claims<'a> {
     }
 }
 
-/// The resource of one service. `all_endpoints`: also those that are not ready; `datagrams`: its ports that are not TCP.
+/// The resource of one service. `datagrams`: its ports that are not TCP.
 pub(super) fn translate(
     service: &Service,
     claims: &Claims<'_>,
-    all_endpoints: bool,
+    how: Balancing,
     datagrams: Vec<DatagramPort>,
     settings: &Settings,
 ) -> Resource {
@@ -93,7 +94,7 @@ pub(super) fn translate(
             .map(|ip| workload::NetworkAddress { network: String::new(), address: octets(ip).into(), length: None })
             .collect(),
         ports: service.ports.iter().map(port).collect(),
-        load_balancing: balancing(service, all_endpoints),
+        load_balancing: balancing(how),
         ip_families: families(service).into(),
         canonical: true,
         extensions: dns::extension(&dns::service_info(service, &addresses, datagrams)),
@@ -140,19 +141,20 @@ fn families(service: &Service) -> workload::IpFamilies {
     }
 }
 
-fn balancing(service: &Service, all_endpoints: bool) -> Option<workload::LoadBalancing> {
-    let zone = [Scope::Network, Scope::Region, Scope::Zone];
-    let node = [Scope::Network, Scope::Region, Scope::Zone, Scope::Subzone, Scope::Node];
-    let (mode, scopes): (Mode, &[Scope]) = match service.scope {
+fn balancing(Balancing { all, scope }: Balancing) -> Option<workload::LoadBalancing> {
+    // No region in between: hints know zones and nodes only.
+    let zone = [Scope::Network, Scope::Zone];
+    let node = [Scope::Network, Scope::Zone, Scope::Node];
+    let (mode, scopes): (Mode, &[Scope]) = match scope {
         TrafficScope::Cluster => (Mode::UnspecifiedMode, &[]),
         TrafficScope::NodeOnly => (Mode::Strict, &[Scope::Node]),
         TrafficScope::PreferZone => (Mode::Failover, &zone),
         TrafficScope::PreferNode => (Mode::Failover, &node),
     };
-    if mode == Mode::UnspecifiedMode && !all_endpoints {
+    if mode == Mode::UnspecifiedMode && !all {
         return None;
     }
-    let health = if all_endpoints { HealthPolicy::AllowAll } else { HealthPolicy::OnlyHealthy };
+    let health = if all { HealthPolicy::AllowAll } else { HealthPolicy::OnlyHealthy };
     Some(workload::LoadBalancing {
         routing_preference: scopes.iter().map(|scope| (*scope).into()).collect(),
         mode: mode.into(),

@@ -133,6 +133,8 @@ pub(super) fn outsiders(endpoints: &Endpoints, settings: &Settings) -> Vec<Resou
                 namespace: namespace.clone(),
                 addresses: vec![octets(ip).into()],
                 node: outsider.node.clone(),
+                locality: (!outsider.zone.is_empty())
+                    .then(|| workload::Locality { zone: outsider.zone.clone(), ..workload::Locality::default() }),
                 cluster_id: settings.cluster_id.clone(),
                 workload_type: workload::WorkloadType::Pod.into(),
                 extensions: extension(&dns_name(outsider)),

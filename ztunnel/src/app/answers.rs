@@ -237,9 +237,9 @@ impl Answers {
         plan: &Plan,
         destination: SocketAddr,
     ) -> Vec<EndpointChoice> {
-        let shares = plan.service().and_then(|service| {
-            lb::shares(snapshot, service, destination.port(), source, IpFamily::of(destination.ip())).ok()
-        });
+        let shares = plan
+            .service()
+            .and_then(|service| lb::shares(snapshot, service, destination.port(), source, destination.ip()).ok());
         let endpoint = |workload: &Workload, ip: IpAddr, port: u16, percent: f64| {
             let finding = network::egress(snapshot, source, Transport::Tcp, SocketAddr::new(ip, port));
             with_finding(endpoint(workload, ip, port, percent), &finding)

@@ -12,7 +12,7 @@ use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 use crate::lb::{self, Chance, Choice, NoChoice};
 use crate::outcome::{Code, Outcome};
 use crate::policy::network;
-use crate::state::{EgressMode, IpFamily, Protocol, Service, Snapshot, Transport, Workload};
+use crate::state::{EgressMode, Protocol, Service, Snapshot, Transport, Workload};
 
 /// What to do.
 #[derive(Clone, Debug)]
@@ -145,8 +145,7 @@ fn to_service(
     if service.waypoint.is_some() || !service.weighted_waypoints.is_empty() {
         return Err(waypoint(&service.hostname));
     }
-    let prefer = IpFamily::of(destination.ip());
-    match lb::pick(snapshot, service, destination.port(), source, prefer, chance) {
+    match lb::pick(snapshot, service, destination.port(), source, destination.ip(), chance) {
         Ok(Choice { workload, ip, port, others }) => {
             if !workload.is_pod() && !is_api_server(service) {
                 may_leave(source, SocketAddr::new(ip, port))?;

@@ -226,7 +226,7 @@ impl ServiceSpec {
     /// Whether `ip`, one of its addresses, is one that it has besides its cluster addresses.
     pub fn is_external(&self, ip: IpAddr) -> bool {
         let cluster = self.info.as_ref().map_or(&[][..], |info| &info.cluster_addresses);
-        !cluster.is_empty() && !cluster.contains(&ip)
+        !cluster.is_empty() && !cluster.contains(&ip.to_canonical())
     }
 
     /// The definition of a service port.

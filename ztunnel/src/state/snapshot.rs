@@ -141,9 +141,8 @@ impl Snapshot {
     /// Service of the same load balancer) is taken over.
     pub fn service_at(&self, network: &str, destination: SocketAddr, client_namespace: &str) -> Option<&Arc<Service>> {
         let service = self.service_by_vip(network, destination.ip(), client_namespace)?;
-        let answers = |service: &Service| {
-            service.port(destination.port()).is_some() || !service.is_external(destination.ip().to_canonical())
-        };
+        let answers =
+            |service: &Service| service.port(destination.port()).is_some() || !service.is_external(destination.ip());
         if answers(service) {
             return Some(service);
         }

@@ -8,8 +8,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::model::{
-    ContainerPort, Endpoint, EndpointSlice, LegacyEndpoints, Meta, NamedPort, Namespace, Node, Object, Phase, Pod,
-    Service, ServiceAccount, ServiceNames, ServicePort, SlicePort, TargetPort, TrafficScope, Transport,
+    ContainerPort, Endpoint, EndpointSlice, Hints, LegacyEndpoints, Meta, NamedPort, Namespace, Node, Object, Phase,
+    Pod, Service, ServiceAccount, ServiceNames, ServicePort, SlicePort, TargetPort, TrafficScope, Transport,
 };
 use crate::source::decode::text_map;
 use crate::source::tree::{Cursor, Read, Value};
@@ -316,11 +316,20 @@ pub(super) fn endpoint_slice(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
             terminating: conditions.get("terminating").boolean()?.unwrap_or(false),
             pod: target_pod(&item)?,
             node: item.get("nodeName").text_or_empty()?,
+            zone: item.get("zone").text_or_empty()?,
+            hints: hints(&item.get("hints"))?,
             hostname: item.get("hostname").text_or_empty()?,
         });
     }
     let service = meta.label("kubernetes.io/service-name").unwrap_or_default().to_owned();
     Ok(Object::EndpointSlice(Arc::new(EndpointSlice { meta, service, ports, datagrams, endpoints })))
+}
+
+fn hints(at: &Cursor<'_>) -> Read<Hints> {
+    let names = |field: &str| -> Read<BTreeSet<String>> {
+        at.get(field).list()?.iter().map(|item| Ok(item.get("name").required_text()?.to_owned())).collect()
+    };
+    Ok(Hints { zones: names("forZones")?, nodes: names("forNodes")? })
 }
 
 fn target_pod(item: &Cursor<'_>) -> Read<Option<String>> {
@@ -344,6 +353,8 @@ pub(super) fn endpoints(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
                     terminating: false,
                     pod: target_pod(&item)?,
                     node: item.get("nodeName").text_or_empty()?,
+                    zone: String::new(),
+                    hints: Hints::default(),
                     hostname: item.get("hostname").text_or_empty()?,
                 });
             }
