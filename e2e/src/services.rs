@@ -173,7 +173,7 @@ fn proxy(object: &mut Value, zones: &BTreeMap<u16, String>) -> Proxy {
         for (index, port) in ports.into_iter().flatten().enumerate() {
             let wanted = port["nodePort"].as_u64().and_then(|port| u16::try_from(port).ok()).filter(|port| *port > 0);
             // Anywhere in Kubernetes' range; two Services that meet there must say which they want.
-            let given = wanted.unwrap_or(30_000 + (seed.wrapping_add(index as u16)) % 2_768);
+            let given = wanted.unwrap_or_else(|| 30_000 + seed.wrapping_add(index as u16) % 2_768);
             port["nodePort"] = given.into();
             if let Some(number) = port["port"].as_u64().and_then(|port| u16::try_from(port).ok()) {
                 node_ports.insert(number, given);
