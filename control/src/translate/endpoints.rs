@@ -11,7 +11,8 @@
 //!
 //! Hints narrow the choice only where all ready endpoints have them, for clients whose zone (or node) some endpoint is
 //! meant for. Without slices they are what trafficDistribution gives, the endpoint's own zone and node; without a zone
-//! there are none.
+//! there are none. Where they are the endpoints' own places, the service's routing preference says so to any proxy; others
+//! go to ours with the workload.
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
@@ -30,6 +31,9 @@ type Key = (String, String);
 /// Service resource name to the ports served there.
 pub(super) type Membership = BTreeMap<String, Vec<workload::Port>>;
 
+/// Service resource name to the clients that an endpoint is meant for.
+pub(super) type ServiceHints = BTreeMap<String, Hints>;
+
 /// An endpoint that is no pod.
 pub(super) struct Outsider {
     pub(super) slice: Key,
@@ -38,6 +42,7 @@ pub(super) struct Outsider {
     /// Its name in DNS, and the Service below which it is one.
     pub(super) hostname: (String, String),
     pub(super) services: Membership,
+    pub(super) hints: ServiceHints,
 }
 
 /// Who serves what.
@@ -48,6 +53,8 @@ pub(super) struct Endpoints {
     behind: BTreeSet<(Key, String)>,
     /// By service resource name.
     balancing: BTreeMap<String, Balancing>,
+    /// By pod: services whose hints the scope of the balancing cannot say.
+    hints: BTreeMap<Key, ServiceHints>,
 }
 
 /// What a service's endpoints say about the choice among them.
@@ -91,6 +98,7 @@ impl Endpoints {
             outsiders: BTreeMap::new(),
             behind: BTreeSet::new(),
             balancing: BTreeMap::new(),
+            hints: BTreeMap::new(),
         };
         let mut slices: BTreeMap<(&str, &str), Vec<&EndpointSlice>> = BTreeMap::new();
         for slice in world.slices.values().filter(|s| !s.service.is_empty()) {
@@ -124,13 +132,18 @@ impl Endpoints {
     fn add(&mut self, service: &Service, name: &str, members: Members<'_>) {
         let used = used(service, &members);
         let all = service.publish_not_ready || used.iter().any(|who| !members[*who].ready);
-        let scope = scope(service, &used.iter().map(|who| &members[*who]).collect::<Vec<_>>());
+        let of_used: Vec<&Member<'_>> = used.iter().map(|who| &members[*who]).collect();
+        let scope = scope(service, &of_used);
+        let hinted = scope == TrafficScope::Cluster && all_hinted(&of_used);
         let used: BTreeSet<Who> = used.into_iter().cloned().collect();
         for (who, member) in members {
             let keep = used.contains(&who) || (!all && member.unhealthy);
             match (&who, member.named) {
                 (Who::Pod(key), _) => {
                     self.behind.insert((key.clone(), name.to_owned()));
+                    if let (true, Some(hints)) = (keep && hinted, member.hints) {
+                        self.hints.entry(key.clone()).or_default().insert(name.to_owned(), hints.clone());
+                    }
                     if keep && !member.ports.is_empty() {
                         self.pods.entry(key.clone()).or_default().insert(name.to_owned(), member.ports);
                     }
@@ -143,7 +156,11 @@ impl Endpoints {
                             zone: member.zone.to_owned(),
                             hostname: (endpoint.hostname.clone(), slice.service.clone()),
                             services: Membership::new(),
+                            hints: ServiceHints::new(),
                         });
+                    if let (true, Some(hints)) = (hinted, member.hints) {
+                        outsider.hints.insert(name.to_owned(), hints.clone());
+                    }
                     outsider.services.insert(name.to_owned(), member.ports);
                 }
                 (Who::Address(_), _) => {}
@@ -161,6 +178,11 @@ impl Endpoints {
     pub(super) fn balancing(&self, service: &str) -> Balancing {
         let unknown = Balancing { all: false, scope: TrafficScope::Cluster };
         self.balancing.get(service).copied().unwrap_or(unknown)
+    }
+
+    /// Hints of a pod that no service's balancing says.
+    pub(super) fn hints_of(&self, pod: &Pod) -> Option<&ServiceHints> {
+        self.hints.get(&(pod.meta.namespace.clone(), pod.meta.name.clone()))
     }
 
     pub(super) fn of_pod(&self, pod: &Pod) -> Membership {
@@ -206,6 +228,12 @@ fn scope(service: &Service, used: &[&Member<'_>]) -> TrafficScope {
         (true, false) => TrafficScope::PreferZone,
         (false, false) => TrafficScope::Cluster,
     }
+}
+
+/// Whether all have hints for zones, or all for nodes.
+fn all_hinted(used: &[&Member<'_>]) -> bool {
+    let all = |has: fn(&Hints) -> bool| used.iter().all(|member| member.ready && member.hints.is_some_and(has));
+    !used.is_empty() && (all(|hints| !hints.zones.is_empty()) || all(|hints| !hints.nodes.is_empty()))
 }
 
 fn is_only(names: &BTreeSet<String>, name: &str) -> bool {

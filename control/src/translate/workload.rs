@@ -5,13 +5,13 @@
 
 use prost::Message;
 use tulle_proto::names;
-use tulle_proto::tulle_workload::{EgressMode, WorkloadInfo};
+use tulle_proto::tulle_workload::{EgressMode, EndpointHints, WorkloadInfo};
 use tulle_proto::workload;
 
-use crate::model::{Pod, World};
+use crate::model::{Hints, Pod, World};
 use crate::resource::{Kind, Resource};
 use crate::translate::Settings;
-use crate::translate::endpoints::{Endpoints, Outsider};
+use crate::translate::endpoints::{Endpoints, Outsider, ServiceHints};
 use crate::translate::enrol;
 use crate::translate::service::octets;
 use crate::translate::telemetry;
@@ -43,6 +43,7 @@ pub(super) fn translate(
         egress: egress(pod, world, settings).into(),
         groups: policies.groups,
         network_policies: policies.network,
+        hints: endpoints.hints_of(pod).map(hints).unwrap_or_default(),
         probe_ports: pod.probe_ports.iter().map(|port| (*port).into()).collect(),
         hostname: if pod.subdomain.is_empty() { String::new() } else { pod.hostname.clone() },
         subdomain: if pod.hostname.is_empty() { String::new() } else { pod.subdomain.clone() },
@@ -84,6 +85,15 @@ pub(super) fn translate(
     };
     let aliases = if pod.host_network { Vec::new() } else { pod.addresses.iter().map(|ip| format!("/{ip}")).collect() };
     resource(uid, message, aliases)
+}
+
+fn hints(of_services: &ServiceHints) -> Vec<EndpointHints> {
+    let one = |(service, hints): (&String, &Hints)| EndpointHints {
+        service: service.clone(),
+        zones: hints.zones.iter().cloned().collect(),
+        nodes: hints.nodes.iter().cloned().collect(),
+    };
+    of_services.iter().map(one).collect()
 }
 
 fn egress(pod: &Pod, world: &World, settings: &Settings) -> EgressMode {
@@ -137,7 +147,7 @@ pub(super) fn outsiders(endpoints: &Endpoints, settings: &Settings) -> Vec<Resou
                     .then(|| workload::Locality { zone: outsider.zone.clone(), ..workload::Locality::default() }),
                 cluster_id: settings.cluster_id.clone(),
                 workload_type: workload::WorkloadType::Pod.into(),
-                extensions: extension(&dns_name(outsider)),
+                extensions: extension(&info(outsider)),
                 services: outsider
                     .services
                     .iter()
@@ -153,10 +163,10 @@ pub(super) fn outsiders(endpoints: &Endpoints, settings: &Settings) -> Vec<Resou
         .collect()
 }
 
-fn dns_name(outsider: &Outsider) -> WorkloadInfo {
+fn info(outsider: &Outsider) -> WorkloadInfo {
     let (hostname, subdomain) = outsider.hostname.clone();
     if hostname.is_empty() {
-        return WorkloadInfo::default();
+        return WorkloadInfo { hints: hints(&outsider.hints), ..WorkloadInfo::default() };
     }
-    WorkloadInfo { hostname, subdomain, ..WorkloadInfo::default() }
+    WorkloadInfo { hostname, subdomain, hints: hints(&outsider.hints), ..WorkloadInfo::default() }
 }

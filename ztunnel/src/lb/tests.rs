@@ -13,8 +13,8 @@ use proptest::prelude::*;
 use crate::lb::{Chance, NoChoice, pick, shares, work};
 use crate::state::fixtures::{behind, port, service, snapshot, workload};
 use crate::state::{
-    Change, HealthPolicy, IpFamilies, LoadBalancing, Locality, LocalityScope, Mode, Service, ServiceInfo, ServiceSpec,
-    Snapshot, Workload,
+    Change, EndpointHints, HealthPolicy, IpFamilies, LoadBalancing, Locality, LocalityScope, Mode, Service,
+    ServiceInfo, ServiceSpec, Snapshot, Workload,
 };
 
 /// An address of each family to dial.
@@ -321,6 +321,34 @@ fn a_policy_about_the_node_holds_at_the_cluster_address_alone() {
     };
     assert_eq!(chosen("10.96.0.1"), "here");
     assert_eq!(chosen("192.0.2.1"), "here there");
+}
+
+#[test]
+fn hints_narrow_the_choice_where_all_have_them_and_some_name_the_client() {
+    let hinted = |name: &str, zones: &[&str], nodes: &[&str]| {
+        let all = |names: &[&str]| names.iter().map(|name| Arc::from(*name)).collect();
+        let service = "shop/cart.shop.svc.cluster.local".into();
+        let hints = EndpointHints { service, zones: all(zones), nodes: all(nodes) };
+        Workload { hints: [hints].into(), ..at(name, "r1", "elsewhere", "n9") }
+    };
+    // The client is in zone z1, on node n1.
+    let cases = [
+        (
+            "its zone's",
+            vec![hinted("a", &["z1"], &[]), hinted("b", &["z2", "z1"], &[]), hinted("c", &["z2"], &[])],
+            "a b",
+        ),
+        ("nobody is meant for it", vec![hinted("a", &["z2"], &[]), hinted("b", &["z3"], &[])], "a b"),
+        ("one has none", vec![hinted("a", &["z1"], &[]), at("b", "r1", "z1", "n1")], "a b"),
+        ("its node's", vec![hinted("a", &["z1"], &["n1"]), hinted("b", &["z1"], &["n2"])], "a"),
+        ("nodes only in part", vec![hinted("a", &["z1"], &["n1"]), hinted("b", &["z1"], &[])], "a b"),
+        ("a node without endpoints", vec![hinted("a", &["z1"], &["n2"]), hinted("b", &["z2"], &["n3"])], "a"),
+    ];
+    for (name, endpoints, expected) in cases {
+        let snapshot = mesh(cart(), endpoints);
+        let names: Vec<String> = share_names(&snapshot, &client()).unwrap().into_keys().collect();
+        assert_eq!(names.join(" "), expected, "{name}");
+    }
 }
 
 #[test]
