@@ -39,6 +39,8 @@ impl Pair {
 /// Address of control on the fabric.
 pub const CONTROL: Pair =
     Pair { v4: Ipv4Addr::new(10, 10, 0, 2), v6: Ipv6Addr::new(0xfd00, 0x10, 0x10, 0, 0, 0, 0, 2) };
+/// All pods of all nodes.
+pub const PODS: (&str, &str) = ("10.20.0.0/16", "fd00:10:20::/48");
 /// All Service addresses.
 pub const SERVICES: (&str, &str) = ("10.96.0.0/16", "fd00:10:96::/112");
 

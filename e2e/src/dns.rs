@@ -39,8 +39,8 @@ use tulle_proto::names;
 
 use crate::address::Pair;
 use crate::netns::NetNs;
-use crate::objects::Service;
-use crate::objects::ServicePod;
+use crate::services::Service;
+use crate::services::ServicePod;
 
 /// How often threads look whether they should stop.
 const LOOK: Duration = Duration::from_millis(500);
@@ -133,8 +133,8 @@ fn servers(zone: &mut Zone, service: &Service, fqdn: &str) {
             None => endpoints(service, fqdn)
                 .into_iter()
                 .filter_map(|(name, address)| {
-                    let (_, target) = port.endpoints.iter().find(|(pair, _)| pair.both().contains(&address))?;
-                    Some((*target, name))
+                    let member = port.endpoints.iter().find(|member| member.pair.both().contains(&address))?;
+                    Some((member.port, name))
                 })
                 .collect(),
         };
@@ -335,9 +335,11 @@ mod tests {
 
     use crate::address;
     use crate::dns;
-    use crate::objects::Service;
-    use crate::objects::ServicePod;
-    use crate::objects::ServicePort;
+    use crate::services::Member;
+    use crate::services::Proxy;
+    use crate::services::Service;
+    use crate::services::ServicePod;
+    use crate::services::ServicePort;
 
     fn ask(zone: &dns::Zone, name: &str, kind: RecordType) -> (ResponseCode, Vec<String>) {
         let mut message = Message::query();
@@ -363,10 +365,11 @@ mod tests {
                 name: "http".into(),
                 port: 80,
                 tcp: true,
-                endpoints: pods.iter().map(|pod| (pod.pair, 8080)).collect(),
+                endpoints: pods.iter().map(|pod| Member::ready(pod.pair, 8080, 1)).collect(),
             }],
             pods: pods.clone(),
             external: None,
+            proxy: Proxy::default(),
         };
         let zone = dns::zone(&[service("cart", Some(address::service(10))), service("db", None)], &[]);
         let cases = [

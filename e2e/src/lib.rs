@@ -9,6 +9,7 @@ pub mod manifest;
 pub mod plan;
 
 pub mod objects;
+pub mod services;
 
 pub mod kubeproxy;
 

@@ -2,7 +2,7 @@
 //!
 //! Pure: wanted objects, planned pods and what is known of them in; files out. What the lab does not interpret passes
 //! through untouched, so that control is the only judge of policies. Limits: hosts outside the cluster and everything
-//! in their namespaces are left out; a Service of type ExternalName gets no address.
+//! in their namespaces are left out.
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
@@ -12,7 +12,6 @@ use serde_json::json;
 use tulle_proto::names;
 
 use crate::address;
-use crate::address::Pair;
 use crate::manifest::Key;
 use crate::manifest::Objects;
 use crate::manifest::strings;
@@ -21,6 +20,8 @@ use crate::plan;
 use crate::plan::Allocator;
 use crate::plan::Pod;
 use crate::plan::PodKey;
+use crate::services;
+use crate::services::Service;
 
 /// What is known of a pod besides its plan.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -35,45 +36,6 @@ pub struct Facts {
     pub leaving: bool,
     /// Value of the redirection annotation.
     pub redirection: Option<&'static str>,
-}
-
-/// A Service as the lab's own address translation and DNS need it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Service {
-    /// Namespace and name.
-    pub key: PodKey,
-    /// None: headless.
-    pub addresses: Option<Pair>,
-    /// Its ports.
-    pub ports: Vec<ServicePort>,
-    /// Ready pods (all pods with `publishNotReadyAddresses`).
-    pub pods: Vec<ServicePod>,
-    /// Target of an ExternalName Service.
-    pub external: Option<String>,
-}
-
-/// A pod behind a Service.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ServicePod {
-    /// Its name.
-    pub name: String,
-    /// Its name below the Service: spec.hostname, if spec.subdomain is the Service.
-    pub label: Option<String>,
-    /// Its addresses.
-    pub pair: Pair,
-}
-
-/// One port of a Service.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ServicePort {
-    /// Name; may be empty.
-    pub name: String,
-    /// Port of the Service.
-    pub port: u16,
-    /// False: UDP. SCTP is left out.
-    pub tcp: bool,
-    /// Where the port leads at each ready pod.
-    pub endpoints: Vec<(Pair, u16)>,
 }
 
 /// Everything that follows from the plan.
@@ -105,6 +67,7 @@ pub fn complete(
     for node in 1..=nodes {
         insert(&mut all.objects, node_object(node));
     }
+    let zones = zones(wanted);
     let none = Facts::default();
     for pod in pods.iter().filter(|pod| !pod.is_outside()) {
         insert(&mut all.objects, pod_object(pod, facts.get(&pod.key()).unwrap_or(&none)));
@@ -114,9 +77,16 @@ pub fn complete(
             || (key.kind == "Namespace" && outside.contains(key.name.as_str()));
         match key.kind.as_str() {
             _ if is_outside => {}
-            "Pod" | "Deployment" | "Node" => {}
+            "Pod" | "Deployment" => {}
+            // Nodes are the lab's; what a manifest says of one is its labels (zones).
+            "Node" => {
+                let labels = object.pointer("/metadata/labels").and_then(Value::as_object).cloned().unwrap_or_default();
+                if let Some(node) = all.objects.get_mut(&Key::new("Node", "", &key.name)) {
+                    labels.into_iter().for_each(|(name, value)| node["metadata"]["labels"][name] = value);
+                }
+            }
             "Service" => {
-                let (object, slices, service) = service(key, object, pods, facts, allocator)?;
+                let (object, slices, service) = services::service(key, object, pods, facts, &zones, allocator)?;
                 insert(&mut all.objects, object);
                 slices.into_iter().for_each(|slice| insert(&mut all.objects, slice));
                 all.services.push(service);
@@ -143,6 +113,17 @@ fn insert(objects: &mut Objects, object: Value) {
 fn needed_namespaces(objects: &Objects) -> BTreeSet<String> {
     let named = objects.keys().filter(|key| !key.namespace.is_empty()).map(|key| key.namespace.clone());
     named.chain([names::DEFAULT_ROOT_NAMESPACE.to_owned()]).collect()
+}
+
+/// Zones of nodes, from the labels that manifests give them.
+fn zones(wanted: &Objects) -> BTreeMap<u16, String> {
+    let nodes = wanted.iter().filter(|(key, _)| key.kind == "Node");
+    nodes
+        .filter_map(|(key, object)| {
+            let zone = strings(object, "/metadata/labels").remove("topology.kubernetes.io/zone")?;
+            Some((key.name.strip_prefix("node-")?.parse().ok()?, zone))
+        })
+        .collect()
 }
 
 fn node_object(node: u16) -> Value {
@@ -183,7 +164,8 @@ fn pod_object(pod: &Pod, facts: &Facts) -> Value {
         None if facts.started => "Running",
         None => "Pending",
     };
-    let ready = if facts.ready && !facts.leaving && facts.finished.is_none() { "True" } else { "False" };
+    // Leaving changes nothing about it: the deletion timestamp says that already.
+    let ready = if facts.ready && facts.finished.is_none() { "True" } else { "False" };
     object["status"] = json!({
         "phase": phase,
         "hostIP": address::node(node).v4.to_string(),
@@ -192,154 +174,6 @@ fn pod_object(pod: &Pod, facts: &Facts) -> Value {
         "conditions": [{"type": "Ready", "status": ready}],
     });
     object
-}
-
-type CompletedService = (Value, Vec<Value>, Service);
-
-fn service(
-    key: &Key,
-    object: &Value,
-    pods: &[Pod],
-    facts: &BTreeMap<PodKey, Facts>,
-    allocator: &mut Allocator,
-) -> anyhow::Result<CompletedService> {
-    let mut object = object.clone();
-    object["metadata"]["namespace"] = key.namespace.clone().into();
-    let own = (key.namespace.clone(), key.name.clone());
-    if text(&object, "/spec/type") == "ExternalName" {
-        let external = Some(text(&object, "/spec/externalName").to_owned());
-        return Ok((object, vec![], Service { key: own, addresses: None, ports: vec![], pods: vec![], external }));
-    }
-    let headless = text(&object, "/spec/clusterIP") == "None";
-    let addresses = if headless { None } else { Some(allocator.service(&own)?) };
-    object["spec"]["ipFamilies"] = json!(["IPv4", "IPv6"]);
-    object["spec"]["ipFamilyPolicy"] = "RequireDualStack".into();
-    match addresses {
-        Some(pair) => {
-            object["spec"]["clusterIP"] = pair.v4.to_string().into();
-            object["spec"]["clusterIPs"] = json!(pair.texts());
-        }
-        None => object["spec"]["clusterIPs"] = json!(["None"]),
-    }
-    let members = members(key, &object, pods, facts);
-    let slices = if object.pointer("/spec/selector").is_some() { slices(key, &object, &members) } else { vec![] };
-    let publish = object.pointer("/spec/publishNotReadyAddresses") == Some(&Value::Bool(true));
-    let serving: Vec<&Member<'_>> = members.iter().filter(|member| member.ready || publish).collect();
-    let ports = ports(&object)
-        .filter_map(|port| {
-            let number = u16::try_from(port["port"].as_u64()?).ok()?;
-            let protocol = port["protocol"].as_str().unwrap_or("TCP");
-            let endpoints = serving
-                .iter()
-                .filter_map(|member| Some((member.pod.spot.addresses(), target(port, member.pod)?)))
-                .collect();
-            let name = port["name"].as_str().unwrap_or_default().to_owned();
-            (protocol != "SCTP").then(|| ServicePort { name, port: number, tcp: protocol == "TCP", endpoints })
-        })
-        .collect();
-    let pods = serving.iter().map(|member| service_pod(member.pod, &key.name)).collect();
-    Ok((object, slices, Service { key: own, addresses, ports, pods, external: None }))
-}
-
-fn service_pod(pod: &Pod, service: &str) -> ServicePod {
-    let own = text(&pod.manifest, "/spec/hostname");
-    let label = (!own.is_empty() && text(&pod.manifest, "/spec/subdomain") == service).then(|| own.to_owned());
-    ServicePod { name: pod.name.clone(), label, pair: pod.spot.addresses() }
-}
-
-struct Member<'a> {
-    pod: &'a Pod,
-    ready: bool,
-    leaving: bool,
-}
-
-fn members<'a>(key: &Key, object: &Value, pods: &'a [Pod], facts: &BTreeMap<PodKey, Facts>) -> Vec<Member<'a>> {
-    let selector = strings(object, "/spec/selector");
-    if selector.is_empty() {
-        return vec![];
-    }
-    pods.iter()
-        .filter(|pod| pod.namespace == key.namespace && !pod.is_outside())
-        .filter(|pod| {
-            let labels = strings(&pod.manifest, "/metadata/labels");
-            selector.iter().all(|(name, value)| labels.get(name) == Some(value))
-        })
-        .filter_map(|pod| {
-            let facts = facts.get(&pod.key()).cloned().unwrap_or_default();
-            let ready = facts.ready && !facts.leaving;
-            facts.finished.is_none().then_some(Member { pod, ready, leaving: facts.leaving })
-        })
-        .collect()
-}
-
-fn ports(service: &Value) -> impl Iterator<Item = &Value> {
-    service.pointer("/spec/ports").and_then(Value::as_array).into_iter().flatten()
-}
-
-fn target(port: &Value, pod: &Pod) -> Option<u16> {
-    match &port["targetPort"] {
-        Value::Null => u16::try_from(port["port"].as_u64()?).ok(),
-        target => plan::resolve_port(target, &pod.manifest),
-    }
-}
-
-/// One slice per family and per set of resolved ports, as the endpoint slice controller makes them.
-fn slices(key: &Key, service: &Value, members: &[Member<'_>]) -> Vec<Value> {
-    let publish = service.pointer("/spec/publishNotReadyAddresses") == Some(&Value::Bool(true));
-    let mut groups: BTreeMap<Vec<Option<u16>>, Vec<&Member<'_>>> = BTreeMap::new();
-    for member in members {
-        groups.entry(ports(service).map(|port| target(port, member.pod)).collect()).or_default().push(member);
-    }
-    if groups.is_empty() {
-        groups.insert(ports(service).map(|_| None).collect(), vec![]);
-    }
-    let mut slices = Vec::new();
-    for (number, (targets, members)) in groups.into_iter().enumerate() {
-        for (family, family_name) in ["IPv4", "IPv6"].into_iter().enumerate() {
-            let ports: Vec<Value> = ports(service)
-                .zip(&targets)
-                .filter_map(|(port, target)| {
-                    let mut entry = json!({
-                        "name": port["name"].as_str().unwrap_or_default(),
-                        "port": (*target)?,
-                        "protocol": port["protocol"].as_str().unwrap_or("TCP"),
-                    });
-                    if let Some(protocol) = port["appProtocol"].as_str() {
-                        entry["appProtocol"] = protocol.into();
-                    }
-                    Some(entry)
-                })
-                .collect();
-            let endpoints: Vec<Value> = members
-                .iter()
-                .map(|member| {
-                    json!({
-                        "addresses": [member.pod.spot.addresses().texts()[family]],
-                        "conditions": {
-                            "ready": member.ready || publish,
-                            "serving": member.ready || publish,
-                            "terminating": member.leaving,
-                        },
-                        "nodeName": format!("node-{}", member.pod.spot.node().unwrap_or_default()),
-                        "targetRef": {
-                            "kind": "Pod", "namespace": member.pod.namespace,
-                            "name": member.pod.name, "uid": member.pod.uid,
-                        },
-                    })
-                })
-                .collect();
-            slices.push(json!({
-                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-                "metadata": {
-                    "name": format!("{}-{}-{number}", key.name, family_name.to_lowercase()),
-                    "namespace": key.namespace,
-                    "labels": {"kubernetes.io/service-name": key.name},
-                },
-                "addressType": family_name, "ports": ports, "endpoints": endpoints,
-            }));
-        }
-    }
-    slices
 }
 
 /// Name of the file of an object, relative to control's source directory.

@@ -20,8 +20,8 @@ pub use policy::{
     PeerAuthenticationSpec, Rule, Source, Spec, Target, TextMatch, Unenforced, When,
 };
 pub use service::{
-    Endpoint, EndpointSlice, NamedPort, Service, ServiceNames, ServicePort, SlicePort, TargetPort, TrafficScope,
-    Transport,
+    Endpoint, EndpointSlice, Hints, LegacyEndpoints, NamedPort, Service, ServiceNames, ServicePort, SlicePort,
+    TargetPort, TrafficScope, Transport,
 };
 pub use workload::{ContainerPort, Namespace, Node, Phase, Pod, ServiceAccount};
 pub use world::{Object, World};

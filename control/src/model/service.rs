@@ -3,6 +3,7 @@
 //! Only TCP ports are kept: the mesh carries nothing else, and other ports pass it untouched.
 
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use crate::model::meta::Meta;
@@ -16,6 +17,9 @@ pub struct Service {
     pub selector: BTreeMap<String, String>,
     /// Virtual addresses. Empty: headless.
     pub addresses: Vec<IpAddr>,
+    /// Addresses besides, that clients in the cluster reach it at: spec.externalIPs, and those of its load balancer that
+    /// the cluster's own balancing takes over.
+    pub external: Vec<IpAddr>,
     /// TCP ports.
     pub ports: Vec<ServicePort>,
     /// spec.ipFamilies, as (IPv4, IPv6). Both false: not said.
@@ -100,9 +104,9 @@ pub enum TrafficScope {
     Cluster,
     /// Endpoints of the client's node or none.
     NodeOnly,
-    /// The client's node first, then its zone, then all.
+    /// The client's node first, then its zone, then all: PreferSameNode.
     PreferNode,
-    /// The client's zone first, then all.
+    /// The client's zone first, then all: PreferSameZone, PreferClose.
     PreferZone,
 }
 
@@ -121,6 +125,15 @@ pub struct EndpointSlice {
     pub endpoints: Vec<Endpoint>,
 }
 
+/// A v1 Endpoints object, from before there were slices.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LegacyEndpoints {
+    /// Name and namespace of the Service that it is of.
+    pub meta: Meta,
+    /// As slices.
+    pub subsets: Vec<EndpointSlice>,
+}
+
 /// A port as the endpoints have it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SlicePort {
@@ -130,6 +143,15 @@ pub struct SlicePort {
     pub port: u16,
 }
 
+/// Clients that an endpoint is meant for. Both empty: no hints.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Hints {
+    /// forZones.
+    pub zones: BTreeSet<String>,
+    /// forNodes.
+    pub nodes: BTreeSet<String>,
+}
+
 /// One endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Endpoint {
@@ -137,10 +159,18 @@ pub struct Endpoint {
     pub addresses: Vec<IpAddr>,
     /// conditions.ready; true if absent.
     pub ready: bool,
+    /// conditions.serving; as ready if absent.
+    pub serving: bool,
+    /// conditions.terminating; false if absent.
+    pub terminating: bool,
     /// Name of the pod behind it, if targetRef says so.
     pub pod: Option<String>,
     /// nodeName; may be empty.
     pub node: String,
+    /// zone; may be empty.
+    pub zone: String,
+    /// hints: for whose clients it is.
+    pub hints: Hints,
     /// hostname: its name below the Service's; may be empty.
     pub hostname: String,
 }

@@ -11,7 +11,7 @@ use crate::model::condition::ObjectKey;
 use crate::model::meta::Meta;
 use crate::model::network::NetworkPolicy;
 use crate::model::policy::{AuthorizationPolicy, PeerAuthentication, Unenforced};
-use crate::model::service::{EndpointSlice, Service};
+use crate::model::service::{EndpointSlice, LegacyEndpoints, Service};
 use crate::model::workload::{Namespace, Node, Pod, ServiceAccount};
 
 /// (namespace, name).
@@ -32,6 +32,8 @@ pub enum Object {
     Service(Arc<Service>),
     /// discovery.k8s.io EndpointSlice.
     EndpointSlice(Arc<EndpointSlice>),
+    /// v1 Endpoints.
+    Endpoints(Arc<LegacyEndpoints>),
     /// security.istio.io AuthorizationPolicy.
     AuthorizationPolicy(Arc<AuthorizationPolicy>),
     /// security.istio.io PeerAuthentication.
@@ -52,6 +54,7 @@ impl Object {
             Self::Pod(_) => "Pod",
             Self::Service(_) => "Service",
             Self::EndpointSlice(_) => "EndpointSlice",
+            Self::Endpoints(_) => "Endpoints",
             Self::AuthorizationPolicy(_) => "AuthorizationPolicy",
             Self::PeerAuthentication(_) => "PeerAuthentication",
             Self::NetworkPolicy(_) => "NetworkPolicy",
@@ -68,6 +71,7 @@ impl Object {
             Self::Pod(object) => &object.meta,
             Self::Service(object) => &object.meta,
             Self::EndpointSlice(object) => &object.meta,
+            Self::Endpoints(object) => &object.meta,
             Self::AuthorizationPolicy(object) => &object.meta,
             Self::PeerAuthentication(object) => &object.meta,
             Self::NetworkPolicy(object) => &object.meta,
@@ -101,6 +105,8 @@ pub struct World {
     /// By namespace and name.
     pub slices: BTreeMap<Key, Arc<EndpointSlice>>,
     /// By namespace and name.
+    pub endpoints: BTreeMap<Key, Arc<LegacyEndpoints>>,
+    /// By namespace and name.
     pub authorization_policies: BTreeMap<Key, Arc<AuthorizationPolicy>>,
     /// By namespace and name.
     pub peer_authentications: BTreeMap<Key, Arc<PeerAuthentication>>,
@@ -111,6 +117,11 @@ pub struct World {
 }
 
 impl World {
+    /// Zone of a node; empty if it has none.
+    pub fn zone(&self, node: &str) -> &str {
+        self.nodes.get(node).and_then(|node| node.meta.label("topology.kubernetes.io/zone")).unwrap_or_default()
+    }
+
     /// Adds an object; one of the same kind and name is replaced.
     pub fn insert(&mut self, object: Object) {
         let meta = object.meta();
@@ -122,6 +133,7 @@ impl World {
             Object::Pod(o) => drop(self.pods.insert(key, o)),
             Object::Service(o) => drop(self.services.insert(key, o)),
             Object::EndpointSlice(o) => drop(self.slices.insert(key, o)),
+            Object::Endpoints(o) => drop(self.endpoints.insert(key, o)),
             Object::AuthorizationPolicy(o) => drop(self.authorization_policies.insert(key, o)),
             Object::PeerAuthentication(o) => drop(self.peer_authentications.insert(key, o)),
             Object::NetworkPolicy(o) => drop(self.network_policies.insert(key, o)),

@@ -90,6 +90,7 @@ fn workload(w: &workload::Workload) -> Value {
         "locality": w.locality.as_ref().map(|l| pruned(json!({"region": l.region, "zone": l.zone, "subzone": l.subzone}))),
         "hostNetwork": w.network_mode() == workload::NetworkMode::HostNetwork,
         "podUid": info.pod_uid,
+        "hints": info.hints.iter().map(|one| format!("{}: zones {:?}, nodes {:?}", one.service, one.zones, one.nodes)).collect::<Vec<_>>(),
         "probePorts": info.probe_ports,
         "egress": info.egress().as_str_name(),
         "dnsName": if info.hostname.is_empty() { String::new() } else { format!("{}.{}", info.hostname, info.subdomain) },

@@ -17,7 +17,8 @@ use crate::translate::Selecting;
 use crate::translate::Settings;
 use crate::translate::aliases;
 use crate::translate::denial;
-use crate::translate::service::{Endpoints, octets};
+use crate::translate::endpoints::Endpoints;
+use crate::translate::service::octets;
 
 /// What became of one policy.
 pub(super) struct Translated<'a> {

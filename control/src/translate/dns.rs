@@ -4,6 +4,8 @@
 //! one without endpoints, and answer "no address" where today the cluster's DNS answers with the alias. It is sent under
 //! [`names::EXTERNAL_NAME_PREFIX`] instead, a name that nobody asks for, which our proxy looks under.
 
+use std::net::IpAddr;
+
 use prost::Message;
 use tulle_proto::names;
 use tulle_proto::tulle_workload::{DatagramPort, PortInfo, ServiceInfo, TransportProtocol};
@@ -14,8 +16,8 @@ use crate::resource::{Kind, Resource};
 use crate::translate::Settings;
 use crate::translate::service::octets;
 
-/// The extension of one service.
-pub(super) fn service_info(service: &Service, datagrams: Vec<DatagramPort>) -> ServiceInfo {
+/// The extension of one service that is sent with `addresses`.
+pub(super) fn service_info(service: &Service, addresses: &[IpAddr], datagrams: Vec<DatagramPort>) -> ServiceInfo {
     let ports = service.names.ports.iter().map(|port| PortInfo {
         number: port.number.into(),
         name: port.name.clone(),
@@ -26,7 +28,7 @@ pub(super) fn service_info(service: &Service, datagrams: Vec<DatagramPort>) -> S
         },
         app_protocol: port.app_protocol.clone(),
     });
-    let only_cluster = service.names.addresses == service.addresses;
+    let only_cluster = service.names.addresses == addresses;
     ServiceInfo {
         ports: ports.collect(),
         external_name: service.names.external_name.clone(),

@@ -8,6 +8,7 @@ mod aliases;
 mod authorization;
 mod datagrams;
 mod dns;
+mod endpoints;
 mod enrol;
 mod groups;
 mod mtls;
@@ -123,7 +124,7 @@ pub use workload::Memory;
 /// settings.
 pub fn translate(world: &World, settings: &Settings, memory: &mut Memory) -> Translation {
     let mut conditions = Conditions::default();
-    let endpoints = service::Endpoints::new(world, settings);
+    let endpoints = endpoints::Endpoints::new(world, settings);
     let mut resources: Vec<Arc<Resource>> = Vec::with_capacity(world.pods.len() + world.services.len());
     let mut remembered = Memory::default();
     let mut selecting = Vec::new();
@@ -154,8 +155,13 @@ pub fn translate(world: &World, settings: &Settings, memory: &mut Memory) -> Tra
             .for_each(|c| conditions.add("Namespace", &namespace.meta, c));
     }
     let datagrams = datagrams::Datagrams::new(world);
+    let claims = service::Claims::new(world);
     for service in world.services.values().filter(|s| !s.external_name) {
-        resources.push(Arc::new(service::translate(service, &datagrams, settings)));
+        let name = format!("{}/{}", service.meta.namespace, settings.hostname(&service.meta));
+        claims.condition(service).into_iter().for_each(|c| conditions.add("Service", &service.meta, c));
+        let other_ports = datagrams.of(service);
+        let how = endpoints.balancing(&name);
+        resources.push(Arc::new(service::translate(service, &claims, how, other_ports, settings)));
     }
     let aliases = world.services.values().filter(|s| s.external_name);
     resources.extend(aliases.filter_map(|service| dns::external_name(service, settings)).map(Arc::new));

@@ -8,14 +8,15 @@ use std::sync::Arc;
 
 use prost::Message;
 use tulle_proto::names;
-use tulle_proto::tulle_workload::{EgressMode, WorkloadInfo};
+use tulle_proto::tulle_workload::{EgressMode, EndpointHints, WorkloadInfo};
 use tulle_proto::workload;
 
-use crate::model::{Pod, World};
+use crate::model::{Hints, Pod, World};
 use crate::resource::{Kind, Resource};
 use crate::translate::Settings;
+use crate::translate::endpoints::{Endpoints, Membership, Outsider, ServiceHints};
 use crate::translate::enrol;
-use crate::translate::service::{Endpoints, Membership, Outsider, octets};
+use crate::translate::service::octets;
 use crate::translate::telemetry;
 
 /// What a pod must know of policies.
@@ -34,6 +35,7 @@ pub(super) struct Policies {
 pub(super) struct Facts {
     policies: Policies,
     services: Membership,
+    hints: Vec<EndpointHints>,
     hbone: bool,
     egress: EgressMode,
     locality: Option<workload::Locality>,
@@ -42,13 +44,14 @@ pub(super) struct Facts {
 pub(super) fn facts(
     pod: &Pod,
     policies: Policies,
-    endpoints: &Endpoints<'_>,
+    endpoints: &Endpoints,
     world: &World,
     settings: &Settings,
 ) -> Facts {
     Facts {
         policies,
         services: endpoints.of_pod(pod),
+        hints: endpoints.hints_of(pod).map(hints).unwrap_or_default(),
         hbone: enrol::speaks_hbone(pod, world, settings),
         egress: egress(pod, world, settings),
         locality: locality(world, &pod.node),
@@ -100,6 +103,7 @@ fn translate(pod: &Pod, facts: &Facts, settings: &Settings) -> Resource {
         egress: facts.egress.into(),
         groups: facts.policies.groups.clone(),
         network_policies: facts.policies.network.clone(),
+        hints: facts.hints.clone(),
         probe_ports: pod.probe_ports.iter().map(|port| (*port).into()).collect(),
         hostname: if pod.subdomain.is_empty() { String::new() } else { pod.hostname.clone() },
         subdomain: if pod.hostname.is_empty() { String::new() } else { pod.subdomain.clone() },
@@ -144,6 +148,15 @@ fn translate(pod: &Pod, facts: &Facts, settings: &Settings) -> Resource {
     resource(uid, message, aliases)
 }
 
+fn hints(of_services: &ServiceHints) -> Vec<EndpointHints> {
+    let one = |(service, hints): (&String, &Hints)| EndpointHints {
+        service: service.clone(),
+        zones: hints.zones.iter().cloned().collect(),
+        nodes: hints.nodes.iter().cloned().collect(),
+    };
+    of_services.iter().map(one).collect()
+}
+
 fn egress(pod: &Pod, world: &World, settings: &Settings) -> EgressMode {
     if enrol::enrolled(pod, world, settings) { enrol::egress(world, &pod.meta.namespace) } else { EgressMode::Allow }
 }
@@ -179,7 +192,7 @@ fn resource(uid: String, message: workload::Workload, aliases: Vec<String>) -> R
 }
 
 /// Endpoints that are no pods: plain workloads named by slice and address.
-pub(super) fn outsiders(endpoints: &Endpoints<'_>, settings: &Settings) -> Vec<Resource> {
+pub(super) fn outsiders(endpoints: &Endpoints, settings: &Settings) -> Vec<Resource> {
     endpoints
         .outsiders()
         .map(|(ip, outsider)| {
@@ -191,9 +204,11 @@ pub(super) fn outsiders(endpoints: &Endpoints<'_>, settings: &Settings) -> Vec<R
                 namespace: namespace.clone(),
                 addresses: vec![octets(ip).into()],
                 node: outsider.node.clone(),
+                locality: (!outsider.zone.is_empty())
+                    .then(|| workload::Locality { zone: outsider.zone.clone(), ..workload::Locality::default() }),
                 cluster_id: settings.cluster_id.clone(),
                 workload_type: workload::WorkloadType::Pod.into(),
-                extensions: extension(&dns_name(outsider)),
+                extensions: extension(&info(outsider)),
                 services: outsider
                     .services
                     .iter()
@@ -209,10 +224,10 @@ pub(super) fn outsiders(endpoints: &Endpoints<'_>, settings: &Settings) -> Vec<R
         .collect()
 }
 
-fn dns_name(outsider: &Outsider) -> WorkloadInfo {
+fn info(outsider: &Outsider) -> WorkloadInfo {
     let (hostname, subdomain) = outsider.hostname.clone();
     if hostname.is_empty() {
-        return WorkloadInfo::default();
+        return WorkloadInfo { hints: hints(&outsider.hints), ..WorkloadInfo::default() };
     }
-    WorkloadInfo { hostname, subdomain, ..WorkloadInfo::default() }
+    WorkloadInfo { hostname, subdomain, hints: hints(&outsider.hints), ..WorkloadInfo::default() }
 }

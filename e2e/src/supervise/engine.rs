@@ -73,7 +73,7 @@ pub(super) struct Engine {
     pods: BTreeMap<PodKey, Running>,
     completed: Completed,
     published: Published,
-    rules: String,
+    rules: Vec<String>,
     zone: Arc<RwLock<dns::Zone>>,
     _dns: Vec<dns::Server>,
     missing: Vec<String>,
@@ -129,7 +129,7 @@ impl Engine {
             pods: BTreeMap::new(),
             completed: Completed::default(),
             published: Published::default(),
-            rules: String::new(),
+            rules: Vec::new(),
             zone,
             _dns: servers,
             missing: Vec::new(),
@@ -417,10 +417,11 @@ impl Engine {
         if let Ok(mut zone) = self.zone.write() {
             *zone = dns::zone(&self.completed.services, &self.hosts());
         }
-        let rules = kubeproxy::rules(&self.completed.services);
+        let nodes = 1..=self.config.nodes;
+        let rules: Vec<String> = nodes.map(|node| kubeproxy::rules(&self.completed.services, node)).collect();
         if rules != self.rules {
-            for netns in &self.node_ns {
-                topology::nft(netns.path(), &rules)?;
+            for (netns, rules) in self.node_ns.iter().zip(&rules) {
+                topology::nft(netns.path(), rules)?;
             }
             self.rules = rules;
         }

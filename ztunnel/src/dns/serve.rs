@@ -93,7 +93,7 @@ impl PodDns {
         let snapshot = self.shared.reader.load();
         let network = &*self.shared.network;
         let pod = snapshot.workload_by_ip(network, upstream.ip());
-        let service = snapshot.service_by_vip(network, upstream.ip(), &self.pod.namespace);
+        let service = snapshot.service_at(network, upstream, &self.pod.namespace);
         let mut behind = service.iter().flat_map(|service| &service.endpoints.all).map(|endpoint| &endpoint.workload);
         let in_mesh = |workload: &crate::state::Workload| workload.protocol == Protocol::Hbone;
         if pod.is_some_and(|workload| in_mesh(workload)) || behind.any(|workload| in_mesh(workload)) {

@@ -1,13 +1,14 @@
 //! How near an endpoint is to a client, by a service's routing preference; and the rows of a table by nearness.
 //!
 //! The peer's rules: scopes are compared one by one and the first that differs ends the comparison, so a rank is the length
-//! of the matching prefix. NETWORK as the first scope is preferred, not required. Scopes are not hierarchical.
+//! of the matching prefix. NETWORK as the first scope is preferred, not required. Scopes are not hierarchical. Where a
+//! service has no preference, hints of its endpoints may narrow the choice as they do in kube-proxy.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::state::{Endpoints, LocalityScope, Mode, PortTable, Service, Workload};
+use crate::state::{EndpointHints, Endpoints, LocalityScope, Mode, PortTable, Service, Workload};
 
 /// Whether client and endpoint are in the same place in this scope. Two unknown places are the same place, as for the
 /// peer: a cluster without zones behaves as one zone.
@@ -40,6 +41,7 @@ pub(super) fn rank(preference: &[LocalityScope], client: &Workload, endpoint: &W
 /// for what is farther.
 pub(super) fn tiers(service: &Service, table: &PortTable, client: &Workload) -> Arc<[PortTable]> {
     let preference = &service.lb.routing_preference;
+    let hints = Hinted::new(service, table, client);
     let mut by_rank: BTreeMap<Reverse<usize>, Vec<(u32, u16, u32)>> = BTreeMap::new();
     for row in &table.candidates {
         let Some(endpoint) = service.endpoints.all.get(row.endpoint as usize) else { continue };
@@ -48,7 +50,7 @@ pub(super) fn tiers(service: &Service, table: &PortTable, client: &Workload) -> 
             continue;
         }
         let rank = match service.lb.mode {
-            Mode::All | Mode::Passthrough => 0,
+            Mode::All | Mode::Passthrough => hints.rank(service, client, &endpoint.workload),
             Mode::Failover => rank(preference, client, &endpoint.workload),
             Mode::Strict if rank(preference, client, &endpoint.workload) == full_rank(preference) => 0,
             Mode::Strict => continue,
@@ -57,6 +59,51 @@ pub(super) fn tiers(service: &Service, table: &PortTable, client: &Workload) -> 
     }
     by_rank.into_values().map(|rows| PortTable::new(rows.into_iter())).collect()
 }
+
+/// Which hints count for a client: those that all rows have, and of which some name its place. Nodes come before zones.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Hinted {
+    No,
+    Zones,
+    Nodes,
+}
+
+impl Hinted {
+    fn new(service: &Service, table: &PortTable, client: &Workload) -> Self {
+        if !service.endpoints.hinted {
+            return Self::No;
+        }
+        let key = service.key();
+        let all = &service.endpoints.all;
+        let rows = || table.candidates.iter().filter_map(|row| all.get(row.endpoint as usize));
+        let hints = || rows().map(|endpoint| endpoint.workload.hints_for(&key));
+        let counts = |of: Of, place: &Arc<str>| {
+            hints().all(|hints| hints.is_some_and(|hints| !of(hints).is_empty()))
+                && hints().flatten().any(|hints| of(hints).contains(place))
+        };
+        if counts(|hints| &hints.nodes, &client.node) {
+            Self::Nodes
+        } else if counts(|hints| &hints.zones, &client.locality.zone) {
+            Self::Zones
+        } else {
+            Self::No
+        }
+    }
+
+    /// 1: meant for this client.
+    fn rank(self, service: &Service, client: &Workload, endpoint: &Workload) -> usize {
+        let hints = if self == Self::No { None } else { endpoint.hints_for(&service.key()) };
+        let meant = hints.is_some_and(|hints| match self {
+            Self::No => false,
+            Self::Zones => hints.zones.contains(&client.locality.zone),
+            Self::Nodes => hints.nodes.contains(&client.node),
+        });
+        meant.into()
+    }
+}
+
+/// One kind of hints.
+type Of = fn(&EndpointHints) -> &[Arc<str>];
 
 /// The rank of an endpoint that matches every scope.
 fn full_rank(preference: &[LocalityScope]) -> usize {
@@ -70,7 +117,7 @@ fn full_rank(preference: &[LocalityScope]) -> usize {
 pub(super) fn is_the_same_for_all(service: &Service, endpoints: &Endpoints, client: &Workload) -> bool {
     let narrows = matches!(service.lb.mode, Mode::Failover | Mode::Strict);
     let same_network = endpoints.all.first().is_none_or(|first| first.workload.network == client.network);
-    !narrows && endpoints.one_network && same_network
+    !narrows && !endpoints.hinted && endpoints.one_network && same_network
 }
 
 /// Names the place of a client: everything that [`same`] compares.

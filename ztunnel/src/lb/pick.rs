@@ -109,20 +109,21 @@ impl fmt::Display for NoChoice {
     }
 }
 
-/// Chooses an endpoint of `service` for a connection to its `port`. `prefer` is the family of the address that the client
-/// dialled.
+/// Chooses an endpoint of `service` for a connection to its `port` at `dialled`, one of its addresses: endpoints of that
+/// family come first, and at an external address no policy about clients of the node holds.
 pub fn pick(
     snapshot: &Snapshot,
     service: &Service,
     port: u16,
     client: &Workload,
-    prefer: IpFamily,
+    dialled: IpAddr,
     chance: &Chance<'_>,
 ) -> Result<Choice, NoChoice> {
     let _ = snapshot; // Waypoints and gateways will be looked up in it.
     let binds = service.lb.affinity.is_some();
     let bound = if binds { (chance.bound)(service, port) } else { None };
-    with_tiers(service, port, client, prefer, |tiers| {
+    let prefer = IpFamily::of(dialled);
+    with_tiers(service, port, client, dialled, |tiers| {
         let known = tiers.iter().map(|tier| tier.candidates.len()).sum::<usize>();
         let random = if binds { Bound::first(chance.pod, &service.key(), port) } else { chance.random };
         let chance = Chance { random, ..*chance };
@@ -139,10 +140,11 @@ pub fn shares(
     service: &Service,
     port: u16,
     client: &Workload,
-    prefer: IpFamily,
+    dialled: IpAddr,
 ) -> Result<Vec<(Choice, f64)>, NoChoice> {
     let _ = snapshot;
-    let shares: Vec<_> = with_tiers(service, port, client, prefer, |tiers| {
+    let prefer = IpFamily::of(dialled);
+    let shares: Vec<_> = with_tiers(service, port, client, dialled, |tiers| {
         let nearest = tiers.first();
         let known = tiers.iter().map(|tier| tier.candidates.len()).sum::<usize>();
         let rows = nearest.into_iter().flat_map(|table| table.candidates.iter().map(move |row| (table, row)));
@@ -160,7 +162,7 @@ fn with_tiers<T>(
     service: &Service,
     port: u16,
     client: &Workload,
-    prefer: IpFamily,
+    dialled: IpAddr,
     then: impl FnOnce(&[PortTable]) -> T,
 ) -> Result<T, NoChoice> {
     if service.lb.mode == Mode::Passthrough {
@@ -171,8 +173,10 @@ fn with_tiers<T>(
         let has = endpoints.ports.keys().copied().collect();
         return Err(NoChoice::NoPort { service: service.key(), port, has });
     };
-    let table = tables.of(prefer);
-    if locality::is_the_same_for_all(service, endpoints, client) {
+    let table = tables.of(IpFamily::of(dialled));
+    // internalTrafficPolicy is about the cluster address alone.
+    let anywhere = service.lb.mode == Mode::Strict && service.is_external(dialled) && endpoints.one_network;
+    if anywhere || locality::is_the_same_for_all(service, endpoints, client) {
         return Ok(then(std::slice::from_ref(table)));
     }
     let place = locality::place(client);

@@ -4,7 +4,7 @@
 //! correct sequence, and the sequence never changes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,9 +13,13 @@ use proptest::prelude::*;
 use crate::lb::{Chance, NoChoice, pick, shares, work};
 use crate::state::fixtures::{behind, port, service, snapshot, workload};
 use crate::state::{
-    Change, HealthPolicy, IpFamilies, IpFamily, LoadBalancing, Locality, LocalityScope, Mode, Service, ServiceSpec,
-    Snapshot, Workload,
+    Change, EndpointHints, HealthPolicy, IpFamilies, LoadBalancing, Locality, LocalityScope, Mode, Service,
+    ServiceInfo, ServiceSpec, Snapshot, Workload,
 };
+
+/// An address of each family to dial.
+const V4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 0, 1));
+const V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1));
 
 /// A sequence of 64-bit numbers that looks random (SplitMix64).
 fn numbers(mut seed: u64) -> impl Iterator<Item = u64> {
@@ -52,7 +56,7 @@ fn client() -> Workload {
 /// Names and shares in percent, rounded.
 fn share_names(snapshot: &Snapshot, client: &Workload) -> Result<BTreeMap<String, u64>, NoChoice> {
     let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
-    let shares = shares(snapshot, service, 80, client, IpFamily::V4)?;
+    let shares = shares(snapshot, service, 80, client, V4)?;
     Ok(shares.iter().map(|(choice, percent)| (choice.workload.name.to_string(), percent.round() as u64)).collect())
 }
 
@@ -68,7 +72,7 @@ fn draws_follow_the_weights() {
     let mut drawn = BTreeMap::<String, u32>::new();
     let draws = 100_000;
     for random in numbers(7).take(draws) {
-        let choice = pick(&snapshot, service, 80, &client(), IpFamily::V4, &Chance::of(random)).unwrap();
+        let choice = pick(&snapshot, service, 80, &client(), V4, &Chance::of(random)).unwrap();
         *drawn.entry(choice.workload.name.to_string()).or_default() += 1;
         assert_eq!(choice.port, 8080);
     }
@@ -89,11 +93,7 @@ fn the_ends_of_the_range_are_the_first_and_the_last_endpoint() {
     let snapshot = mesh(cart(), ["a", "b", "c"].map(|name| at(name, "", "", "")));
     let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
     let name = |random| {
-        pick(&snapshot, service, 80, &at("x", "", "", ""), IpFamily::V4, &Chance::of(random))
-            .unwrap()
-            .workload
-            .name
-            .to_string()
+        pick(&snapshot, service, 80, &at("x", "", "", ""), V4, &Chance::of(random)).unwrap().workload.name.to_string()
     };
     assert_eq!((name(0), name(u64::MAX / 2), name(u64::MAX)), ("a".into(), "b".into(), "c".into()));
 }
@@ -170,7 +170,7 @@ fn drawn(snapshot: &Snapshot, client: &Workload, tried: &[&str], failing: &[&str
     let one = |random| {
         let fails = |endpoint| failing.contains(&endpoint);
         let chance = Chance { tried: &tried, failing: &fails, ..Chance::of(random) };
-        pick(snapshot, service, 80, client, IpFamily::V4, &chance).ok().map(|choice| choice.workload.name.to_string())
+        pick(snapshot, service, 80, client, V4, &chance).ok().map(|choice| choice.workload.name.to_string())
     };
     numbers(11).take(400).filter_map(one).collect()
 }
@@ -213,7 +213,7 @@ fn a_bound_client_stays_until_its_endpoint_goes_and_others_keep_theirs() {
         let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
         let bound = |_: &Service, _: u16| bound.map(|name| Arc::from(format!("Kubernetes//Pod/shop/{name}")));
         let chance = Chance { pod, bound: &bound, ..Chance::of(random) };
-        pick(snapshot, service, 80, &client(), IpFamily::V4, &chance).unwrap().workload.name.to_string()
+        pick(snapshot, service, 80, &client(), V4, &chance).unwrap().workload.name.to_string()
     };
     let all = mesh(spec.clone(), endpoints.clone());
     for random in numbers(3).take(50) {
@@ -243,10 +243,10 @@ fn a_client_gets_endpoints_of_its_own_family_and_others_only_where_there_is_none
         shares.iter().map(|(choice, _)| format!("{} {}", choice.workload.name, choice.ip)).collect::<Vec<_>>()
     };
     let all = || vec![both.clone(), four.clone(), six.clone()];
-    assert_eq!(names(all(), IpFamily::V4), ["both 10.0.0.1", "four 10.0.0.2"]);
-    assert_eq!(names(all(), IpFamily::V6), ["both 2001:db8::1", "six 2001:db8::2"]);
-    assert_eq!(names(vec![six.clone()], IpFamily::V4), ["six 2001:db8::2"]);
-    assert_eq!(names(vec![four.clone()], IpFamily::V6), ["four 10.0.0.2"]);
+    assert_eq!(names(all(), V4), ["both 10.0.0.1", "four 10.0.0.2"]);
+    assert_eq!(names(all(), V6), ["both 2001:db8::1", "six 2001:db8::2"]);
+    assert_eq!(names(vec![six.clone()], V4), ["six 2001:db8::2"]);
+    assert_eq!(names(vec![four.clone()], V6), ["four 10.0.0.2"]);
 }
 
 #[test]
@@ -270,7 +270,7 @@ fn a_choice_costs_the_same_with_three_endpoints_and_with_ten_thousand() {
         let before = work::rows();
         for random in numbers(5).take(draws) {
             let chance = Chance { failing: &fails, ..Chance::of(random) };
-            pick(&snapshot, service, 80, &client(), IpFamily::V4, &chance).unwrap();
+            pick(&snapshot, service, 80, &client(), V4, &chance).unwrap();
         }
         (work::rows() - before) as f64 / draws as f64
     };
@@ -289,11 +289,11 @@ fn the_address_is_of_an_allowed_family_and_if_it_can_be_of_the_clients() {
         mesh(ServiceSpec { ip_families: families, ..cart() }, [endpoint])
     };
     let cases = [
-        (IpFamilies::Automatic, IpFamily::V4, "10.0.0.1"),
-        (IpFamilies::Automatic, IpFamily::V6, "2001:db8::1"),
-        (IpFamilies::V4Only, IpFamily::V6, "10.0.0.1"),
-        (IpFamilies::V6Only, IpFamily::V4, "2001:db8::1"),
-        (IpFamilies::Dual, IpFamily::V6, "2001:db8::1"),
+        (IpFamilies::Automatic, V4, "10.0.0.1"),
+        (IpFamilies::Automatic, V6, "2001:db8::1"),
+        (IpFamilies::V4Only, V6, "10.0.0.1"),
+        (IpFamilies::V6Only, V4, "2001:db8::1"),
+        (IpFamilies::Dual, V6, "2001:db8::1"),
     ];
     for (families, prefer, expected) in cases {
         let snapshot = dual(families);
@@ -306,11 +306,57 @@ fn the_address_is_of_an_allowed_family_and_if_it_can_be_of_the_clients() {
 }
 
 #[test]
+fn a_policy_about_the_node_holds_at_the_cluster_address_alone() {
+    let info = ServiceInfo { cluster_addresses: vec![V4], ..ServiceInfo::default() };
+    let lb =
+        LoadBalancing { mode: Mode::Strict, routing_preference: vec![LocalityScope::Node], ..LoadBalancing::default() };
+    let snapshot = mesh(
+        ServiceSpec { lb, info: Some(Box::new(info)), ..cart() },
+        [at("here", "r1", "z1", "n1"), at("there", "r1", "z1", "n2")],
+    );
+    let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
+    let chosen = |dialled: &str| {
+        let shares = shares(&snapshot, service, 80, &client(), dialled.parse().unwrap()).unwrap();
+        shares.iter().map(|(choice, _)| choice.workload.name.to_string()).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(chosen("10.96.0.1"), "here");
+    assert_eq!(chosen("192.0.2.1"), "here there");
+}
+
+#[test]
+fn hints_narrow_the_choice_where_all_have_them_and_some_name_the_client() {
+    let hinted = |name: &str, zones: &[&str], nodes: &[&str]| {
+        let all = |names: &[&str]| names.iter().map(|name| Arc::from(*name)).collect();
+        let service = "shop/cart.shop.svc.cluster.local".into();
+        let hints = EndpointHints { service, zones: all(zones), nodes: all(nodes) };
+        Workload { hints: [hints].into(), ..at(name, "r1", "elsewhere", "n9") }
+    };
+    // The client is in zone z1, on node n1.
+    let cases = [
+        (
+            "its zone's",
+            vec![hinted("a", &["z1"], &[]), hinted("b", &["z2", "z1"], &[]), hinted("c", &["z2"], &[])],
+            "a b",
+        ),
+        ("nobody is meant for it", vec![hinted("a", &["z2"], &[]), hinted("b", &["z3"], &[])], "a b"),
+        ("one has none", vec![hinted("a", &["z1"], &[]), at("b", "r1", "z1", "n1")], "a b"),
+        ("its node's", vec![hinted("a", &["z1"], &["n1"]), hinted("b", &["z1"], &["n2"])], "a"),
+        ("nodes only in part", vec![hinted("a", &["z1"], &["n1"]), hinted("b", &["z1"], &[])], "a b"),
+        ("a node without endpoints", vec![hinted("a", &["z1"], &["n2"]), hinted("b", &["z2"], &["n3"])], "a"),
+    ];
+    for (name, endpoints, expected) in cases {
+        let snapshot = mesh(cart(), endpoints);
+        let names: Vec<String> = share_names(&snapshot, &client()).unwrap().into_keys().collect();
+        assert_eq!(names.join(" "), expected, "{name}");
+    }
+}
+
+#[test]
 fn every_refusal_says_what_to_do() {
     let text = |spec: ServiceSpec, endpoints: Vec<Workload>, port: u16| {
         let snapshot = mesh(spec, endpoints);
         let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
-        pick(&snapshot, service, port, &client(), IpFamily::V4, &Chance::of(1)).unwrap_err().to_string()
+        pick(&snapshot, service, port, &client(), V4, &Chance::of(1)).unwrap_err().to_string()
     };
     let mode = |mode| ServiceSpec {
         lb: LoadBalancing { mode, routing_preference: vec![LocalityScope::Node], ..Default::default() },
@@ -351,8 +397,8 @@ proptest! {
         let lb = LoadBalancing { routing_preference: vec![LocalityScope::Node], mode, ..Default::default() };
         let snapshot = mesh(ServiceSpec { lb, ..cart() }, endpoints);
         let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
-        let picked = pick(&snapshot, service, 80, &client(), IpFamily::V4, &Chance::of(random));
-        let shares = shares(&snapshot, service, 80, &client(), IpFamily::V4);
+        let picked = pick(&snapshot, service, 80, &client(), V4, &Chance::of(random));
+        let shares = shares(&snapshot, service, 80, &client(), V4);
         match (picked, shares) {
             (Ok(choice), Ok(shares)) => {
                 prop_assert!(choice.workload.healthy && choice.workload.capacity > 0);

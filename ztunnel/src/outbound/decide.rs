@@ -12,7 +12,7 @@ use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 use crate::lb::{self, Chance, Choice, NoChoice};
 use crate::outcome::{Code, Outcome};
 use crate::policy::network;
-use crate::state::{EgressMode, IpFamily, Protocol, Service, Snapshot, Transport, Workload};
+use crate::state::{EgressMode, Protocol, Service, Snapshot, Transport, Workload};
 
 /// What to do.
 #[derive(Clone, Debug)]
@@ -127,7 +127,7 @@ pub fn choose(
         let text = format!("the pod called the proxy's own port {}", destination.port());
         return Err(Outcome::new(Code::SelfCall, text));
     }
-    if let Some(service) = snapshot.service_by_vip(network, destination.ip(), &source.namespace) {
+    if let Some(service) = snapshot.service_at(network, destination, &source.namespace) {
         return to_service(snapshot, source, service, destination, chance);
     }
     if let Some(workload) = snapshot.workload_by_ip(network, destination.ip()) {
@@ -153,8 +153,7 @@ fn to_service(
     if service.waypoint.is_some() || !service.weighted_waypoints.is_empty() {
         return Err(waypoint(&service.hostname));
     }
-    let prefer = IpFamily::of(destination.ip());
-    match lb::pick(snapshot, service, destination.port(), source, prefer, chance) {
+    match lb::pick(snapshot, service, destination.port(), source, destination.ip(), chance) {
         Ok(Choice { workload, ip, port, others }) => {
             if !workload.is_pod() && !is_api_server(service) {
                 may_leave(source, SocketAddr::new(ip, port))?;
@@ -216,4 +215,91 @@ fn waypoint(of: &str) -> Outcome {
 
 fn is_own_port(port: u16) -> bool {
     matches!(port, PORT_OUTBOUND | PORT_INBOUND_PLAINTEXT | PORT_HBONE)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, SocketAddr};
+    use std::sync::Arc;
+
+    use ipnet::IpNet;
+
+    use super::{Plan, decide};
+    use crate::lb::Chance;
+    use crate::state::fixtures::{behind, service, snapshot, workload};
+    use crate::state::{Change, Protocol, ServiceInfo, ServiceSpec, Workload};
+
+    fn change(workload: Workload) -> Change {
+        Change::Workload(workload.into())
+    }
+
+    /// One line of what is decided for a client of namespace `shop`.
+    fn decided(changes: Vec<Change>, to: &str, tried: &[&str]) -> String {
+        let snapshot = snapshot(changes);
+        let tried: Vec<SocketAddr> = tried.iter().map(|address| address.parse().unwrap()).collect();
+        let chance = Chance { tried: &tried, ..Chance::of(1) };
+        let client = workload("shop", "client", "10.0.0.99");
+        match decide(&snapshot, &client, "", to.parse().unwrap(), &chance) {
+            Err(outcome) => outcome.code.name().to_owned(),
+            Ok(Plan::Hbone(plan)) => format!("{} over {}, others {}", plan.authority, plan.address, plan.others),
+            Ok(Plan::Plain(plan)) => {
+                format!("{} plain, known {}, others {}", plan.address, plan.destination.is_some(), plan.others)
+            }
+        }
+    }
+
+    #[test]
+    fn each_destination_has_one_plan() {
+        let pod = |name: &str, ip: &str| behind(workload("shop", name, ip), "shop", "cart");
+        let cart = || Change::Service(service("shop", "cart", "10.96.0.1").into());
+        let one = || vec![change(pod("a", "10.0.0.1")), cart()];
+        let two = || vec![change(pod("a", "10.0.0.1")), change(pod("b", "10.0.0.2")), cart()];
+        let plain = Workload { protocol: Protocol::Plain, ..pod("a", "10.0.0.1") };
+        let info = ServiceInfo { cluster_addresses: vec!["10.96.0.1".parse().unwrap()], ..ServiceInfo::default() };
+        let vips = ["10.96.0.1", "192.0.2.1"].map(|ip| (Arc::from(""), IpNet::from(ip.parse::<IpAddr>().unwrap())));
+        let external =
+            ServiceSpec { vips: vips.to_vec(), info: Some(Box::new(info)), ..service("shop", "cart", "10.96.0.1") };
+        let external = || vec![change(pod("a", "10.0.0.1")), Change::Service(external.clone().into())];
+        type Case<'a> = (&'static str, Vec<Change>, &'static str, &'a [&'a str], &'static str);
+        let cases: Vec<Case<'_>> = vec![
+            ("a service", one(), "10.96.0.1:80", &[], "10.0.0.1:8080 over 10.0.0.1:15008, others false"),
+            ("a pod", two(), "10.0.0.1:8080", &[], "10.0.0.1:8080 over 10.0.0.1:15008, others false"),
+            (
+                "one was tried",
+                two(),
+                "10.96.0.1:80",
+                &["10.0.0.1:8080"],
+                "10.0.0.2:8080 over 10.0.0.2:15008, others false",
+            ),
+            ("all were tried", two(), "10.96.0.1:80", &["10.0.0.1:8080", "10.0.0.2:8080"], "NO_ENDPOINT"),
+            ("a port it has not", one(), "10.96.0.1:81", &[], "NO_ENDPOINT"),
+            (
+                "an endpoint outside the mesh",
+                vec![change(plain), cart()],
+                "10.96.0.1:80",
+                &[],
+                "10.0.0.1:8080 plain, known true, others false",
+            ),
+            (
+                "an endpoint of the other family only",
+                vec![change(pod("six", "2001:db8::1")), cart()],
+                "10.96.0.1:80",
+                &[],
+                "[2001:db8::1]:8080 over [2001:db8::1]:15008, others false",
+            ),
+            (
+                "an address of a service and of a workload is the service's",
+                vec![change(workload("shop", "same", "10.96.0.1")), change(pod("a", "10.0.0.1")), cart()],
+                "10.96.0.1:80",
+                &[],
+                "10.0.0.1:8080 over 10.0.0.1:15008, others false",
+            ),
+            ("an external address", external(), "192.0.2.1:80", &[], "10.0.0.1:8080 over 10.0.0.1:15008, others false"),
+            ("its other ports", external(), "192.0.2.1:22", &[], "192.0.2.1:22 plain, known false, others false"),
+            ("nobody's address", one(), "198.51.100.1:80", &[], "198.51.100.1:80 plain, known false, others false"),
+        ];
+        for (name, changes, to, tried, expected) in cases {
+            assert_eq!(decided(changes, to, tried), expected, "{name}");
+        }
+    }
 }

@@ -69,7 +69,8 @@ impl fmt::Display for Verdict {
             (Code::MtlsRequired, None) => write!(
                 f,
                 "denied by policy {policy}, rules[{rule}]: the destination takes mutual TLS only (PeerAuthentication \
-                 STRICT) and the client sent plaintext; enrol the client in the mesh"
+                 STRICT) and the client sent plaintext; enrol the client, or the ingress that it comes through, or \
+                 make the port PERMISSIVE with portLevelMtls"
             ),
             (Code::PolicyPending, None) => match &self.policy {
                 Some(policy) => write!(f, "refused for now: policy {policy} of the destination has not arrived; retry"),

@@ -147,6 +147,8 @@ pub struct Endpoints {
     pub ports: BTreeMap<u16, PortTables>,
     /// All endpoints are in one network.
     pub one_network: bool,
+    /// Some say for whom they are.
+    pub hinted: bool,
 }
 
 impl Endpoints {
@@ -161,7 +163,8 @@ impl Endpoints {
             .collect();
         let ports = spec.ports.iter().map(|port| (port.service_port, tables(spec, key, &all, port))).collect();
         let one_network = all.windows(2).all(|pair| pair[0].workload.network == pair[1].workload.network);
-        Self { all, ports, one_network }
+        let hinted = all.iter().any(|endpoint| endpoint.workload.hints_for(key).is_some());
+        Self { all, ports, one_network, hinted }
     }
 }
 

@@ -36,6 +36,7 @@ pub fn workload(namespace: &str, name: &str, ip: &str) -> Workload {
         host_network: false,
         native_tunnel: false,
         services: Memberships::default(),
+        hints: Box::default(),
         locality: Locality { region: "".into(), zone: "".into(), subzone: "".into() },
         capacity: 1,
         policies: Vec::new(),

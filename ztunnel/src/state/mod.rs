@@ -37,6 +37,6 @@ pub use snapshot::Snapshot;
 pub use store::{Applied, Change, Reader, Writer, store};
 pub use versions::{LogEntry, LogName, VersionLog};
 pub use workload::{
-    AppProtocol, ApplicationTunnel, DnsName, EgressMode, GatewayAddress, GatewayTarget, Locality, Memberships, Port,
-    Protocol, Workload, WorkloadType,
+    AppProtocol, ApplicationTunnel, DnsName, EgressMode, EndpointHints, GatewayAddress, GatewayTarget, Locality,
+    Memberships, Port, Protocol, Workload, WorkloadType,
 };

@@ -223,6 +223,12 @@ impl ServiceSpec {
         self.visibility == Visibility::Public || *self.namespace == *namespace
     }
 
+    /// Whether `ip`, one of its addresses, is one that it has besides its cluster addresses.
+    pub fn is_external(&self, ip: IpAddr) -> bool {
+        let cluster = self.info.as_ref().map_or(&[][..], |info| &info.cluster_addresses);
+        !cluster.is_empty() && !cluster.contains(&ip.to_canonical())
+    }
+
     /// The definition of a service port.
     pub fn port(&self, service_port: u16) -> Option<&Port> {
         self.ports.iter().find(|port| port.service_port == service_port)

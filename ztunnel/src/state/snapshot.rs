@@ -5,7 +5,7 @@
 
 use std::cmp::Reverse;
 use std::hash::BuildHasher;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -134,6 +134,21 @@ impl Snapshot {
             });
             best.map(|(_, _, service)| service)
         })
+    }
+
+    /// The service that a connection to `destination` is addressed to. A cluster address is its service's on every port;
+    /// an external one only on the service's ports, so that nothing else at that address (a node's own services, another
+    /// Service of the same load balancer) is taken over.
+    pub fn service_at(&self, network: &str, destination: SocketAddr, client_namespace: &str) -> Option<&Arc<Service>> {
+        let service = self.service_by_vip(network, destination.ip(), client_namespace)?;
+        let answers =
+            |service: &Service| service.port(destination.port()).is_some() || !service.is_external(destination.ip());
+        if answers(service) {
+            return Some(service);
+        }
+        let ip = destination.ip().to_canonical();
+        let owns = |service: &Service| service.vips.iter().any(|(net, vip)| **net == *network && is_host(vip, ip));
+        best_for(client_namespace, self.vips.group(&ip).iter().filter(|service| owns(service) && answers(service)))
     }
 
     /// A service by its resource name's halves.

@@ -10,8 +10,8 @@ use proptest::prelude::*;
 
 use crate::state::fixtures::{behind, key, policy, port, service, with_ports, workload};
 use crate::state::{
-    Action, Change, HealthPolicy, LoadBalancing, LogName, Policy, Protocol, Reader, Scope, ServiceSpec, Snapshot,
-    Visibility, Workload, Writer, store,
+    Action, Change, HealthPolicy, LoadBalancing, LogName, Policy, Protocol, Reader, Scope, ServiceInfo, ServiceSpec,
+    Snapshot, Visibility, Workload, Writer, store,
 };
 
 fn put(workload: Workload) -> Change {
@@ -406,6 +406,26 @@ fn an_address_of_services_is_ranked_for_the_client() {
         let found = snapshot.service_by_vip("", ip("10.96.0.1"), client).map(|service| &*service.namespace);
         assert_eq!(found, expected, "{name}");
     }
+}
+
+#[test]
+fn an_external_address_is_a_services_only_on_its_ports() {
+    let external = |name: &str, cluster: &str, port_number: u16| {
+        let vips = [cluster, "192.0.2.1"].map(|vip| (Arc::from(""), ipnet::IpNet::from(ip(vip)))).to_vec();
+        let info = ServiceInfo { cluster_addresses: vec![ip(cluster)], ..ServiceInfo::default() };
+        let ports = vec![port(port_number, 8080)];
+        ServiceSpec { vips, ports, info: Some(Box::new(info)), ..service("shop", name, cluster) }
+    };
+    let (mut writer, reader) = store();
+    writer.apply([external("web", "10.96.0.1", 80), external("mail", "10.96.0.2", 25)].map(serve), 1);
+    let snapshot = reader.load();
+    let at = |address: &str| {
+        snapshot.service_at("", address.parse().unwrap(), "other").map(|service| service.name.to_string())
+    };
+    assert_eq!(at("192.0.2.1:80").as_deref(), Some("web"));
+    assert_eq!(at("192.0.2.1:25").as_deref(), Some("mail"), "two services of one load balancer");
+    assert_eq!(at("192.0.2.1:22"), None, "what else is there is reached as before");
+    assert_eq!(at("10.96.0.1:22").as_deref(), Some("web"), "a cluster address is the service's on every port");
 }
 
 #[test]

@@ -178,6 +178,17 @@ pub struct DnsName {
     pub subdomain: Arc<str>,
 }
 
+/// Clients that a workload is meant for as an endpoint of one service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointHints {
+    /// The service, `<namespace>/<hostname>`.
+    pub service: Arc<str>,
+    /// Their zones.
+    pub zones: Box<[Arc<str>]>,
+    /// Their nodes.
+    pub nodes: Box<[Arc<str>]>,
+}
+
 /// See the module's header. The fields are those of `workload.proto`, which documents units and defaults.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Workload {
@@ -211,6 +222,8 @@ pub struct Workload {
     pub services: Memberships,
     /// Where it runs.
     pub locality: Locality,
+    /// For whom it is, where a service's routing preference cannot say so.
+    pub hints: Box<[EndpointHints]>,
     /// Relative weight in balancing. 0: never chosen.
     pub capacity: u32,
     /// Selector policies, `<namespace>/<name>`. Namespace-wide and mesh-wide ones are implied.
@@ -253,6 +266,11 @@ impl Workload {
     /// Whether it is a pod, and not an external endpoint or a gateway.
     pub fn is_pod(&self) -> bool {
         self.uid.contains("//Pod/")
+    }
+
+    /// For whom it is as an endpoint of a service.
+    pub fn hints_for(&self, service: &str) -> Option<&EndpointHints> {
+        self.hints.iter().find(|hints| *hints.service == *service)
     }
 
     /// Whether it belongs to a group of NetworkPolicies.

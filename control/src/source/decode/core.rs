@@ -8,8 +8,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::model::{
-    ContainerPort, Endpoint, EndpointSlice, Meta, NamedPort, Namespace, Node, Object, Phase, Pod, Service,
-    ServiceAccount, ServiceNames, ServicePort, SlicePort, TargetPort, TrafficScope, Transport,
+    ContainerPort, Endpoint, EndpointSlice, Hints, LegacyEndpoints, Meta, NamedPort, Namespace, Node, Object, Phase,
+    Pod, Service, ServiceAccount, ServiceNames, ServicePort, SlicePort, TargetPort, TrafficScope, Transport,
 };
 use crate::source::decode::text_map;
 use crate::source::tree::{Cursor, Read, Value};
@@ -154,6 +154,7 @@ pub(super) fn service(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
     }
     Ok(Object::Service(Arc::new(Service {
         selector: text_map(&spec.get("selector"))?,
+        external: external_addresses(&spec, &at.get("status"), &addresses)?,
         addresses,
         ports,
         families,
@@ -180,6 +181,33 @@ fn affinity(spec: &Cursor<'_>) -> Read<Option<u32>> {
         Some(Value::Int(seconds @ 1..=86_400)) => Ok(u32::try_from(*seconds).ok()),
         Some(_) => Err(at.error("must be a number of seconds from 1 to 86400")),
     }
+}
+
+/// Addresses that the cluster's balancing takes over besides the cluster addresses. A load balancer's are not among them
+/// when it wants to see the traffic itself (ipMode Proxy), or when only some sources may use it.
+fn external_addresses(spec: &Cursor<'_>, status: &Cursor<'_>, cluster: &[IpAddr]) -> Read<Vec<IpAddr>> {
+    let mut found = Vec::new();
+    if cluster.is_empty() {
+        // Headless: nothing balances, whatever the address.
+        return Ok(found);
+    }
+    for (text, at) in spec.get("externalIPs").texts()? {
+        found.push(address(&at, text)?);
+    }
+    let restricted = !spec.get("loadBalancerSourceRanges").list()?.is_empty();
+    for ingress in status.get("loadBalancer").get("ingress").list()? {
+        let at = ingress.get("ip");
+        if let Some(text) = at.text()?.filter(|text| !text.is_empty())
+            && ingress.get("ipMode").text()? != Some("Proxy")
+            && !restricted
+        {
+            found.push(address(&at, text)?);
+        }
+    }
+    found.retain(|ip| !cluster.contains(ip));
+    found.sort_unstable();
+    found.dedup();
+    Ok(found)
 }
 
 /// What the name stands for. An ExternalName that is an address is no name, as in kube-dns.
@@ -269,6 +297,78 @@ fn traffic_scope(spec: &Cursor<'_>) -> Read<TrafficScope> {
 }
 
 pub(super) fn endpoint_slice(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
+    let (ports, datagrams) = slice_ports(at)?;
+    let mut endpoints = Vec::new();
+    // Names instead of addresses are a form that nobody balances to.
+    let named = at.get("addressType").text()? == Some("FQDN");
+    for item in at.get("endpoints").list()?.into_iter().filter(|_| !named) {
+        let conditions = item.get("conditions");
+        let ready = conditions.get("ready").boolean()?.unwrap_or(true);
+        endpoints.push(Endpoint {
+            addresses: item
+                .get("addresses")
+                .texts()?
+                .into_iter()
+                .map(|(text, at)| address(&at, text))
+                .collect::<Read<_>>()?,
+            ready,
+            serving: conditions.get("serving").boolean()?.unwrap_or(ready),
+            terminating: conditions.get("terminating").boolean()?.unwrap_or(false),
+            pod: target_pod(&item)?,
+            node: item.get("nodeName").text_or_empty()?,
+            zone: item.get("zone").text_or_empty()?,
+            hints: hints(&item.get("hints"))?,
+            hostname: item.get("hostname").text_or_empty()?,
+        });
+    }
+    let service = meta.label("kubernetes.io/service-name").unwrap_or_default().to_owned();
+    Ok(Object::EndpointSlice(Arc::new(EndpointSlice { meta, service, ports, datagrams, endpoints })))
+}
+
+fn hints(at: &Cursor<'_>) -> Read<Hints> {
+    let names = |field: &str| -> Read<BTreeSet<String>> {
+        at.get(field).list()?.iter().map(|item| Ok(item.get("name").required_text()?.to_owned())).collect()
+    };
+    Ok(Hints { zones: names("forZones")?, nodes: names("forNodes")? })
+}
+
+fn target_pod(item: &Cursor<'_>) -> Read<Option<String>> {
+    let target = item.get("targetRef");
+    let is_pod = target.get("kind").text()? == Some("Pod");
+    Ok(target.get("name").text()?.filter(|_| is_pod).map(str::to_owned))
+}
+
+pub(super) fn endpoints(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
+    let mut subsets = Vec::new();
+    for subset in at.get("subsets").list()? {
+        let (ports, datagrams) = slice_ports(&subset)?;
+        let mut endpoints = Vec::new();
+        for (field, ready) in [("addresses", true), ("notReadyAddresses", false)] {
+            for item in subset.get(field).list()? {
+                let ip = item.get("ip");
+                endpoints.push(Endpoint {
+                    addresses: vec![address(&ip, ip.required_text()?)?],
+                    ready,
+                    serving: ready,
+                    terminating: false,
+                    pod: target_pod(&item)?,
+                    node: item.get("nodeName").text_or_empty()?,
+                    zone: String::new(),
+                    hints: Hints::default(),
+                    hostname: item.get("hostname").text_or_empty()?,
+                });
+            }
+        }
+        let service = meta.name.clone();
+        subsets.push(EndpointSlice { meta: meta.clone(), service, ports, datagrams, endpoints });
+    }
+    Ok(Object::Endpoints(Arc::new(LegacyEndpoints { meta, subsets })))
+}
+
+/// Ports of TCP, and the others as (name, transport, number).
+type SlicePorts = (Vec<SlicePort>, Vec<(String, Transport, u16)>);
+
+fn slice_ports(at: &Cursor<'_>) -> Read<SlicePorts> {
     let (mut ports, mut datagrams) = (Vec::new(), Vec::new());
     for item in at.get("ports").list()? {
         let Some(port) = item.get("port").port()? else { continue };
@@ -278,25 +378,7 @@ pub(super) fn endpoint_slice(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
             other => datagrams.push((name, other, port)),
         }
     }
-    let mut endpoints = Vec::new();
-    for item in at.get("endpoints").list()? {
-        let target = item.get("targetRef");
-        let is_pod = target.get("kind").text()? == Some("Pod");
-        endpoints.push(Endpoint {
-            addresses: item
-                .get("addresses")
-                .texts()?
-                .into_iter()
-                .map(|(text, at)| address(&at, text))
-                .collect::<Read<_>>()?,
-            ready: item.get("conditions").get("ready").boolean()?.unwrap_or(true),
-            pod: target.get("name").text()?.filter(|_| is_pod).map(str::to_owned),
-            node: item.get("nodeName").text_or_empty()?,
-            hostname: item.get("hostname").text_or_empty()?,
-        });
-    }
-    let service = meta.label("kubernetes.io/service-name").unwrap_or_default().to_owned();
-    Ok(Object::EndpointSlice(Arc::new(EndpointSlice { meta, service, ports, datagrams, endpoints })))
+    Ok((ports, datagrams))
 }
 
 fn address(at: &Cursor<'_>, text: &str) -> Read<IpAddr> {

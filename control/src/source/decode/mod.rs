@@ -117,6 +117,7 @@ fn decoder(group: &str, kind: &str) -> Option<Decode> {
         ("", "ServiceAccount") => |at, meta, error| plain(core::service_account(at, meta), error),
         ("", "Pod") => |at, meta, error| plain(core::pod(at, meta), error),
         ("", "Service") => |at, meta, error| plain(core::service(at, meta), error),
+        ("", "Endpoints") => |at, meta, error| plain(core::endpoints(at, meta), error),
         ("discovery.k8s.io", "EndpointSlice") => |at, meta, error| plain(core::endpoint_slice(at, meta), error),
         ("security.istio.io", "AuthorizationPolicy") => policy::authorization,
         ("security.istio.io", "PeerAuthentication") => policy::peer_authentication,

@@ -425,7 +425,7 @@ proptest! {
         let at = text.char_indices().map(|(i, _)| i).nth(cut % text.len()).unwrap_or(0);
         text.insert_str(at, &insert);
         for object in parse(text.as_bytes()).objects {
-            prop_assert!(matches!(object, Object::Pod(_) | Object::Service(_) | Object::EndpointSlice(_)
+            prop_assert!(matches!(object, Object::Pod(_) | Object::Service(_) | Object::EndpointSlice(_) | Object::Endpoints(_)
                 | Object::AuthorizationPolicy(_) | Object::PeerAuthentication(_) | Object::NetworkPolicy(_)
                 | Object::Namespace(_) | Object::Node(_) | Object::ServiceAccount(_) | Object::Unenforced(_)));
         }

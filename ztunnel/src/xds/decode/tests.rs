@@ -13,7 +13,7 @@ use tulle_proto::names::{
     EXTENSION_DENIES_ALL, EXTENSION_WORKLOAD, TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_WORKLOAD_INFO,
 };
 use tulle_proto::security as sec;
-use tulle_proto::tulle_workload::WorkloadInfo;
+use tulle_proto::tulle_workload::{EndpointHints, WorkloadInfo};
 use tulle_proto::workload as wds;
 use tulle_proto::workload::address::Type;
 
@@ -102,6 +102,7 @@ fn the_defaults_of_wds_are_the_documented_ones() {
 #[test]
 fn values_are_carried_over() {
     let extension = WorkloadInfo {
+        hints: vec![EndpointHints { service: "shop/cart".into(), zones: vec!["z".into()], nodes: vec![] }],
         network_policies: vec!["NetworkPolicy/shop/isolated".to_owned()],
         pod_uid: "u-1".to_owned(),
         groups: vec![4, 3, 4],
@@ -128,6 +129,7 @@ fn values_are_carried_over() {
     assert_eq!(pod.identity.to_string(), "spiffe://td.example/ns/shop/sa/cart");
     assert_eq!((&*pod.pod_uid, pod.egress, pod.capacity), ("u-1", EgressMode::Deny, 7));
     assert_eq!((&*pod.groups, pod.probe_ports.as_slice()), (&[3, 4][..], &[8081][..]));
+    assert_eq!(pod.hints_for("shop/cart").map(|hints| (hints.zones.len(), hints.nodes.len())), Some((1, 0)));
     let name = pod.dns_name.as_ref().map(|name| (&*name.hostname, &*name.subdomain));
     assert_eq!(name, Some(("db-0", "db")));
     assert_eq!(&*pod.policy_versions["shop/p"], "abc");

@@ -11,8 +11,8 @@ use tulle_proto::tulle_workload as info;
 use tulle_proto::workload as wire;
 
 use crate::state::{
-    AppProtocol, ApplicationTunnel, DnsName, EgressMode, GatewayAddress, GatewayTarget, Locality, NETWORK_POLICY, Port,
-    Protocol, Workload, WorkloadType,
+    AppProtocol, ApplicationTunnel, DnsName, EgressMode, EndpointHints, GatewayAddress, GatewayTarget, Locality,
+    NETWORK_POLICY, Port, Protocol, Workload, WorkloadType,
 };
 use crate::xds::decode::field::{self, Strings};
 
@@ -65,6 +65,7 @@ pub(super) fn workload(from: wire::Workload, version: &str, strings: &mut String
         },
         native_tunnel: from.native_tunnel,
         services: services.into_iter().collect(),
+        hints: hints(&info.hints, strings),
         locality: Locality {
             region: strings.share(&locality.region),
             zone: strings.share(&locality.zone),
@@ -119,6 +120,15 @@ fn dns_name(info: &info::WorkloadInfo, strings: &mut Strings) -> Option<DnsName>
         hostname: strings.share(&info.hostname.to_ascii_lowercase()),
         subdomain: strings.share(&info.subdomain.to_ascii_lowercase()),
     })
+}
+
+fn hints(of_services: &[info::EndpointHints], strings: &mut Strings) -> Box<[EndpointHints]> {
+    let one = |from: &info::EndpointHints| {
+        let mut share = |names: &[String]| names.iter().map(|name| strings.share(name)).collect();
+        let (zones, nodes) = (share(&from.zones), share(&from.nodes));
+        EndpointHints { service: strings.share(&from.service), zones, nodes }
+    };
+    of_services.iter().map(one).collect()
 }
 
 fn sorted(mut groups: Vec<u64>) -> Box<[u64]> {
