@@ -5,14 +5,19 @@
 //! with clients on the first and servers on the second, so that what they say crosses the node link.
 
 use std::fmt::Write as _;
+use std::io::BufRead;
+use std::io::BufReader;
+use std::process::ChildStdout;
 use std::process::Command;
 use std::time::Duration;
 
+use anyhow::Context;
 use serde_json::Value;
 
 use crate::eventually::eventually;
 use crate::lab::Lab;
 use crate::lab::LabConfig;
+use crate::lab::Running;
 use crate::lab::programs_dir;
 use crate::topology;
 
@@ -124,6 +129,39 @@ pub fn calls(lab: &Lab, from: &str, url: &str, more: &[&str]) -> anyhow::Result<
     let reports = json_lines(&output.stdout);
     anyhow::ensure!(!reports.is_empty(), "{argv:?} in {from} said: {}", String::from_utf8_lossy(&output.stderr));
     Ok(reports)
+}
+
+/// A connection of a client to `cart.shop:9000`, with a line back and forth every 50 ms.
+pub struct Held {
+    running: Running,
+    lines: BufReader<ChildStdout>,
+}
+
+/// Opens such a connection; returns once it is open.
+pub fn hold(lab: &Lab, from: &str) -> anyhow::Result<Held> {
+    let mut running = lab.spawn(from, &["shop", "tcp", "cart.shop:9000", "--hold-ms", "50"])?;
+    let stdout = running.child().and_then(|child| child.stdout.take()).context("no output")?;
+    let mut held = Held { running, lines: BufReader::new(stdout) };
+    let opened = held.next()?;
+    anyhow::ensure!(opened["kind"] == "open", "{from} could not connect: {opened}");
+    Ok(held)
+}
+
+impl Held {
+    /// What it reports next; waits for it.
+    pub fn next(&mut self) -> anyhow::Result<Value> {
+        let mut line = String::new();
+        self.lines.read_line(&mut line)?;
+        Ok(serde_json::from_str(&line)?)
+    }
+
+    /// Ends it from the client's side; its last report.
+    pub fn finish(mut self) -> anyhow::Result<Value> {
+        if let Some(child) = self.running.child() {
+            drop(child.stdin.take());
+        }
+        self.next()
+    }
 }
 
 /// The JSON lines of an output; others are skipped.

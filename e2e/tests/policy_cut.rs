@@ -1,44 +1,10 @@
 //! Promise: a policy change cuts the live connections that it forbids, with a reason, and no others.
 
-use std::io::BufRead;
-use std::io::BufReader;
 use std::time::Instant;
 
-use e2e::lab::Lab;
 use e2e::lab::LabConfig;
-use e2e::lab::Running;
 use e2e::scenario;
-use serde_json::Value;
-
-struct Held {
-    running: Running,
-    lines: BufReader<std::process::ChildStdout>,
-}
-
-/// A connection with a line back and forth every 50 ms; returns once it is open.
-fn hold(lab: &Lab, from: &str) -> anyhow::Result<Held> {
-    let mut running = lab.spawn(from, &["shop", "tcp", "cart.shop:9000", "--hold-ms", "50"])?;
-    let stdout = running.child().and_then(|child| child.stdout.take());
-    let mut held = Held { running, lines: BufReader::new(stdout.ok_or_else(|| anyhow::anyhow!("no output"))?) };
-    let opened = held.next()?;
-    anyhow::ensure!(opened["kind"] == "open", "{from} could not connect: {opened}");
-    Ok(held)
-}
-
-impl Held {
-    fn next(&mut self) -> anyhow::Result<Value> {
-        let mut line = String::new();
-        self.lines.read_line(&mut line)?;
-        Ok(serde_json::from_str(&line)?)
-    }
-
-    fn finish(mut self) -> anyhow::Result<Value> {
-        if let Some(child) = self.running.child() {
-            drop(child.stdin.take());
-        }
-        self.next()
-    }
-}
+use e2e::scenario::hold;
 
 #[test]
 fn a_new_policy_cuts_what_it_forbids_and_nothing_else() -> anyhow::Result<()> {

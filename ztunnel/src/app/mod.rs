@@ -4,13 +4,17 @@
 //! the snapshot, the certificates and a queue a worker, so that no slow page and no reconnect ever delays a byte.
 
 pub mod answers;
-pub mod resolver;
+pub mod handover;
 pub mod pods;
+pub mod resolver;
+pub mod view;
 pub mod wanted;
 pub mod worker;
 
 use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -25,6 +29,8 @@ use tulle_proto::names;
 
 use crate::admin::{self, Page, Routes};
 use crate::app::answers::{Answers, VERSION};
+use crate::app::handover::Giver;
+use crate::app::handover::successor::{Taken, Taking, take};
 use crate::app::pods::{Environment, Pods};
 use crate::app::resolver::Names;
 use crate::app::worker::Worker;
@@ -44,6 +50,13 @@ use crate::xds;
 
 /// Log lines that may wait for the writer. At 300 bytes each it is 20 MB; then lines are dropped and counted.
 const LOG_LINES: usize = 64 * 1024;
+
+/// How often something is looked at that has no signal.
+const LOOK: Duration = Duration::from_millis(50);
+/// How long a drain takes at least: listeners still accept that long, and a connection is counted as its task begins.
+const LAST_CALL: Duration = Duration::from_millis(200);
+/// How long peers may take to end tunnels that carry nothing any more.
+const GOODBYE: Duration = Duration::from_secs(2);
 
 /// Runs the node proxy until it is told to stop.
 ///
@@ -85,6 +98,8 @@ fn logging(config: &Node) -> anyhow::Result<(Level, Dropped, tracing_appender::n
 }
 
 async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()> {
+    let taking = config.handover.as_deref().map(take).transpose()?.flatten();
+    let taken = taking.as_ref().map(|taking| taking.taken.clone()).unwrap_or_default();
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let (writer, reader) = state::store();
@@ -119,10 +134,19 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
         shared: shared.clone(),
         pods: pods.clone(),
         monitor: monitor.clone(),
+        before: taken.clone(),
     };
     let (stop, stopping) = drain();
     let stop = Arc::new(stop);
-    serve_admin(&config, &answers, Arc::new(registry), stop.clone(), level, dropped)?;
+    let pages = pages(&answers, Arc::new(registry), stop.clone(), level, dropped);
+    let (replaced, was_replaced) = drain();
+    let replaced = Arc::new(replaced);
+    let mut admin = None;
+    if taking.is_none() {
+        // One that takes another's place shows its pages when it has.
+        admin = Some(bind_admin(&config)?);
+        serve_admin(&pages, admin.iter().flatten(), &was_replaced)?;
+    }
 
     tokio::spawn(identities.run(reached(stopping.clone(), Phase::Forced)));
     tokio::spawn(xds::run(xds_config(&config), writer, monitor, reached(stopping.clone(), Phase::Forced)));
@@ -135,20 +159,45 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     tokio::spawn(xds::run_node_service(
         node_service,
         move |question| asked.answer(question),
-        reached(stopping.clone(), Phase::Forced),
+        // Control asks who serves now.
+        reached(was_replaced.clone(), Phase::Draining),
     ));
     tokio::spawn(watch_node_addresses(reader.clone()));
+    if let Some(taking) = &taking {
+        taking.known(&reader).await?;
+    }
     let (pods_stop, _) = drain();
-    let pods_drain = start_pods(&config, &shared, &workers, &pods, pods_stop)?;
+    let pods_drain = start_pods(&config, &shared, &workers, &pods, pods_stop, (taken.clone(), was_replaced.clone()))?;
+    let attended = Arc::new(AtomicBool::new(false));
+    let giver = |admin: Vec<TcpListener>| Giver {
+        pods: pods.clone(),
+        admin,
+        attended: attended.clone(),
+        replaced: replaced.clone(),
+        stop: stop.clone(),
+        before: taken.clone(),
+    };
+    match (taking, admin, &config.handover) {
+        (Some(taking), ..) => take_over(&config, taking, &pods, &pages, &was_replaced, giver).await?,
+        (None, Some(admin), Some(path)) => {
+            // Without it a successor cannot begin before this process has ended, which is how it always was.
+            if let Err(error) = giver(admin).wait(path) {
+                tracing::warn!(path = %path.display(), %error, "no successor can take this process's listeners");
+            }
+        }
+        (None, ..) => {}
+    }
     tracing::info!(node = %config.node_name, workers = count, version = VERSION, "started");
 
     wait_for_stop(&stopping).await?;
+    wait_for_successor(&attended, &stopping, config.termination_deadline).await;
     stop.advance(Phase::Draining);
     tracing::info!(deadline = ?config.termination_deadline, "draining");
     if let Some(pods_drain) = &pods_drain {
         pods_drain.advance(Phase::Draining);
     }
     wait_for_end(&pods, config.termination_deadline).await;
+    tracing::info!("drained");
     if let Some(pods_drain) = &pods_drain {
         pods_drain.advance(Phase::Forced);
     }
@@ -164,6 +213,7 @@ fn start_pods(
     workers: &Workers<Worker>,
     pods: &Pods,
     stop: Drain,
+    (taken, replaced): (Arc<Taken>, Drained),
 ) -> anyhow::Result<Option<Arc<Drain>>> {
     let Some(path) = config.pods.clone() else {
         anyhow::bail!("there is no list of pods; set TULLE_PODS to the file that lists the node's pods");
@@ -198,6 +248,8 @@ fn start_pods(
             .dns_addresses()
             .map_err(anyhow::Error::msg)?
             .map(|addresses| Names::new(&config.cluster_domain, addresses)),
+        taken,
+        replaced,
     });
     let stop = Arc::new(stop);
     tokio::spawn(pods.clone().run(environment, path, stop.clone()));
@@ -236,18 +288,51 @@ async fn wait_for_stop(stopping: &Drained) -> io::Result<()> {
     Ok(())
 }
 
+/// A successor that is getting ready may take half of the drain time for it: the one who asked us to stop may have
+/// taken our pages for its own.
+async fn wait_for_successor(attended: &AtomicBool, stopping: &Drained, deadline: Duration) {
+    let until = Instant::now() + deadline / 2;
+    while attended.load(Ordering::Relaxed) && !stopping.is_draining() && Instant::now() < until {
+        sleep(LOOK).await;
+    }
+}
+
 /// Until the last connection ended, or the deadline.
 async fn wait_for_end(pods: &Pods, deadline: Duration) {
-    let until = Instant::now() + deadline;
-    while Instant::now() < until {
+    let (began, until) = (Instant::now(), Instant::now() + deadline);
+    loop {
+        // What was accepted a moment ago is counted by then.
+        sleep(LOOK.max(LAST_CALL.saturating_sub(began.elapsed())).min(deadline)).await;
         let (inbound, outbound) = pods.connections();
-        if inbound + outbound == 0 {
+        let (tunnels, questions) = pods.unfinished();
+        // A tunnel without streams ends as its peer has seen the goodbye; a peer that does not holds nobody up.
+        let goodbyes = tunnels > 0 && began.elapsed() < GOODBYE;
+        if inbound + outbound + questions == 0 && !goodbyes {
             return;
         }
-        sleep(Duration::from_millis(50)).await;
+        if Instant::now() >= until {
+            tracing::warn!(inbound, outbound, "the drain time is over; ending what is left");
+            return;
+        }
     }
-    let (inbound, outbound) = pods.connections();
-    tracing::warn!(inbound, outbound, "the drain time is over; ending what is left");
+}
+
+/// Takes the place of the process before this one.
+async fn take_over(
+    config: &Node,
+    mut taking: Taking,
+    pods: &Pods,
+    pages: &[Routes; 3],
+    replaced: &Drained,
+    giver: impl FnOnce(Vec<TcpListener>) -> Giver,
+) -> anyhow::Result<()> {
+    taking.captured(pods).await;
+    let admin = match taking.admin_at(&admin_addresses(config)) {
+        Some(admin) => admin,
+        None => bind_admin(config)?,
+    };
+    serve_admin(pages, &admin, replaced)?;
+    taking.ready(giver(admin)).await.context("successors of this process could not find it")
 }
 
 fn control(config: &Node, ca: bool) -> Control {
@@ -301,14 +386,7 @@ fn hbone_config(config: &Node) -> hbone::Config {
     }
 }
 
-fn serve_admin(
-    config: &Node,
-    answers: &Answers,
-    registry: Arc<Registry>,
-    stop: Arc<Drain>,
-    level: Level,
-    dropped: Dropped,
-) -> anyhow::Result<()> {
+fn pages(answers: &Answers, registry: Arc<Registry>, stop: Arc<Drain>, level: Level, dropped: Dropped) -> [Routes; 3] {
     let page = |answers: &Answers, make: fn(&Answers) -> serde_json::Value| {
         let answers = answers.clone();
         move |_, _| {
@@ -366,12 +444,25 @@ fn serve_admin(
             }
         }
     });
-    for (address, routes) in [
-        (config.admin_address, admin_routes),
-        (config.metrics_address, metrics_routes),
-        (config.readiness_address, readiness_routes),
-    ] {
-        tokio::spawn(admin::serve(admin::bind(address)?, routes));
+    [admin_routes, metrics_routes, readiness_routes]
+}
+
+fn admin_addresses(config: &Node) -> [SocketAddr; 3] {
+    [config.admin_address, config.metrics_address, config.readiness_address]
+}
+
+fn bind_admin(config: &Node) -> io::Result<Vec<TcpListener>> {
+    admin_addresses(config).into_iter().map(admin::bind).collect()
+}
+
+/// Serves the pages until a successor does. The listeners stay with the caller, for it.
+fn serve_admin<'a>(
+    pages: &[Routes; 3],
+    listeners: impl IntoIterator<Item = &'a TcpListener>,
+    replaced: &Drained,
+) -> io::Result<()> {
+    for (routes, listener) in pages.iter().zip(listeners) {
+        tokio::spawn(admin::serve(listener.try_clone()?, routes.clone(), replaced.clone()));
     }
     Ok(())
 }

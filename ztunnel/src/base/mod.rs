@@ -6,6 +6,7 @@ pub mod bucket;
 pub mod budget;
 pub mod conntrack;
 pub mod drain;
+pub mod handover;
 pub mod netns;
 pub mod pace;
 pub mod sockets;

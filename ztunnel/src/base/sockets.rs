@@ -143,6 +143,23 @@ impl PodSockets {
         let options = self.options.clone();
         self.thread.run(&self.netns, move || new_listener(port, &options)).await
     }
+
+    /// Gives a listener that another process opened here the options of ours.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn adopt(&self, listener: &std::net::TcpListener) -> io::Result<()> {
+        listener.set_nonblocking(true)?;
+        self.options.apply(&SockRef::from(listener))
+    }
+
+    /// The pod's tracking table.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub async fn conntrack(&self) -> io::Result<Conntrack> {
+        self.thread.run(&self.netns, Conntrack::open).await
+    }
 }
 
 impl PodSockets {

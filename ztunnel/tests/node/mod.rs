@@ -178,6 +178,8 @@ impl Node {
             preexisting: Preexisting::Keep,
             trust_domain: "cluster.local".into(),
             names: None,
+            taken: Arc::default(),
+            replaced: drain().1,
         };
         let pods = Pods::default();
         let stop = Arc::new(drain().0);
