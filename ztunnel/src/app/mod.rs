@@ -53,10 +53,10 @@ const LOG_LINES: usize = 64 * 1024;
 
 /// How often something is looked at that has no signal.
 const LOOK: Duration = Duration::from_millis(50);
-/// How long a drain takes at least: listeners still accept that long, and a connection is counted as its task begins.
+/// How long a drain takes at least: without a successor, listeners still accept that long.
 const LAST_CALL: Duration = Duration::from_millis(200);
-/// How long peers may take to end tunnels that carry nothing any more.
-const GOODBYE: Duration = Duration::from_secs(2);
+/// How long peers may take to end tunnels that carry nothing any more: as long as streams are taken that crossed the goodbye.
+const GOODBYE: Duration = Duration::from_secs(5);
 
 /// Runs the node proxy until it is told to stop.
 ///
@@ -196,7 +196,7 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     if let Some(pods_drain) = &pods_drain {
         pods_drain.advance(Phase::Draining);
     }
-    wait_for_end(&pods, config.termination_deadline).await;
+    wait_for_end(&pods, &workers, config.termination_deadline).await;
     tracing::info!("drained");
     if let Some(pods_drain) = &pods_drain {
         pods_drain.advance(Phase::Forced);
@@ -298,16 +298,15 @@ async fn wait_for_successor(attended: &AtomicBool, stopping: &Drained, deadline:
 }
 
 /// Until the last connection ended, or the deadline.
-async fn wait_for_end(pods: &Pods, deadline: Duration) {
+async fn wait_for_end(pods: &Pods, workers: &Workers<Worker>, deadline: Duration) {
     let (began, until) = (Instant::now(), Instant::now() + deadline);
     loop {
-        // What was accepted a moment ago is counted by then.
         sleep(LOOK.max(LAST_CALL.saturating_sub(began.elapsed())).min(deadline)).await;
         let (inbound, outbound) = pods.connections();
-        let (tunnels, questions) = pods.unfinished();
-        // A tunnel without streams ends as its peer has seen the goodbye; a peer that does not holds nobody up.
-        let goodbyes = tunnels > 0 && began.elapsed() < GOODBYE;
-        if inbound + outbound + questions == 0 && !goodbyes {
+        // What else was accepted: handshakes, and tunnels without streams, whose peers have not seen the goodbye yet. One
+        // that does not heed it holds nobody up.
+        let others = workers.loads() > 0 && began.elapsed() < GOODBYE;
+        if inbound + outbound + pods.questions() == 0 && !others {
             return;
         }
         if Instant::now() >= until {

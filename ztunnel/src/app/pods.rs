@@ -647,12 +647,14 @@ impl PodTask {
             return;
         }
         if let Some(serving) = serving {
-            serving.captured.advance(Phase::Draining);
-            serving.tunnels.advance(Phase::Draining);
-            serving.flows.advance(Phase::Draining);
-            if self.environment.replaced.is_draining() {
-                serving.names.advance(Phase::Forced);
+            // A successor accepts from the very same sockets: what is in their queues is its own now.
+            let listeners = if self.environment.replaced.is_draining() { Phase::Forced } else { Phase::Draining };
+            serving.captured.advance(listeners);
+            serving.tunnels.advance(listeners);
+            if listeners == Phase::Forced {
+                serving.names.advance(listeners);
             }
+            serving.flows.advance(Phase::Draining);
             stop.forced().await;
             end(&serving);
         }

@@ -29,6 +29,10 @@ const TURNS: usize = 4;
 /// Connections waiting to be accepted. The kernel caps it at `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 
+/// Questions of a pod that may wait to be read, in bytes as the kernel counts: some 3,000, which is what a busy pod asks
+/// while its worker is away for a moment. A question that finds no room is lost, and asked again after seconds.
+const DATAGRAMS_WAITING: usize = 1 << 20;
+
 /// What every socket gets.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -237,6 +241,8 @@ fn new_datagrams(address: SocketAddr, options: &Options) -> io::Result<std::net:
     if options.reuse_port {
         socket.set_reuse_port(true)?;
     }
+    // Without the privilege the usual size does; a burst then costs some clients a second question.
+    let _ = setsockopt(&socket, sockopt::RcvBufForce, &DATAGRAMS_WAITING);
     // Not marked: an answer to a client whose own port is 53 must not be taken for a question of ours.
     socket.bind(&address.into())?;
     Ok(socket.into())

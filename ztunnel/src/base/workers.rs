@@ -102,6 +102,11 @@ impl<C: 'static> Workers<C> {
         LoadGuard(load)
     }
 
+    /// Flows of all workers.
+    pub fn loads(&self) -> usize {
+        self.0.iter().map(|worker| worker.load.load(Ordering::Relaxed)).sum()
+    }
+
     /// Runs `job` on `worker`.
     ///
     /// # Errors
