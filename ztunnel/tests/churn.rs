@@ -182,7 +182,10 @@ impl Churn {
         loop {
             let status = self.node.pods.status();
             let captured = status.iter().filter(|pod| pod.capture == "Captured").count();
-            if captured == self.live.len() + 1 && status.len() == captured {
+            // The list may not have been read yet: these very pods, and no others.
+            let latest =
+                self.live.back().is_none_or(|last| status.iter().any(|pod| pod.uid == format!("uid-{}", last.number)));
+            if latest && captured == self.live.len() + 1 && status.len() == captured {
                 break;
             }
             let others: Vec<_> = status.iter().filter(|pod| pod.capture != "Captured").take(3).collect();

@@ -39,13 +39,17 @@ fn drain(tcp: &mut TcpStream) -> Saw {
     }
 }
 
-/// Reads on after the end of the stream until the connection breaks.
+/// Waits after the end of the stream until the connection breaks. Reads do not tell it then: the kernel keeps a reset that
+/// follows an end as an error of writing.
 fn await_break(tcp: &mut TcpStream) -> Saw {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        match drain(tcp) {
-            Saw::End(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
-            saw => return saw,
+        match (drain(tcp), tcp.take_error().unwrap()) {
+            (Saw::End(bytes), Some(error)) if error.kind() == ErrorKind::BrokenPipe => {
+                return Saw::Broken(ErrorKind::ConnectionReset, bytes);
+            }
+            (Saw::End(_), None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
+            (saw, _) => return saw,
         }
     }
 }
@@ -83,7 +87,11 @@ fn obey(mut tcp: TcpStream) -> Option<Saw> {
             Some(await_break(&mut tcp))
         }
         b's' => Some(await_break(&mut tcp)),
-        _ => Some(drain(&mut tcp)),
+        _ => {
+            // A client that resets before it is served ends the attempt, and there is nothing to see.
+            tcp.write_all(b"!").unwrap();
+            Some(drain(&mut tcp))
+        }
     }
 }
 
@@ -144,13 +152,15 @@ impl Way<'_> {
             drain(&mut tcp)
         });
         assert_eq!(saw, Saw::Broken(ErrorKind::ConnectionReset, 0), "{name}: a reset after the client's end");
-        self.client(b'c', |tcp| {
+        self.client(b'c', |mut tcp| {
+            tcp.read_exact(&mut [0]).unwrap();
             reset(&tcp);
             Saw::End(0)
         });
         assert_eq!(self.server(), Saw::Broken(ErrorKind::ConnectionReset, 0), "{name}: the client's reset");
         // With bytes on their way, which the reset may overtake; it must not become an end.
         self.client(b'c', |mut tcp| {
+            tcp.read_exact(&mut [0]).unwrap();
             tcp.write_all(&[3; 1000]).unwrap();
             reset(&tcp);
             Saw::End(0)
