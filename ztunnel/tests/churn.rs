@@ -33,6 +33,8 @@ const STEP: usize = 5;
 const PAUSE: Duration = Duration::from_millis(100);
 /// Service accounts.
 const ACCOUNTS: usize = 20;
+/// Sockets that the pod which stays may have ready for its next connections.
+const READY: usize = 8;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A node's namespace, which this thread and its children live in, and a ring of pods' namespaces.
@@ -280,8 +282,10 @@ fn pods_that_come_and_go_leave_nothing_behind() {
     let after = churn.rest();
     memories.push(memory());
     println!("before {before:?}, after {after:?}; memory in KB: {memories:?}");
-    assert_eq!(after, before, "something is left of {all} pods");
-    // The first tenth fills caches and the allocator's pools; after it, a kilobyte a pod would be seen.
+    assert!(after.files <= before.files + READY, "files are left of {all} pods: {before:?}, {after:?}");
+    assert_eq!(Held { files: 0, ..after }, Held { files: 0, ..before }, "something is left of {all} pods");
+    // The first tenth fills caches and the allocator's pools, and the log of applied versions fills for the first 4,096;
+    // a kilobyte a pod would be seen.
     let grown = memories.last().unwrap().saturating_sub(memories[1]);
     assert!(grown < 4096 + all / 2, "memory grew by {grown} KB: {memories:?}");
 }

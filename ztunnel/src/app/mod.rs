@@ -150,18 +150,6 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
 
     tokio::spawn(identities.run(reached(stopping.clone(), Phase::Forced)));
     tokio::spawn(xds::run(xds_config(&config), writer, monitor, reached(stopping.clone(), Phase::Forced)));
-    let asked = answers.clone();
-    let node_service = xds::NodeConfig {
-        control: control(&config, false),
-        node_name: config.node_name.clone(),
-        version: VERSION.to_owned(),
-    };
-    tokio::spawn(xds::run_node_service(
-        node_service,
-        move |question| asked.answer(question),
-        // Control asks who serves now.
-        reached(was_replaced.clone(), Phase::Draining),
-    ));
     tokio::spawn(watch_node_addresses(reader.clone()));
     if let Some(taking) = &taking {
         taking.known(&reader).await?;
@@ -187,24 +175,30 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
         }
         (None, ..) => {}
     }
+    answer_control(&config, answers, was_replaced);
     tracing::info!(node = %config.node_name, workers = count, version = VERSION, "started");
 
     wait_for_stop(&stopping).await?;
     wait_for_successor(&attended, &stopping, config.termination_deadline).await;
-    stop.advance(Phase::Draining);
     tracing::info!(deadline = ?config.termination_deadline, "draining");
-    if let Some(pods_drain) = &pods_drain {
-        pods_drain.advance(Phase::Draining);
-    }
+    [&stop, &pods_drain].map(|drain| drain.advance(Phase::Draining));
     wait_for_end(&pods, &workers, config.termination_deadline).await;
     tracing::info!("drained");
-    if let Some(pods_drain) = &pods_drain {
-        pods_drain.advance(Phase::Forced);
-    }
-    stop.advance(Phase::Forced);
+    [&pods_drain, &stop].map(|drain| drain.advance(Phase::Forced));
     // Let the last records reach the log.
     sleep(Duration::from_millis(50)).await;
     Ok(())
+}
+
+/// Answers control's questions while this process is the one that serves.
+fn answer_control(config: &Node, answers: Answers, replaced: Drained) {
+    let service = xds::NodeConfig {
+        control: control(config, false),
+        node_name: config.node_name.clone(),
+        version: VERSION.to_owned(),
+    };
+    let answer = move |question| answers.answer(question);
+    tokio::spawn(xds::run_node_service(service, answer, reached(replaced, Phase::Draining)));
 }
 
 fn start_pods(
@@ -214,7 +208,7 @@ fn start_pods(
     pods: &Pods,
     stop: Drain,
     (taken, replaced): (Arc<Taken>, Drained),
-) -> anyhow::Result<Option<Arc<Drain>>> {
+) -> anyhow::Result<Arc<Drain>> {
     let Some(path) = config.pods.clone() else {
         anyhow::bail!("there is no list of pods; set TULLE_PODS to the file that lists the node's pods");
     };
@@ -253,7 +247,7 @@ fn start_pods(
     });
     let stop = Arc::new(stop);
     tokio::spawn(pods.clone().run(environment, path, stop.clone()));
-    Ok(Some(stop))
+    Ok(stop)
 }
 
 /// Tells the snapshot which addresses the node has. Interfaces come with the first pods of some networks, so it looks

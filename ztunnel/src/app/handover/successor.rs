@@ -46,11 +46,13 @@ pub struct Claim {
     pub datagrams: Option<u64>,
 }
 
+/// By uid, with device and inode of their namespaces. A pod has a second set when it was captured by both.
+type Sets = HashMap<String, Vec<((u64, u64), Claim)>>;
+
 /// What a process got from the one before it, and whether that still runs.
 #[derive(Debug)]
 pub struct Taken {
-    /// By uid, with their namespaces. A pod has a second set when it was captured by both.
-    pods: Mutex<HashMap<String, Vec<((u64, u64), Claim)>>>,
+    pods: Mutex<Sets>,
     left: Mutex<Vec<Left>>,
     /// Answers that came whole.
     ends: watch::Sender<u32>,
