@@ -181,10 +181,10 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     wait_for_stop(&stopping).await?;
     wait_for_successor(&attended, &stopping, config.termination_deadline).await;
     tracing::info!(deadline = ?config.termination_deadline, "draining");
-    [&stop, &pods_drain].map(|drain| drain.advance(Phase::Draining));
+    [&stop, &pods_drain].into_iter().for_each(|drain| drain.advance(Phase::Draining));
     wait_for_end(&pods, &workers, config.termination_deadline).await;
     tracing::info!("drained");
-    [&pods_drain, &stop].map(|drain| drain.advance(Phase::Forced));
+    [&pods_drain, &stop].into_iter().for_each(|drain| drain.advance(Phase::Forced));
     // Let the last records reach the log.
     sleep(Duration::from_millis(50)).await;
     Ok(())
