@@ -142,14 +142,14 @@ pub fn hold(lab: &Lab, from: &str) -> anyhow::Result<Held> {
     let mut running = lab.spawn(from, &["shop", "tcp", "cart.shop:9000", "--hold-ms", "50"])?;
     let stdout = running.child().and_then(|child| child.stdout.take()).context("no output")?;
     let mut held = Held { running, lines: BufReader::new(stdout) };
-    let opened = held.next()?;
+    let opened = held.report()?;
     anyhow::ensure!(opened["kind"] == "open", "{from} could not connect: {opened}");
     Ok(held)
 }
 
 impl Held {
     /// What it reports next; waits for it.
-    pub fn next(&mut self) -> anyhow::Result<Value> {
+    pub fn report(&mut self) -> anyhow::Result<Value> {
         let mut line = String::new();
         self.lines.read_line(&mut line)?;
         Ok(serde_json::from_str(&line)?)
@@ -160,7 +160,7 @@ impl Held {
         if let Some(child) = self.running.child() {
             drop(child.stdin.take());
         }
-        self.next()
+        self.report()
     }
 }
 

@@ -120,7 +120,7 @@ fn policy_reaches_connections_that_a_replaced_proxy_still_carries() -> anyhow::R
     lab.replace("node-2")?;
     let rules = "[{from: [{source: {principals: ['cluster.local/ns/shop/sa/web']}}]}]";
     lab.apply_yaml(&scenario::authorization("shop", "not-web", "cart", "DENY", rules))?;
-    let cut = web.next()?;
+    let cut = web.report()?;
     assert_eq!(cut["ok"], false, "the forbidden connection ends: {cut}");
     scenario::await_log(&lab, "node-2", &["POLICY_CHANGED", "shop/not-web"])?;
     let refused = scenario::call(&lab, "shop/web", "http://cart.shop/")?;

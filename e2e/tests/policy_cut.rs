@@ -14,7 +14,7 @@ fn a_new_policy_cuts_what_it_forbids_and_nothing_else() -> anyhow::Result<()> {
     let rules = "[{from: [{source: {principals: ['cluster.local/ns/shop/sa/web']}}]}]";
     lab.apply_yaml(&scenario::authorization("shop", "not-web", "cart", "DENY", rules))?;
     let began = Instant::now();
-    let cut = web.next()?;
+    let cut = web.report()?;
     assert_eq!(cut["ok"], false, "the forbidden connection ends: {cut}");
     assert!(began.elapsed() < scenario::PATIENCE);
     scenario::await_log(&lab, "node-2", &["POLICY_CHANGED", "shop/not-web"])?;
@@ -29,7 +29,7 @@ fn strict_cuts_live_plaintext() -> anyhow::Result<()> {
     let mut guest = hold(&lab, "plain/guest")?;
     let web = hold(&lab, "shop/web")?;
     lab.apply_yaml(&scenario::peer_authentication("shop", "STRICT"))?;
-    let cut = guest.next()?;
+    let cut = guest.report()?;
     assert_eq!(cut["ok"], false, "plaintext ends: {cut}");
     assert_eq!(web.finish()?["ok"], true, "mutual TLS lives");
     Ok(())
