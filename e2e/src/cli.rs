@@ -117,6 +117,13 @@ enum Command {
         /// Component.
         component: String,
     },
+    /// Replace the proxy of node-N while it serves: a new process takes its listeners over, the old one drains.
+    Replace {
+        #[command(flatten)]
+        state: State,
+        /// node-N.
+        component: String,
+    },
     /// End the lab and remove its state.
     Down {
         #[command(flatten)]
@@ -234,6 +241,11 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Start { state, component } => {
             Lab::attach(&state.dir())?.restart(&component)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Replace { state, component } => {
+            Lab::attach(&state.dir())?.replace(&component)?;
+            println!("a new process serves {component}; the old one drains");
             Ok(ExitCode::SUCCESS)
         }
         Command::Down { state, keep_logs } => {

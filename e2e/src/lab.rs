@@ -282,6 +282,26 @@ impl Lab {
         Ok(())
     }
 
+    /// Starts the process that is to replace a node's proxy; does not wait until it does.
+    pub fn begin_replacing(&self, node: &str) -> anyhow::Result<()> {
+        self.request(&Request::Replace { component: node.into() }, &mut |_| {})?;
+        Ok(())
+    }
+
+    /// Replaces a node's proxy while it serves: a new process takes its listeners over, and it drains. Returns once the
+    /// new one serves.
+    pub fn replace(&self, node: &str) -> anyhow::Result<()> {
+        self.begin_replacing(node)?;
+        eventually(&format!("a new process serves {node}"), Duration::from_secs(60), || {
+            let view = self.view()?;
+            let pid = view.nodes.iter().find(|it| it.name == node).and_then(|it| it.pid);
+            let pid = pid.with_context(|| format!("the new process of {node} has ended; see its log"))?;
+            let status = self.node_admin(node, "/status")?;
+            anyhow::ensure!(status["pid"] == pid && status["ready"] == true, "process {pid} is wanted: {status}");
+            Ok(())
+        })
+    }
+
     /// A command that will run in a pod (`namespace/pod` or `namespace/deployment`), on a node, in `control` or in the
     /// `fabric`.
     pub fn command(&self, place: &str, argv: &[&str]) -> Command {
@@ -546,15 +566,16 @@ fn end_supervisor(pid: u32, unreachable: bool) -> anyhow::Result<()> {
 }
 
 /// Removes what the lab made, entry by entry: a wrong path must not cost anybody else's files.
+/// Beginnings of names of further files of the state.
+const STATE_PREFIXES: [&str; 7] =
+    ["pods-node-", "agent-node-", "handover-node-", "token-node-", ".pods-node-", ".token-node-", ".lab.json"];
+
 fn remove_state(paths: &Paths, keep_logs: bool) -> anyhow::Result<()> {
     let Ok(entries) = std::fs::read_dir(&paths.0) else { return Ok(()) };
     let ours = ["objects", "netns", "logs", "ca", "bin", "etc", "lab.sock", "lab.json", "config.json", "lock"];
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let known = ours.contains(&name.as_str())
-            || ["pods-node-", "agent-node-", "token-node-", ".pods-node-", ".token-node-", ".lab.json"]
-                .iter()
-                .any(|p| name.starts_with(p));
+        let known = ours.contains(&name.as_str()) || STATE_PREFIXES.iter().any(|p| name.starts_with(p));
         if !known || (keep_logs && name == "logs") {
             continue;
         }

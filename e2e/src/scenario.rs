@@ -11,6 +11,7 @@ use std::process::ChildStdout;
 use std::process::Command;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use serde_json::Value;
 
 use crate::eventually::eventually;
@@ -200,8 +201,8 @@ pub struct Held {
 /// A connection to cart with a line back and forth every 50 ms; returns once it is open.
 pub fn hold(lab: &Lab, from: &str) -> anyhow::Result<Held> {
     let mut running = lab.spawn(from, &["shop", "tcp", "cart.shop:9000", "--hold-ms", "50"])?;
-    let stdout = running.child().and_then(|child| child.stdout.take());
-    let mut held = Held { running, lines: BufReader::new(stdout.ok_or_else(|| anyhow::anyhow!("no output"))?) };
+    let stdout = running.child().and_then(|child| child.stdout.take()).context("no output")?;
+    let mut held = Held { running, lines: BufReader::new(stdout) };
     let opened = held.report()?;
     anyhow::ensure!(opened["kind"] == "open", "{from} could not connect: {opened}");
     Ok(held)

@@ -90,6 +90,10 @@ impl Paths {
     pub fn agent_socket(&self, node: u16) -> PathBuf {
         self.0.join(format!("agent-node-{node}.sock"))
     }
+    /// The socket on which a node's proxy hands its listeners to the next one.
+    pub fn handover_socket(&self, node: u16) -> PathBuf {
+        self.0.join(format!("handover-node-{node}.sock"))
+    }
     /// The token of a node.
     pub fn token(&self, node: u16) -> PathBuf {
         self.0.join(format!("token-node-{node}"))

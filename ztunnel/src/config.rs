@@ -176,6 +176,9 @@ pub struct Node {
     /// How long connections may go on after SIGTERM.
     #[arg(long, env = "CONNECTION_TERMINATION_DEADLINE", default_value = "30s", value_parser = duration)]
     pub termination_deadline: Duration,
+    /// Unix socket at which a new process takes the listeners of the one before it over. Absent: it opens its own.
+    #[arg(long, env = "TULLE_HANDOVER")]
+    pub handover: Option<PathBuf>,
     /// Address of admin, loopback.
     #[arg(long, env = "TULLE_ADMIN_ADDRESS", default_value = "127.0.0.1:15000")]
     pub admin_address: std::net::SocketAddr,

@@ -31,7 +31,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use node::{Lab, Node, await_inbound, serve, talk};
+use node::{Lab, Node, Setup, await_inbound, serve, talk};
 use prost::Message as _;
 use tulle_proto::security::Scope;
 use tulle_proto::workload as wds;
@@ -110,7 +110,8 @@ fn a_pod_that_nobody_describes_is_refused_and_not_held_for_ever() {
 fn who_does_not_finish_a_handshake_is_let_go() {
     let lab = Lab::new("h");
     let config = Config { handshake_timeout: Duration::from_secs(2), ..Config::default() };
-    let mut node = Node::start_with(&lab, lab.pods_file(&["a", "b"]), config);
+    let mut node =
+        Node::start_with(lab.dir.path(), lab.pods_file(&["a", "b"]), Setup { hbone: config, ..Setup::default() });
     node.describe(&["a", "b"]);
     node.wait(&[("a", "Captured"), ("b", "Captured")]);
     // Nothing at all; the beginning of a ClientHello; one that never goes on.
@@ -132,7 +133,8 @@ fn who_does_not_finish_a_handshake_is_let_go() {
 fn a_peer_that_never_answers_connect_is_given_up() {
     let lab = Lab::new("n");
     let config = Config { connect_timeout: Duration::from_millis(500), ..Config::default() };
-    let mut node = Node::start_with(&lab, lab.pods_file(&["a", "b"]), config);
+    let mut node =
+        Node::start_with(lab.dir.path(), lab.pods_file(&["a", "b"]), Setup { hbone: config, ..Setup::default() });
     node.describe(&["a", "b", "c"]);
     node.wait(&[("a", "Captured"), ("b", "Captured")]);
     // Another proxy stands where c is: it opens the tunnel, and lets every stream wait.

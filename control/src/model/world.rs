@@ -154,6 +154,7 @@ impl World {
             Object::Pod(o) => vacant(&mut self.pods, key, o),
             Object::Service(o) => vacant(&mut self.services, key, o),
             Object::EndpointSlice(o) => vacant(&mut self.slices, key, o),
+            Object::Endpoints(o) => vacant(&mut self.endpoints, key, o),
             Object::AuthorizationPolicy(o) => vacant(&mut self.authorization_policies, key, o),
             Object::PeerAuthentication(o) => vacant(&mut self.peer_authentications, key, o),
             Object::NetworkPolicy(o) => vacant(&mut self.network_policies, key, o),

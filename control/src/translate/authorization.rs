@@ -30,7 +30,7 @@ pub(super) struct Translated<'a> {
 pub(super) fn translate<'a>(
     policy: &'a AuthorizationPolicy,
     world: &'a World,
-    endpoints: &'a Endpoints<'a>,
+    endpoints: &'a Endpoints,
     settings: &'a Settings,
 ) -> Translated<'a> {
     match &policy.spec {
@@ -48,7 +48,7 @@ fn unreadable<'a>(
     target: &Target,
     reason: &str,
     world: &'a World,
-    endpoints: &'a Endpoints<'a>,
+    endpoints: &'a Endpoints,
     settings: &'a Settings,
 ) -> Translated<'a> {
     let meta = &policy.meta;
@@ -77,7 +77,7 @@ fn readable<'a>(
     policy: &'a AuthorizationPolicy,
     spec: &AuthorizationSpec,
     world: &'a World,
-    endpoints: &'a Endpoints<'a>,
+    endpoints: &'a Endpoints,
     settings: &'a Settings,
 ) -> Translated<'a> {
     let mut conditions = Vec::new();
@@ -192,7 +192,7 @@ fn selecting<'a>(
     policy: &'a AuthorizationPolicy,
     target: Target,
     world: &'a World,
-    endpoints: &'a Endpoints<'a>,
+    endpoints: &'a Endpoints,
     settings: &'a Settings,
 ) -> Option<Selecting<'a>> {
     let meta = &policy.meta;
@@ -216,7 +216,7 @@ fn behind(
     policy: &Meta,
     service: &str,
     world: &World,
-    endpoints: &Endpoints<'_>,
+    endpoints: &Endpoints,
     settings: &Settings,
 ) -> bool {
     let key = (policy.namespace.clone(), service.to_owned());

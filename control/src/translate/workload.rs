@@ -41,13 +41,7 @@ pub(super) struct Facts {
     locality: Option<workload::Locality>,
 }
 
-pub(super) fn facts(
-    pod: &Pod,
-    policies: Policies,
-    endpoints: &Endpoints,
-    world: &World,
-    settings: &Settings,
-) -> Facts {
+pub(super) fn facts(pod: &Pod, policies: Policies, endpoints: &Endpoints, world: &World, settings: &Settings) -> Facts {
     Facts {
         policies,
         services: endpoints.of_pod(pod),

@@ -89,10 +89,12 @@ impl Nodes {
     }
 
     fn update(&self, node: &str, stream: u64, session: &Session) {
-        // A newer stream of the same node owns the entry.
+        // A newer stream of the same node owns the entry, as long as it lives: a proxy that drains beside its successor
+        // may have connected later, and ends earlier.
         if let Some(state) = self.lock().get_mut(node)
-            && state.stream == stream
+            && (state.stream == stream || !state.connected)
         {
+            (state.stream, state.connected) = (stream, true);
             state.acked_generation = session.acked_generation();
             state.nacks = session.nacks();
             state.subscriptions = session

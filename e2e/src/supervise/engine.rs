@@ -14,6 +14,8 @@ use std::sync::mpsc;
 use std::time::Duration;
 use std::time::Instant;
 
+use anyhow::Context;
+
 use crate::address;
 use crate::dns;
 use crate::eventually;
@@ -247,6 +249,13 @@ impl Engine {
                 self.start_component(&component)?;
                 Ok(0.0)
             }
+            Request::Replace { component } => {
+                let node = self.node(&component)?;
+                let netns = self.node_ns[usize::from(node) - 1].path();
+                self.proxies.replace(&self.config, &self.paths, node, netns)?;
+                self.show();
+                Ok(0.0)
+            }
             Request::Status | Request::Get { .. } | Request::Kill { .. } | Request::Down => {
                 anyhow::bail!("not a change")
             }
@@ -260,14 +269,17 @@ impl Engine {
             self.show();
             return Ok(());
         }
-        let node = component.strip_prefix("node-").and_then(|node| node.parse().ok());
-        let Some(node) = node.filter(|node| (1..=self.config.nodes).contains(node)) else {
-            anyhow::bail!("{component} is neither control nor a node of this lab");
-        };
+        let node = self.node(component)?;
         self.proxies.observe();
         self.proxies.start(&self.config, &self.paths, node, self.node_ns[usize::from(node) - 1].path())?;
         self.show();
         Ok(())
+    }
+
+    fn node(&self, component: &str) -> anyhow::Result<u16> {
+        let node = component.strip_prefix("node-").and_then(|node| node.parse().ok());
+        let node = node.filter(|node| (1..=self.config.nodes).contains(node));
+        node.with_context(|| format!("{component} is neither control nor a node of this lab"))
     }
 
     /// Notices ended processes and readiness; true when something changed.

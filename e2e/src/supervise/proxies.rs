@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::path::PathBuf;
 
+use anyhow::Context;
 use serde_json::Value;
 
 use crate::plan::Pod;
@@ -28,6 +29,8 @@ struct Proxy {
     process: Process,
     /// It is handed its pods.
     agent: Option<zds::Agent>,
+    /// Processes that it has replaced, which carry their last connections.
+    before: Vec<Process>,
 }
 
 impl Proxies {
@@ -38,12 +41,28 @@ impl Proxies {
         anyhow::ensure!(!runs, "node-{node} runs already");
         let handed = config.handed.contains(&format!("node-{node}"));
         // The agent outlives the proxy, as on a real node.
-        let agent = match before.and_then(|proxy| proxy.agent.take()) {
+        let (agent, draining) = match before {
+            Some(proxy) => (proxy.agent.take(), std::mem::take(&mut proxy.before)),
+            None => (None, Vec::new()),
+        };
+        let agent = match agent {
             None if handed => Some(zds::Agent::start(&paths.agent_socket(node))?),
             agent => agent,
         };
         let process = mesh::start_ztunnel(config, paths, node, netns)?;
-        self.0.insert(node, Proxy { process, agent });
+        self.0.insert(node, Proxy { process, agent, before: draining });
+        Ok(())
+    }
+
+    /// Starts another proxy beside a running one, which drains once the new one has taken its listeners.
+    pub fn replace(&mut self, config: &Config, paths: &Paths, node: u16, netns: &Path) -> anyhow::Result<()> {
+        let runs = |process: &Process| process.ended_with().is_none();
+        let proxy = self.0.get_mut(&node).with_context(|| format!("node-{node} was never started"))?;
+        // The one that serves may be one from before, whose successor died.
+        let running = runs(&proxy.process) || proxy.before.iter().any(runs);
+        anyhow::ensure!(running, "node-{node} does not run; start it");
+        let new = mesh::start_ztunnel(config, paths, node, netns)?;
+        proxy.before.push(std::mem::replace(&mut proxy.process, new));
         Ok(())
     }
 
@@ -68,6 +87,7 @@ impl Proxies {
         for proxy in self.0.values_mut() {
             let ran = proxy.process.pid().is_some();
             ended |= ran && proxy.process.exited().is_some();
+            proxy.before.retain_mut(|process| process.exited().is_none());
         }
         ended
     }
@@ -126,7 +146,7 @@ impl Proxies {
 
     /// The processes, to be ended; the agents end here.
     pub fn into_processes(self) -> impl Iterator<Item = Process> {
-        self.0.into_values().map(|proxy| proxy.process)
+        self.0.into_values().flat_map(|proxy| proxy.before.into_iter().chain([proxy.process]))
     }
 }
 

@@ -88,6 +88,11 @@ pub enum Request {
         /// Further variables, kept for later starts.
         env: std::collections::BTreeMap<String, String>,
     },
+    /// Start a node's proxy beside the one that runs, to take its place.
+    Replace {
+        /// `node-1`.
+        component: String,
+    },
     /// End the lab.
     Down,
 }

@@ -21,6 +21,8 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
+use crate::base::drain::Drained;
+
 /// Connections a server takes at once: people, a scraper and a few probes.
 const CONNECTIONS: usize = 64;
 /// How long a client may take for its request's headers.
@@ -94,8 +96,8 @@ pub fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     Ok(listener)
 }
 
-/// Serves `routes` until the process ends.
-pub async fn serve(listener: std::net::TcpListener, routes: Routes) {
+/// Serves `routes` until `drained`; a connection that is open then gets one more answer.
+pub async fn serve(listener: std::net::TcpListener, routes: Routes, drained: Drained) {
     let listener = match TcpListener::from_std(listener) {
         Ok(listener) => listener,
         Err(error) => return tracing::error!(%error, "an admin server cannot start"),
@@ -103,7 +105,8 @@ pub async fn serve(listener: std::net::TcpListener, routes: Routes) {
     let room = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let Ok(permit) = room.clone().acquire_owned().await else { return };
-        let tcp = match listener.accept().await {
+        let accepted = tokio::select! { accepted = listener.accept() => accepted, () = drained.draining() => return };
+        let tcp = match accepted {
             Ok((tcp, _)) => tcp,
             Err(error) => {
                 tracing::warn!(%error, "an admin server cannot accept; trying again");
@@ -111,19 +114,24 @@ pub async fn serve(listener: std::net::TcpListener, routes: Routes) {
                 continue;
             }
         };
-        let routes = routes.clone();
+        let (routes, drained) = (routes.clone(), drained.clone());
         tokio::spawn(async move {
             let _permit = permit;
             let service = service_fn(|request| {
                 let routes = routes.clone();
                 async move { Ok::<_, Infallible>(respond(routes.answer(request).await)) }
             });
-            // A client that leaves early is no news.
-            let _ = hyper::server::conn::http1::Builder::new()
+            let connection = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(HEADER_PATIENCE)
-                .serve_connection(TokioIo::new(tcp), service)
-                .await;
+                .serve_connection(TokioIo::new(tcp), service);
+            tokio::pin!(connection);
+            // A client that leaves early is no news.
+            tokio::select! {
+                _ = connection.as_mut() => return,
+                () = drained.draining() => connection.as_mut().graceful_shutdown(),
+            }
+            let _ = connection.await;
         });
     }
 }

@@ -10,7 +10,9 @@ use tulle_proto::node::node_question::Question;
 use tulle_proto::node::{CertificateStatus, NodeMessage, NodeQuestion, NodeStatus, PodStatus, TrustAnswer};
 
 use crate::app::explain;
+use crate::app::handover::successor::Taken;
 use crate::app::pods::Pods;
+use crate::app::view::Status;
 use crate::flow::Shared;
 use crate::identity::CertStatus;
 use crate::state::{Protocol, Service, Workload};
@@ -30,6 +32,8 @@ pub struct Answers {
     pub pods: Pods,
     /// Discovery.
     pub monitor: Monitor,
+    /// What this process took over.
+    pub before: Arc<Taken>,
 }
 
 impl Answers {
@@ -94,6 +98,8 @@ impl Answers {
         json!({
             "node": &*self.node,
             "version": VERSION,
+            "pid": std::process::id(),
+            "draining": self.before.left(),
             "ready": status.pending.is_empty(),
             "pending": status.pending,
             "generation": status.generation,
@@ -187,7 +193,7 @@ fn certificate_status(status: CertStatus) -> CertificateStatus {
     }
 }
 
-fn pod_status(pod: crate::app::pods::Status) -> PodStatus {
+fn pod_status(pod: Status) -> PodStatus {
     PodStatus {
         uid: pod.uid,
         name: pod.name,

@@ -140,9 +140,9 @@ fn allowing(finding: &Finding) -> (String, Option<u32>) {
 }
 
 fn endpoints(snapshot: &Snapshot, source: &Workload, plan: &Plan, destination: SocketAddr) -> Vec<EndpointChoice> {
-    let shares = plan.service().and_then(|service| {
-        lb::shares(snapshot, service, destination.port(), source, destination.ip()).ok()
-    });
+    let shares = plan
+        .service()
+        .and_then(|service| lb::shares(snapshot, service, destination.port(), source, destination.ip()).ok());
     let endpoint = |workload: &Workload, ip: IpAddr, port: u16, percent: f64| {
         let finding = network::egress(snapshot, source, Transport::Tcp, SocketAddr::new(ip, port));
         with_finding(endpoint(workload, ip, port, percent), &finding)

@@ -5,14 +5,18 @@
 
 pub mod answers;
 mod explain;
-pub mod resolver;
+pub mod handover;
 pub mod pods;
+pub mod resolver;
 pub mod revocation;
+pub mod view;
 pub mod wanted;
 pub mod worker;
 
 use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -27,6 +31,8 @@ use tulle_proto::names;
 
 use crate::admin::{self, Page, Routes};
 use crate::app::answers::{Answers, VERSION};
+use crate::app::handover::Giver;
+use crate::app::handover::successor::{Taken, Taking, take};
 use crate::app::pods::{Environment, Pods};
 use crate::app::resolver::Names;
 use crate::app::worker::Worker;
@@ -47,6 +53,13 @@ use crate::xds;
 
 /// Log lines that may wait for the writer. At 300 bytes each it is 20 MB; then lines are dropped and counted.
 const LOG_LINES: usize = 64 * 1024;
+
+/// How often something is looked at that has no signal.
+const LOOK: Duration = Duration::from_millis(50);
+/// How long a drain takes at least: without a successor, listeners still accept that long.
+const LAST_CALL: Duration = Duration::from_millis(200);
+/// How long peers may take to end tunnels that carry nothing any more: as long as streams are taken that crossed the goodbye.
+const GOODBYE: Duration = Duration::from_secs(5);
 
 /// Runs the node proxy until it is told to stop.
 ///
@@ -90,6 +103,8 @@ fn logging(config: &Node) -> anyhow::Result<(Level, Dropped, tracing_appender::n
 }
 
 async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()> {
+    let taking = config.handover.as_deref().map(take).transpose()?.flatten();
+    let taken = taking.as_ref().map(|taking| taking.taken.clone()).unwrap_or_default();
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let (writer, reader) = state::store();
@@ -124,51 +139,79 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
         shared: shared.clone(),
         pods: pods.clone(),
         monitor: monitor.clone(),
+        before: taken.clone(),
     };
     let (stop, stopping) = drain();
     let stop = Arc::new(stop);
-    serve_admin(&config, &answers, Arc::new(registry), stop.clone(), level, dropped)?;
+    let pages = pages(&answers, Arc::new(registry), stop.clone(), level, dropped);
+    let (replaced, was_replaced) = drain();
+    let replaced = Arc::new(replaced);
+    let mut admin = None;
+    if taking.is_none() {
+        // One that takes another's place shows its pages when it has.
+        admin = Some(bind_admin(&config)?);
+        serve_admin(&pages, admin.iter().flatten(), &was_replaced)?;
+    }
 
     if let Some(path) = config.crl_path.clone() {
         tokio::spawn(revocation::watch(path, trust.revoked, identities.clone(), stopping.clone()));
     }
     tokio::spawn(identities.run(reached(stopping.clone(), Phase::Forced)));
     tokio::spawn(xds::run(xds_config(&config), writer, monitor, reached(stopping.clone(), Phase::Forced)));
-    let asked = answers.clone();
-    let node_service = xds::NodeConfig {
-        control: control(&config, false),
-        node_name: config.node_name.clone(),
-        version: VERSION.to_owned(),
-    };
-    tokio::spawn(xds::run_node_service(
-        node_service,
-        move |question| asked.answer(question),
-        reached(stopping.clone(), Phase::Forced),
-    ));
     tokio::spawn(watch_node_addresses(reader.clone()));
     let counted = pods.clone();
     tokio::spawn(memory::give_back_after_peaks(move || {
         let (inbound, outbound) = counted.connections();
         inbound + outbound
     }));
+    if let Some(taking) = &taking {
+        taking.known(&reader).await?;
+    }
     let (pods_stop, _) = drain();
-    let pods_drain = start_pods(&config, &shared, &workers, &pods, pods_stop)?;
+    let pods_drain = start_pods(&config, &shared, &workers, &pods, pods_stop, (taken.clone(), was_replaced.clone()))?;
+    let attended = Arc::new(AtomicBool::new(false));
+    let giver = |admin: Vec<TcpListener>| Giver {
+        pods: pods.clone(),
+        admin,
+        attended: attended.clone(),
+        replaced: replaced.clone(),
+        stop: stop.clone(),
+        before: taken.clone(),
+    };
+    match (taking, admin, &config.handover) {
+        (Some(taking), ..) => take_over(&config, taking, &pods, &pages, &was_replaced, giver).await?,
+        (None, Some(admin), Some(path)) => {
+            // Without it a successor cannot begin before this process has ended, which is how it always was.
+            if let Err(error) = giver(admin).wait(path) {
+                tracing::warn!(path = %path.display(), %error, "no successor can take this process's listeners");
+            }
+        }
+        (None, ..) => {}
+    }
+    answer_control(&config, answers, was_replaced);
     tracing::info!(node = %config.node_name, workers = count, version = VERSION, "started");
 
     wait_for_stop(&stopping).await?;
-    stop.advance(Phase::Draining);
+    wait_for_successor(&attended, &stopping, config.termination_deadline).await;
     tracing::info!(deadline = ?config.termination_deadline, "draining");
-    if let Some(pods_drain) = &pods_drain {
-        pods_drain.advance(Phase::Draining);
-    }
-    wait_for_end(&pods, config.termination_deadline).await;
-    if let Some(pods_drain) = &pods_drain {
-        pods_drain.advance(Phase::Forced);
-    }
-    stop.advance(Phase::Forced);
+    [&stop, &pods_drain].into_iter().for_each(|drain| drain.advance(Phase::Draining));
+    wait_for_end(&pods, &workers, config.termination_deadline).await;
+    tracing::info!("drained");
+    [&pods_drain, &stop].into_iter().for_each(|drain| drain.advance(Phase::Forced));
     // Let the last records reach the log.
     sleep(Duration::from_millis(50)).await;
     Ok(())
+}
+
+/// Answers control's questions while this process is the one that serves.
+fn answer_control(config: &Node, answers: Answers, replaced: Drained) {
+    let service = xds::NodeConfig {
+        control: control(config, false),
+        node_name: config.node_name.clone(),
+        version: VERSION.to_owned(),
+    };
+    let answer = move |question| answers.answer(question);
+    tokio::spawn(xds::run_node_service(service, answer, reached(replaced, Phase::Draining)));
 }
 
 fn start_pods(
@@ -177,7 +220,8 @@ fn start_pods(
     workers: &Workers<Worker>,
     pods: &Pods,
     stop: Drain,
-) -> anyhow::Result<Option<Arc<Drain>>> {
+    (taken, replaced): (Arc<Taken>, Drained),
+) -> anyhow::Result<Arc<Drain>> {
     let Some(path) = config.pods.clone() else {
         anyhow::bail!("there is no list of pods; set TULLE_PODS to the file that lists the node's pods");
     };
@@ -211,10 +255,12 @@ fn start_pods(
             .dns_addresses()
             .map_err(anyhow::Error::msg)?
             .map(|addresses| Names::new(&config.cluster_domain, addresses)),
+        taken,
+        replaced,
     });
     let stop = Arc::new(stop);
     tokio::spawn(pods.clone().run(environment, path, stop.clone()));
-    Ok(Some(stop))
+    Ok(stop)
 }
 
 /// Tells the snapshot which addresses the node has. Interfaces come with the first pods of some networks, so it looks
@@ -249,18 +295,50 @@ async fn wait_for_stop(stopping: &Drained) -> io::Result<()> {
     Ok(())
 }
 
+/// A successor that is getting ready may take half of the drain time for it: the one who asked us to stop may have
+/// taken our pages for its own.
+async fn wait_for_successor(attended: &AtomicBool, stopping: &Drained, deadline: Duration) {
+    let until = Instant::now() + deadline / 2;
+    while attended.load(Ordering::Relaxed) && !stopping.is_draining() && Instant::now() < until {
+        sleep(LOOK).await;
+    }
+}
+
 /// Until the last connection ended, or the deadline.
-async fn wait_for_end(pods: &Pods, deadline: Duration) {
-    let until = Instant::now() + deadline;
-    while Instant::now() < until {
+async fn wait_for_end(pods: &Pods, workers: &Workers<Worker>, deadline: Duration) {
+    let (began, until) = (Instant::now(), Instant::now() + deadline);
+    loop {
+        sleep(LOOK.max(LAST_CALL.saturating_sub(began.elapsed())).min(deadline)).await;
         let (inbound, outbound) = pods.connections();
-        if inbound + outbound == 0 {
+        // What else was accepted: handshakes, and tunnels without streams, whose peers have not seen the goodbye yet. One
+        // that does not heed it holds nobody up.
+        let others = workers.loads() > 0 && began.elapsed() < GOODBYE;
+        if inbound + outbound + pods.questions() == 0 && !others {
             return;
         }
-        sleep(Duration::from_millis(50)).await;
+        if Instant::now() >= until {
+            tracing::warn!(inbound, outbound, "the drain time is over; ending what is left");
+            return;
+        }
     }
-    let (inbound, outbound) = pods.connections();
-    tracing::warn!(inbound, outbound, "the drain time is over; ending what is left");
+}
+
+/// Takes the place of the process before this one.
+async fn take_over(
+    config: &Node,
+    mut taking: Taking,
+    pods: &Pods,
+    pages: &[Routes; 3],
+    replaced: &Drained,
+    giver: impl FnOnce(Vec<TcpListener>) -> Giver,
+) -> anyhow::Result<()> {
+    taking.captured(pods).await;
+    let admin = match taking.admin_at(&admin_addresses(config)) {
+        Some(admin) => admin,
+        None => bind_admin(config)?,
+    };
+    serve_admin(pages, &admin, replaced)?;
+    taking.ready(giver(admin)).await.context("successors of this process could not find it")
 }
 
 fn control(config: &Node, ca: bool) -> Control {
@@ -314,14 +392,7 @@ fn hbone_config(config: &Node) -> hbone::Config {
     }
 }
 
-fn serve_admin(
-    config: &Node,
-    answers: &Answers,
-    registry: Arc<Registry>,
-    stop: Arc<Drain>,
-    level: Level,
-    dropped: Dropped,
-) -> anyhow::Result<()> {
+fn pages(answers: &Answers, registry: Arc<Registry>, stop: Arc<Drain>, level: Level, dropped: Dropped) -> [Routes; 3] {
     let page = |answers: &Answers, make: fn(&Answers) -> serde_json::Value| {
         let answers = answers.clone();
         move |_, _| {
@@ -379,12 +450,25 @@ fn serve_admin(
             }
         }
     });
-    for (address, routes) in [
-        (config.admin_address, admin_routes),
-        (config.metrics_address, metrics_routes),
-        (config.readiness_address, readiness_routes),
-    ] {
-        tokio::spawn(admin::serve(admin::bind(address)?, routes));
+    [admin_routes, metrics_routes, readiness_routes]
+}
+
+fn admin_addresses(config: &Node) -> [SocketAddr; 3] {
+    [config.admin_address, config.metrics_address, config.readiness_address]
+}
+
+fn bind_admin(config: &Node) -> io::Result<Vec<TcpListener>> {
+    admin_addresses(config).into_iter().map(admin::bind).collect()
+}
+
+/// Serves the pages until a successor does. The listeners stay with the caller, for it.
+fn serve_admin<'a>(
+    pages: &[Routes; 3],
+    listeners: impl IntoIterator<Item = &'a TcpListener>,
+    replaced: &Drained,
+) -> io::Result<()> {
+    for (routes, listener) in pages.iter().zip(listeners) {
+        tokio::spawn(admin::serve(listener.try_clone()?, routes.clone(), replaced.clone()));
     }
     Ok(())
 }

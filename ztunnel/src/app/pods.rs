@@ -8,17 +8,18 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use serde::Serialize;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
-use crate::app::resolver::Names;
+use crate::app::handover::Open;
+use crate::app::handover::successor::Taken;
+use crate::app::resolver::{GivenNames, Names, NamesEnd};
 use crate::app::wanted::{Filters, Wanted, identity, wanted};
 use crate::app::worker::{Listeners, Worker, serve_pod};
 use crate::base::budget::Budget;
@@ -27,13 +28,12 @@ use crate::base::netns::{Netns, NetnsThread, local_addresses, run_blocking};
 use crate::base::sockets::{Options, PodSockets};
 use crate::base::workers::Workers;
 use crate::capture::pods::{Pod, Source, watch_directory};
-use crate::capture::rules::{Rules, rules_are_broken};
+use crate::capture::rules::{Rules, fingerprint, rules_are_broken};
 use crate::capture::{self, preexisting, probe};
 use crate::config::Preexisting;
 use crate::flow::{Gate, Limits, LocalPod, Shared, describes};
 use crate::policy::datagrams::Filter;
 use crate::state::{Snapshot, Workload};
-use crate::telemetry::metrics::Metrics;
 
 /// How long port 15008 stays open after release.
 const LINGER: Duration = Duration::from_secs(30);
@@ -45,37 +45,6 @@ const AT_ONCE: usize = 8;
 const LOOK: Duration = Duration::from_millis(250);
 /// Pause after a failed capture, growing.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
-
-/// Actual state of a pod's capture.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Status {
-    /// metadata.uid.
-    pub uid: String,
-    /// Name.
-    pub name: String,
-    /// Namespace.
-    pub namespace: String,
-    /// Addresses.
-    pub addresses: Vec<IpAddr>,
-    /// `Captured`, `Pending`, `Failed`, `Uncaptured`.
-    pub capture: &'static str,
-    /// Why, for `Pending` and `Failed`.
-    pub reason: String,
-    /// Connections from before capture that are still there.
-    pub preexisting: usize,
-    /// Live inbound connections.
-    pub inbound_connections: usize,
-    /// Live outbound connections.
-    pub outbound_connections: usize,
-    /// Open inbound tunnels.
-    pub inbound_tunnels: usize,
-    /// Connections, tunnels and handshakes refused for lack of budget.
-    pub refused: u64,
-    /// Bytes that its flows buffer or have promised to peers to buffer.
-    pub buffered_bytes: usize,
-    /// How often one of its flows was slowed down because that was too much.
-    pub buffer_waits: u64,
-}
 
 /// What pods are started with.
 pub struct Environment {
@@ -95,16 +64,25 @@ pub struct Environment {
     pub trust_domain: String,
     /// How names are answered. `None`: not by us.
     pub names: Option<Names>,
+    /// What the process before this one left to us.
+    pub taken: Arc<Taken>,
+    /// Drains when a successor has taken over.
+    pub replaced: Drained,
 }
 
 /// What others may see of a pod.
-struct Entry {
-    pod: Pod,
-    state: &'static str,
-    reason: String,
-    old: BTreeSet<preexisting::Pair>,
-    netns: Option<Netns>,
-    local: Option<Arc<LocalPod>>,
+pub(super) struct Entry {
+    pub(super) pod: Pod,
+    pub(super) state: &'static str,
+    pub(super) reason: String,
+    pub(super) old: BTreeSet<preexisting::Pair>,
+    pub(super) netns: Option<Netns>,
+    pub(super) local: Option<Arc<LocalPod>>,
+    /// Its listeners.
+    pub(super) open: Vec<Open>,
+    /// Fingerprints of what is installed; none while that changes.
+    pub(super) rules: Option<u64>,
+    pub(super) datagrams: Option<u64>,
 }
 
 type Board = Arc<Mutex<BTreeMap<String, Entry>>>;
@@ -112,11 +90,13 @@ type Board = Arc<Mutex<BTreeMap<String, Entry>>>;
 /// A view of the pods. Cheap to clone.
 #[derive(Clone, Default)]
 pub struct Pods {
-    board: Board,
+    pub(super) board: Board,
     /// The list could not be read, and why.
-    problem: Arc<Mutex<Option<String>>>,
+    pub(super) problem: Arc<Mutex<Option<String>>>,
     /// The list was read once.
-    listed: Arc<std::sync::atomic::AtomicBool>,
+    pub(super) listed: Arc<AtomicBool>,
+    /// A successor has taken over.
+    pub(super) frozen: Arc<AtomicBool>,
 }
 
 struct Running {
@@ -135,62 +115,6 @@ impl Running {
 }
 
 impl Pods {
-    /// Every pod's state. The count of connections from before capture is that of the last [`Self::recount`].
-    pub fn status(&self) -> Vec<Status> {
-        let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
-        board.values().map(status).collect()
-    }
-
-    /// Counts the connections from before capture anew.
-    pub async fn recount(&self) {
-        let old: Vec<(String, Netns)> = {
-            let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
-            let with_old = board.iter().filter(|(_, entry)| !entry.old.is_empty());
-            with_old.filter_map(|(uid, entry)| Some((uid.clone(), entry.netns.clone()?))).collect()
-        };
-        for (uid, netns) in old {
-            let Ok(now) = preexisting::list(&netns).await else { continue };
-            let mut board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(entry) = board.get_mut(&uid) {
-                entry.old.retain(|pair| now.contains(pair));
-            }
-        }
-    }
-
-    /// What the node waits for; empty when nothing.
-    pub fn pending(&self) -> Vec<String> {
-        let mut pending = Vec::new();
-        if !self.listed.load(Ordering::Relaxed) {
-            pending.push("the list of pods".to_owned());
-        }
-        pending.extend(self.problem.lock().unwrap_or_else(PoisonError::into_inner).clone());
-        let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
-        for entry in board.values().filter(|entry| matches!(entry.state, "Pending" | "Failed")) {
-            pending.push(format!("capture of {}/{}: {}", entry.pod.namespace, entry.pod.name, entry.reason));
-        }
-        pending
-    }
-
-    /// Live connections of all pods: inbound and outbound.
-    pub fn connections(&self) -> (usize, usize) {
-        let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
-        board.values().filter_map(|entry| entry.local.as_ref()).fold((0, 0), |(inbound, outbound), pod| {
-            (inbound + pod.inbound.load(Ordering::Relaxed), outbound + pod.outbound.load(Ordering::Relaxed))
-        })
-    }
-
-    /// Brings the gauges of buffered bytes up to date.
-    pub fn show_buffers(&self, metrics: &Metrics) {
-        let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut bytes, mut pressed) = (0, 0);
-        for pod in board.values().filter_map(|entry| entry.local.as_ref()) {
-            bytes += pod.buffers.used();
-            pressed += i64::from(pod.buffers.is_pressed());
-        }
-        metrics.buffered.set(i64::try_from(bytes).unwrap_or(i64::MAX));
-        metrics.pressed.set(pressed);
-    }
-
     /// Keeps the pods as listed in `path` until `stop` drains; then ends their flows by its phases.
     pub async fn run(self, environment: Arc<Environment>, path: PathBuf, stop: Arc<Drain>) {
         let changed = Arc::new(Notify::new());
@@ -224,7 +148,9 @@ impl Pods {
                 Err(error) => self.set_problem(Some(error)),
             }
             let snapshot = environment.shared.reader.load();
-            self.reconcile(&environment, &listed, &snapshot, &mut filters, &mut running, &slots, &stop, &next_home);
+            if !self.frozen.load(Ordering::Relaxed) {
+                self.reconcile(&environment, &listed, &snapshot, &mut filters, &mut running, &slots, &stop, &next_home);
+            }
             tokio::select! {
                 () = changed.notified() => {}
                 result = snapshots.changed() => if result.is_err() { return },
@@ -266,6 +192,7 @@ impl Pods {
         let pods: Vec<(&Pod, Option<Arc<Workload>>)> =
             listed.iter().map(|pod| (pod, described(pod, snapshot, environment).cloned())).collect();
         filters.refresh(snapshot, &pods, Instant::now());
+        let mut unclaimed = BTreeSet::new();
         // Gone, or another pod under the same uid: its task ends and cleans up.
         let mut ended: HashMap<String, JoinHandle<()>> = HashMap::new();
         let changed: Vec<String> =
@@ -279,6 +206,9 @@ impl Pods {
         for (pod, workload) in &pods {
             let (pod, workload) = (*pod, workload.as_deref());
             let wanted = wanted(pod, workload, snapshot, filters, environment.preexisting == Preexisting::Reset);
+            if wanted.capture || !wanted.known {
+                unclaimed.insert(pod.uid.as_str());
+            }
             if wanted.capture || self.is_served(&pod.uid) {
                 identities.extend(identity(pod, workload, &environment.trust_domain));
             }
@@ -308,29 +238,15 @@ impl Pods {
             let task = tokio::spawn(task.run());
             running.insert(pod.uid.clone(), Running { desired, pod: pod.clone(), task });
         }
+        if self.listed.load(Ordering::Relaxed) {
+            environment.taken.keep(|uid| unclaimed.contains(uid));
+        }
         environment.shared.identities.want(&identities);
     }
 }
 
-fn status(entry: &Entry) -> Status {
-    let count = |pick: fn(&LocalPod) -> &Arc<AtomicUsize>| {
-        entry.local.as_ref().map_or(0, |local| pick(local).load(Ordering::Relaxed))
-    };
-    Status {
-        uid: entry.pod.uid.clone(),
-        name: entry.pod.name.clone(),
-        namespace: entry.pod.namespace.clone(),
-        addresses: entry.pod.ips.clone(),
-        capture: entry.state,
-        reason: entry.reason.clone(),
-        preexisting: entry.old.len(),
-        inbound_connections: count(|local| &local.inbound),
-        outbound_connections: count(|local| &local.outbound),
-        inbound_tunnels: entry.local.as_ref().map_or(0, |local| local.gate.tunnels()),
-        refused: entry.local.as_ref().map_or(0, |local| local.refused.load(Ordering::Relaxed)),
-        buffered_bytes: entry.local.as_ref().map_or(0, |local| local.buffers.used()),
-        buffer_waits: entry.local.as_ref().map_or(0, |local| local.buffers.waits()),
-    }
+fn filter_fingerprint(filter: Option<&Filter>) -> u64 {
+    fingerprint(&filter.map_or_else(String::new, capture::datagrams::render))
 }
 
 /// Control's description of `pod`.
@@ -371,6 +287,16 @@ struct Serving {
     captured: Drain,
     tunnels: Drain,
     flows: Drain,
+    names: Drain,
+    open: Vec<Open>,
+    /// What the process before this one said of the pod: connections from before capture, and fingerprints.
+    inherited: Option<Inherited>,
+}
+
+struct Inherited {
+    old: BTreeSet<preexisting::Pair>,
+    rules: Option<u64>,
+    datagrams: Option<u64>,
 }
 
 impl PodTask {
@@ -381,6 +307,8 @@ impl PodTask {
         self.post(|_| {});
         let mut pause = RETRY.0;
         let mut serving: Option<Serving> = None;
+        let taken = self.environment.taken.clone();
+        let mut more = taken.more();
         loop {
             let desired = self.desired.borrow_and_update().clone();
             let Some(wanted) = desired else { break };
@@ -395,7 +323,8 @@ impl PodTask {
                     Err(reason) => Err(reason),
                 },
                 (Some(released), false) => self.release(released).await,
-                (Some(running), true) => {
+                (Some(mut running), true) => {
+                    self.serve_more(&mut running).await;
                     let adjusted = self.adjust(&running, &wanted).await;
                     serving = Some(running);
                     adjusted
@@ -415,8 +344,12 @@ impl PodTask {
                 }
             };
             let draining = self.draining();
+            let cleans_later = serving.is_none() && !self.cleaned && !taken.is_alone();
             tokio::select! {
                 changed = self.desired.changed() => if changed.is_err() { break },
+                // Sockets of this pod that the process before this one opened after all.
+                _ = more.changed(), if serving.is_some() => {}
+                () = taken.alone(), if cleans_later => {}
                 () = sleep(again.unwrap_or_default()), if again.is_some() => {}
                 () = draining => break,
             }
@@ -431,7 +364,8 @@ impl PodTask {
             self.state("Uncaptured", "control has not said yet whether the pod is in the mesh".into());
             return Ok(());
         }
-        if !self.cleaned && self.lingering.is_none() {
+        // Rules that a draining process still needs for its connections stay, too.
+        if !self.cleaned && self.lingering.is_none() && self.environment.taken.is_alone() {
             let _slot = self.slots.acquire().await.map_err(|error| error.to_string())?;
             if let Ok(netns) = Netns::open(&self.pod.netns)
                 && capture::installed(&netns).await.is_ok()
@@ -462,6 +396,9 @@ impl PodTask {
             old: BTreeSet::new(),
             netns: None,
             local: None,
+            open: Vec::new(),
+            rules: None,
+            datagrams: None,
         });
         change(entry);
     }
@@ -485,12 +422,14 @@ impl PodTask {
         self.check_owner(&netns).await?;
         self.cleaned = false;
         let serving = self.listen(netns).await?;
-        let mut rules = self.rules(wanted, &BTreeSet::new());
+        let inherited = serving.inherited.as_ref();
+        let mut rules = self.rules(wanted, inherited.map_or(&BTreeSet::new(), |it| &it.old));
         if wanted.tcp_only.is_none() {
             // Control has not said; what an earlier proxy installed stays until it does.
             rules.tcp_only =
                 capture::installed(&serving.netns).await.is_ok_and(|table| table.contains("filter_output"));
         }
+        self.inherit(inherited, &rules, wanted.datagrams.as_ref()).await;
         self.install(&serving.netns, rules).await?;
         self.filter(&serving.netns, wanted.datagrams.clone()).await?;
         // A sabotaged build skips the proof, which would find the sabotage out.
@@ -499,16 +438,46 @@ impl PodTask {
             end(&serving);
             return Err(reason);
         }
-        let old = preexisting::list(&serving.netns).await.map_err(|error| error.to_string())?;
+        let old = match inherited {
+            // The tunnels of the process before this one would look like strangers.
+            Some(inherited) => inherited.old.clone(),
+            None => preexisting::list(&serving.netns).await.map_err(|error| error.to_string())?,
+        };
         tracing::info!(pod = %self.name(), preexisting = old.len(), "captured");
         self.post(|entry| {
             entry.state = "Captured";
             entry.reason = String::new();
             entry.old = old;
-            entry.netns = Some(serving.netns.clone());
-            entry.local = Some(serving.local.clone());
         });
         Ok(serving)
+    }
+
+    /// What the process before this one installed is not installed again.
+    async fn inherit(&self, inherited: Option<&Inherited>, rules: &Rules, wanted: Option<&Option<Arc<Filter>>>) {
+        let Some(inherited) = inherited else { return };
+        if inherited.rules == Some(fingerprint(&rules.render())) {
+            *self.rules.lock().await = Some(rules.clone());
+        }
+        if let Some(wanted) = wanted.filter(|wanted| inherited.datagrams == Some(filter_fingerprint(wanted.as_deref())))
+        {
+            *self.datagrams.lock().await = Some(wanted.clone());
+        }
+        self.post(|entry| (entry.rules, entry.datagrams) = (inherited.rules, inherited.datagrams));
+    }
+
+    /// Serves sockets of this pod that came late, besides its own: clients may stand in their queues.
+    async fn serve_more(&self, serving: &mut Serving) {
+        while let Some(claim) = self.environment.taken.claim(&self.pod.uid, serving.netns.id()) {
+            let (listeners, names) = (claim.listeners, Some(claim.names));
+            match self
+                .serve(&serving.local, listeners, names, [&serving.captured, &serving.tunnels, &serving.names])
+                .await
+            {
+                Ok(open) => serving.open.push(open),
+                Err(reason) => tracing::warn!(pod = %self.name(), %reason, "late sockets are not served"),
+            }
+        }
+        self.post(|entry| entry.open.clone_from(&serving.open));
     }
 
     /// A path may lead to another pod's namespace by now; its traffic must not get this pod's identity.
@@ -526,19 +495,26 @@ impl PodTask {
     async fn listen(&self, netns: Netns) -> Result<Serving, String> {
         let env = &self.environment;
         let sockets = Arc::new(PodSockets::new(netns.clone(), env.netns.clone(), env.options.clone()));
-        let port = |port: u16| {
-            let sockets = sockets.clone();
-            async move {
-                sockets.listen(port).await.map_err(|error| format!("cannot listen on port {port} in the pod: {error}"))
+        let claim = env.taken.claim(&self.pod.uid, netns.id());
+        let (listeners, names, inherited) = match claim {
+            Some(claim) => {
+                let adopt =
+                    |one| sockets.adopt(one).map_err(|error| format!("a listener cannot be taken over: {error}"));
+                let Listeners { outbound, plaintext, hbone } = &claim.listeners;
+                [outbound, plaintext, hbone].into_iter().try_for_each(adopt)?;
+                let inherited = Inherited { old: claim.old, rules: claim.rules, datagrams: claim.datagrams };
+                (claim.listeners, Some(claim.names), Some(inherited))
+            }
+            None => {
+                let port = async |port: u16| {
+                    let failed = |error| format!("cannot listen on port {port} in the pod: {error}");
+                    sockets.listen(port).await.map_err(failed)
+                };
+                let (outbound, plaintext) = (port(PORT_OUTBOUND).await?, port(PORT_INBOUND_PLAINTEXT).await?);
+                (Listeners { outbound, plaintext, hbone: port(PORT_HBONE).await? }, None, None)
             }
         };
-        let listeners = Listeners {
-            outbound: port(PORT_OUTBOUND).await?,
-            plaintext: port(PORT_INBOUND_PLAINTEXT).await?,
-            hbone: port(PORT_HBONE).await?,
-        };
-        let (captured, captured_watch) = drain();
-        let (tunnels, tunnels_watch) = drain();
+        let [captured, tunnels, names_end] = [(); 3].map(|()| drain().0);
         let (flows, flows_watch) = drain();
         let local = Arc::new(LocalPod {
             uid: self.pod.uid.as_str().into(),
@@ -550,6 +526,7 @@ impl PodTask {
             limits: env.limits,
             inbound: Arc::default(),
             outbound: Arc::default(),
+            questions: Arc::default(),
             gate: Gate::new(env.limits.gate),
             buffers: Budget::new(env.limits.buffer),
             service_account: self.pod.service_account.as_str().into(),
@@ -557,12 +534,33 @@ impl PodTask {
             refused: AtomicU64::new(0),
             bound: Mutex::default(),
         });
-        serve_pod(&env.workers, self.home, &env.shared, &local, listeners, &captured_watch, &tunnels_watch)
-            .map_err(|error| error.to_string())?;
-        if let Some(names) = &env.names {
-            names.serve(env, self.home, &self.pod, &local, &captured_watch).await?;
+        let open = self.serve(&local, listeners, names, [&captured, &tunnels, &names_end]).await?;
+        // From here on a successor can have them.
+        self.post(|entry| {
+            entry.netns = Some(netns.clone());
+            entry.local = Some(local.clone());
+            entry.open = vec![open.clone()];
+        });
+        Ok(Serving { netns, local, captured, tunnels, flows, names: names_end, open: vec![open], inherited })
+    }
+
+    /// Serves the pod at `listeners`, and its names; `ends` are those of redirected connections, tunnels and datagrams.
+    async fn serve(
+        &self,
+        local: &Arc<LocalPod>,
+        listeners: Listeners,
+        names: Option<GivenNames>,
+        ends: [&Drain; 3],
+    ) -> Result<Open, String> {
+        let env = &self.environment;
+        let [captured, tunnels, datagrams] = ends.map(Drain::watch);
+        let served = serve_pod(&env.workers, self.home, &env.shared, local, listeners, &captured, &tunnels);
+        let mut sockets = served.map_err(|error| error.to_string())?.to_vec();
+        if let Some(resolver) = &env.names {
+            let ends = NamesEnd { streams: &captured, datagrams: &datagrams };
+            sockets.extend(resolver.serve(env, self.home, &self.pod, local, names, ends).await?);
         }
-        Ok(Serving { netns, local, captured, tunnels, flows })
+        Ok(Open::new(sockets))
     }
 
     fn rules(&self, wanted: &Wanted, old: &BTreeSet<preexisting::Pair>) -> Rules {
@@ -582,7 +580,9 @@ impl PodTask {
             return Ok(());
         }
         *installed = None;
+        self.post(|entry| entry.rules = None);
         capture::apply(netns, rules.clone()).await.map_err(|error| error.to_string())?;
+        self.post(|entry| entry.rules = Some(fingerprint(&rules.render())));
         *installed = Some(rules);
         Ok(())
     }
@@ -593,7 +593,9 @@ impl PodTask {
         let mut installed = self.datagrams.lock().await;
         if installed.as_ref() != Some(&wanted) {
             *installed = None;
+            self.post(|entry| entry.datagrams = None);
             capture::datagrams::apply(netns, wanted.as_deref()).await.map_err(|error| error.to_string())?;
+            self.post(|entry| entry.datagrams = Some(filter_fingerprint(wanted.as_deref())));
             *installed = Some(wanted);
         }
         Ok(())
@@ -622,7 +624,8 @@ impl PodTask {
         serving.captured.advance(Phase::Draining);
         tracing::info!(pod = %self.name(), "released");
         let (again, watch) = drain();
-        tokio::spawn(linger(serving, watch, self.stop.watch(), self.rules.clone()));
+        let taken = self.environment.taken.clone();
+        tokio::spawn(linger(serving, watch, self.stop.watch(), self.rules.clone(), taken));
         if released.is_ok() {
             self.lingering = Some(again);
             self.state("Uncaptured", String::new());
@@ -644,8 +647,13 @@ impl PodTask {
             return;
         }
         if let Some(serving) = serving {
-            serving.captured.advance(Phase::Draining);
-            serving.tunnels.advance(Phase::Draining);
+            // A successor accepts from the very same sockets: what is in their queues is its own now.
+            let listeners = if self.environment.replaced.is_draining() { Phase::Forced } else { Phase::Draining };
+            serving.captured.advance(listeners);
+            serving.tunnels.advance(listeners);
+            if listeners == Phase::Forced {
+                serving.names.advance(listeners);
+            }
             serving.flows.advance(Phase::Draining);
             stop.forced().await;
             end(&serving);
@@ -655,7 +663,13 @@ impl PodTask {
 
 /// The last part of a release: until nothing flows any more, the pod is captured `again`, it is gone (then `again` is
 /// forced), or the proxy stops.
-async fn linger(serving: Serving, again: Drained, stop: Drained, rules: Arc<tokio::sync::Mutex<Option<Rules>>>) {
+async fn linger(
+    serving: Serving,
+    again: Drained,
+    stop: Drained,
+    rules: Arc<tokio::sync::Mutex<Option<Rules>>>,
+    taken: Arc<Taken>,
+) {
     tokio::select! { () = sleep(LINGER) => {}, () = again.draining() => {}, () = stop.draining() => {} }
     serving.tunnels.advance(Phase::Draining);
     serving.flows.advance(Phase::Draining);
@@ -664,6 +678,8 @@ async fn linger(serving: Serving, again: Drained, stop: Drained, rules: Arc<toki
         tokio::select! { () = sleep(LINGER_LOOK) => {}, () = again.forced() => break, () = stop.forced() => break }
     }
     end(&serving);
+    // A process from before may still have connections of this pod, which need the rules.
+    tokio::select! { () = taken.alone() => {}, () = again.draining() => {}, () = stop.forced() => {} }
     // Under the lock, so that a new capture is either seen here or installs after us.
     let mut installed = rules.lock().await;
     if !again.is_draining() && !stop.is_draining() {
@@ -675,7 +691,7 @@ async fn linger(serving: Serving, again: Drained, stop: Drained, rules: Arc<toki
 }
 
 fn end(serving: &Serving) {
-    for drain in [&serving.captured, &serving.tunnels, &serving.flows] {
+    for drain in [&serving.captured, &serving.tunnels, &serving.flows, &serving.names] {
         drain.advance(Phase::Forced);
     }
 }

@@ -1,16 +1,18 @@
 //! The name server of each captured pod: its sockets, and who serves them.
 //!
 //! It serves until the pod's capture is forced to end, and not only until it is drained: a pod keeps its redirect rules
-//! while the proxy stops, and without names it could not even reach what needs no proxy.
+//! while the proxy stops, and without names it could not even reach what needs no proxy. A successor that has the same
+//! sockets ends that: then every question is left to it.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::app::pods::Environment;
 use crate::app::worker::Worker;
 use crate::base::drain::Drained;
-use crate::base::workers::{Accepted, spawn};
+use crate::base::sockets::LocalSockets;
+use crate::base::workers::{Accepted, Listening, spawn};
 use crate::capture::pods::Pod;
 use crate::dns::cache::Cache;
 use crate::dns::{Node, PodDns};
@@ -40,7 +42,8 @@ impl Names {
         self.addresses.first().map_or(0, SocketAddr::port)
     }
 
-    /// Starts answering in a pod.
+    /// Starts answering in a pod, at the `sockets` of the process before this one where they fit. Returns what it listens
+    /// at: datagrams, then streams.
     ///
     /// # Errors
     /// Why it cannot listen there.
@@ -50,21 +53,30 @@ impl Names {
         home: usize,
         listed: &Pod,
         pod: &Arc<LocalPod>,
-        captured: &Drained,
-    ) -> Result<(), String> {
+        sockets: Option<GivenNames>,
+        ends: NamesEnd<'_>,
+    ) -> Result<Vec<Listening>, String> {
         let port = self.port();
         let failed = |error: std::io::Error| {
             format!(
                 "cannot listen on port {port} in the pod for names: {error}; ISTIO_META_DNS_PROXY_ADDR sets another"
             )
         };
-        let sockets = pod.sockets.listen_local(self.addresses.clone()).await.map_err(failed)?;
+        let sockets = match sockets.filter(|given| given.are_at(&self.addresses)) {
+            Some(GivenNames { datagrams, streams }) => {
+                let conntrack = pod.sockets.conntrack().await.map_err(failed)?;
+                LocalSockets { datagrams, streams, conntrack }
+            }
+            None => pod.sockets.listen_local(self.addresses.clone()).await.map_err(failed)?,
+        };
         let shared = environment.shared.clone();
         let fallback = name_server(listed);
         let dns = Arc::new(PodDns::new(shared.clone(), self.node.clone(), pod.clone(), sockets.conntrack, fallback));
+        let mut listening = Vec::new();
         for datagrams in sockets.datagrams {
-            let (dns, captured) = (dns.clone(), captured.clone());
-            let serve = move |_| spawn(dns.serve_datagrams(datagrams, captured));
+            let (dns, end, shown) = (dns.clone(), ends.datagrams.clone(), Listening::default());
+            listening.push(shown.clone());
+            let serve = move |_| spawn(dns.serve_datagrams(datagrams, shown, end));
             environment.workers.run(home, serve).map_err(failed)?;
         }
         for listener in sockets.streams {
@@ -80,10 +92,38 @@ impl Names {
                     drop(load);
                 });
             });
-            environment.workers.accept(home, listener, captured.clone(), accepted).map_err(failed)?;
+            listening.push(environment.workers.accept(home, listener, ends.streams.clone(), accepted).map_err(failed)?);
         }
-        Ok(())
+        Ok(listening)
     }
+}
+
+/// Sockets of a pod's name server that the process before this one opened.
+#[derive(Debug, Default)]
+pub struct GivenNames {
+    /// One for each address.
+    pub datagrams: Vec<UdpSocket>,
+    /// The same for streams.
+    pub streams: Vec<TcpListener>,
+}
+
+impl GivenNames {
+    /// Whether they are where this process would listen. An IPv6 address that the pod does not have is left out there, too.
+    fn are_at(&self, addresses: &[SocketAddr]) -> bool {
+        let v4 = |all: &[SocketAddr]| all.iter().filter(|address| address.is_ipv4()).count();
+        let at: Vec<SocketAddr> = self.datagrams.iter().filter_map(|socket| socket.local_addr().ok()).collect();
+        let streams: Vec<SocketAddr> = self.streams.iter().filter_map(|socket| socket.local_addr().ok()).collect();
+        !at.is_empty() && at == streams && at.iter().all(|one| addresses.contains(one)) && v4(&at) == v4(addresses)
+    }
+}
+
+/// When a pod's name server ends.
+#[derive(Clone, Copy)]
+pub struct NamesEnd<'a> {
+    /// Streams end as this drains.
+    pub streams: &'a Drained,
+    /// Datagrams are read until this is forced.
+    pub datagrams: &'a Drained,
 }
 
 /// The first name server of the pod's resolv.conf, where that can be read: as the list says, or as `ip netns exec` finds it.

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::base::drain::Drained;
-use crate::base::workers::{Accepted, Workers, spawn};
+use crate::base::workers::{Accepted, Listening, Workers, spawn};
 use crate::flow::{LocalPod, Shared};
 use crate::hbone::pool::Pool;
 use crate::inbound;
@@ -39,6 +39,7 @@ impl Worker {
 }
 
 /// The three listeners of a captured pod.
+#[derive(Debug)]
 pub struct Listeners {
     /// Port 15001.
     pub outbound: std::net::TcpListener,
@@ -48,7 +49,8 @@ pub struct Listeners {
     pub hbone: std::net::TcpListener,
 }
 
-/// Starts serving a pod on the worker `home`. `captured` ends the redirected listeners, `tunnels` the tunnel's.
+/// Starts serving a pod on the worker `home`. `captured` ends the redirected listeners, `tunnels` the tunnel's. Returns
+/// the listeners as others may see them, in the order of [`Listeners`].
 ///
 /// # Errors
 /// If the worker takes no more jobs.
@@ -60,7 +62,7 @@ pub fn serve_pod(
     listeners: Listeners,
     captured: &Drained,
     tunnels: &Drained,
-) -> std::io::Result<()> {
+) -> std::io::Result<[Listening; 3]> {
     let outgoing: Accepted<Worker> = {
         let (shared, pod) = (shared.clone(), pod.clone());
         Arc::new(move |worker, tcp, load| {
@@ -92,7 +94,9 @@ pub fn serve_pod(
             });
         })
     };
-    workers.accept(home, listeners.outbound, captured.clone(), outgoing)?;
-    workers.accept(home, listeners.plaintext, captured.clone(), plaintext)?;
-    workers.accept(home, listeners.hbone, tunnels.clone(), hbone)
+    Ok([
+        workers.accept(home, listeners.outbound, captured.clone(), outgoing)?,
+        workers.accept(home, listeners.plaintext, captured.clone(), plaintext)?,
+        workers.accept(home, listeners.hbone, tunnels.clone(), hbone)?,
+    ])
 }

@@ -29,6 +29,10 @@ const TURNS: usize = 4;
 /// Connections waiting to be accepted. The kernel caps it at `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 
+/// Questions of a pod that may wait to be read, in bytes as the kernel counts: some 3,000, which is what a busy pod asks
+/// while its worker is away for a moment. A question that finds no room is lost, and asked again after seconds.
+const DATAGRAMS_WAITING: usize = 1 << 20;
+
 /// What every socket gets.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -143,6 +147,23 @@ impl PodSockets {
         let options = self.options.clone();
         self.thread.run(&self.netns, move || new_listener(port, &options)).await
     }
+
+    /// Gives a listener that another process opened here the options of ours.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn adopt(&self, listener: &std::net::TcpListener) -> io::Result<()> {
+        listener.set_nonblocking(true)?;
+        self.options.apply(&SockRef::from(listener))
+    }
+
+    /// The pod's tracking table.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub async fn conntrack(&self) -> io::Result<Conntrack> {
+        self.thread.run(&self.netns, Conntrack::open).await
+    }
 }
 
 impl PodSockets {
@@ -220,6 +241,8 @@ fn new_datagrams(address: SocketAddr, options: &Options) -> io::Result<std::net:
     if options.reuse_port {
         socket.set_reuse_port(true)?;
     }
+    // Without the privilege the usual size does; a burst then costs some clients a second question.
+    let _ = setsockopt(&socket, sockopt::RcvBufForce, &DATAGRAMS_WAITING);
     // Not marked: an answer to a client whose own port is 53 must not be taken for a question of ours.
     socket.bind(&address.into())?;
     Ok(socket.into())

@@ -6,9 +6,10 @@
 
 use std::future::Future;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -101,6 +102,11 @@ impl<C: 'static> Workers<C> {
         LoadGuard(load)
     }
 
+    /// Flows of all workers.
+    pub fn loads(&self) -> usize {
+        self.0.iter().map(|worker| worker.load.load(Ordering::Relaxed)).sum()
+    }
+
     /// Runs `job` on `worker`.
     ///
     /// # Errors
@@ -134,6 +140,23 @@ fn run<C: 'static>(runtime: &tokio::runtime::Runtime, mut queue: mpsc::Receiver<
 /// What is done with an accepted connection, on the worker it was placed on.
 pub type Accepted<C> = Arc<dyn Fn(Rc<C>, TcpStream, LoadGuard) + Send + Sync>;
 
+/// A socket that a worker takes connections or datagrams from, as others may see it. It does not keep the socket open.
+#[derive(Clone, Default)]
+pub struct Listening(Arc<OnceLock<Weak<dyn AsFd + Send + Sync>>>);
+
+impl Listening {
+    /// Another descriptor of the same socket; none before it is served and after it was closed.
+    pub fn duplicate(&self) -> Option<OwnedFd> {
+        self.0.get()?.upgrade()?.as_fd().try_clone_to_owned().ok()
+    }
+
+    /// From now on this is the socket. Only the first one counts.
+    pub fn show<S: AsFd + Send + Sync + 'static>(&self, socket: &Arc<S>) {
+        let weak = Arc::downgrade(socket);
+        let _ = self.0.set(weak);
+    }
+}
+
 impl<C: 'static> Workers<C> {
     /// Accepts on `home` until `drained` says stop, and places each connection.
     ///
@@ -145,26 +168,31 @@ impl<C: 'static> Workers<C> {
         listener: std::net::TcpListener,
         drained: Drained,
         accepted: Accepted<C>,
-    ) -> io::Result<()> {
+    ) -> io::Result<Listening> {
         let workers = self.clone();
+        let listening = Listening::default();
+        let shown = listening.clone();
         self.run(home, move |context| {
             spawn(async move {
-                if let Err(error) = workers.accept_loop(home, listener, &drained, accepted, context).await {
+                if let Err(error) = workers.accept_loop(home, listener, &shown, &drained, accepted, context).await {
                     tracing::error!(%error, "a listener failed");
                 }
             });
-        })
+        })?;
+        Ok(listening)
     }
 
     async fn accept_loop(
         &self,
         home: usize,
         listener: std::net::TcpListener,
+        shown: &Listening,
         drained: &Drained,
         accepted: Accepted<C>,
         context: Rc<C>,
     ) -> io::Result<()> {
-        let listener = TcpListener::from_std(listener)?;
+        let listener = Arc::new(TcpListener::from_std(listener)?);
+        shown.show(&listener);
         let stop = async {
             drained.draining().await;
             tokio::select! { () = tokio::time::sleep(LAST_CALL) => {}, () = drained.forced() => {} }

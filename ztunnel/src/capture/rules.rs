@@ -5,6 +5,7 @@
 //! probe traffic is let in on the declared probe ports only; and old connections can be reset, one by one.
 
 use std::fmt::Write as _;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::SocketAddr;
 
 use tulle_proto::names::{
@@ -176,6 +177,14 @@ impl Rules {
             }
         }
     }
+}
+
+/// A short name of a transaction's text, by which a successor knows what is installed. Not the same for all versions of
+/// this program, which costs one more transaction.
+pub fn fingerprint(transaction: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    transaction.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// A connection from before the rules is picked up in its middle; its packets have no lone SYN.

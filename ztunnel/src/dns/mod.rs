@@ -51,7 +51,6 @@ pub struct PodDns {
     fallback: Option<SocketAddr>,
     /// Whose answers are shared: see [`cache`].
     group: Arc<str>,
-    questions: Arc<AtomicUsize>,
     streams: Arc<AtomicUsize>,
 }
 
@@ -65,7 +64,7 @@ impl PodDns {
         fallback: Option<SocketAddr>,
     ) -> Self {
         let group = format!("{}/{}", pod.namespace, pod.service_account).into();
-        Self { shared, node, pod, conntrack, fallback, group, questions: Arc::default(), streams: Arc::default() }
+        Self { shared, node, pod, conntrack, fallback, group, streams: Arc::default() }
     }
 }
 

@@ -6,7 +6,6 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +18,7 @@ use tokio::time::timeout;
 
 use crate::base::drain::{Drained, Phase};
 use crate::base::sockets::original_destination;
-use crate::base::workers::spawn;
+use crate::base::workers::{Listening, spawn};
 use crate::dns::resolve::Step;
 use crate::dns::wire;
 use crate::dns::{PodDns, QUESTIONS, STREAMS, take};
@@ -35,12 +34,14 @@ const PIPELINED: usize = 16;
 const TRANSFERS: [u16; 2] = [251, 252];
 
 impl PodDns {
-    /// Answers datagrams until `drained` is forced.
-    pub async fn serve_datagrams(self: Arc<Self>, socket: std::net::UdpSocket, drained: Drained) {
+    /// Answers datagrams until `drained` is forced; what was asked before is still answered. Others may see the socket in
+    /// `shown`.
+    pub async fn serve_datagrams(self: Arc<Self>, socket: std::net::UdpSocket, shown: Listening, drained: Drained) {
         let socket = match UdpSocket::from_std(socket) {
-            Ok(socket) => Rc::new(socket),
+            Ok(socket) => Arc::new(socket),
             Err(error) => return tracing::error!(%error, "the pod's name server cannot listen"),
         };
+        shown.show(&socket);
         let Ok(local) = socket.local_addr() else { return };
         let stop = drained.reached(Phase::Forced);
         tokio::pin!(stop);
@@ -63,7 +64,7 @@ impl PodDns {
                 // If the socket is full the client asks again.
                 Step::Done(answer) => drop(socket.try_send_to(&answer, client)),
                 Step::Later(asked) => {
-                    let Some(unit) = take(&self.questions, QUESTIONS) else {
+                    let Some(unit) = take(&self.pod.questions, QUESTIONS) else {
                         self.shed(&socket, client, &buffer[..length]);
                         continue;
                     };

@@ -91,6 +91,8 @@ pub struct LocalPod {
     pub inbound: Arc<AtomicUsize>,
     /// Live outbound connections.
     pub outbound: Arc<AtomicUsize>,
+    /// Questions of its name server that are under way.
+    pub questions: Arc<AtomicUsize>,
     /// Inbound tunnels and their handshakes.
     pub gate: Arc<Gate>,
     /// What its flows may buffer.

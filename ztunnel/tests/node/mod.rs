@@ -5,7 +5,7 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,6 +20,7 @@ use tulle_proto::tulle_workload::{EgressMode, WorkloadInfo};
 use tulle_proto::workload::address::Type;
 use tulle_proto::workload::{Address, Extension, TunnelProtocol, Workload};
 use ztunnel::app::pods::{Environment, Pods};
+use ztunnel::app::resolver::Names;
 use ztunnel::app::worker::Worker;
 use ztunnel::base::drain::{Drain, Phase, drain};
 use ztunnel::base::netns::NetnsThread;
@@ -36,7 +37,7 @@ use ztunnel::{hbone, relay, xds};
 /// One node with three pods: a and b in the mesh, c not.
 pub struct Lab {
     tag: String,
-    dir: tempfile::TempDir,
+    pub dir: tempfile::TempDir,
 }
 
 pub fn sh(script: &str) {
@@ -135,6 +136,7 @@ impl Drop for Lab {
 /// The proxy's parts, put together as `app` does it.
 pub struct Node {
     pub pods: Pods,
+    pub workers: Workers<Worker>,
     writer: Writer,
     stop: Arc<Drain>,
     pub runtime: tokio::runtime::Runtime,
@@ -144,17 +146,27 @@ fn now() -> i64 {
     i64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()).unwrap()
 }
 
+/// What a test may want otherwise.
+#[derive(Default)]
+pub struct Setup {
+    pub hbone: hbone::Config,
+    pub relay: relay::Limits,
+    /// How names are answered; not at all.
+    pub names: Option<Names>,
+}
+
 impl Node {
     pub fn start(lab: &Lab, path: PathBuf) -> Self {
-        Self::start_with(lab, path, hbone::Config::default())
+        Self::start_with(lab.dir.path(), path, Setup::default())
     }
 
-    /// With other limits of tunnels.
-    pub fn start_with(lab: &Lab, path: PathBuf, hbone: hbone::Config) -> Self {
+    /// The same with other settings; the CA lies in `dir`.
+    pub fn start_with(dir: &Path, path: PathBuf, setup: Setup) -> Self {
+        let Setup { hbone, relay, names } = setup;
         let _ = (*ztunnel::tls::provider()).clone().install_default();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let (writer, reader) = store();
-        let authority = Arc::new(Authority::open(&lab.dir.path().join("ca"), now()).unwrap());
+        let authority = Arc::new(Authority::open(&dir.join("ca"), now()).unwrap());
         let fetch: ztunnel::identity::Fetch = Arc::new(move |id: SpiffeId| {
             let authority = authority.clone();
             Box::pin(async move {
@@ -172,7 +184,7 @@ impl Node {
             identities: identities.clone(),
             metrics: Metrics::new(&mut registry),
             hbone,
-            relay: relay::Limits::default(),
+            relay,
             network: "".into(),
             cluster: "Kubernetes".into(),
         };
@@ -191,13 +203,16 @@ impl Node {
             limits: Limits::default(),
             preexisting: Preexisting::Keep,
             trust_domain: "cluster.local".into(),
-            names: None,
+            names,
+            taken: Arc::default(),
+            replaced: drain().1,
         };
         let pods = Pods::default();
+        let workers = environment.workers.clone();
         let stop = Arc::new(drain().0);
         runtime.spawn(identities.run(std::future::pending()));
         runtime.spawn(pods.clone().run(Arc::new(environment), path, stop.clone()));
-        Self { pods, writer, stop, runtime }
+        Self { pods, workers, writer, stop, runtime }
     }
 
     pub fn describe(&mut self, hbone: &[&str]) {
@@ -240,6 +255,29 @@ impl Node {
             })
             .collect();
         changes.extend([Change::AddressesSynced, Change::PoliciesSynced]);
+        self.writer.apply(changes, 0);
+    }
+
+    /// Pods come and go, as control would say it: names with accounts and addresses, and names.
+    pub fn change(&mut self, come: &[(String, String, IpAddr)], gone: &[String]) {
+        let uid = |name: &str| format!("Kubernetes//Pod/shop/{name}");
+        let come = come.iter().map(|(name, account, ip)| {
+            let workload = Workload {
+                uid: uid(name),
+                name: name.clone(),
+                namespace: "shop".to_owned(),
+                service_account: account.clone(),
+                addresses: vec![octets(*ip)],
+                tunnel_protocol: i32::from(TunnelProtocol::Hbone),
+                extensions: extensions(false),
+                ..Workload::default()
+            };
+            let bytes = Address { r#type: Some(Type::Workload(workload)) }.encode_to_vec();
+            xds::decode::address(&bytes, "v", &mut xds::decode::Strings::default()).unwrap()
+        });
+        let gone = gone.iter().map(|name| Change::AddressRemoved(uid(name).into()));
+        let synced = [Change::AddressesSynced, Change::PoliciesSynced];
+        let changes: Vec<Change> = come.chain(gone).chain(synced).collect();
         self.writer.apply(changes, 0);
     }
 

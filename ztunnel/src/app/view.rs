@@ -1,0 +1,156 @@
+//! What others may see of the node's pods: status pages, readiness, metrics, a successor.
+//!
+//! Every look takes the board's lock for a moment and nothing else; no answer waits for a pod.
+
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError};
+
+use serde::Serialize;
+
+use crate::app::handover::{Given, Open};
+use crate::app::pods::{Entry, Pods};
+use crate::base::netns::Netns;
+use crate::capture::preexisting;
+use crate::flow::LocalPod;
+use crate::telemetry::metrics::Metrics;
+
+/// Actual state of a pod's capture.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Status {
+    /// metadata.uid.
+    pub uid: String,
+    /// Name.
+    pub name: String,
+    /// Namespace.
+    pub namespace: String,
+    /// Addresses.
+    pub addresses: Vec<IpAddr>,
+    /// `Captured`, `Pending`, `Failed`, `Uncaptured`.
+    pub capture: &'static str,
+    /// Why, for `Pending` and `Failed`.
+    pub reason: String,
+    /// Connections from before capture that are still there.
+    pub preexisting: usize,
+    /// Live inbound connections.
+    pub inbound_connections: usize,
+    /// Live outbound connections.
+    pub outbound_connections: usize,
+    /// Open inbound tunnels.
+    pub inbound_tunnels: usize,
+    /// Connections, tunnels and handshakes refused for lack of budget.
+    pub refused: u64,
+    /// Bytes that its flows buffer or have promised to peers to buffer.
+    pub buffered_bytes: usize,
+    /// How often one of its flows was slowed down because that was too much.
+    pub buffer_waits: u64,
+}
+
+impl Pods {
+    /// Every pod's state. The count of connections from before capture is that of the last [`Self::recount`].
+    pub fn status(&self) -> Vec<Status> {
+        let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+        board.values().map(status).collect()
+    }
+
+    /// Counts the connections from before capture anew.
+    pub async fn recount(&self) {
+        let old: Vec<(String, Netns)> = {
+            let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+            let with_old = board.iter().filter(|(_, entry)| !entry.old.is_empty());
+            with_old.filter_map(|(uid, entry)| Some((uid.clone(), entry.netns.clone()?))).collect()
+        };
+        for (uid, netns) in old {
+            let Ok(now) = preexisting::list(&netns).await else { continue };
+            let mut board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(entry) = board.get_mut(&uid) {
+                entry.old.retain(|pair| now.contains(pair));
+            }
+        }
+    }
+
+    /// What the node waits for; empty when nothing.
+    pub fn pending(&self) -> Vec<String> {
+        let mut pending = Vec::new();
+        if !self.listed.load(Ordering::Relaxed) {
+            pending.push("the list of pods".to_owned());
+        }
+        pending.extend(self.problem.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+        for entry in board.values().filter(|entry| matches!(entry.state, "Pending" | "Failed")) {
+            pending.push(format!("capture of {}/{}: {}", entry.pod.namespace, entry.pod.name, entry.reason));
+        }
+        pending
+    }
+
+    /// Live connections of all pods: inbound and outbound.
+    pub fn connections(&self) -> (usize, usize) {
+        let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+        board.values().filter_map(|entry| entry.local.as_ref()).fold((0, 0), |(inbound, outbound), pod| {
+            (inbound + pod.inbound.load(Ordering::Relaxed), outbound + pod.outbound.load(Ordering::Relaxed))
+        })
+    }
+
+    /// Brings the gauges of buffered bytes up to date.
+    pub fn show_buffers(&self, metrics: &Metrics) {
+        let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut bytes, mut pressed) = (0, 0);
+        for pod in board.values().filter_map(|entry| entry.local.as_ref()) {
+            bytes += pod.buffers.used();
+            pressed += i64::from(pod.buffers.is_pressed());
+        }
+        metrics.buffered.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+        metrics.pressed.set(pressed);
+    }
+
+    /// Questions that the pods' name servers work on.
+    pub fn questions(&self) -> usize {
+        let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+        board.values().filter_map(|entry| entry.local.as_ref()).map(|pod| pod.questions.load(Ordering::Relaxed)).sum()
+    }
+
+    /// From now on the list of pods changes nothing: a successor reads it.
+    pub(super) fn freeze(&self) {
+        self.frozen.store(true, Ordering::Relaxed);
+    }
+
+    /// The listeners of every pod that is served, for a successor.
+    pub(super) fn give(&self) -> Vec<(Given, Open)> {
+        let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+        let served = board.iter().filter(|(_, entry)| entry.state != "Uncaptured");
+        let given = served.filter_map(|(uid, entry)| {
+            let netns = entry.netns.as_ref()?.id();
+            let given = |open: &Open| Given {
+                uid: uid.clone(),
+                netns,
+                names: open.sockets.len().saturating_sub(3) / 2,
+                old: entry.old.iter().copied().collect(),
+                rules: entry.rules,
+                datagrams: entry.datagrams,
+            };
+            Some(entry.open.iter().map(|open| (given(open), open.clone())).collect::<Vec<_>>())
+        });
+        given.flatten().collect()
+    }
+}
+
+fn status(entry: &Entry) -> Status {
+    let count = |pick: fn(&LocalPod) -> &Arc<AtomicUsize>| {
+        entry.local.as_ref().map_or(0, |local| pick(local).load(Ordering::Relaxed))
+    };
+    Status {
+        uid: entry.pod.uid.clone(),
+        name: entry.pod.name.clone(),
+        namespace: entry.pod.namespace.clone(),
+        addresses: entry.pod.ips.clone(),
+        capture: entry.state,
+        reason: entry.reason.clone(),
+        preexisting: entry.old.len(),
+        inbound_connections: count(|local| &local.inbound),
+        outbound_connections: count(|local| &local.outbound),
+        inbound_tunnels: entry.local.as_ref().map_or(0, |local| local.gate.tunnels()),
+        refused: entry.local.as_ref().map_or(0, |local| local.refused.load(Ordering::Relaxed)),
+        buffered_bytes: entry.local.as_ref().map_or(0, |local| local.buffers.used()),
+        buffer_waits: entry.local.as_ref().map_or(0, |local| local.buffers.waits()),
+    }
+}
