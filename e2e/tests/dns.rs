@@ -299,3 +299,18 @@ fn names_are_looked_up_where_nothing_else_may_leave() -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn who_answers_is_in_the_status_and_can_be_turned_off_for_a_node() -> anyhow::Result<()> {
+    let config = LabConfig::of(&scenario::world(true)).env("node-2", "ISTIO_META_DNS_CAPTURE", "false");
+    let Some(lab) = scenario::lab(config) else { return Ok(()) };
+    for (node, pod, expected) in [("node-1", "web", "on"), ("node-2", "cart", "off"), ("node-1", "guest", "")] {
+        let status = scenario::pod_status(&lab, node, pod)?;
+        anyhow::ensure!(status["dns"].as_str().unwrap_or_default() == expected, "{pod}: {status}");
+    }
+    let table = lab.exec_ok("control", &["tulle", "status"])?;
+    let of = |pod: &str| table.lines().find(|line| line.starts_with(pod)).map(|line| line.split_whitespace().nth(3));
+    anyhow::ensure!(of("shop/web") == Some(Some("on")) && of("shop/cart") == Some(Some("off")), "{table}");
+    // Either way names are found.
+    scenario::reaches(&lab, "shop/web", "http://cart.shop/")
+}

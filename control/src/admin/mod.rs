@@ -262,6 +262,7 @@ fn node_status(status: &NodeStatus) -> Value {
                 "namespace": pod.namespace,
                 "capture": pod.capture,
                 "reason": pod.reason,
+                "dns": pod.dns,
                 "preexisting": pod.preexisting,
                 "inboundConnections": pod.inbound_connections,
                 "outboundConnections": pod.outbound_connections,

@@ -183,12 +183,12 @@ pub(super) fn status(value: &Value) -> String {
     });
     text.push_str(&table(&header, nodes.collect()));
     text.push('\n');
-    let header = ["POD", "NODE", "CAPTURE", "PREEXISTING", "IN", "OUT", "REASON"];
+    let header = ["POD", "NODE", "CAPTURE", "DNS", "PREEXISTING", "IN", "OUT", "REASON"];
     let mut pods = Vec::new();
     for (name, node) in entries(&value["nodes"]) {
         for pod in node["status"]["pods"].as_array().into_iter().flatten() {
             let mut row = vec![format!("{}/{}", cell(&pod["namespace"]), cell(&pod["name"])), name.clone()];
-            let keys = ["capture", "preexisting", "inboundConnections", "outboundConnections", "reason"];
+            let keys = ["capture", "dns", "preexisting", "inboundConnections", "outboundConnections", "reason"];
             row.extend(keys.iter().map(|key| cell(&pod[*key])));
             pods.push(row);
         }

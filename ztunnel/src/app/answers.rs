@@ -200,6 +200,7 @@ fn pod_status(pod: Status) -> PodStatus {
         namespace: pod.namespace,
         capture: pod.capture.to_owned(),
         reason: pod.reason,
+        dns: pod.dns.to_owned(),
         preexisting: pod.preexisting as u64,
         inbound_connections: pod.inbound_connections as u64,
         outbound_connections: pod.outbound_connections as u64,

@@ -30,6 +30,8 @@ pub struct Status {
     pub capture: &'static str,
     /// Why, for `Pending` and `Failed`.
     pub reason: String,
+    /// Whether its look-ups of names are answered here: `on` or `off`; empty where it is not captured.
+    pub dns: &'static str,
     /// Connections from before capture that are still there.
     pub preexisting: usize,
     /// Live inbound connections.
@@ -123,7 +125,7 @@ impl Pods {
             let given = |open: &Open| Given {
                 uid: uid.clone(),
                 netns,
-                names: open.sockets.len().saturating_sub(3) / 2,
+                names: name_servers(open),
                 old: entry.old.iter().copied().collect(),
                 rules: entry.rules,
                 datagrams: entry.datagrams,
@@ -132,6 +134,11 @@ impl Pods {
         });
         given.flatten().collect()
     }
+}
+
+/// Addresses at which names are answered: beside the three listeners there are a UDP and a TCP socket for each.
+fn name_servers(open: &Open) -> usize {
+    open.sockets.len().saturating_sub(3) / 2
 }
 
 fn status(entry: &Entry) -> Status {
@@ -145,6 +152,11 @@ fn status(entry: &Entry) -> Status {
         addresses: entry.pod.ips.clone(),
         capture: entry.state,
         reason: entry.reason.clone(),
+        dns: match entry.state {
+            "Captured" if entry.open.iter().any(|open| name_servers(open) > 0) => "on",
+            "Captured" => "off",
+            _ => "",
+        },
         preexisting: entry.old.len(),
         inbound_connections: count(|local| &local.inbound),
         outbound_connections: count(|local| &local.outbound),
