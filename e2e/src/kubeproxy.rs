@@ -5,7 +5,8 @@
 //! there is none, silence where a traffic policy Local finds none on its node; ports on the nodes and external addresses.
 //! Masqueraded is a pod that reaches itself, what comes to a Service from outside of the pods, and what comes from outside
 //! under externalTrafficPolicy Cluster; under Local its source is kept. The text is pure and replaced as a whole. Limits:
-//! affinity has no timeout; load balancers' source ranges are not looked at.
+//! affinity has no timeout; load balancers' source ranges are not looked at; without privilege the kernel takes a
+//! transaction of some 200 KB only.
 
 use crate::address;
 use crate::address::Pair;
@@ -149,7 +150,9 @@ impl<'a> OnePort<'a> {
         let (all, local) = (self.name(ALL), self.name(LOCAL));
         let (word, pods) = (FAMILIES[self.family].1, [address::PODS.0, address::PODS.1][self.family]);
         let mut text = self.choice(ALL, &self.all);
-        text.push_str(&self.choice(LOCAL, &self.local));
+        if proxy.internal_local || proxy.external_local {
+            text.push_str(&self.choice(LOCAL, &self.local));
+        }
         let internal = if proxy.internal_local { &local } else { &all };
         if !(self.all.is_empty() || proxy.internal_local && self.local.is_empty()) {
             let chain = self.name(INTERNAL);
@@ -157,7 +160,8 @@ impl<'a> OnePort<'a> {
                 "  chain {chain} {{\n    {word} saddr != {pods} meta mark set 0x4000\n    goto {internal}\n  }}\n"
             ));
         }
-        if self.all.is_empty() {
+        // Nothing leads to a chain for what comes from outside where nothing can.
+        if self.all.is_empty() || (proxy.addresses.is_empty() && proxy.node_ports.is_empty()) {
             return text;
         }
         // Under Cluster the answer must come back this way, from whatever node the endpoint is on. Under Local, clients in

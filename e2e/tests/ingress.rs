@@ -81,7 +81,7 @@ fn nginx(dir: &Path, namespace: &str, port: u16, listen: u16) -> anyhow::Result<
     std::fs::create_dir_all(&base)?;
     let base = base.display();
     let config = format!(
-        "daemon off; master_process off; pid {base}/pid; error_log {base}/error.log;\n\
+        "user root root; daemon off; master_process off; pid {base}/pid; error_log {base}/error.log;\n\
          events {{ worker_connections 64; }}\n\
          http {{ access_log off; client_body_temp_path {base}/b; proxy_temp_path {base}/p; fastcgi_temp_path {base}/f;\n\
          uwsgi_temp_path {base}/u; scgi_temp_path {base}/s;\n\
