@@ -1,4 +1,5 @@
-//! Identities of the mesh: SPIFFE ids, certificate requests, chain verification, and the certificate authority.
+//! Identities of the mesh: SPIFFE ids, certificate requests, chain verification, revocation lists, and the certificate
+//! authority.
 //!
 //! Control and node proxy decide with the same code whether an identity may exist and whether a certificate proves
 //! it, so that no string is read in two ways. There is no async code here and, outside of [`ca`], no I/O; the time is

@@ -1,4 +1,5 @@
-//! Does this chain prove an identity? webpki decides about signatures, time and usage; this module about the name.
+//! Does this chain prove an identity? webpki decides about signatures, time and usage, the revocation lists whether one of
+//! its certificates was taken back, and this module about the name.
 //!
 //! A leaf with several URI SANs is refused outright: if one reader took the first and another any, the pair could be
 //! played off against each other. The caller compares the identity, or its trust domain, with what it expects.

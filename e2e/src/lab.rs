@@ -565,11 +565,11 @@ fn end_supervisor(pid: u32, unreachable: bool) -> anyhow::Result<()> {
     })
 }
 
-/// Removes what the lab made, entry by entry: a wrong path must not cost anybody else's files.
 /// Beginnings of names of further files of the state.
 const STATE_PREFIXES: [&str; 7] =
     ["pods-node-", "agent-node-", "handover-node-", "token-node-", ".pods-node-", ".token-node-", ".lab.json"];
 
+/// Removes what the lab made, entry by entry: a wrong path must not cost anybody else's files.
 fn remove_state(paths: &Paths, keep_logs: bool) -> anyhow::Result<()> {
     let Ok(entries) = std::fs::read_dir(&paths.0) else { return Ok(()) };
     let ours = ["objects", "netns", "logs", "ca", "bin", "etc", "lab.sock", "lab.json", "config.json", "lock"];

@@ -1,4 +1,5 @@
-//! Completing manifests to what an API server would hold: addresses, nodes, uids, status, conditions, EndpointSlices.
+//! Completing manifests to what an API server would hold: addresses, nodes, uids, status, conditions. Services and their
+//! EndpointSlices are the business of [`services`].
 //!
 //! Pure: wanted objects, planned pods and what is known of them in; files out. What the lab does not interpret passes
 //! through untouched, so that control is the only judge of policies. Limits: hosts outside the cluster and everything

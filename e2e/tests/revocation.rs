@@ -1,4 +1,4 @@
-//! Promise: a certificate that was taken back opens nothing any more, and what it had open is cut on both ends.
+//! Promise: a certificate that was taken back opens nothing any more, and what it had open is cut by who was shown it.
 
 use std::time::Duration;
 

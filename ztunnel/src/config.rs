@@ -173,7 +173,7 @@ pub struct Node {
     /// TCP_USER_TIMEOUT from the keepalive settings.
     #[arg(long, env = "USER_TIMEOUT_ENABLED", default_value_t = false, action = clap::ArgAction::Set)]
     pub user_timeout: bool,
-    /// How long connections may go on after SIGTERM.
+    /// How long connections may go on after SIGTERM, or once a successor serves.
     #[arg(long, env = "CONNECTION_TERMINATION_DEADLINE", default_value = "30s", value_parser = duration)]
     pub termination_deadline: Duration,
     /// Unix socket at which a new process takes the listeners of the one before it over. Absent: it opens its own.

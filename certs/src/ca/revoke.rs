@@ -1,9 +1,10 @@
 //! Taking certificates back: `crl.pem` in the CA directory, which nodes read as `CRL_PATH` (RFC 5280 §5).
 //!
 //! A leaf is taken back by the intermediate that signed it, an intermediate by the root, so there is a list for each.
-//! Lists of an intermediate that was replaced cannot be added to (its key is gone) and stay until the last leaf of it has
-//! ended. Entries go when what they name has ended anyway, so the file stays small. Limits: only serial numbers are
-//! known here, not to whom they were given; `tulle get certificates` says that.
+//! Lists of an issuer that was replaced cannot be added to (its key is gone) and stay for a year after they were signed: by
+//! then all that they can name has ended. Entries go when what they name has ended anyway, so the file stays small. Limits:
+//! only serial numbers are known here, neither to whom they were given (`tulle get certificates` says that) nor by which
+//! intermediate, so a leaf of a replaced one is not taken back by its number.
 
 use std::path::Path;
 use std::time::Duration;

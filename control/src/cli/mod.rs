@@ -1,4 +1,5 @@
-//! The `tulle` command, `control rotate` and `control revoke`: what the mesh is, what it would do, and what is wrong with a folder of manifests.
+//! The `tulle` command: what the mesh is, what it would do, and what is wrong with a folder of manifests. Besides,
+//! `control rotate` and `control revoke`, which work on the CA directory.
 //!
 //! It asks a running control plane over HTTP, or reads a folder itself with `--files`, through the same source and
 //! translation. `explain` and `status` show what the node proxies say of themselves and therefore need a running mesh.

@@ -1,6 +1,7 @@
 //! Services and the endpoints that somebody else computed for them.
 //!
-//! Only TCP ports are kept: the mesh carries nothing else, and other ports pass it untouched.
+//! Endpoints are chosen for TCP ports only: the mesh carries nothing else, and other ports pass it untouched. What names and
+//! NetworkPolicies must know of those is in [`ServiceNames`].
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;

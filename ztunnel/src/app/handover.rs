@@ -44,7 +44,7 @@ const MOST_PODS: usize = 4096;
 /// Connections from before capture that are passed on for a pod, so that a packet holds them. Beyond, they are no
 /// longer counted.
 const MOST_OLD: usize = 1000;
-/// Drained processes that are told of. They end within their drain time, and each took the time to start.
+/// Draining processes that are told of. They end within their drain time, and each took the time to start.
 const MOST_LEFT: usize = 16;
 
 /// What the two say to each other.

@@ -181,7 +181,7 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     match (taking, admin, &config.handover) {
         (Some(taking), ..) => take_over(&config, taking, &pods, &pages, &was_replaced, giver).await?,
         (None, Some(admin), Some(path)) => {
-            // Without it a successor cannot begin before this process has ended, which is how it always was.
+            // Without it a successor cannot begin before this process has ended.
             if let Err(error) = giver(admin).wait(path) {
                 tracing::warn!(path = %path.display(), %error, "no successor can take this process's listeners");
             }

@@ -1,7 +1,8 @@
 //! The habits of glibc's allocator, so that memory falls after a peak and does not depend on which thread was busy.
 //!
 //! By itself it gives each thread a heap of its own (eight a core), raises its own thresholds as large blocks come by,
-//! and keeps what has become free below them: after a burst that is most of the process. Elsewhere nothing is done.
+//! and keeps what has become free below them: after a burst that is most of the process. With other C libraries nothing
+//! is done.
 
 use std::time::Duration;
 

@@ -5,7 +5,7 @@
 //! an update. Building happens off the readers' path and shares everything that did not change, so an update costs what
 //! it touches and not what is known. Not here: protobuf (`xds::decode`), verdicts (`policy`), choice of an endpoint (`lb`).
 //!
-//! Policy never fails open (DESIGN §4, §5), and the store is where that is held:
+//! Policy never fails open, and the store is where that is held:
 //! * a workload that names a policy which is not here is **staged**: its version in force stays, and with none in force it
 //!   is known with [`Workload::policies_pending`], which `policy` answers with a refusal;
 //! * a removed policy stays in force as long as a workload names it;

@@ -1,4 +1,4 @@
-//! Kubernetes' own kinds: namespaces, nodes, accounts, pods, services, endpoint slices.
+//! Kubernetes' own kinds: namespaces, nodes, accounts, pods, services, endpoint slices, Endpoints.
 //!
 //! Only fields that the mesh uses are read, so that a manifest with newer or misspelt other fields still works; a
 //! field that is used must be right.
