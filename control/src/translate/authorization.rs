@@ -211,14 +211,7 @@ fn selecting<'a>(
 }
 
 /// True for a pod that the service selects, or that serves it by an endpoint slice.
-fn behind(
-    pod: &Pod,
-    policy: &Meta,
-    service: &str,
-    world: &World,
-    endpoints: &Endpoints,
-    settings: &Settings,
-) -> bool {
+fn behind(pod: &Pod, policy: &Meta, service: &str, world: &World, endpoints: &Endpoints, settings: &Settings) -> bool {
     let key = (policy.namespace.clone(), service.to_owned());
     world.services.get(&key).is_some_and(|service| {
         let selector = &service.selector;
