@@ -193,8 +193,8 @@ fn each_kind_of_service_is_answered_by_the_same_pods_before_and_after_the_label(
     Ok(())
 }
 
-/// A slice of three endpoints by hand: (ready, serving, terminating) of `a`, `b` and of an address that is no pod of the
-/// mesh's control plane.
+/// A slice of three endpoints by hand: (ready, serving, terminating) of each address. It names no pods, as slices of a
+/// Service without a selector need not.
 fn slice(states: [(bool, bool, bool); 3], ips: &[String; 3]) -> String {
     let mut text = "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
          metadata: {name: by-hand, namespace: shop, labels: {kubernetes.io/service-name: by-hand}}\n\

@@ -122,27 +122,6 @@ impl World {
         self.nodes.get(node).and_then(|node| node.meta.label("topology.kubernetes.io/zone")).unwrap_or_default()
     }
 
-    /// Adds an object; one of the same kind and name is replaced.
-    pub fn insert(&mut self, object: Object) {
-        let meta = object.meta();
-        let key = (meta.namespace.clone(), meta.name.clone());
-        match object {
-            Object::Namespace(o) => drop(self.namespaces.insert(key.1, o)),
-            Object::Node(o) => drop(self.nodes.insert(key.1, o)),
-            Object::ServiceAccount(o) => drop(self.service_accounts.insert(key, o)),
-            Object::Pod(o) => drop(self.pods.insert(key, o)),
-            Object::Service(o) => drop(self.services.insert(key, o)),
-            Object::EndpointSlice(o) => drop(self.slices.insert(key, o)),
-            Object::Endpoints(o) => drop(self.endpoints.insert(key, o)),
-            Object::AuthorizationPolicy(o) => drop(self.authorization_policies.insert(key, o)),
-            Object::PeerAuthentication(o) => drop(self.peer_authentications.insert(key, o)),
-            Object::NetworkPolicy(o) => drop(self.network_policies.insert(key, o)),
-            Object::Unenforced(o) => {
-                drop(self.unenforced.insert((o.kind, key.0, key.1), o));
-            }
-        }
-    }
-
     /// Adds an object unless there is one of the same kind and name; says whether it did.
     pub fn insert_new(&mut self, object: Object) -> bool {
         let meta = object.meta();

@@ -21,17 +21,15 @@ pub(super) struct Datagrams<'a> {
 impl<'a> Datagrams<'a> {
     pub(super) fn new(world: &'a World) -> Self {
         let needed = world.network_policies.values().any(|policy| policy.egress.is_some());
-        if needed { Self::all(world) } else { Self { world, slices: None } }
-    }
-
-    /// Every service, whether or not anybody needs it.
-    fn all(world: &'a World) -> Self {
-        let mut slices: BTreeMap<(&str, &str), Vec<&EndpointSlice>> = BTreeMap::new();
-        for slice in world.slices.values() {
-            let key = (slice.meta.namespace.as_str(), slice.service.as_str());
-            slices.entry(key).or_default().push(slice);
-        }
-        Self { world, slices: Some(slices) }
+        let slices = needed.then(|| {
+            let mut slices: BTreeMap<(&str, &str), Vec<&EndpointSlice>> = BTreeMap::new();
+            for slice in world.slices.values() {
+                let key = (slice.meta.namespace.as_str(), slice.service.as_str());
+                slices.entry(key).or_default().push(slice);
+            }
+            slices
+        });
+        Self { world, slices }
     }
 
     /// The ports of one service that are not TCP.

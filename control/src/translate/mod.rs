@@ -2,7 +2,8 @@
 //!
 //! Bad input gives a condition, never an error. Everything is computed from the whole world each time, and equal worlds
 //! give equal bytes, which is what makes versions hold over restarts. What is costly for each pod, encoding and hashing
-//! its workload, is remembered ([`Memory`]) with everything it was made of: of 10,000 pods only the few that changed cost that.
+//! its workload, is remembered ([`Memory`]) with everything it was made of: of 10,000 pods only the few that changed cost
+//! that.
 
 mod aliases;
 mod authorization;
@@ -24,6 +25,7 @@ use std::sync::Arc;
 use tulle_proto::names;
 
 pub use datagrams::endpoints as datagram_endpoints;
+pub use workload::Memory;
 
 use crate::model::{Condition, Meta, ObjectConditions, ObjectKey, Pod, World};
 use crate::resource::{Kind, Resource};
@@ -117,8 +119,6 @@ struct Selecting<'a> {
     /// Decides whether it applies to a pod.
     applies: Box<dyn Fn(&Pod) -> bool + 'a>,
 }
-
-pub use workload::Memory;
 
 /// Translates the whole world. The result does not depend on `memory`, which only saves work; it must have seen no other
 /// settings.

@@ -91,14 +91,6 @@ impl Channel {
         Ok(Self(socket))
     }
 
-    /// How long [`Self::receive`] waits.
-    ///
-    /// # Errors
-    /// What the system says.
-    pub fn set_patience(&self, patience: Duration) -> io::Result<()> {
-        self.0.set_read_timeout(Some(patience))
-    }
-
     /// Ends the conversation for both sides, whoever else holds it here.
     pub fn close(&self) {
         // Gone already is as good.

@@ -12,13 +12,14 @@ mod renew;
 mod tests;
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 pub use cache::{CertStatus, Clock, Fetch, Identities, IdentityError};
 pub(crate) use client::text as status_text;
 pub use client::{Client, FetchError};
 pub use control::{Control, ControlError, RootCa, TokenSource, backoff};
 
+use crate::base::unix_now_us;
 use crate::tls::Trust;
 
 /// Identities that come from the CA at `control` and live for `ttl`. They are fetched once [`Identities::run`] runs.
@@ -34,6 +35,5 @@ pub fn identities(control: Control, ttl: Duration, trust: Trust) -> Identities {
 
 /// The wall clock, milliseconds since the Unix epoch.
 fn unix_ms() -> i64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+    i64::try_from(unix_now_us() / 1000).unwrap_or(i64::MAX)
 }

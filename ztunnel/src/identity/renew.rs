@@ -2,7 +2,8 @@
 //!
 //! The rules are the peer's: renewal at half life, spread so that a node's certificates do not fall due together; the old
 //! certificate is kept while it is valid; failures back off, and a waiter during back-off gets the cached error at once
-//! instead of a queue. Someone who waits comes before prefetching. Limits: at most [`MAX_IN_FLIGHT`] requests at a time and [`MAX_ENTRIES`] identities. Times are milliseconds since the Unix epoch.
+//! instead of a queue. Someone who waits comes before prefetching. Limits: at most [`MAX_IN_FLIGHT`] requests at
+//! a time and [`MAX_ENTRIES`] identities. Times are milliseconds since the Unix epoch.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};

@@ -4,12 +4,14 @@
 //! store in a node, handed to every certificate's configuration.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::UnixTime;
+use rustls::pki_types::{CertificateDer, UnixTime};
 use tokio::sync::watch;
 use tulle_certs::{Crls, Roots, Usage, VerifyError, verify_chain};
+
+use crate::base::unix_now_us;
 
 /// The lists. Cheap to clone; all clones are one store.
 #[derive(Clone, Debug)]
@@ -51,7 +53,8 @@ impl Revoked {
         if crls.is_empty() {
             return None;
         }
-        match verify_chain(chain, roots, &crls, usage, UnixTime::now()) {
+        let now = UnixTime::since_unix_epoch(Duration::from_micros(unix_now_us()));
+        match verify_chain(chain, roots, &crls, usage, now) {
             Err(error @ VerifyError::Revoked { .. }) => Some(error),
             // Ends by itself are others' business; a chain that was verified once needs no second opinion.
             Ok(_) | Err(_) => None,

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use prost_types::value::Kind;
 use prost_types::{Struct, Value};
@@ -18,6 +18,7 @@ use tulle_proto::discovery::aggregated_discovery_service_client::AggregatedDisco
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use tulle_proto::names::HEADER_TULLE_TYPES;
 
+use crate::base::unix_now_us;
 use crate::identity::{Control, ControlError, backoff, status_text};
 use crate::state::{Applied, Writer};
 use crate::xds::monitor::{Monitor, Termination};
@@ -95,7 +96,7 @@ pub async fn run(config: Config, mut writer: Writer, monitor: Monitor, shutdown:
             () = &mut shutdown => return,
             ended = stream(&config.control, &mut session, &mut writer, &monitor) => ended,
         };
-        monitor.terminated(ended.reason, &ended.error, unix_us());
+        monitor.terminated(ended.reason, &ended.error, unix_now_us());
         failures = if ended.useful { 1 } else { failures.saturating_add(1) };
         let wait = backoff(FIRST_RETRY, LAST_RETRY, failures, rand::random());
         match ended.reason {
@@ -142,12 +143,12 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
     let offered: Vec<String> =
         offered.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
     let (expected, subscription) = session.offered(&offered);
-    writer.apply(expected, unix_us());
+    writer.apply(expected, unix_now_us());
     if let Some(subscription) = subscription {
         // There is room: the queue holds the first requests and nothing was answered yet.
         let _ = requests.try_send(subscription);
     }
-    monitor.connected(unix_us(), offered);
+    monitor.connected(unix_now_us(), offered);
     tracing::info!(address = control.address, "xDS stream open");
     let mut responses = response.into_inner();
     let mut useful = false;
@@ -157,7 +158,7 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
             message = responses.message() => message,
             // Something holds for a while only. Between streams it holds on, which is the safe side.
             () = sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => {
-                again = due(writer.apply([], unix_us()).again_us);
+                again = due(writer.apply([], unix_now_us()).again_us);
                 continue;
             }
         };
@@ -200,7 +201,7 @@ fn take(
     if !outcome.rejected.is_empty() {
         monitor.rejections(&outcome.rejected);
     }
-    let applied = writer.apply(outcome.changes, unix_us());
+    let applied = writer.apply(outcome.changes, unix_now_us());
     let generation = applied.generation;
     tracing::debug!(type_url, resources, generation, staged = applied.staged, "applied a response");
     (outcome.answer, applied)
@@ -208,7 +209,7 @@ fn take(
 
 /// The moment of a time of the wall clock.
 fn due(at_us: Option<u64>) -> Option<Instant> {
-    let left = Duration::from_micros(at_us?.saturating_sub(unix_us()));
+    let left = Duration::from_micros(at_us?.saturating_sub(unix_now_us()));
     // Should the clock jump, it is looked at again.
     Some(Instant::now() + left.min(Duration::from_secs(10)))
 }
@@ -222,10 +223,4 @@ fn by_status(status: &tonic::Status, useful: bool) -> Ended {
     };
     let reason = if restarting { Termination::Reconnect } else { Termination::Error };
     Ended { reason, error: format!("{:?}: {text}", status.code()), useful }
-}
-
-/// The wall clock, microseconds since the Unix epoch.
-fn unix_us() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
