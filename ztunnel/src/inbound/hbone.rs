@@ -127,20 +127,26 @@ async fn tunnel(
         window: window.clone(),
         cut: Cut::default(),
     });
-    let expired = async {
-        tokio::select! {
-            () = sleep(lifetime) => {}
-            outcome = cert.revoked(&shown, Usage::Client) => {
-                tracing::warn!(%peer, reason = %outcome, "tunnel is cut");
-                context.cut.order(outcome);
-            }
-        }
+    let revoked = async {
+        let outcome = cert.revoked(&shown, Usage::Client).await;
+        tracing::warn!(%peer, reason = %outcome, "tunnel is cut");
+        context.cut.order(outcome);
     };
-    let result = server::serve(tls, config, pod.drained.clone(), expired, &window, |(request, respond)| {
+    let expired = async {
+        tokio::select! { () = sleep(lifetime) => {}, _ = context.cut.ordered() => {} }
+    };
+    let served = server::serve(tls, config, pod.drained.clone(), expired, &window, |(request, respond)| {
         let context = context.clone();
         workers::spawn(async move { stream(&context, request, respond).await });
-    })
-    .await;
+    });
+    tokio::pin!(served);
+    // Watched as long as anything flows, also after a goodbye and past the certificate's end; and looked at first, since
+    // the lists may have changed during the handshake.
+    let result = tokio::select! {
+        biased;
+        () = revoked => served.await,
+        result = &mut served => result,
+    };
     gauge.dec();
     result
 }
