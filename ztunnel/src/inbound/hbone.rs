@@ -106,15 +106,13 @@ async fn tunnel(
     session.set_buffer_limit(Some(TLS_BUFFER));
     let source_identity =
         peer_identity(session.peer_certificates()).map_err(|error| Outcome::new(Code::TlsFailed, error))?;
-    let shown: Vec<CertificateDer<'static>> =
-        session.peer_certificates().unwrap_or_default().iter().map(|one| one.clone().into_owned()).collect();
+    let shown = session.peer_certificates().unwrap_or_default().to_vec();
     let lifetime = shown.first().map_or(Duration::ZERO, remaining);
     drop(permit);
 
     shared.metrics.tunnels.inc();
     let gauge = shared.metrics.tunnels.clone();
     let config = shared.hbone;
-    let own_identity = cert.identity.clone();
     let window = Window::new(&pod.buffers, config.stream_window, config.connection_window);
     let context = Rc::new(Tunnel {
         shared,
@@ -123,7 +121,7 @@ async fn tunnel(
         peer,
         local,
         source_identity,
-        own_identity,
+        own_identity: cert.identity.clone(),
         window: window.clone(),
         cut: Cut::default(),
     });
@@ -140,8 +138,7 @@ async fn tunnel(
         workers::spawn(async move { stream(&context, request, respond).await });
     });
     tokio::pin!(served);
-    // Watched as long as anything flows, also after a goodbye and past the certificate's end; and looked at first, since
-    // the lists may have changed during the handshake.
+    // Watched as long as anything flows, and looked at first: lists may have changed during the handshake.
     let result = tokio::select! {
         biased;
         () = revoked => served.await,
