@@ -14,6 +14,11 @@ use rustls_pki_types::pem::PemObject;
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 use webpki::{CertRevocationList, OwnedCertRevocationList};
+use x509_parser::der_parser::oid::Oid;
+use x509_parser::oid_registry::{
+    OID_PKCS1_RSASSAPSS, OID_PKCS1_SHA256WITHRSA, OID_PKCS1_SHA384WITHRSA, OID_PKCS1_SHA512WITHRSA,
+    OID_SIG_ECDSA_WITH_SHA256, OID_SIG_ECDSA_WITH_SHA384, OID_SIG_ED25519,
+};
 use x509_parser::prelude::{FromDer, SubjectPublicKeyInfo};
 use x509_parser::revocation_list::CertificateRevocationList;
 
@@ -23,6 +28,17 @@ pub const MAX_CRL_BYTES: usize = 8 << 20;
 pub(crate) const MAX_LISTS: usize = 64;
 /// Remembered answers to "did this issuer sign that list"; more issuers than this do not exist in one mesh.
 const MAX_ANSWERS: usize = 1024;
+
+/// Signatures that [`signature`] can check.
+const CHECKED: [Oid<'static>; 7] = [
+    OID_PKCS1_SHA256WITHRSA,
+    OID_PKCS1_SHA384WITHRSA,
+    OID_PKCS1_SHA512WITHRSA,
+    OID_PKCS1_RSASSAPSS,
+    OID_SIG_ECDSA_WITH_SHA256,
+    OID_SIG_ECDSA_WITH_SHA384,
+    OID_SIG_ED25519,
+];
 
 /// The lists in force. Cheap to clone; the default holds none.
 #[derive(Clone, Default)]
@@ -170,6 +186,13 @@ fn list(der: CertificateRevocationListDer<'static>, index: usize) -> Result<List
     if !rest.is_empty() {
         return Err(unusable("there are bytes after its end".to_owned()));
     }
+    // A list whose signature nobody here can check would count for nobody, and nobody would know.
+    let algorithm = &facts.signature_algorithm.algorithm;
+    if !CHECKED.contains(algorithm) {
+        return Err(unusable(format!(
+            "signatures of kind {algorithm} cannot be checked; sign it with SHA-256 or SHA-384"
+        )));
+    }
     let serials = facts.iter_revoked_certificates().count();
     let next_update = facts.next_update().map(|time| time.timestamp());
     Ok(List { serials, next_update, parsed: parsed.into(), der })
@@ -207,6 +230,37 @@ mod tests {
         assert!(error.contains("revocation list 1 cannot be used"), "{error}");
         assert!(matches!(Crls::parse(b"\x30\x03\x01"), Err(CrlError::Unusable { index: 1, .. })));
         assert!(matches!(Crls::parse(&vec![b' '; MAX_CRL_BYTES + 1]), Err(CrlError::TooLarge(_))));
+    }
+
+    #[test]
+    fn a_list_whose_signature_cannot_be_checked_is_refused() {
+        for (algorithm, usable) in [
+            (&rcgen::PKCS_ECDSA_P256_SHA256, true),
+            (&rcgen::PKCS_ECDSA_P384_SHA384, true),
+            (&rcgen::PKCS_ED25519, true),
+            (&rcgen::PKCS_ECDSA_P521_SHA512, false),
+        ] {
+            let key = rcgen::KeyPair::generate_for(algorithm).unwrap();
+            let mut ca = rcgen::CertificateParams::default();
+            ca.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+            ca.key_usages = vec![rcgen::KeyUsagePurpose::CrlSign];
+            let params = rcgen::CertificateRevocationListParams {
+                this_update: rcgen::date_time_ymd(2026, 1, 1),
+                next_update: rcgen::date_time_ymd(2027, 1, 1),
+                crl_number: rcgen::SerialNumber::from(1),
+                issuing_distribution_point: None,
+                revoked_certs: vec![rcgen::RevokedCertParams {
+                    serial_number: rcgen::SerialNumber::from(7),
+                    revocation_time: rcgen::date_time_ymd(2026, 1, 1),
+                    reason_code: None,
+                    invalidity_date: None,
+                }],
+                key_identifier_method: rcgen::KeyIdMethod::Sha256,
+            };
+            let list = params.signed_by(&rcgen::Issuer::new(ca, key)).unwrap();
+            let found = Crls::parse(list.der());
+            assert_eq!(found.is_ok(), usable, "{found:?}");
+        }
     }
 
     proptest! {

@@ -4,6 +4,7 @@
 //! of them, as its clients find them.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use prost::Message;
 use tulle_proto::node;
@@ -11,7 +12,7 @@ use tulle_proto::node::EndpointChoice;
 use tulle_proto::workload;
 
 use crate::admin::View;
-use crate::model::{Pod, Service, Transport};
+use crate::model::{NamedPort, Pod, Service, Transport};
 use crate::resource::{Kind, ResourceSet};
 use crate::translate::{Settings, datagram_endpoints};
 
@@ -174,7 +175,15 @@ pub(super) fn behind(
     port: u16,
 ) -> Vec<EndpointChoice> {
     let world = view.world();
-    let service = world.services.values().find(|service| service.addresses.contains(&address));
+    let services = || world.services.values();
+    let external = |service: &&Arc<Service>| {
+        let has = |own: &NamedPort| own.transport == asked.transport && own.number == port;
+        service.external.contains(&address) && service.names.ports.iter().any(has)
+    };
+    // A pod's address is never a Service's, whatever that says.
+    let service = services()
+        .find(|service| service.addresses.contains(&address))
+        .or_else(|| services().find(external).filter(|_| pod_at(view, address).is_none()));
     let found: Vec<SocketAddr> = match (service, asked.transport) {
         (None, _) => vec![SocketAddr::new(address, port)],
         (Some(service), Transport::Tcp) => {

@@ -16,9 +16,11 @@ use crate::config::Revoke;
 pub fn revoke(options: &Revoke) -> anyhow::Result<String> {
     let serials: Result<Vec<_>, String> = options.serials.iter().map(|text| serial(text)).collect();
     let serials = serials.map_err(anyhow::Error::msg)?;
-    let of = if options.intermediate { Signed::Intermediate } else { Signed::Leaf };
+    let (of, issuer) =
+        if options.intermediate { (Signed::Intermediate, "root") } else { (Signed::Leaf, "intermediate") };
     let all = take_back(&options.ca_dir, of, &serials, base::unix_now()).context("cannot revoke")?;
     Ok(format!(
-        "crl.pem takes back {all} certificate(s); nodes whose CRL_PATH is a copy of it follow once they have it"
+        "crl.pem takes back {all} certificate(s); nodes whose CRL_PATH is a copy of it follow once they have it\n\
+         This holds for what the {issuer} in use signed: a certificate of an earlier {issuer} is not taken back by it"
     ))
 }

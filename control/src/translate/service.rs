@@ -13,7 +13,7 @@ use tulle_proto::workload;
 use tulle_proto::workload::AppProtocol;
 use tulle_proto::workload::load_balancing::{HealthPolicy, Mode, Scope};
 
-use crate::model::{Condition, Meta, Service, ServicePort, TargetPort, TrafficScope, World};
+use crate::model::{Condition, Meta, NamedPort, Service, ServicePort, TargetPort, TrafficScope, Transport, World};
 use crate::resource::{Kind, Resource};
 use crate::translate::Settings;
 use crate::translate::age;
@@ -30,7 +30,7 @@ pub(super) fn octets(ip: &IpAddr) -> Vec<u8> {
 
 /// Whose an external address is, port by port.
 pub(super) struct Claims<'a> {
-    owners: BTreeMap<(IpAddr, u16), &'a Meta>,
+    owners: BTreeMap<(IpAddr, Transport, u16), &'a Meta>,
     /// Cluster addresses and pods': never external.
     taken: BTreeSet<IpAddr>,
 }
@@ -45,18 +45,21 @@ impl<'a> Claims<'a> {
         services.sort_by_key(|service| age(&service.meta));
         for service in services {
             for ip in service.external.iter().filter(|ip| claims.grants(service, **ip)).copied().collect::<Vec<_>>() {
-                claims.owners.extend(service.ports.iter().map(|port| ((ip, port.port), &service.meta)));
+                let ports = service.names.ports.iter();
+                claims.owners.extend(ports.map(|port| ((ip, port.transport, port.number), &service.meta)));
             }
         }
         claims
     }
 
-    /// Whether the service has `ip` with all its ports.
+    /// Whether the service has `ip` with all its ports, also those that are not TCP: NetworkPolicies let datagrams out to
+    /// an address by the endpoints of the Service that has it.
     fn grants(&self, service: &Service, ip: IpAddr) -> bool {
-        let owns = |port: &ServicePort| {
-            self.owners.get(&(ip, port.port)).is_none_or(|owner| owner.path() == service.meta.path())
+        let owns = |port: &NamedPort| {
+            let owner = self.owners.get(&(ip, port.transport, port.number));
+            owner.is_none_or(|owner| owner.path() == service.meta.path())
         };
-        !self.taken.contains(&ip) && service.ports.iter().all(owns)
+        !self.taken.contains(&ip) && service.names.ports.iter().all(owns)
     }
 
     /// What to tell about addresses that the service does not get.

@@ -210,3 +210,28 @@ fn what_is_remembered_changes_no_result() {
         assert_eq!(remembering, translate(&loaded.world, &settings, &mut Memory::default()), "{file}");
     }
 }
+
+#[test]
+fn an_external_address_has_one_owner_for_each_port_and_transport() {
+    let service = |name: &str, ip: &str, transport: &str, year: u32| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop, creationTimestamp: \
+             '{year}-01-01T00:00:00Z'}}\nspec: {{clusterIP: {ip}, externalIPs: [192.0.2.1], ports: [{{port: 53, \
+             protocol: {transport}}}]}}\n"
+        )
+    };
+    let all = [
+        service("older", "10.96.0.1", "UDP", 2025),
+        service("younger", "10.96.0.2", "UDP", 2026),
+        service("stream", "10.96.0.3", "TCP", 2026),
+    ];
+    let conditions = json!(load(&all.join("---\n")).conditions);
+    let refused: Vec<&str> = conditions
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|of| of.to_string().contains("AddressInUse"))
+        .filter_map(|of| of["name"].as_str())
+        .collect();
+    assert_eq!(refused, ["younger"]);
+}

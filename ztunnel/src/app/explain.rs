@@ -12,7 +12,7 @@ use tulle_proto::node::{
 
 use crate::inbound;
 use crate::lb::{self, Chance};
-use crate::outbound::decide::{Plan, choose, decide};
+use crate::outbound::decide::{Plan, choose, decide, may_go_to};
 use crate::outcome::{Code, Outcome};
 use crate::policy;
 use crate::policy::network::{self, Finding};
@@ -144,8 +144,12 @@ fn endpoints(snapshot: &Snapshot, source: &Workload, plan: &Plan, destination: S
         .service()
         .and_then(|service| lb::shares(snapshot, service, destination.port(), source, destination.ip()).ok());
     let endpoint = |workload: &Workload, ip: IpAddr, port: u16, percent: f64| {
-        let finding = network::egress(snapshot, source, Transport::Tcp, SocketAddr::new(ip, port));
-        with_finding(endpoint(workload, ip, port, percent), &finding)
+        let (at, described) = (SocketAddr::new(ip, port), endpoint(workload, ip, port, percent));
+        // The plan is about one endpoint; others may be outside the cluster.
+        match plan.service().map_or(Ok(()), |service| may_go_to(source, service, workload, at)) {
+            Ok(()) => with_finding(described, &network::egress(snapshot, source, Transport::Tcp, at)),
+            Err(outcome) => refused(described, outcome),
+        }
     };
     match (shares, plan.destination()) {
         (Some(shares), _) => shares
@@ -266,12 +270,16 @@ fn with_finding(endpoint: EndpointChoice, finding: &Finding) -> EndpointChoice {
             let (policy, rule) = allowing(finding);
             EndpointChoice { text: finding.to_string(), policy, rule, ..endpoint }
         }
-        Err(outcome) => EndpointChoice {
-            code: outcome.code.name().to_owned(),
-            text: outcome.detail.into_owned(),
-            policy: outcome.policy.as_deref().unwrap_or_default().to_owned(),
-            ..endpoint
-        },
+        Err(outcome) => refused(endpoint, outcome),
+    }
+}
+
+fn refused(endpoint: EndpointChoice, outcome: Outcome) -> EndpointChoice {
+    EndpointChoice {
+        code: outcome.code.name().to_owned(),
+        policy: outcome.policy.as_deref().unwrap_or_default().to_owned(),
+        text: outcome.detail.into_owned(),
+        ..endpoint
     }
 }
 

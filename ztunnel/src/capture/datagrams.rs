@@ -93,7 +93,8 @@ fn hook(text: &mut String, hook: &str, own: Option<&str>, others: Option<&str>) 
     text.push_str("    meta l4proto != { udp, sctp } accept\n");
     if hook == "input" {
         text.push_str("    iifname \"lo\" accept\n");
-        let _ = writeln!(text, "    ct mark & {MARK_MASK:#x} == {MARK_PROXY:#x} accept");
+        // Answers alone: a pod that marks its own replies must not keep letting in what a policy has ended.
+        let _ = writeln!(text, "    ct direction reply ct mark & {MARK_MASK:#x} == {MARK_PROXY:#x} accept");
     } else {
         // The proxy's own look-ups, and the mark by which their answers are known.
         let _ = writeln!(text, "    meta mark & {MARK_MASK:#x} == {MARK_PROXY:#x} ct mark set {MARK_PROXY:#x} accept");

@@ -57,7 +57,7 @@ where
         .map_err(|_| Outcome::new(Code::TunnelFailed, "the peer sent no HTTP/2 preface in time"))?
         .map_err(|error| Outcome::new(Code::TunnelFailed, error.to_string()))?;
 
-    let mut goodbye = false;
+    let (mut goodbye, mut over) = (false, false);
     let mut closed_since: Option<Instant> = None;
     let idle = sleep(IDLE);
     let draining = drained.draining();
@@ -84,8 +84,10 @@ where
                 closed_since.get_or_insert_with(|| Instant::now() + CROSSING);
                 connection.graceful_shutdown();
             }
-            () = &mut expired, if closed_since.is_none() => {
-                // Whose certificate has expired, or was taken back, proves nothing any more, not even for a moment.
+            () = &mut expired, if !over => {
+                // Whose certificate has expired, or was taken back, proves nothing any more, not even for a moment, and not
+                // for streams either that cross an earlier goodbye.
+                over = true;
                 closed_since = Some(Instant::now());
                 goodbye = true;
                 connection.graceful_shutdown();

@@ -106,15 +106,13 @@ async fn tunnel(
     session.set_buffer_limit(Some(TLS_BUFFER));
     let source_identity =
         peer_identity(session.peer_certificates()).map_err(|error| Outcome::new(Code::TlsFailed, error))?;
-    let shown: Vec<CertificateDer<'static>> =
-        session.peer_certificates().unwrap_or_default().iter().map(|one| one.clone().into_owned()).collect();
+    let shown = session.peer_certificates().unwrap_or_default().to_vec();
     let lifetime = shown.first().map_or(Duration::ZERO, remaining);
     drop(permit);
 
     shared.metrics.tunnels.inc();
     let gauge = shared.metrics.tunnels.clone();
     let config = shared.hbone;
-    let own_identity = cert.identity.clone();
     let window = Window::new(&pod.buffers, config.stream_window, config.connection_window);
     let context = Rc::new(Tunnel {
         shared,
@@ -123,24 +121,29 @@ async fn tunnel(
         peer,
         local,
         source_identity,
-        own_identity,
+        own_identity: cert.identity.clone(),
         window: window.clone(),
         cut: Cut::default(),
     });
-    let expired = async {
-        tokio::select! {
-            () = sleep(lifetime) => {}
-            outcome = cert.revoked(&shown, Usage::Client) => {
-                tracing::warn!(%peer, reason = %outcome, "tunnel is cut");
-                context.cut.order(outcome);
-            }
-        }
+    let revoked = async {
+        let outcome = cert.revoked(&shown, Usage::Client).await;
+        tracing::warn!(%peer, reason = %outcome, "tunnel is cut");
+        context.cut.order(outcome);
     };
-    let result = server::serve(tls, config, pod.drained.clone(), expired, &window, |(request, respond)| {
+    let expired = async {
+        tokio::select! { () = sleep(lifetime) => {}, _ = context.cut.ordered() => {} }
+    };
+    let served = server::serve(tls, config, pod.drained.clone(), expired, &window, |(request, respond)| {
         let context = context.clone();
         workers::spawn(async move { stream(&context, request, respond).await });
-    })
-    .await;
+    });
+    tokio::pin!(served);
+    // Watched as long as anything flows, and looked at first: lists may have changed during the handshake.
+    let result = tokio::select! {
+        biased;
+        () = revoked => served.await,
+        result = &mut served => result,
+    };
     gauge.dec();
     result
 }

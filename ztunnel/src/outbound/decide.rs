@@ -155,9 +155,7 @@ fn to_service(
     }
     match lb::pick(snapshot, service, destination.port(), source, destination.ip(), chance) {
         Ok(Choice { workload, ip, port, others }) => {
-            if !workload.is_pod() && !is_api_server(service) {
-                may_leave(source, SocketAddr::new(ip, port))?;
-            }
+            may_go_to(source, service, &workload, SocketAddr::new(ip, port))?;
             Ok(to_workload(workload, SocketAddr::new(ip, port), Some(service.clone()), others))
         }
         Err(NoChoice::Passthrough) => {
@@ -167,6 +165,14 @@ fn to_service(
         }
         Err(none) => Err(Outcome::new(Code::NoEndpoint, none.to_string())),
     }
+}
+
+/// Whether `source` may go to one endpoint of `service`: what is no pod is outside.
+///
+/// # Errors
+/// Why not.
+pub fn may_go_to(source: &Workload, service: &Service, endpoint: &Workload, at: SocketAddr) -> Result<(), Outcome> {
+    if endpoint.is_pod() || is_api_server(service) { Ok(()) } else { may_leave(source, at) }
 }
 
 /// Whether a connection may leave the cluster. What is no pod is outside, also behind a Service: otherwise a Service of

@@ -60,7 +60,11 @@ pub(super) async fn tunnel(
         None => Answer::Waited(response),
         Some(said) => {
             let answer = accepted(response, shared, &lease);
-            let answer = early::until_answered(tcp, &mut send, said, &record.counts, answer).await;
+            let answer = tokio::select! {
+                biased;
+                outcome = lease.cut() => Err(outcome),
+                answer = early::until_answered(tcp, &mut send, said, &record.counts, answer) => answer,
+            };
             match answer.map_err(Failure::last).and_then(|answer| answer.map_err(|refusal| refusal.failure(said))) {
                 Ok(recv) => Answer::Here(recv),
                 Err(failure) => {

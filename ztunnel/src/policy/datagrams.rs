@@ -18,7 +18,7 @@ use crate::state::{IpBlock, NetworkPolicy, NetworkRule, Snapshot, Transport, Way
 /// policy names.
 pub const MOST: usize = 65_536;
 
-/// What one pod may exchange. Replies always pass.
+/// What one pod may exchange. A reply passes where its flow would.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Filter {
     /// Addresses that are never blocked: its own, and its node's.

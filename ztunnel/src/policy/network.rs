@@ -92,7 +92,8 @@ pub fn egress(snapshot: &Snapshot, pod: &Workload, protocol: Transport, destinat
         return Finding::Open;
     }
     let (ip, port) = (destination.ip(), destination.port());
-    if let Some(service) = snapshot.service_by_vip(&pod.network, ip, &pod.namespace)
+    let answers = |service: &Service| datagram_port(service, protocol, port).is_some();
+    if let Some(service) = snapshot.service_that(&pod.network, ip, &pod.namespace, answers)
         && let Some(behind) = datagram_port(service, protocol, port)
     {
         // As good as its worst endpoint, or as none.

@@ -140,13 +140,24 @@ impl Snapshot {
     /// an external one only on the service's ports, so that nothing else at that address (a node's own services, another
     /// Service of the same load balancer) is taken over.
     pub fn service_at(&self, network: &str, destination: SocketAddr, client_namespace: &str) -> Option<&Arc<Service>> {
-        let service = self.service_by_vip(network, destination.ip(), client_namespace)?;
-        let answers =
-            |service: &Service| service.port(destination.port()).is_some() || !service.is_external(destination.ip());
+        self.service_that(network, destination.ip(), client_namespace, |service| {
+            service.port(destination.port()).is_some() || !service.is_external(destination.ip())
+        })
+    }
+
+    /// The service at an address that `answers`: of several, the one that the address is said to be, or else the next best.
+    pub fn service_that(
+        &self,
+        network: &str,
+        ip: IpAddr,
+        client_namespace: &str,
+        answers: impl Fn(&Service) -> bool,
+    ) -> Option<&Arc<Service>> {
+        let service = self.service_by_vip(network, ip, client_namespace)?;
         if answers(service) {
             return Some(service);
         }
-        let ip = destination.ip().to_canonical();
+        let ip = ip.to_canonical();
         let owns = |service: &Service| service.vips.iter().any(|(net, vip)| **net == *network && is_host(vip, ip));
         best_for(client_namespace, self.vips.group(&ip).iter().filter(|service| owns(service) && answers(service)))
     }

@@ -11,7 +11,7 @@ use rustls::pki_types::{CertificateDer, UnixTime};
 use tokio::sync::watch;
 use tulle_certs::{Crls, Roots, Usage, VerifyError, verify_chain};
 
-use crate::base::unix_now_us;
+use crate::base::unix_now;
 
 /// The lists. Cheap to clone; all clones are one store.
 #[derive(Clone, Debug)]
@@ -53,7 +53,9 @@ impl Revoked {
         if crls.is_empty() {
             return None;
         }
-        let now = UnixTime::since_unix_epoch(Duration::from_micros(unix_now_us()));
+        // Streams go on past the end of the certificate that opened them: it is asked about as it was in force.
+        let end = chain.first().and_then(tulle_certs::not_after).map_or(0, i64::unsigned_abs);
+        let now = UnixTime::since_unix_epoch(Duration::from_secs(end.min(unix_now().unsigned_abs())));
         match verify_chain(chain, roots, &crls, usage, now) {
             Err(error @ VerifyError::Revoked { .. }) => Some(error),
             // Ends by itself are others' business; a chain that was verified once needs no second opinion.
@@ -73,5 +75,31 @@ impl Revoked {
                 return std::future::pending().await;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::unix_now;
+    use tulle_certs::ca::revoke::{Signed, revoke, serial};
+    use tulle_certs::ca::{Authority, files};
+    use tulle_certs::{Issued, SpiffeId, parse_csr, request};
+
+    #[test]
+    fn a_chain_that_has_ended_is_still_looked_up_for_the_streams_it_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let before = unix_now() - 3 * 86_400;
+        let authority = Authority::open(dir.path(), before).unwrap();
+        let id = SpiffeId::new("cluster.local", "shop", "cart").unwrap();
+        let csr = parse_csr(&request(&id).unwrap().csr_pem).unwrap();
+        let leaf = Issued::parse(&authority.sign(&csr, &id, 0, before).unwrap(), &id).unwrap();
+        assert!(leaf.not_after < unix_now());
+        let revoked = Revoked::default();
+        assert!(revoked.look(&leaf.chain, &leaf.roots, Usage::Client).is_none());
+        revoke(dir.path(), Signed::Leaf, &[serial(&leaf.serial).unwrap()], before).unwrap();
+        let text = std::fs::read(dir.path().join(files::CRL)).unwrap();
+        assert!(revoked.replace(Crls::parse(&text).unwrap()));
+        assert!(revoked.look(&leaf.chain, &leaf.roots, Usage::Client).is_some());
     }
 }

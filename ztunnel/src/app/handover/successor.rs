@@ -119,7 +119,7 @@ impl Taken {
 
     fn put(&self, given: Given, fds: Vec<OwnedFd>) -> io::Result<()> {
         let mut pods = lock(&self.pods);
-        if pods.len() >= MOST_PODS {
+        if pods.values().map(Vec::len).sum::<usize>() >= MOST_PODS {
             return Err(odd("more pods than a node has"));
         }
         let uid = given.uid.clone();
@@ -143,7 +143,7 @@ fn claim(given: Given, fds: Vec<OwnedFd>) -> io::Result<Claim> {
         hbone: port(PORT_HBONE)?,
     };
     let rest: Vec<OwnedFd> = fds.collect();
-    if rest.len() != given.names * 2 {
+    if given.names.checked_mul(2) != Some(rest.len()) {
         return Err(wrong());
     }
     let mut rest = rest.into_iter();
