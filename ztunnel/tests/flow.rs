@@ -69,6 +69,32 @@ fn traffic_is_tunnelled_authorised_and_cut() {
     assert!(from("a", "10.99.0.3:8080", 10).is_ok());
 }
 
+/// Many times what one tunnel's first window would give each of them, if the idle ones kept their part.
+#[test]
+fn hundreds_of_idle_connections_do_not_stop_the_next_one() {
+    let lab = Lab::new("i");
+    drop(lab.within("b", || serve(TcpListener::bind("[::]:8080").unwrap())));
+    let mut node = Node::start(&lab, lab.pods_file(&["a", "b"]));
+    node.describe(&["a", "b"]);
+    node.wait(&[("a", "Captured"), ("b", "Captured")]);
+    let answered = lab.within("a", || {
+        let mut open = Vec::new();
+        for _ in 0..400 {
+            let mut tcp = TcpStream::connect("10.99.0.2:8080").unwrap();
+            tcp.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            // Both directions of each carry something, and then nothing.
+            tcp.write_all(&[7; 1000]).unwrap();
+            let mut back = [0; 1000];
+            if let Err(error) = greeting(&mut tcp).and_then(|_| tcp.read_exact(&mut back)) {
+                return Err(format!("{} are answered, the next one is not: {error}", open.len()));
+            }
+            open.push(tcp);
+        }
+        Ok(open.len())
+    });
+    assert_eq!(answered.join().unwrap(), Ok(400));
+}
+
 #[test]
 fn a_client_that_goes_before_its_application_answers_ends_the_attempt() {
     let lab = Lab::new("r");

@@ -43,18 +43,36 @@ impl ReadSize {
     }
 }
 
+/// What a socket that was said to be readable had.
+enum Had {
+    Bytes(Bytes),
+    /// End of stream.
+    End,
+    /// It had been read empty already.
+    Nothing,
+}
+
+/// Reads at most `limit` bytes of what is there.
+async fn read_now(tcp: &TcpStream, limit: usize, ledger: &Arc<Ledger>) -> io::Result<Had> {
+    // The buffer exists only between readable and handed over: an idle connection owns none.
+    let mut buffer = ledger.buffer(limit).await;
+    let size = buffer.size();
+    match tcp.try_read_buf(&mut (&mut buffer.data).limit(size)) {
+        Ok(0) => Ok(Had::End),
+        Ok(_) => Ok(Had::Bytes(buffer.freeze())),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Had::Nothing),
+        Err(error) => Err(error),
+    }
+}
+
 /// Waits until `tcp` is readable and reads at most `limit` bytes. `None`: end of stream.
 pub(super) async fn read_chunk(tcp: &TcpStream, limit: usize, ledger: &Arc<Ledger>) -> io::Result<Option<Bytes>> {
     loop {
-        // The buffer exists only between readable and handed over: an idle connection owns none.
         tcp.readable().await?;
-        let mut buffer = ledger.buffer(limit).await;
-        let size = buffer.size();
-        match tcp.try_read_buf(&mut (&mut buffer.data).limit(size)) {
-            Ok(0) => return Ok(None),
-            Ok(_) => return Ok(Some(buffer.freeze())),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
+        match read_now(tcp, limit, ledger).await? {
+            Had::Bytes(chunk) => return Ok(Some(chunk)),
+            Had::End => return Ok(None),
+            Had::Nothing => {}
         }
     }
 }
@@ -69,17 +87,29 @@ pub(super) async fn tcp_to_stream(
     let mut size = ReadSize::default();
     let mut turn = Turn::default();
     loop {
-        // Ask for the window only once there is something to send: an idle stream must not hold the tunnel's.
+        // Ask for the window only once there is something to send, and leave nothing of it: what an idle stream keeps is
+        // lost to the others of its tunnel, and enough idle ones would stop them.
         tcp.readable().await.map_err(Break::Tcp)?;
         let window = capacity(send, size.0).await?;
-        let Some(chunk) = read_chunk(tcp, window.min(size.0), ledger).await.map_err(Break::Tcp)? else {
-            send.reserve_capacity(0);
-            return send.send_data(Bytes::new(), true).map_err(Break::Stream);
+        let had = read_now(tcp, window.min(size.0), ledger).await.map_err(Break::Tcp)?;
+        let bytes = match had {
+            Had::Bytes(chunk) => {
+                let bytes = chunk.len();
+                count.set(count.get() + bytes as u64);
+                size.adapt(bytes);
+                send.send_data(chunk, false).map_err(Break::Stream)?;
+                bytes
+            }
+            // A socket stays "readable" until it was asked once too often.
+            Had::Nothing => 0,
+            Had::End => {
+                send.reserve_capacity(0);
+                return send.send_data(Bytes::new(), true).map_err(Break::Stream);
+            }
         };
-        let bytes = chunk.len();
-        count.set(count.get() + bytes as u64);
-        size.adapt(bytes);
-        send.send_data(chunk, false).map_err(Break::Stream)?;
+        if bytes < window {
+            send.reserve_capacity(0);
+        }
         turn.spend(bytes).await;
     }
 }
