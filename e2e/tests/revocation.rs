@@ -44,6 +44,18 @@ fn tunnels_of_a_revoked_certificate_are_cut_and_its_node_goes_on_with_a_new_one(
 }
 
 #[test]
+fn clients_leave_a_server_whose_certificate_was_taken_back() -> anyhow::Result<()> {
+    let Some(lab) = scenario::lab(LabConfig::of(&scenario::world(true))) else { return Ok(()) };
+    let mut kept = scenario::hold(&lab, "shop/web")?;
+    let old = eventually("cart has a certificate", PATIENCE, || serial(&lab, "node-2", "/sa/cart"))?;
+    lab.exec_ok("control", &["control", "revoke", &old])?;
+    scenario::await_log(&lab, "node-1", &["CERT_REVOKED", &old, "outbound"])?;
+    let cut = kept.report()?;
+    anyhow::ensure!(cut["ok"] == false, "a connection to the old certificate lived on: {cut}");
+    scenario::reaches(&lab, "shop/web", "http://cart.shop/")
+}
+
+#[test]
 fn a_list_that_cannot_be_read_changes_nothing_and_keeps_a_proxy_from_starting() -> anyhow::Result<()> {
     let Some(lab) = scenario::lab(LabConfig::of(&scenario::world(true))) else { return Ok(()) };
     let list = lab.paths().ca().join("crl.pem");
