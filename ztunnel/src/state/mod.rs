@@ -32,7 +32,7 @@ mod tests;
 mod versions;
 mod workload;
 
-pub use endpoints::{Candidate, Endpoints, PortTable, PortTables, Ports};
+pub use endpoints::{Candidate, Endpoints, PortTable, PortTables, Ports, Tiers};
 pub use network::{IpBlock, NETWORK_POLICY, NetworkPeers, NetworkPolicy, NetworkPort, NetworkRule, Way};
 pub use policy::{Action, Clause, Match, Policy, Rule, Scope, ServiceAccount, StringMatch};
 pub use record::{Place, Record, Shapes};

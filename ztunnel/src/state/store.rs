@@ -90,6 +90,7 @@ pub fn store() -> (Writer, Reader) {
         narrowed: Narrowed::default(),
         touched: BTreeMap::new(),
         log: Vec::new(),
+        shown: [false; 4],
         shared: shared.clone(),
     };
     (writer, Reader { shared })
@@ -161,16 +162,17 @@ pub struct Writer {
     touched: BTreeMap<Arc<str>, Delta>,
     /// What the next publication changes.
     log: Vec<Logged>,
+    /// What was said completely when the last snapshot was published.
+    shown: [bool; 4],
     shared: Arc<Shared>,
 }
 
 impl Writer {
     /// Applies `changes` as one update: readers see all of them or none.
     pub fn apply(&mut self, changes: impl IntoIterator<Item = Change>, now_unix_us: u64) -> Applied {
-        let was_synced = self.progress();
         self.take(changes, now_unix_us);
         while self.prepare() {}
-        self.publish_if(self.progress() != was_synced, now_unix_us)
+        self.finish(now_unix_us)
     }
 
     /// The first part of an update that is applied in steps: readers see it with [`Self::finish`].
@@ -230,9 +232,9 @@ impl Writer {
         !self.touched.is_empty()
     }
 
-    /// The last part of an update, which began when `progress` was so.
-    fn publish_if(&mut self, progressed: bool, now_unix_us: u64) -> Applied {
-        let published = progressed || !self.log.is_empty();
+    /// The last part of an update: readers see it, if it changed anything.
+    pub fn finish(&mut self, now_unix_us: u64) -> Applied {
+        let published = self.progress() != self.shown || !self.log.is_empty();
         if published {
             self.publish(now_unix_us);
         }
@@ -254,6 +256,7 @@ impl Writer {
 
     fn publish(&mut self, now_unix_us: u64) {
         self.next.generation += 1;
+        self.shown = self.progress();
         let entry = Kept {
             generation: self.next.generation,
             applied_unix_us: now_unix_us,
@@ -357,12 +360,12 @@ impl Writer {
 
     /// Takes note of the services that `old` or `new` of one workload is behind.
     fn index_services(&mut self, old: Option<&Arc<Record>>, new: Option<&Arc<Record>>) {
-        for old in old {
+        if let Some(old) = old {
             for service in old.services().keys() {
                 self.touched.entry(service.clone()).or_default().gone(old);
             }
         }
-        for new in new {
+        if let Some(new) = new {
             for service in new.services().keys() {
                 self.touched.entry(service.clone()).or_default().come(new);
             }

@@ -1,7 +1,8 @@
 //! The discovery stream itself: connects, feeds the session, applies its changes, and reconnects for ever.
 //!
 //! One task owns the session and the store's writer. Responses are applied in order and acknowledged after they are in
-//! force, so that an ACK means effect. Limits: a response has at most 200 MiB (istiod's own limit is its cluster), and at
+//! force, so that an ACK means effect. A large one is taken apart and applied in steps, between which other tasks of the
+//! thread have their turn, and comes into force at once. Limits: a response has at most 200 MiB (istiod's own limit is its cluster), and at
 //! most [`REQUESTS`] requests wait to be sent.
 
 use std::collections::BTreeMap;
@@ -11,6 +12,7 @@ use std::time::Duration;
 use prost_types::value::Kind;
 use prost_types::{Struct, Value};
 use tokio::sync::mpsc;
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep_until};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request};
@@ -18,11 +20,11 @@ use tulle_proto::discovery::aggregated_discovery_service_client::AggregatedDisco
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use tulle_proto::names::HEADER_TULLE_TYPES;
 
-use crate::base::unix_now_us;
+use crate::base::{memory, unix_now_us};
 use crate::identity::{Control, ControlError, backoff, status_text};
 use crate::state::{Applied, Writer};
 use crate::xds::monitor::{Monitor, Termination};
-use crate::xds::session::Session;
+use crate::xds::session::{Session, in_steps};
 
 /// Istio's value: every workload of a large cluster in one response.
 const MAX_RESPONSE_BYTES: usize = 200 << 20;
@@ -32,6 +34,14 @@ const REQUESTS: usize = 16;
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// Headers come with the first response at the latest, and control answers a first request at once.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
+/// Resources that are taken apart in one step: some milliseconds.
+const STEP: usize = 256;
+/// Workloads that are kept whole although nobody uses them, 1.5 KB each; looked at this often, because the walk takes
+/// some milliseconds.
+const IDLE: usize = 2048;
+const LOOK_FOR_IDLE: Duration = Duration::from_secs(60);
+/// After a response of so many resources the allocator gives back what taking it apart has left.
+const LARGE: usize = 2048;
 const FIRST_RETRY: Duration = Duration::from_millis(10);
 const LAST_RETRY: Duration = Duration::from_secs(15);
 
@@ -124,7 +134,7 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
         Err(error) => return connection(error),
     };
     let (requests, queue) = mpsc::channel(REQUESTS);
-    for first in session.open() {
+    for first in session.open(writer.addresses()) {
         // The queue is new and larger than what a session opens with.
         let _ = requests.try_send(first);
     }
@@ -153,6 +163,7 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
     let mut responses = response.into_inner();
     let mut useful = false;
     let mut again: Option<Instant> = None;
+    let mut look = Instant::now() + LOOK_FOR_IDLE;
     loop {
         let message = tokio::select! {
             message = responses.message() => message,
@@ -161,10 +172,15 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
                 again = due(writer.apply([], unix_now_us()).again_us);
                 continue;
             }
+            () = sleep_until(look) => {
+                writer.forget(IDLE);
+                look = Instant::now() + LOOK_FOR_IDLE;
+                continue;
+            }
         };
         match message {
             Ok(Some(response)) => {
-                let (answer, applied) = take(session, writer, monitor, response);
+                let (answer, applied) = take(session, writer, monitor, response).await;
                 again = due(applied.again_us);
                 useful = true;
                 if let Some(answer) = answer
@@ -184,7 +200,7 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
 }
 
 /// Applies a response and gives what to answer.
-fn take(
+async fn take(
     session: &mut Session,
     writer: &mut Writer,
     monitor: &Monitor,
@@ -192,19 +208,32 @@ fn take(
 ) -> (Option<DeltaDiscoveryRequest>, Applied) {
     let bytes = response.resources.iter().map(|resource| prost::Message::encoded_len(resource) as u64).sum();
     monitor.message(&response.type_url, bytes);
-    let type_url = response.type_url.clone();
-    let outcome = session.respond(response);
-    let resources = outcome.changes.len();
-    for one in &outcome.rejected {
+    let (type_url, resources) = (response.type_url.clone(), response.resources.len());
+    let was_synced = session.synced();
+    let (mut rejected, mut answer) = (Vec::new(), None);
+    for part in in_steps(response, STEP) {
+        let outcome = session.respond(part);
+        rejected.extend(outcome.rejected);
+        answer = outcome.answer;
+        writer.take(outcome.changes, unix_now_us());
+        yield_now().await;
+    }
+    while writer.prepare() {
+        yield_now().await;
+    }
+    for one in &rejected {
         tracing::warn!(resource = %one.name, reason = one.reason, "control sent a resource that cannot be used");
     }
-    if !outcome.rejected.is_empty() {
-        monitor.rejections(&outcome.rejected);
+    if !rejected.is_empty() {
+        monitor.rejections(&rejected);
     }
-    let applied = writer.apply(outcome.changes, unix_now_us());
+    let applied = writer.finish(unix_now_us());
+    if resources >= LARGE || session.synced() != was_synced {
+        memory::give_back();
+    }
     let generation = applied.generation;
     tracing::debug!(type_url, resources, generation, staged = applied.staged, "applied a response");
-    (outcome.answer, applied)
+    (answer, applied)
 }
 
 /// The moment of a time of the wall clock.

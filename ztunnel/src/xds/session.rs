@@ -1,9 +1,10 @@
 //! The delta protocol's client half as a state machine: responses in, changes and requests out, no I/O.
 //!
 //! It outlives streams: what is known is told to the next server as `initial_resource_versions`, so that only differences
-//! travel and removals are not missed. A rejected resource is named in the NACK, does not hold up the others, and is told
+//! travel and removals are not missed. Workloads and services are known by the store, which says them when a stream opens;
+//! only what differs from it is remembered here. A rejected resource is named in the NACK, does not hold up the others, and is told
 //! with version "" after a reconnect, so that it is sent again or its removal is. Limits: what is remembered is a name and
-//! a version per resource that the server sent; a NACK's text has at most [`MAX_NACK_BYTES`].
+//! a version per policy that the server sent; a NACK's text has at most [`MAX_NACK_BYTES`].
 //!
 //! Own types are subscribed to once the server has offered them ([`Session::offered`]). A NetworkPolicy names groups that
 //! workloads carry, so where both change, the server says that workloads follow, and the changes are held until the last
@@ -15,7 +16,7 @@ use std::sync::Arc;
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
 use tulle_proto::names::{MORE, TOGETHER, TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY};
 
-use crate::state::Change;
+use crate::state::{Change, Record, Shapes};
 use crate::xds::decode::{self, Rejected, Strings};
 
 /// A NACK is read by people and logged; more rejections than fit are counted.
@@ -49,13 +50,16 @@ pub struct Session {
     held: Vec<Change>,
     held_names: Vec<(&'static str, Arc<str>)>,
     demanded: BTreeSet<Arc<str>>,
+    /// Rejections of the parts of a response that were taken so far ([`in_steps`]).
+    unanswered: Vec<Rejected>,
     strings: Strings,
+    shapes: Shapes,
 }
 
 #[derive(Debug)]
 struct TypeState {
     url: &'static str,
-    /// Version by name; "" for what is wanted or was rejected.
+    /// Version by name; "" for what is wanted or was rejected. Of workloads and services only those.
     known: BTreeMap<Arc<str>, Arc<str>>,
     /// A response of this type was applied since the process started.
     synced: bool,
@@ -76,12 +80,14 @@ impl Session {
         // Policies first: then most workloads find theirs when they arrive.
         let types = vec![TypeState::new(TYPE_AUTHORIZATION), TypeState::new(TYPE_ADDRESS)];
         let (held, held_names) = (Vec::new(), Vec::new());
-        let (demanded, strings) = (BTreeSet::new(), Strings::default());
-        Self { node, on_demand, types, network_policy, held, held_names, demanded, strings }
+        let (demanded, strings, shapes) = (BTreeSet::new(), Strings::default(), Shapes::default());
+        let unanswered = Vec::new();
+        Self { node, on_demand, types, network_policy, held, held_names, demanded, unanswered, strings, shapes }
     }
 
-    /// The first requests of a stream.
-    pub fn open(&mut self) -> Vec<DeltaDiscoveryRequest> {
+    /// The first requests of a stream. `addresses`: names and versions of the workloads and services in the store.
+    pub fn open(&mut self, addresses: impl IntoIterator<Item = (String, String)>) -> Vec<DeltaDiscoveryRequest> {
+        self.unanswered.clear();
         // What was held never took effect, so it must come again: known with no version.
         self.held.clear();
         for (url, name) in std::mem::take(&mut self.held_names) {
@@ -94,7 +100,13 @@ impl Session {
         if let Some(first) = &mut first {
             first.node = Some(self.node.clone());
         }
-        first.into_iter().chain(self.subscribe(TYPE_ADDRESS)).collect()
+        let mut second = self.subscribe(TYPE_ADDRESS);
+        if let Some(second) = &mut second {
+            for (name, version) in addresses {
+                second.initial_resource_versions.entry(name).or_insert(version);
+            }
+        }
+        first.into_iter().chain(second).collect()
     }
 
     /// The server offers these own types, by URL: what to tell the store, and what to ask for.
@@ -147,14 +159,10 @@ impl Session {
         self.types.iter().all(|state| state.synced)
     }
 
-    /// Resources known with a version, of all types.
-    pub fn known(&self) -> usize {
-        self.types.iter().map(|state| state.known.len()).sum()
-    }
-
     /// Takes a response apart. Every resource stands for itself.
     pub fn respond(&mut self, response: DeltaDiscoveryResponse) -> Outcome {
         let DeltaDiscoveryResponse { type_url, nonce, resources, removed_resources, system_version_info } = response;
+        let addresses_synced = self.types.iter().any(|state| state.url == TYPE_ADDRESS && state.synced);
         let Some(state) = self.types.iter_mut().find(|state| state.url == type_url) else {
             let reason = "the type was not subscribed to".to_owned();
             let rejected = vec![Rejected { name: type_url.as_str().into(), reason }];
@@ -162,7 +170,8 @@ impl Session {
         };
         let together = system_version_info.ends_with(TOGETHER);
         let more = system_version_info.trim_end_matches(TOGETHER).ends_with(MORE);
-        let hold = together || !self.held.is_empty();
+        // Before the first state is complete nothing is decided, and nothing that is half there can do harm.
+        let hold = (together && addresses_synced) || !self.held.is_empty();
         let mut outcome = Outcome::default();
         // Removals first: a name that is removed and sent in one response was replaced.
         for name in removed_resources {
@@ -183,32 +192,30 @@ impl Session {
                 TYPE_NETWORK_POLICY => decode::network_resource(&resource),
                 _ => decode::authorization_resource(&resource),
             };
-            let (name, version): (Arc<str>, Arc<str>) = match decoded {
-                Ok(mut change) => {
-                    // The names and versions that the store keeps serve here too.
-                    let named = match &mut change {
-                        Change::Workload(workload) => {
-                            if !self.network_policy {
-                                Arc::make_mut(workload).network_policies.clear();
-                            }
-                            (workload.uid.clone(), workload.version.clone())
-                        }
-                        Change::Policy(policy) => (policy.id.clone(), policy.version.clone()),
-                        _ => (resource.name.into(), resource.version.into()),
-                    };
-                    outcome.changes.push(change);
-                    named
+            let good = decoded.is_ok();
+            match decoded {
+                Ok(Change::Workload(mut workload)) => {
+                    if !self.network_policy {
+                        Arc::make_mut(&mut workload).network_policies.clear();
+                    }
+                    // Packed one by one, so that a large response is never here unpacked.
+                    outcome.changes.push(Change::Record(Record::pack(&workload, &mut self.shapes).into()));
                 }
+                Ok(change) => outcome.changes.push(change),
                 Err((rejected, stand_in)) => {
                     outcome.changes.extend(stand_in);
                     outcome.rejected.push(rejected);
-                    (resource.name.into(), "".into())
                 }
-            };
-            if hold {
-                self.held_names.push((state.url, name.clone()));
             }
-            state.known.insert(name, version);
+            if hold {
+                self.held_names.push((state.url, resource.name.as_str().into()));
+            }
+            if good && state.url == TYPE_ADDRESS {
+                state.known.remove(&*resource.name);
+            } else {
+                let version = if good { resource.version.as_str() } else { "" };
+                state.known.insert(resource.name.into(), version.into());
+            }
         }
         if !state.synced && !more {
             state.synced = true;
@@ -218,7 +225,13 @@ impl Session {
                 _ => Change::PoliciesSynced,
             });
         }
-        outcome.answer = answer(type_url, nonce, &outcome.rejected);
+        let mut rejected = std::mem::take(&mut self.unanswered);
+        rejected.extend_from_slice(&outcome.rejected);
+        if more && nonce.is_empty() {
+            self.unanswered = rejected;
+        } else {
+            outcome.answer = answer(type_url, nonce, &rejected);
+        }
         if hold {
             self.held.append(&mut outcome.changes);
             // The last part of the workloads lets everything go.
@@ -229,6 +242,39 @@ impl Session {
         }
         outcome
     }
+}
+
+/// A large response as smaller ones that mean the same, of at most `size` resources. The answer comes with the last.
+pub(super) fn in_steps(
+    response: DeltaDiscoveryResponse,
+    size: usize,
+) -> impl Iterator<Item = DeltaDiscoveryResponse> {
+    let DeltaDiscoveryResponse { type_url, mut nonce, resources, removed_resources, system_version_info } = response;
+    let (together, version) = match system_version_info.strip_suffix(TOGETHER) {
+        Some(version) => (true, version.to_owned()),
+        None => (false, system_version_info),
+    };
+    let (mut resources, mut removed) = (resources.into_iter(), Some(removed_resources));
+    std::iter::from_fn(move || {
+        if removed.is_none() && resources.len() == 0 {
+            return None;
+        }
+        let part: Vec<_> = resources.by_ref().take(size).collect();
+        let mut system_version_info = version.clone();
+        if resources.len() > 0 {
+            system_version_info.push(MORE);
+        }
+        if together {
+            system_version_info.push(TOGETHER);
+        }
+        Some(DeltaDiscoveryResponse {
+            system_version_info,
+            resources: part,
+            type_url: type_url.clone(),
+            nonce: if resources.len() > 0 { String::new() } else { std::mem::take(&mut nonce) },
+            removed_resources: removed.take().unwrap_or_default(),
+        })
+    })
 }
 
 /// An ACK, or a NACK that names what was rejected.
