@@ -177,11 +177,10 @@ impl Zone<'_> {
 
     /// Endpoints that may be dialled, once for each address.
     fn endpoints<'s>(&'s self, service: &'s Service) -> impl Iterator<Item = (&'s Record, IpAddr)> {
-        let usable = service
-            .endpoints
-            .all
-            .iter()
-            .filter(|endpoint| service.endpoints.admits(endpoint) && *endpoint.place().network == *self.client.network);
+        let usable =
+            service.endpoints.all.iter().filter(|endpoint| {
+                service.endpoints.admits(endpoint) && *endpoint.place().network == *self.client.network
+            });
         usable.flat_map(|endpoint| {
             let addresses = endpoint.addresses().filter(|ip| service.ip_families.allow(*ip));
             addresses.map(move |ip| (&**endpoint, ip))
@@ -262,8 +261,7 @@ impl Zone<'_> {
             let key = service.key();
             for (endpoint, ip) in self.endpoints(service) {
                 let target = format!("{}.{}", endpoint_name(service, endpoint, ip), service.hostname);
-                let numbers =
-                    ports.iter().filter_map(|port| endpoint_port(service, endpoint, &key, port.number));
+                let numbers = ports.iter().filter_map(|port| endpoint_port(service, endpoint, &key, port.number));
                 servers.extend(numbers.map(|number| (number, target.clone(), ip)));
             }
         }

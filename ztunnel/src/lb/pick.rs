@@ -180,8 +180,7 @@ fn with_tiers<T>(
         return Ok(then(std::slice::from_ref(table)));
     }
     let place = locality::place(client);
-    let (of, kept) =
-        &**table.tiers.get_or_init(|| Box::new((place.clone(), locality::tiers(service, table, client))));
+    let (of, kept) = &**table.tiers.get_or_init(|| Box::new((place.clone(), locality::tiers(service, table, client))));
     if *of == place { Ok(then(kept)) } else { Ok(then(&locality::tiers(service, table, client))) }
 }
 

@@ -194,8 +194,7 @@ fn tables(spec: &ServiceSpec, key: &str, all: &[Arc<Record>], port: &Port, takes
         .iter()
         .enumerate()
         .filter_map(|(index, endpoint)| {
-            let has =
-                |family| endpoint.addresses().any(|ip| IpFamily::of(ip) == family && spec.ip_families.allow(ip));
+            let has = |family| endpoint.addresses().any(|ip| IpFamily::of(ip) == family && spec.ip_families.allow(ip));
             let families = [has(IpFamily::V4), has(IpFamily::V6)];
             if !(takes_all || endpoint.healthy()) || families == [false; 2] {
                 return None;

@@ -554,8 +554,14 @@ mod tests {
             ("many addresses", Workload { addresses: vec!["2001:db8::1".parse().unwrap(); 200], ..plain() }),
             ("a uid of another form", Workload { uid: "cluster/networking/ServiceEntry/a/b".into(), ..plain() }),
             ("an empty uid", Workload { uid: "".into(), ..plain() }),
-            ("a namespace with a slash", Workload { namespace: "a/b".into(), uid: "Kubernetes//Pod/a/b/cart".into(), ..plain() }),
-            ("upper case digits", Workload { version: "00FF".into(), pod_uid: "6F1C9A52-3B7D-4E08-9A41-00000000002A".into(), ..plain() }),
+            (
+                "a namespace with a slash",
+                Workload { namespace: "a/b".into(), uid: "Kubernetes//Pod/a/b/cart".into(), ..plain() },
+            ),
+            (
+                "upper case digits",
+                Workload { version: "00FF".into(), pod_uid: "6F1C9A52-3B7D-4E08-9A41-00000000002A".into(), ..plain() },
+            ),
             ("an odd number of digits", Workload { version: "abc".into(), ..plain() }),
             ("a version that is no number", Workload { version: "v é".into(), ..plain() }),
             ("a name longer than 63 bytes", Workload { name: "n".repeat(300).into(), ..plain() }),
@@ -591,7 +597,14 @@ mod tests {
 
     #[test]
     fn the_order_of_records_is_that_of_their_uids() {
-        let uids = ["", "Kubernetes//Pod/shop/a", "Kubernetes//Pod/shop/a-1", "Kubernetes//Pod/shop/b", "z", "Kubernetes//Pod"];
+        let uids = [
+            "",
+            "Kubernetes//Pod/shop/a",
+            "Kubernetes//Pod/shop/a-1",
+            "Kubernetes//Pod/shop/b",
+            "z",
+            "Kubernetes//Pod",
+        ];
         let of = |uid: &str| {
             let name: Arc<str> = uid.rsplit('/').next().unwrap_or(uid).into();
             packed(&Workload { uid: uid.into(), name, workload_name: "a".into(), ..workload("shop", "a", "10.0.0.1") })
@@ -622,11 +635,7 @@ mod tests {
 
     #[test]
     fn a_pod_of_a_deployment_is_as_small_as_the_header_says() {
-        let pod = Workload {
-            addresses: vec!["10.0.0.1".parse().unwrap()],
-            dns_name: None,
-            ..full()
-        };
+        let pod = Workload { addresses: vec!["10.0.0.1".parse().unwrap()], dns_name: None, ..full() };
         assert_eq!(packed(&pod).own.len(), 1 + 1 + 5 + 18 + 17 + 17);
         assert_eq!(size_of::<Record>(), 48, "and the two counts of its Arc");
     }

@@ -294,13 +294,16 @@ impl Writer {
     pub fn forget(&mut self, keep: usize) -> usize {
         let idle: Vec<Arc<Record>> = self.next.records().filter(|record| record.is_idle()).cloned().collect();
         let over = idle.len().saturating_sub(keep).min(4 * STEP);
+        let mut others = HashMap::with_capacity(over);
         for old in &idle[..over] {
             let new = Arc::new(old.packed_again());
             self.next.workloads.put(new.clone(), &mut self.free);
             self.index_services(Some(old), Some(&new));
+            others.insert(Arc::as_ptr(old), new);
         }
         while self.prepare() {}
         if over > 0 {
+            self.shared.log.lock().unwrap_or_else(PoisonError::into_inner).exchange(&others);
             self.show(None);
         }
         over

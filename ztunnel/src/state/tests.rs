@@ -123,8 +123,7 @@ fn only_candidates_are_in_a_port_table() {
         let snapshot = reader.load();
         let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
         let table = &service.endpoints.ports.get(&80).unwrap();
-        let name =
-            |row: &crate::state::Candidate| service.endpoints.all[row.endpoint as usize].name();
+        let name = |row: &crate::state::Candidate| service.endpoints.all[row.endpoint as usize].name();
         table.all.candidates.iter().map(name).collect::<Vec<_>>()
     };
     assert_eq!(names(HealthPolicy::OnlyHealthy), ["ready"]);
@@ -153,8 +152,9 @@ fn an_endpoints_own_port_comes_before_the_services() {
     writer.apply([serve(spec), put(named), put(silent)], 1);
     let snapshot = reader.load();
     let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
-    let targets =
-        |port: u16| service.endpoints.ports.get(&port).unwrap().all.candidates.iter().map(|row| row.target_port).collect::<Vec<_>>();
+    let targets = |port: u16| {
+        service.endpoints.ports.get(&port).unwrap().all.candidates.iter().map(|row| row.target_port).collect::<Vec<_>>()
+    };
     assert_eq!(targets(80), [9000], "a named port is only where the endpoint has it");
     assert_eq!(targets(81), [8081, 8081]);
 }

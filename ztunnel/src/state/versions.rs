@@ -3,7 +3,7 @@
 //! It records what took effect, not what arrived: a staged workload appears when it takes force, and a removed policy when
 //! its last user is gone. Bounded twice, by entries and by names, because one entry of a first sync names everything.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::sync::Arc;
 
@@ -92,6 +92,18 @@ impl VersionLog {
         // The newest entry stays, however large it is.
         while self.entries.len() > 1 && (self.entries.len() > MAX_ENTRIES || self.names > MAX_NAMES) {
             self.names -= self.entries.pop_front().map_or(0, |oldest| oldest.items.len());
+        }
+    }
+
+    /// Replaces records by others of the same content. An entry that is being read keeps its own a little longer.
+    pub(super) fn exchange(&mut self, others: &HashMap<*const Record, Arc<Record>>) {
+        let items = self.entries.iter_mut().filter_map(Arc::get_mut).flat_map(|entry| &mut entry.items);
+        for item in items {
+            if let Logged::Workload(record) | Logged::Gone(record) = item
+                && let Some(other) = others.get(&Arc::as_ptr(record))
+            {
+                *record = other.clone();
+            }
         }
     }
 

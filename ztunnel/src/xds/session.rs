@@ -245,10 +245,7 @@ impl Session {
 }
 
 /// A large response as smaller ones that mean the same, of at most `size` resources. The answer comes with the last.
-pub(super) fn in_steps(
-    response: DeltaDiscoveryResponse,
-    size: usize,
-) -> impl Iterator<Item = DeltaDiscoveryResponse> {
+pub(super) fn in_steps(response: DeltaDiscoveryResponse, size: usize) -> impl Iterator<Item = DeltaDiscoveryResponse> {
     let DeltaDiscoveryResponse { type_url, mut nonce, resources, removed_resources, system_version_info } = response;
     let (together, version) = match system_version_info.strip_suffix(TOGETHER) {
         Some(version) => (true, version.to_owned()),

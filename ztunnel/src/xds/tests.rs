@@ -254,14 +254,7 @@ fn policies_and_the_groups_that_they_name_change_in_one_step() {
     let more = session.respond(part("7+", TYPE_ADDRESS, vec![pod("w", "2", &[])]));
     assert!(more.changes.is_empty());
     let last = session.respond(part("7", TYPE_ADDRESS, vec![pod("v", "2", &[])]));
-    assert!(matches!(
-        last.changes[..],
-        [
-            Change::NetworkPolicy(_),
-            Change::Record(_),
-            Change::Record(_)
-        ]
-    ));
+    assert!(matches!(last.changes[..], [Change::NetworkPolicy(_), Change::Record(_), Change::Record(_)]));
     assert_eq!(session.respond(part("8", TYPE_NETWORK_POLICY, vec![network_policy("a", "3")])).changes.len(), 1);
 
     session.respond(part("9&", TYPE_NETWORK_POLICY, vec![network_policy("a", "4"), broken(network_policy("b", "4"))]));
