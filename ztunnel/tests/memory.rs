@@ -152,7 +152,7 @@ impl Loader {
         let (writer, reader) = store();
         let mut this =
             Self { session: Session::new(Node::default(), false, true), writer, reader, longest: Duration::ZERO };
-        this.session.open([]);
+        this.session.open([], &[]);
         let empty = DeltaDiscoveryResponse { type_url: TYPE_AUTHORIZATION.to_owned(), ..Default::default() };
         let outcome = this.session.respond(empty);
         this.writer.apply(outcome.changes, 1);

@@ -103,7 +103,7 @@ impl Workloads {
     pub(super) fn put(&mut self, record: Arc<Record>, free: &mut Free) -> Option<Arc<Record>> {
         let known = self.slot_of(&record.uid());
         let slot = known.unwrap_or_else(|| self.vacant(free));
-        let old = std::mem::replace(self.entry(slot)?, Some(record.clone()));
+        let old = self.entry(slot)?.replace(record.clone());
         let found = self.keys(&record);
         let stays = old.as_ref().is_some_and(|old| self.keys(old) == found && old.protocol() == record.protocol());
         if !stays {

@@ -13,6 +13,7 @@
 //! * a rejected policy leaves its last good version in force, or, if it never had one, a stand-in that denies.
 
 mod cow;
+mod demand;
 mod endpoints;
 #[cfg(test)]
 pub mod fixtures;
@@ -32,6 +33,7 @@ mod tests;
 mod versions;
 mod workload;
 
+pub use demand::{Demands, Lease, address_name};
 pub use endpoints::{Candidate, Endpoints, PortTable, PortTables, Ports, Tiers};
 pub use network::{IpBlock, NETWORK_POLICY, NetworkPeers, NetworkPolicy, NetworkPort, NetworkRule, Way};
 pub use policy::{Action, Clause, Match, Policy, Rule, Scope, ServiceAccount, StringMatch};

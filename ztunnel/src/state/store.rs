@@ -16,8 +16,8 @@ use crate::state::members::Delta;
 use crate::state::narrowed::Narrowed;
 use crate::state::versions::{Kept, Logged, VersionLog};
 use crate::state::{
-    Endpoints, LogEntry, LogName, NetworkPolicy, Policy, Record, Scope, Service, ServiceSpec, Shapes, Snapshot,
-    Workload,
+    Demands, Endpoints, LogEntry, LogName, NetworkPolicy, Policy, Record, Scope, Service, ServiceSpec, Shapes,
+    Snapshot, Workload,
 };
 
 /// Services whose endpoints are prepared in one step of [`Writer::prepare`]: a few milliseconds.
@@ -77,6 +77,7 @@ pub fn store() -> (Writer, Reader) {
         current: ArcSwap::from_pointee(next.clone()),
         generation,
         log: Mutex::new(VersionLog::default()),
+        demands: Demands::new(),
     });
     let writer = Writer {
         next,
@@ -101,6 +102,7 @@ struct Shared {
     current: ArcSwap<Snapshot>,
     generation: watch::Sender<u64>,
     log: Mutex<VersionLog>,
+    demands: Demands,
 }
 
 /// Loads snapshots. Cheap to clone.
@@ -130,6 +132,11 @@ impl Reader {
             self.shared.current.store(Arc::new(next));
             self.shared.generation.send_modify(|_| {});
         }
+    }
+
+    /// What was asked for, where not everything is known.
+    pub fn demands(&self) -> &Demands {
+        &self.shared.demands
     }
 
     /// What took effect when, oldest first.
@@ -275,6 +282,16 @@ impl Writer {
         }
         self.next.node = self.shared.current.load().node.clone();
         self.shared.current.store(Arc::new(self.next.clone()));
+    }
+
+    /// What was asked for, where not everything is known.
+    pub fn demands(&self) -> &Demands {
+        &self.shared.demands
+    }
+
+    /// The working copy, which is the snapshot in force between two updates.
+    pub fn current(&self) -> &Snapshot {
+        &self.next
     }
 
     /// Names and newest versions of all workloads and services.

@@ -22,9 +22,9 @@ use tulle_proto::names::HEADER_TULLE_TYPES;
 
 use crate::base::{memory, unix_now_us};
 use crate::identity::{Control, ControlError, backoff, status_text};
-use crate::state::{Applied, Writer};
+use crate::state::{Applied, Change, Demands, Writer};
 use crate::xds::monitor::{Monitor, Termination};
-use crate::xds::session::{Session, in_steps};
+use crate::xds::session::{Session, demand, in_steps};
 
 /// Istio's value: every workload of a large cluster in one response.
 const MAX_RESPONSE_BYTES: usize = 200 << 20;
@@ -40,6 +40,8 @@ const STEP: usize = 256;
 /// some milliseconds.
 const IDLE: usize = 2048;
 const LOOK_FOR_IDLE: Duration = Duration::from_secs(60);
+/// How often names are given up that nobody uses; an answer that crossed the giving up is dropped then too.
+const LOOK_FOR_UNUSED: Duration = Duration::from_secs(15);
 /// After a response of so many resources the allocator gives back what taking it apart has left.
 const LARGE: usize = 2048;
 const FIRST_RETRY: Duration = Duration::from_millis(10);
@@ -62,7 +64,7 @@ pub struct Config {
     pub metadata: BTreeMap<String, String>,
     /// Whether NetworkPolicies are enforced here, where control offers them.
     pub network_policy: bool,
-    /// Workloads and services only as they are asked for. Experimental: nothing asks yet, so only those of the node come.
+    /// Workloads and services only as they are asked for, besides those of the node.
     pub on_demand: bool,
 }
 
@@ -99,6 +101,9 @@ struct Ended {
 /// Keeps the store as control says, until `shutdown` completes. There is no error that ends it.
 pub async fn run(config: Config, mut writer: Writer, monitor: Monitor, shutdown: impl Future<Output = ()>) {
     tokio::pin!(shutdown);
+    if config.on_demand {
+        writer.demands().enable(&config.node_name);
+    }
     let mut session = Session::new(config.node(), config.on_demand, config.network_policy);
     let mut failures = 0u32;
     loop {
@@ -134,7 +139,7 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
         Err(error) => return connection(error),
     };
     let (requests, queue) = mpsc::channel(REQUESTS);
-    for first in session.open(writer.addresses()) {
+    for first in session.open(writer.addresses(), &writer.demands().all()) {
         // The queue is new and larger than what a session opens with.
         let _ = requests.try_send(first);
     }
@@ -164,6 +169,9 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
     let mut useful = false;
     let mut again: Option<Instant> = None;
     let mut look = Instant::now() + LOOK_FOR_IDLE;
+    let demands = writer.demands().clone();
+    let on_demand = demands.enabled();
+    let mut look_for_unused = Instant::now() + LOOK_FOR_UNUSED;
     loop {
         let message = tokio::select! {
             message = responses.message() => message,
@@ -177,17 +185,33 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
                 look = Instant::now() + LOOK_FOR_IDLE;
                 continue;
             }
+            () = sleep_until(look_for_unused), if on_demand && !session.is_partial() => {
+                demands.expire(std::time::Instant::now());
+                forget_unwanted(writer);
+                look_for_unused = Instant::now() + LOOK_FOR_UNUSED;
+                if !ask(&demands, writer, &requests).await {
+                    return deaf(useful);
+                }
+                continue;
+            }
+            () = demands.work(), if on_demand && !session.is_partial() => {
+                if !ask(&demands, writer, &requests).await {
+                    return deaf(useful);
+                }
+                continue;
+            }
         };
         match message {
             Ok(Some(response)) => {
                 let (answer, applied) = take(session, writer, monitor, response).await;
-                again = due(applied.again_us);
+                if let Some(applied) = applied {
+                    again = due(applied.again_us);
+                }
                 useful = true;
                 if let Some(answer) = answer
                     && requests.send_timeout(answer, SEND_TIMEOUT).await.is_err()
                 {
-                    let error = "control does not read this node's acknowledgements".to_owned();
-                    return Ended { reason: Termination::Error, error, useful };
+                    return deaf(useful);
                 }
             }
             Ok(None) => {
@@ -199,21 +223,48 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
     }
 }
 
-/// Applies a response and gives what to answer.
+fn deaf(useful: bool) -> Ended {
+    let error = "control does not read this node's requests and acknowledgements".to_owned();
+    Ended { reason: Termination::Error, error, useful }
+}
+
+/// Sends what is asked for since the last time. Whether control reads it.
+async fn ask(demands: &Demands, writer: &mut Writer, requests: &mpsc::Sender<DeltaDiscoveryRequest>) -> bool {
+    let (subscribe, unsubscribe) = demands.changes();
+    if subscribe.is_empty() && unsubscribe.is_empty() {
+        return true;
+    }
+    if !unsubscribe.is_empty() {
+        // At once: from here on control does not say what becomes of it.
+        forget_unwanted(writer);
+    }
+    requests.send_timeout(demand(&subscribe, &unsubscribe), SEND_TIMEOUT).await.is_ok()
+}
+
+/// Drops what nobody asks for any more.
+fn forget_unwanted(writer: &mut Writer) {
+    let unwanted = writer.demands().unwanted(writer.current());
+    if !unwanted.is_empty() {
+        writer.apply(unwanted.into_iter().map(Change::AddressRemoved), unix_now_us());
+    }
+}
+
+/// Applies a response and gives what to answer. `None`: it takes effect with the next one.
 async fn take(
     session: &mut Session,
     writer: &mut Writer,
     monitor: &Monitor,
     response: DeltaDiscoveryResponse,
-) -> (Option<DeltaDiscoveryRequest>, Applied) {
+) -> (Option<DeltaDiscoveryRequest>, Option<Applied>) {
     let bytes = response.resources.iter().map(|resource| prost::Message::encoded_len(resource) as u64).sum();
     monitor.message(&response.type_url, bytes);
     let (type_url, resources) = (response.type_url.clone(), response.resources.len());
     let was_synced = session.synced();
-    let (mut rejected, mut answer) = (Vec::new(), None);
+    let (mut rejected, mut answered, mut answer) = (Vec::new(), Vec::new(), None);
     for part in in_steps(response, STEP) {
         let outcome = session.respond(part);
         rejected.extend(outcome.rejected);
+        answered.extend(outcome.answered);
         answer = outcome.answer;
         writer.take(outcome.changes, unix_now_us());
         yield_now().await;
@@ -227,13 +278,20 @@ async fn take(
     if !rejected.is_empty() {
         monitor.rejections(&rejected);
     }
+    if session.is_partial() {
+        return (answer, None);
+    }
     let applied = writer.finish(unix_now_us());
+    if writer.demands().enabled() {
+        writer.demands().pin_own(writer.current());
+        writer.demands().answered(answered.iter().map(String::as_str));
+    }
     if resources >= LARGE || session.synced() != was_synced {
         memory::give_back();
     }
     let generation = applied.generation;
     tracing::debug!(type_url, resources, generation, staged = applied.staged, "applied a response");
-    (answer, applied)
+    (answer, Some(applied))
 }
 
 /// The moment of a time of the wall clock.

@@ -10,7 +10,7 @@
 //! workloads carry, so where both change, the server says that workloads follow, and the changes are held until the last
 //! of them is here: one without the other would cut connections that both versions allow.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
@@ -23,8 +23,6 @@ use crate::xds::decode::{self, Rejected, Strings};
 const MAX_NACK_BYTES: usize = 4096;
 /// google.rpc.Code.INVALID_ARGUMENT.
 const INVALID_ARGUMENT: i32 = 3;
-/// Names that may be asked for on demand. Beyond it the oldest answer is as good as none: connections go without.
-const MAX_DEMANDED: usize = 65_536;
 
 /// What a response led to.
 #[derive(Debug, Default)]
@@ -33,6 +31,9 @@ pub struct Outcome {
     pub changes: Vec<Change>,
     /// Resources that cannot be used, and why.
     pub rejected: Vec<Rejected>,
+    /// Names that were answered, where not everything is known: those of resources, the addresses that led to them, and
+    /// what does not exist.
+    pub answered: Vec<String>,
     /// ACK or NACK. `None`: there is no nonce to answer to.
     pub answer: Option<DeltaDiscoveryRequest>,
 }
@@ -49,7 +50,9 @@ pub struct Session {
     /// Changes that take effect with workloads that have not all arrived, and the names of their resources by type.
     held: Vec<Change>,
     held_names: Vec<(&'static str, Arc<str>)>,
-    demanded: BTreeSet<Arc<str>>,
+    /// More parts of an answer follow, and what was answered so far.
+    partial: bool,
+    answered: Vec<String>,
     /// Rejections of the parts of a response that were taken so far ([`in_steps`]).
     unanswered: Vec<Rejected>,
     strings: Strings,
@@ -80,14 +83,33 @@ impl Session {
         // Policies first: then most workloads find theirs when they arrive.
         let types = vec![TypeState::new(TYPE_AUTHORIZATION), TypeState::new(TYPE_ADDRESS)];
         let (held, held_names) = (Vec::new(), Vec::new());
-        let (demanded, strings, shapes) = (BTreeSet::new(), Strings::default(), Shapes::default());
-        let unanswered = Vec::new();
-        Self { node, on_demand, types, network_policy, held, held_names, demanded, unanswered, strings, shapes }
+        let (strings, shapes) = (Strings::default(), Shapes::default());
+        let (partial, answered, unanswered) = (false, Vec::new(), Vec::new());
+        Self {
+            node,
+            on_demand,
+            types,
+            network_policy,
+            held,
+            held_names,
+            partial,
+            answered,
+            unanswered,
+            strings,
+            shapes,
+        }
     }
 
     /// The first requests of a stream. `addresses`: names and versions of the workloads and services in the store.
-    pub fn open(&mut self, addresses: impl IntoIterator<Item = (String, String)>) -> Vec<DeltaDiscoveryRequest> {
+    /// `demanded`: what is asked for, if not everything.
+    pub fn open(
+        &mut self,
+        addresses: impl IntoIterator<Item = (String, String)>,
+        demanded: &[Arc<str>],
+    ) -> Vec<DeltaDiscoveryRequest> {
         self.unanswered.clear();
+        self.answered.clear();
+        self.partial = false;
         // What was held never took effect, so it must come again: known with no version.
         self.held.clear();
         for (url, name) in std::mem::take(&mut self.held_names) {
@@ -104,6 +126,9 @@ impl Session {
         if let Some(second) = &mut second {
             for (name, version) in addresses {
                 second.initial_resource_versions.entry(name).or_insert(version);
+            }
+            if self.on_demand {
+                second.resource_names_subscribe.extend(demanded.iter().map(ToString::to_string));
             }
         }
         first.into_iter().chain(second).collect()
@@ -127,10 +152,7 @@ impl Session {
         state.open = true;
         let star = || vec!["*".to_owned()];
         // istiod's notation for "nothing until I ask" is both at once. An empty subscription means everything.
-        let (mut subscribe, unsubscribe) = if on_demand { (star(), star()) } else { (Vec::new(), Vec::new()) };
-        if on_demand {
-            subscribe.extend(self.demanded.iter().map(ToString::to_string));
-        }
+        let (subscribe, unsubscribe) = if on_demand { (star(), star()) } else { (Vec::new(), Vec::new()) };
         Some(DeltaDiscoveryRequest {
             type_url: url.to_owned(),
             resource_names_subscribe: subscribe,
@@ -140,18 +162,10 @@ impl Session {
         })
     }
 
-    /// Asks for a workload or service: a uid, `<namespace>/<hostname>` or `<network>/<ip>`. `None`: asked already, not on
-    /// demand, or too many.
-    pub fn demand(&mut self, name: &str) -> Option<DeltaDiscoveryRequest> {
-        if !self.on_demand || self.demanded.contains(name) || self.demanded.len() >= MAX_DEMANDED {
-            return None;
-        }
-        self.demanded.insert(name.into());
-        Some(DeltaDiscoveryRequest {
-            type_url: TYPE_ADDRESS.to_owned(),
-            resource_names_subscribe: vec![name.to_owned()],
-            ..DeltaDiscoveryRequest::default()
-        })
+    /// Parts of an answer are missing, where not everything is known. A service that is known before its endpoints would be
+    /// one without any, so nothing is to take effect before they are here.
+    pub fn is_partial(&self) -> bool {
+        self.partial
     }
 
     /// Every subscribed type has been answered since the process started.
@@ -166,13 +180,21 @@ impl Session {
         let Some(state) = self.types.iter_mut().find(|state| state.url == type_url) else {
             let reason = "the type was not subscribed to".to_owned();
             let rejected = vec![Rejected { name: type_url.as_str().into(), reason }];
-            return Outcome { answer: answer(type_url, nonce, &rejected), rejected, changes: Vec::new() };
+            return Outcome { answer: answer(type_url, nonce, &rejected), rejected, ..Outcome::default() };
         };
         let together = system_version_info.ends_with(TOGETHER);
         let more = system_version_info.trim_end_matches(TOGETHER).ends_with(MORE);
         // Before the first state is complete nothing is decided, and nothing that is half there can do harm.
         let hold = (together && addresses_synced) || !self.held.is_empty();
         let mut outcome = Outcome::default();
+        if self.on_demand && state.url == TYPE_ADDRESS {
+            let sent = resources.iter().flat_map(|resource| resource.aliases.iter().chain([&resource.name]));
+            self.answered.extend(sent.chain(&removed_resources).cloned());
+            self.partial = more;
+            if !more {
+                outcome.answered = std::mem::take(&mut self.answered);
+            }
+        }
         // Removals first: a name that is removed and sent in one response was replaced.
         for name in removed_resources {
             let name: Arc<str> = name.into();
@@ -241,6 +263,17 @@ impl Session {
             }
         }
         outcome
+    }
+}
+
+/// Asks for more names of workloads and services, and for some no longer.
+pub(super) fn demand(subscribe: &[Arc<str>], unsubscribe: &[Arc<str>]) -> DeltaDiscoveryRequest {
+    let names = |list: &[Arc<str>]| list.iter().map(ToString::to_string).collect();
+    DeltaDiscoveryRequest {
+        type_url: TYPE_ADDRESS.to_owned(),
+        resource_names_subscribe: names(subscribe),
+        resource_names_unsubscribe: names(unsubscribe),
+        ..DeltaDiscoveryRequest::default()
     }
 }
 

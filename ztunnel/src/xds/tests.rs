@@ -107,7 +107,7 @@ fn response(type_url: &str, nonce: &str, resources: Vec<Resource>, removed: &[&s
 
 #[test]
 fn the_first_requests_subscribe_to_everything_and_say_who_asks() {
-    let requests = session(false).open([]);
+    let requests = session(false).open([], &[]);
     let types: Vec<_> = requests.iter().map(|request| request.type_url.as_str()).collect();
     assert_eq!(types, [TYPE_AUTHORIZATION, TYPE_ADDRESS]);
     assert!(requests.iter().all(|request| request.resource_names_subscribe.is_empty()));
@@ -118,14 +118,14 @@ fn the_first_requests_subscribe_to_everything_and_say_who_asks() {
 }
 
 #[test]
-fn on_demand_begins_with_nothing_and_asks_once() {
+fn on_demand_begins_with_what_is_asked_for_and_hears_what_was_answered() {
     let mut session = session(true);
-    let address = |session: &mut Session| session.open([]).pop().unwrap();
-    assert_eq!(address(&mut session).resource_names_subscribe, ["*"]);
-    assert_eq!(address(&mut session).resource_names_unsubscribe, ["*"]);
-    assert_eq!(session.demand("/10.0.0.1").unwrap().resource_names_subscribe, ["/10.0.0.1"]);
-    assert!(session.demand("/10.0.0.1").is_none());
-    assert_eq!(address(&mut session).resource_names_subscribe, ["*", "/10.0.0.1"], "a new stream is told again");
+    let first = session.open([], &["/10.0.0.1".into()]).pop().unwrap();
+    assert_eq!(first.resource_names_subscribe, ["*", "/10.0.0.1"]);
+    assert_eq!(first.resource_names_unsubscribe, ["*"]);
+    let found = Resource { aliases: vec!["/10.0.0.1".to_owned()], ..pod("a", "1", &[]) };
+    let outcome = session.respond(response(TYPE_ADDRESS, "n", vec![found], &["/10.0.0.9"]));
+    assert_eq!(outcome.answered, ["/10.0.0.1", "Kubernetes//Pod/shop/a", "/10.0.0.9"], "an absence is an answer");
 }
 
 #[test]
@@ -140,7 +140,7 @@ fn good_resources_of_a_bad_response_are_applied_and_the_bad_ones_are_named() {
     assert_eq!(nack.response_nonce, "n1");
     let text = nack.error_detail.unwrap().message;
     assert!(text.starts_with("Kubernetes//Pod/shop/b: it is no istio.workload.Address"), "{text}");
-    let told = session.open(writer.addresses()).pop().unwrap().initial_resource_versions;
+    let told = session.open(writer.addresses(), &[]).pop().unwrap().initial_resource_versions;
     let versions: Vec<_> = told.iter().map(|(name, version)| format!("{}={version}", &name[21..])).collect();
     assert_eq!(versions, ["a=1", "b=", "c=1"], "a rejected one is asked for again");
 }
@@ -207,7 +207,7 @@ fn network_policy(name: &str, version: &str) -> Resource {
 /// A session to which NetworkPolicies were offered.
 fn with_network_policies() -> Session {
     let mut session = session(false);
-    session.open([]);
+    session.open([], &[]);
     let (expected, asked) = session.offered(&["other".to_owned(), TYPE_NETWORK_POLICY.to_owned()]);
     assert!(matches!(expected, Some(Change::NetworkPoliciesExpected)));
     assert_eq!(asked.unwrap().type_url, TYPE_NETWORK_POLICY);
@@ -217,12 +217,12 @@ fn with_network_policies() -> Session {
 #[test]
 fn own_types_are_asked_for_where_they_are_offered_and_once() {
     let mut session = session(false);
-    assert_eq!(session.open([]).len(), 2);
+    assert_eq!(session.open([], &[]).len(), 2);
     assert!(session.offered(&["type.googleapis.com/other".to_owned()]).1.is_none());
     assert!(session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.is_some());
     assert!(session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.is_none());
     session.respond(response(TYPE_NETWORK_POLICY, "n", vec![network_policy("a", "1")], &[]));
-    assert_eq!(session.open([]).len(), 2, "a new stream asks for them when they are offered again");
+    assert_eq!(session.open([], &[]).len(), 2, "a new stream asks for them when they are offered again");
     let again = session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.unwrap();
     assert_eq!(again.initial_resource_versions["NetworkPolicy/shop/a"], "1");
 }
@@ -258,7 +258,7 @@ fn policies_and_the_groups_that_they_name_change_in_one_step() {
     assert_eq!(session.respond(part("8", TYPE_NETWORK_POLICY, vec![network_policy("a", "3")])).changes.len(), 1);
 
     session.respond(part("9&", TYPE_NETWORK_POLICY, vec![network_policy("a", "4"), broken(network_policy("b", "4"))]));
-    session.open([]);
+    session.open([], &[]);
     let told = session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.unwrap().initial_resource_versions;
     assert_eq!(told["NetworkPolicy/shop/a"], "", "what was held when the stream broke must come again");
 }
@@ -351,7 +351,7 @@ fn simulate(seed: u64) -> (Model, Reader) {
     let mut model = Model::default();
     let mut session = session(false);
     let (mut writer, reader) = store();
-    model.open(session.open(writer.addresses()));
+    model.open(session.open(writer.addresses(), &[]));
     for step in 0..300u32 {
         let name = numbers.below(6);
         let version = step.to_string();
@@ -371,7 +371,7 @@ fn simulate(seed: u64) -> (Model, Reader) {
                 model.push(TYPE_ADDRESS, false);
                 model.push(TYPE_AUTHORIZATION, false);
             }
-            9 => model.open(session.open(writer.addresses())),
+            9 => model.open(session.open(writer.addresses(), &[])),
             _ => {
                 deliver(&mut model, &mut session, &mut writer);
             }
