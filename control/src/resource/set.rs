@@ -21,6 +21,8 @@ pub struct ResourceSet {
     kinds: [ByName; Kind::ALL.len()],
     /// Made when somebody first asks by alias: most nodes take everything and never do.
     aliases: OnceLock<BTreeMap<String, Arc<str>>>,
+    /// Workloads by what they are part of. Made when somebody first asks, too.
+    parts: OnceLock<BTreeMap<String, Vec<Arc<str>>>>,
 }
 
 /// What leads from one set to another.
@@ -72,6 +74,25 @@ impl ResourceSet {
             Kind::Address => resources.get(self.aliases().get(name)?),
             Kind::Authorization | Kind::NetworkPolicy => None,
         })
+    }
+
+    /// Workloads that are part of `whole`: endpoints of the Service of this name, or everything on a node
+    /// (`names::ALL_OF_NODE`) or in a group of NetworkPolicies (`names::ALL_OF_GROUP`).
+    pub fn members(&self, kind: Kind, whole: &str) -> Vec<&Arc<Resource>> {
+        if kind != Kind::Address {
+            return Vec::new();
+        }
+        let parts = self.parts.get_or_init(|| {
+            let mut parts: BTreeMap<String, Vec<Arc<str>>> = BTreeMap::new();
+            for resource in self.addresses.values() {
+                for whole in resource.part_of() {
+                    parts.entry(whole).or_default().push(Arc::clone(&resource.name));
+                }
+            }
+            parts
+        });
+        let names = parts.get(whole).into_iter().flatten();
+        names.filter_map(|name| self.addresses.get(name)).collect()
     }
 
     fn aliases(&self) -> &BTreeMap<String, Arc<str>> {
