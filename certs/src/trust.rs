@@ -116,8 +116,7 @@ pub fn verify_peer(
     let roots =
         trusted.foreign.get(domain).ok_or_else(|| VerifyError::UntrustedDomain { identity: claimed.clone() })?;
     let seconds = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
-    let roots =
-        roots.valid_at(seconds).ok_or_else(|| VerifyError::ExpiredRoots { trust_domain: domain.to_owned() })?;
+    let roots = roots.valid_at(seconds).ok_or_else(|| VerifyError::ExpiredRoots { trust_domain: domain.to_owned() })?;
     verify_chain(chain, &roots, crls, usage, now)
 }
 

@@ -41,6 +41,8 @@ pub enum Code {
     WrongIdentity,
     /// The peer's certificate is in a revocation list.
     CertRevoked,
+    /// The peer is of a trust domain whose roots are not known here, or not any more.
+    UntrustedDomain,
     /// The HTTP/2 tunnel failed.
     TunnelFailed,
     /// The destination's proxy answered CONNECT with an error.
@@ -140,6 +142,7 @@ impl Code {
         Self::TlsFailed,
         Self::WrongIdentity,
         Self::CertRevoked,
+        Self::UntrustedDomain,
         Self::TunnelFailed,
         Self::TunnelRefused,
         Self::NoCertificate,
@@ -217,6 +220,14 @@ impl Code {
             Self::CertRevoked => {
                 row("CERT_REVOKED", "CERT_REVOKED", 401, F::Policy, R::Later, "the peer's certificate was taken back")
             }
+            Self::UntrustedDomain => row(
+                "UNTRUSTED_DOMAIN",
+                "IDENTITY_ERROR",
+                401,
+                F::Policy,
+                R::No,
+                "no bundle in force vouches for the peer's trust domain",
+            ),
             Self::TunnelFailed => {
                 row("TUNNEL_FAILED", "H2_HANDSHAKE_FAILURE", 503, F::Destination, R::Yes, "the HTTP/2 tunnel failed")
             }

@@ -152,9 +152,7 @@ impl Rogue {
 
 /// From and until, days from now.
 fn lives(params: &mut CertificateParams, (first, last): (i64, i64)) {
-    let day = |days: i64| {
-        rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs((NOW + days * 86_400).unsigned_abs())
-    };
+    let day = |days: i64| rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs((NOW + days * 86_400).unsigned_abs());
     (params.not_before, params.not_after) = (day(first), day(last));
 }
 
@@ -163,8 +161,7 @@ fn leaf_params(uris: &[&str]) -> CertificateParams {
     lives(&mut params, (-1, 1));
     params.extended_key_usages =
         vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth, rcgen::ExtendedKeyUsagePurpose::ServerAuth];
-    params.subject_alt_names =
-        uris.iter().map(|uri| SanType::URI((*uri).try_into().expect("ASCII"))).collect();
+    params.subject_alt_names = uris.iter().map(|uri| SanType::URI((*uri).try_into().expect("ASCII"))).collect();
     params
 }
 

@@ -12,6 +12,7 @@ use crate::model::meta::Meta;
 use crate::model::network::NetworkPolicy;
 use crate::model::policy::{AuthorizationPolicy, PeerAuthentication, Unenforced};
 use crate::model::service::{EndpointSlice, LegacyEndpoints, Service};
+use crate::model::trust::TrustBundle;
 use crate::model::workload::{Namespace, Node, Pod, ServiceAccount};
 
 /// (namespace, name).
@@ -40,6 +41,8 @@ pub enum Object {
     PeerAuthentication(Arc<PeerAuthentication>),
     /// networking.k8s.io NetworkPolicy.
     NetworkPolicy(Arc<NetworkPolicy>),
+    /// certificates.k8s.io ClusterTrustBundle with a trust domain.
+    TrustBundle(Arc<TrustBundle>),
     /// A kind without effect yet.
     Unenforced(Arc<Unenforced>),
 }
@@ -58,6 +61,7 @@ impl Object {
             Self::AuthorizationPolicy(_) => "AuthorizationPolicy",
             Self::PeerAuthentication(_) => "PeerAuthentication",
             Self::NetworkPolicy(_) => "NetworkPolicy",
+            Self::TrustBundle(_) => "ClusterTrustBundle",
             Self::Unenforced(object) => object.kind,
         }
     }
@@ -75,6 +79,7 @@ impl Object {
             Self::AuthorizationPolicy(object) => &object.meta,
             Self::PeerAuthentication(object) => &object.meta,
             Self::NetworkPolicy(object) => &object.meta,
+            Self::TrustBundle(object) => &object.meta,
             Self::Unenforced(object) => &object.meta,
         }
     }
@@ -112,6 +117,8 @@ pub struct World {
     pub peer_authentications: BTreeMap<Key, Arc<PeerAuthentication>>,
     /// By namespace and name.
     pub network_policies: BTreeMap<Key, Arc<NetworkPolicy>>,
+    /// By name.
+    pub trust_bundles: BTreeMap<String, Arc<TrustBundle>>,
     /// By kind, namespace and name.
     pub unenforced: BTreeMap<(&'static str, String, String), Arc<Unenforced>>,
 }
@@ -137,6 +144,7 @@ impl World {
             Object::AuthorizationPolicy(o) => vacant(&mut self.authorization_policies, key, o),
             Object::PeerAuthentication(o) => vacant(&mut self.peer_authentications, key, o),
             Object::NetworkPolicy(o) => vacant(&mut self.network_policies, key, o),
+            Object::TrustBundle(o) => vacant(&mut self.trust_bundles, key.1, o),
             Object::Unenforced(o) => vacant(&mut self.unenforced, (o.kind, key.0, key.1), o),
         }
     }

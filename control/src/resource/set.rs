@@ -16,6 +16,7 @@ use crate::resource::{Kind, Resource};
 /// All resources of one generation.
 #[derive(Debug, Clone, Default)]
 pub struct ResourceSet {
+    trust_bundles: BTreeMap<Arc<str>, Arc<Resource>>,
     authorizations: BTreeMap<Arc<str>, Arc<Resource>>,
     network_policies: BTreeMap<Arc<str>, Arc<Resource>>,
     addresses: BTreeMap<Arc<str>, Arc<Resource>>,
@@ -54,6 +55,7 @@ impl ResourceSet {
     /// All of one type, by name.
     pub fn of(&self, kind: Kind) -> &BTreeMap<Arc<str>, Arc<Resource>> {
         match kind {
+            Kind::TrustBundle => &self.trust_bundles,
             Kind::Authorization => &self.authorizations,
             Kind::NetworkPolicy => &self.network_policies,
             Kind::Address => &self.addresses,
@@ -62,6 +64,7 @@ impl ResourceSet {
 
     fn of_mut(&mut self, kind: Kind) -> &mut BTreeMap<Arc<str>, Arc<Resource>> {
         match kind {
+            Kind::TrustBundle => &mut self.trust_bundles,
             Kind::Authorization => &mut self.authorizations,
             Kind::NetworkPolicy => &mut self.network_policies,
             Kind::Address => &mut self.addresses,
@@ -73,7 +76,7 @@ impl ResourceSet {
         let resources = self.of(kind);
         resources.get(name).or_else(|| match kind {
             Kind::Address => resources.get(self.aliases().get(name)?),
-            Kind::Authorization | Kind::NetworkPolicy => None,
+            Kind::TrustBundle | Kind::Authorization | Kind::NetworkPolicy => None,
         })
     }
 

@@ -16,6 +16,7 @@ mod mtls;
 mod network;
 mod service;
 mod telemetry;
+mod trust;
 mod workload;
 
 use std::collections::BTreeMap;
@@ -45,6 +46,8 @@ pub struct Settings {
     pub root_namespace: String,
     /// A second such namespace, for what was written for Istio; empty: none.
     pub istio_root_namespace: String,
+    /// The moment, Unix seconds, for conditions about what has expired. Resources do not depend on it.
+    pub now: i64,
 }
 
 impl Default for Settings {
@@ -56,6 +59,7 @@ impl Default for Settings {
             trust_domain_aliases: Vec::new(),
             root_namespace: names::DEFAULT_ROOT_NAMESPACE.into(),
             istio_root_namespace: "istio-system".into(),
+            now: 0,
         }
     }
 }
@@ -141,6 +145,9 @@ pub fn translate(world: &World, settings: &Settings, memory: &mut Memory) -> Tra
         conditions.add("NetworkPolicy", &policy.meta, condition);
         resources.extend(of_policy.into_iter().map(Arc::new));
     }
+    let (bundles, of_bundles) = trust::translate(world, settings);
+    resources.extend(bundles.into_iter().map(Arc::new));
+    of_bundles.into_iter().for_each(|(meta, condition)| conditions.add("ClusterTrustBundle", meta, condition));
     let mtls = mtls::Plan::new(world, settings);
     resources.extend(mtls.resources().into_iter().map(Arc::new));
     mtls.conditions(&mut conditions);

@@ -25,13 +25,18 @@ fn show(translation: Translation) -> Value {
     let conditions = json!(translation.conditions);
     let set = ResourceSet::new(translation.resources, &ResourceSet::default());
     let of = |kind: Kind| -> Value { set.of(kind).values().map(|r| view::resource(r)).collect() };
-    json!({
+    let mut shown = json!({
         "addresses": of(Kind::Address),
         "authorizations": of(Kind::Authorization),
         "networkPolicies": of(Kind::NetworkPolicy),
         "conditions": conditions,
         "accounts": accounts,
-    })
+    });
+    // Only one case has some.
+    if !set.of(Kind::TrustBundle).is_empty() {
+        shown["trustBundles"] = of(Kind::TrustBundle);
+    }
+    shown
 }
 
 #[test]

@@ -10,11 +10,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
+use tulle_certs::Aliases;
+use tulle_proto::names::TRUST_BUNDLE;
 
 use crate::state::narrowed::Narrowed;
 use crate::state::snapshot::workload_order;
 use crate::state::{
-    Endpoints, LogEntry, LogName, NetworkPolicy, Policy, Scope, Service, ServiceSpec, Snapshot, VersionLog, Workload,
+    Endpoints, LogEntry, LogName, NetworkPolicy, Policy, Scope, Service, ServiceSpec, Snapshot, TrustBundle,
+    VersionLog, Workload,
 };
 
 /// One thing that control said.
@@ -40,6 +43,14 @@ pub enum Change {
     NetworkPolicyRemoved(Arc<str>),
     /// Control offers NetworkPolicies, so nothing is complete without them.
     NetworkPoliciesExpected,
+    /// The bundle of a trust domain is so.
+    TrustBundle(Arc<TrustBundle>),
+    /// The TrustBundle of this resource name is gone.
+    TrustBundleRemoved(Arc<str>),
+    /// Control offers TrustBundles, so nothing is complete without them.
+    TrustBundlesExpected,
+    /// The first response with TrustBundles is complete.
+    TrustBundlesSynced,
     /// The first response with workloads and services is complete.
     AddressesSynced,
     /// The first response with policies is complete.
@@ -121,6 +132,14 @@ impl Reader {
         }
     }
 
+    /// Says which other names the node's trust domain has; they do not come from control either.
+    pub fn set_aliases(&self, aliases: Aliases) {
+        let _writing = self.shared.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = Snapshot { aliases, ..Snapshot::clone(&self.shared.current.load_full()) };
+        self.shared.current.store(Arc::new(next));
+        self.shared.generation.send_modify(|_| {});
+    }
+
     /// What took effect when, oldest first.
     pub fn versions(&self) -> Vec<Arc<LogEntry>> {
         self.shared.log.lock().unwrap_or_else(PoisonError::into_inner).entries()
@@ -181,6 +200,10 @@ impl Writer {
                         self.zombies.insert(id);
                     }
                 }
+                Change::TrustBundle(bundle) => self.put_bundle(&bundle),
+                Change::TrustBundleRemoved(id) => self.remove_bundle(id),
+                Change::TrustBundlesExpected => self.next.trust_expected = true,
+                Change::TrustBundlesSynced => self.next.trust_synced = true,
                 Change::AddressRemoved(name) => self.remove_address(&name),
                 Change::PolicyRemoved(id) => self.remove_policy(&id),
                 Change::AddressesSynced => self.next.addresses_synced = true,
@@ -204,9 +227,25 @@ impl Writer {
     }
 
     /// What has been said completely.
-    fn progress(&self) -> [bool; 4] {
+    fn progress(&self) -> [bool; 6] {
         let Snapshot { addresses_synced, policies_synced, network_expected, network_synced, .. } = self.next;
-        [addresses_synced, policies_synced, network_expected, network_synced]
+        let Snapshot { trust_expected, trust_synced, .. } = self.next;
+        [addresses_synced, policies_synced, network_expected, network_synced, trust_expected, trust_synced]
+    }
+
+    fn put_bundle(&mut self, bundle: &TrustBundle) {
+        if self.next.trust.get(&bundle.trust_domain) != Some(&bundle.roots) {
+            self.log.insert(LogName::TrustBundle(bundle.id.clone()), Some(bundle.version.clone()));
+            self.next.trust = self.next.trust.with(&bundle.trust_domain, bundle.roots.clone());
+        }
+    }
+
+    fn remove_bundle(&mut self, id: Arc<str>) {
+        let domain = id.strip_prefix(TRUST_BUNDLE).unwrap_or_default();
+        if self.next.trust.get(domain).is_some() {
+            self.next.trust = self.next.trust.without(domain);
+            self.log.insert(LogName::TrustBundle(id), None);
+        }
     }
 
     /// Nothing is left to do between updates.
@@ -225,7 +264,8 @@ impl Writer {
         // Held while the snapshot is replaced, so that addresses of the node that change meanwhile are not lost.
         let mut log = self.shared.log.lock().unwrap_or_else(PoisonError::into_inner);
         log.push(entry);
-        self.next.node = self.shared.current.load().node.clone();
+        let current = self.shared.current.load();
+        (self.next.node, self.next.aliases) = (current.node.clone(), current.aliases.clone());
         self.shared.current.store(Arc::new(self.next.clone()));
         drop(log);
         self.shared.generation.send_replace(self.next.generation);

@@ -1,0 +1,14 @@
+//! Roots of other trust domains: ClusterTrustBundle of certificates.k8s.io, if it says whose it is.
+
+use tulle_certs::Roots;
+
+use crate::model::meta::Meta;
+
+/// A ClusterTrustBundle that is labelled with a trust domain; others are nobody's business here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TrustBundle {
+    /// Name.
+    pub meta: Meta,
+    /// The trust domain, and its roots; or why they cannot be read.
+    pub spec: Result<(String, Roots), String>,
+}
