@@ -178,14 +178,9 @@ impl Code {
             Self::NetworkPolicyEgress => {
                 row("NETWORK_POLICY_EGRESS", "DENY", 403, F::Policy, R::No, "no NetworkPolicy lets it out")
             }
-            Self::PolicyPending => row(
-                "POLICY_PENDING",
-                "DENY",
-                503,
-                F::Mesh,
-                R::Later,
-                "a policy that the destination names has not reached its node",
-            ),
+            Self::PolicyPending => {
+                row("POLICY_PENDING", "DENY", 503, F::Mesh, R::Later, "a policy that is named has not reached the node")
+            }
             Self::PolicyChanged => {
                 row("POLICY_CHANGED", "DENY", 401, F::Policy, R::No, "a policy change forbade the live connection")
             }
@@ -220,14 +215,9 @@ impl Code {
             Self::CertRevoked => {
                 row("CERT_REVOKED", "CERT_REVOKED", 401, F::Policy, R::Later, "the peer's certificate was taken back")
             }
-            Self::UntrustedDomain => row(
-                "UNTRUSTED_DOMAIN",
-                "IDENTITY_ERROR",
-                401,
-                F::Policy,
-                R::No,
-                "no bundle in force vouches for the peer's trust domain",
-            ),
+            Self::UntrustedDomain => {
+                row("UNTRUSTED_DOMAIN", "IDENTITY_ERROR", 401, F::Policy, R::No, "its trust domain is not believed")
+            }
             Self::TunnelFailed => {
                 row("TUNNEL_FAILED", "H2_HANDSHAKE_FAILURE", 503, F::Destination, R::Yes, "the HTTP/2 tunnel failed")
             }

@@ -1,4 +1,5 @@
-//! Roots of other trust domains: ClusterTrustBundle of certificates.k8s.io, if it says whose it is.
+//! Roots of other trust domains: ClusterTrustBundle of certificates.k8s.io, if it says whose it is. One that cannot be
+//! read is kept with the reason, because its author must be told; it vouches for nobody.
 
 use tulle_certs::Roots;
 

@@ -1,4 +1,5 @@
 //! Brings the roots of federated trust domains from the snapshot to where handshakes and open tunnels ask for them.
+//! There is one task for it, because snapshots are what control says and know nothing of TLS.
 
 use crate::state::Reader;
 use crate::tls::Federated;

@@ -110,12 +110,7 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let (writer, reader) = state::store();
-    let trust = Trust {
-        aliases: Aliases::new(config.trust_domain_aliases.iter().cloned()),
-        revoked: revocation::load(config.crl_path.as_deref())?,
-        federated: Federated::default(),
-    };
-    reader.set_aliases(trust.aliases.clone());
+    let trust = trust(&config, &reader)?;
     let identities = identity::identities(control(&config, true), config.secret_ttl, trust.clone());
     let shared = Shared {
         reader: reader.clone(),
@@ -206,6 +201,14 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     // Let the last records reach the log.
     sleep(Duration::from_millis(50)).await;
     Ok(())
+}
+
+/// Whom this node believes from the start; the roots of other trust domains follow from control.
+fn trust(config: &Node, reader: &state::Reader) -> anyhow::Result<Trust> {
+    let aliases = Aliases::new(config.trust_domain_aliases.iter().cloned());
+    reader.set_aliases(aliases.clone());
+    let revoked = revocation::load(config.crl_path.as_deref())?;
+    Ok(Trust { aliases, revoked, federated: Federated::default() })
 }
 
 /// Answers control's questions while this process is the one that serves.

@@ -1,4 +1,5 @@
-//! The roots of another trust domain, as control sent them.
+//! The roots of another trust domain, as control sent them. They are kept with the rest of what control says, so that one
+//! generation says all, and are taken from there to where handshakes ask for them.
 
 use std::sync::Arc;
 
