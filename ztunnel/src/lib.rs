@@ -20,6 +20,8 @@ pub mod telemetry;
 pub mod tls;
 /// Copying bytes, fairly.
 pub mod relay;
+/// HTTP between two connections, where a route or policy needs it to be read.
+pub mod http;
 /// Redirect rules in pod namespaces, and their proof.
 pub mod capture;
 /// Certificates of the node's service accounts.

@@ -13,6 +13,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 use crate::telemetry::dns::DnsMetrics;
+use crate::telemetry::http::HttpMetrics;
 
 /// Labels of the TCP metrics.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -120,6 +121,8 @@ pub struct Metrics {
     pub log_dropped: Gauge<u64, AtomicU64>,
     /// Name look-ups.
     pub dns: DnsMetrics,
+    /// Requests.
+    pub http: HttpMetrics,
 }
 
 impl Metrics {
@@ -143,6 +146,7 @@ impl Metrics {
             pressed: Gauge::default(),
             log_dropped: Gauge::default(),
             dns: DnsMetrics::new(registry),
+            http: HttpMetrics::new(registry),
         };
         let build = Family::<BuildLabels, Gauge>::default();
         build.get_or_create(&BuildLabels { component: "ztunnel", tag: env!("CARGO_PKG_VERSION") }).set(1);
