@@ -10,6 +10,8 @@ pub mod base;
 pub mod outcome;
 /// The immutable snapshot of workloads, services and policies.
 pub mod state;
+/// Which rule of which route a request gets, and what becomes of it.
+pub mod route;
 /// Authorization: pure evaluation and its explanation.
 pub mod policy;
 /// Choice of an endpoint.

@@ -14,7 +14,8 @@ use tokio::sync::watch;
 use crate::state::narrowed::Narrowed;
 use crate::state::snapshot::workload_order;
 use crate::state::{
-    Endpoints, LogEntry, LogName, NetworkPolicy, Policy, Scope, Service, ServiceSpec, Snapshot, VersionLog, Workload,
+    Endpoints, LogEntry, LogName, NetworkPolicy, Policy, RequestAuth, Route, Scope, Service, ServiceSpec, Snapshot,
+    TrafficPolicy, VersionLog, Workload,
 };
 
 /// One thing that control said.
@@ -40,12 +41,43 @@ pub enum Change {
     NetworkPolicyRemoved(Arc<str>),
     /// Control offers NetworkPolicies, so nothing is complete without them.
     NetworkPoliciesExpected,
+    /// A route is so.
+    Route(Arc<Route>),
+    /// A traffic policy is so.
+    TrafficPolicy(Arc<TrafficPolicy>),
+    /// A RequestAuthentication is so.
+    RequestAuth(Arc<RequestAuth>),
+    /// A RequestAuthentication cannot be read: this stand-in takes its place unless a good version is held.
+    RequestAuthRejected(Arc<RequestAuth>),
+    /// The resource of this name is gone.
+    OwnRemoved(OwnType, Arc<str>),
+    /// Control offers the type, so nothing is complete without it.
+    OwnExpected(OwnType),
+    /// The first response of the type is complete.
+    OwnSynced(OwnType),
     /// The first response with workloads and services is complete.
     AddressesSynced,
     /// The first response with policies is complete.
     PoliciesSynced,
     /// The first response with NetworkPolicies is complete.
     NetworkPoliciesSynced,
+}
+
+/// An own type about HTTP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OwnType {
+    /// HTTPRoutes and GRPCRoutes.
+    Route,
+    /// DestinationRules.
+    TrafficPolicy,
+    /// RequestAuthentications.
+    RequestAuth,
+}
+
+impl OwnType {
+    fn bit(self) -> u8 {
+        1 << self as u8
+    }
 }
 
 /// What [`Writer::apply`] did.
@@ -181,6 +213,13 @@ impl Writer {
                         self.zombies.insert(id);
                     }
                 }
+                Change::Route(_)
+                | Change::TrafficPolicy(_)
+                | Change::RequestAuth(_)
+                | Change::RequestAuthRejected(_)
+                | Change::OwnRemoved(..) => self.put_own(change),
+                Change::OwnExpected(own) => self.next.own_expected |= own.bit(),
+                Change::OwnSynced(own) => self.next.own_synced |= own.bit(),
                 Change::AddressRemoved(name) => self.remove_address(&name),
                 Change::PolicyRemoved(id) => self.remove_policy(&id),
                 Change::AddressesSynced => self.next.addresses_synced = true,
@@ -204,9 +243,41 @@ impl Writer {
     }
 
     /// What has been said completely.
-    fn progress(&self) -> [bool; 4] {
+    fn progress(&self) -> ([bool; 4], [u8; 2]) {
         let Snapshot { addresses_synced, policies_synced, network_expected, network_synced, .. } = self.next;
-        [addresses_synced, policies_synced, network_expected, network_synced]
+        let own = [self.next.own_expected, self.next.own_synced];
+        ([addresses_synced, policies_synced, network_expected, network_synced], own)
+    }
+
+    /// Brings what is known of HTTP up to date.
+    fn put_own(&mut self, change: Change) {
+        let l7 = Arc::make_mut(&mut self.next.l7);
+        let (id, version, changed) = match change {
+            Change::Route(route) => (route.id.clone(), Some(route.version.clone()), l7.put_route(route)),
+            Change::TrafficPolicy(policy) => (policy.id.clone(), Some(policy.version.clone()), l7.put_traffic(policy)),
+            Change::RequestAuth(auth) => {
+                self.zombies.remove(&auth.id);
+                (auth.id.clone(), Some(auth.version.clone()), l7.put_request_auth(auth))
+            }
+            Change::RequestAuthRejected(stand_in) => {
+                self.zombies.remove(&stand_in.id);
+                let (id, version) = (stand_in.id.clone(), stand_in.version.clone());
+                (id, Some(version), l7.reject_request_auth(stand_in))
+            }
+            Change::OwnRemoved(OwnType::Route, id) => (id.clone(), None, l7.remove_route(&id)),
+            Change::OwnRemoved(OwnType::TrafficPolicy, id) => (id.clone(), None, l7.remove_traffic(&id)),
+            Change::OwnRemoved(OwnType::RequestAuth, id) => {
+                // It stays in force as long as a workload names it.
+                if l7.request_auth(&id).is_some() {
+                    self.zombies.insert(id);
+                }
+                return;
+            }
+            _ => return,
+        };
+        if changed {
+            self.log.insert(LogName::Own(id), version);
+        }
     }
 
     /// Nothing is left to do between updates.
@@ -509,7 +580,11 @@ impl Writer {
                 self.log.insert(LogName::Authorization(id.clone()), None);
             }
             if self.next.network_policies.remove(&id).is_some() {
-                self.log.insert(LogName::NetworkPolicy(id), None);
+                self.log.insert(LogName::NetworkPolicy(id.clone()), None);
+            }
+            if self.next.l7.request_auth(&id).is_some() {
+                Arc::make_mut(&mut self.next.l7).remove_request_auth(&id);
+                self.log.insert(LogName::Own(id), None);
             }
         }
     }
@@ -518,7 +593,13 @@ impl Writer {
     fn named_by(&self, uid: &str) -> BTreeSet<Arc<str>> {
         let versions = [self.next.workloads.get(uid), self.staged.get(uid)];
         let named = |workload: &Arc<Workload>| {
-            workload.policies.iter().chain(&workload.network_policies).cloned().collect::<Vec<_>>()
+            workload
+                .policies
+                .iter()
+                .chain(&workload.network_policies)
+                .chain(&workload.request_auths)
+                .cloned()
+                .collect::<Vec<_>>()
         };
         versions.into_iter().flatten().flat_map(named).collect()
     }

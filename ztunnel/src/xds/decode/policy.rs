@@ -98,6 +98,7 @@ fn decode(
         action,
         dry_run: from.dry_run,
         rules,
+        http: None,
         stand_in: denies_all.then(|| "control could not read its spec; see the object's conditions".into()),
     })
 }
