@@ -31,6 +31,8 @@ pub enum Code {
     EgressDenied,
     /// The service has no endpoint to choose from.
     NoEndpoint,
+    /// A route says that the request goes nowhere: none matches, or its backend is invalid.
+    NoRoute,
     /// The next hop refused or could not be reached.
     ConnectFailed,
     /// The next hop did not answer in time.
@@ -55,6 +57,8 @@ pub enum Code {
     WrongDestination,
     /// A CONNECT request or a header that cannot be understood.
     BadRequest,
+    /// HTTP is needed here, for a policy or because the port is declared to be HTTP, and the bytes are something else.
+    NotHttp,
     /// The pod's budget is used up.
     OverBudget,
     /// Too many TLS handshakes of this source, or to this pod.
@@ -63,6 +67,8 @@ pub enum Code {
     ClientReset,
     /// The destination reset the connection.
     ServerReset,
+    /// The destination did not answer a request in the time that its route gives it.
+    RequestTimeout,
     /// One half was closed and the other side stayed silent for too long.
     HalfOpen,
     /// This proxy is shutting down and the drain time is over.
@@ -135,6 +141,7 @@ impl Code {
         Self::PolicyChanged,
         Self::EgressDenied,
         Self::NoEndpoint,
+        Self::NoRoute,
         Self::ConnectFailed,
         Self::ConnectTimeout,
         Self::TlsFailed,
@@ -147,10 +154,12 @@ impl Code {
         Self::SelfCall,
         Self::WrongDestination,
         Self::BadRequest,
+        Self::NotHttp,
         Self::OverBudget,
         Self::HandshakeLimit,
         Self::ClientReset,
         Self::ServerReset,
+        Self::RequestTimeout,
         Self::HalfOpen,
         Self::Drained,
         Self::PodRemoved,
@@ -192,6 +201,14 @@ impl Code {
             Self::NoEndpoint => {
                 row("NO_ENDPOINT", "CONNECT", 503, F::Destination, R::Later, "the service has no usable endpoint")
             }
+            Self::NoRoute => row(
+                "NO_ROUTE",
+                "NR",
+                404,
+                F::Client,
+                R::No,
+                "no rule of the Service's routes sends the request anywhere",
+            ),
             Self::ConnectFailed => {
                 row("CONNECT_FAILED", "CONNECT", 503, F::Destination, R::Yes, "the next hop refused or is unreachable")
             }
@@ -241,6 +258,14 @@ impl Code {
             Self::BadRequest => {
                 row("BAD_REQUEST", "DENY", 400, F::Client, R::No, "a CONNECT request that is not valid")
             }
+            Self::NotHttp => row(
+                "NOT_HTTP",
+                "DENY",
+                400,
+                F::Client,
+                R::No,
+                "a policy or route needs HTTP here, and the bytes are something else",
+            ),
             Self::OverBudget => row("OVER_BUDGET", "DENY", 429, F::Client, R::Later, "the pod's budget is used up"),
             Self::HandshakeLimit => {
                 row("HANDSHAKE_LIMIT", "DENY", 429, F::Client, R::Later, "too many TLS handshakes with the pod")
@@ -249,6 +274,14 @@ impl Code {
             Self::ServerReset => {
                 row("SERVER_RESET", "-", 502, F::Destination, R::No, "the destination reset the connection")
             }
+            Self::RequestTimeout => row(
+                "REQUEST_TIMEOUT",
+                "UT",
+                504,
+                F::Destination,
+                R::Later,
+                "no answer in the time that the route gives",
+            ),
             Self::HalfOpen => row("HALF_OPEN", "-", 504, F::Destination, R::No, "half closed, and silent for too long"),
             Self::Drained => row("DRAINED", "-", 503, F::Mesh, R::Yes, "the proxy shut down"),
             Self::PodRemoved => row("POD_REMOVED", "-", 503, F::None, R::No, "the pod went away or left the mesh"),

@@ -129,7 +129,7 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     let watched = reader.clone();
     workers.run_all(move |worker| {
         worker.entered.watch(watched.clone());
-        worker.left.watch(watched.clone());
+        worker.out.live.watch(watched.clone());
     });
 
     let monitor = xds::Monitor::default();

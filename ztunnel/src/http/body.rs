@@ -13,7 +13,6 @@ use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use http::HeaderMap;
-use http_body_util::BodyExt as _;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use tokio::time::{Instant, Sleep, sleep_until};
 
@@ -42,11 +41,11 @@ pub struct Ended {
 }
 
 /// What is done at the end.
-type Then = Box<dyn FnOnce(Ended)>;
+type Then = Box<dyn FnOnce(&Ended)>;
 
 /// Why a body stops in the middle.
 #[derive(Debug)]
-pub struct Cut(String);
+pub(super) struct Cut(String);
 
 impl fmt::Display for Cut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -69,7 +68,7 @@ pub struct Body {
     bytes: u64,
     grpc_status: Option<String>,
     deadline: Option<Pin<Box<Sleep>>>,
-    then: Option<Then>,
+    then: Vec<Then>,
     held: Vec<Box<dyn Any>>,
 }
 
@@ -93,7 +92,7 @@ impl From<Replay> for Body {
 
 impl Body {
     fn of(kind: Kind) -> Self {
-        Self { kind, bytes: 0, grpc_status: None, deadline: None, then: None, held: Vec::new() }
+        Self { kind, bytes: 0, grpc_status: None, deadline: None, then: Vec::new(), held: Vec::new() }
     }
 
     /// No body.
@@ -113,11 +112,10 @@ impl Body {
         self
     }
 
-    /// Calls `then` once when it is over, however it ends. A body has one such end.
+    /// Calls `then` once when it is over, however it ends; after what was asked for before.
     #[must_use]
-    pub fn then(mut self, then: impl FnOnce(Ended) + 'static) -> Self {
-        debug_assert!(self.then.is_none(), "a body ends once");
-        self.then = Some(Box::new(then));
+    pub fn then(mut self, then: impl FnOnce(&Ended) + 'static) -> Self {
+        self.then.push(Box::new(then));
         self
     }
 
@@ -129,9 +127,12 @@ impl Body {
     }
 
     fn over(&mut self, end: End) {
-        if let Some(then) = self.then.take() {
-            then(Ended { end, bytes: self.bytes, grpc_status: self.grpc_status.take() });
+        let all = std::mem::take(&mut self.then);
+        if all.is_empty() {
+            return;
         }
+        let ended = Ended { end, bytes: self.bytes, grpc_status: self.grpc_status.take() };
+        all.into_iter().for_each(|then| then(&ended));
     }
 
     fn see(&mut self, frame: &Frame<Bytes>) {
@@ -170,7 +171,9 @@ impl HttpBody for Body {
         let frame = match &mut this.kind {
             Kind::Nothing => None,
             Kind::Full(bytes) => Some(Ok(Frame::data(std::mem::take(bytes)))),
-            Kind::Incoming(incoming) => ready!(Pin::new(incoming).poll_frame(cx)).map(|frame| frame.map_err(Into::into)),
+            Kind::Incoming(incoming) => {
+                ready!(Pin::new(incoming).poll_frame(cx)).map(|frame| frame.map_err(Into::into))
+            }
             Kind::Replay(replay) => ready!(Pin::new(replay).poll_frame(cx)),
         };
         if matches!(this.kind, Kind::Full(_)) {
@@ -214,24 +217,11 @@ impl HttpBody for Body {
 
 impl Drop for Body {
     fn drop(&mut self) {
-        if self.then.is_some() {
+        if !self.then.is_empty() {
             // Whoever knows the length does not ask for what comes behind the last byte.
             let end = if self.is_end_stream() { End::Complete } else { End::Dropped };
             self.over(end);
         }
-    }
-}
-
-/// Reads `body` to its end and forgets it, at most `most` bytes of it.
-pub async fn drain(body: Incoming, most: usize) {
-    let mut left = most;
-    let mut body = body;
-    while let Some(Ok(frame)) = body.frame().await {
-        let size = frame.data_ref().map_or(0, Bytes::len);
-        if size > left {
-            return;
-        }
-        left -= size;
     }
 }
 
@@ -250,7 +240,8 @@ mod tests {
         let seen = Rc::new(RefCell::new(Vec::new()));
         let body = |bytes: &'static [u8]| {
             let seen = seen.clone();
-            Body::full(Bytes::from_static(bytes)).then(move |ended| seen.borrow_mut().push((ended.end, ended.bytes)))
+            Body::full(Bytes::from_static(bytes))
+                .then(move |ended| seen.borrow_mut().push((ended.end.clone(), ended.bytes)))
         };
         assert_eq!(body(b"hello").collect().await.unwrap().to_bytes(), "hello");
         drop(body(b"hello"));

@@ -26,7 +26,7 @@ pub type BoxIo = Box<dyn Duplex>;
 
 /// Runs hyper's tasks on the worker that the connection is on.
 #[derive(Clone, Copy, Debug)]
-pub struct OnWorker;
+pub(super) struct OnWorker;
 
 impl<F> Executor<F> for OnWorker
 where

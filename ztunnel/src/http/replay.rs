@@ -12,9 +12,10 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use http::HeaderMap;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
+use tokio::sync::Notify;
 
 /// Most bytes kept for another attempt. Linkerd's bound, and more than nearly every request that is not an upload.
-pub const MOST: usize = 64 * 1024;
+const MOST: usize = 64 * 1024;
 
 /// Most frames kept: each may hold a buffer that is much larger than it.
 const MOST_FRAMES: usize = 64;
@@ -28,6 +29,8 @@ struct Kept {
     rest: Option<Incoming>,
     /// The attempt that may take the rest.
     attempt: u32,
+    /// Told when the rest has passed, or will not.
+    over: Rc<Notify>,
 }
 
 /// The body, for all of its attempts.
@@ -47,7 +50,17 @@ impl Original {
     /// Of a request that was just received.
     pub fn new(body: Incoming) -> Self {
         let rest = (!body.is_end_stream()).then_some(body);
-        Self(Rc::new(RefCell::new(Kept { frames: Vec::new(), trailers: None, bytes: 0, lost: false, rest, attempt: 0 })))
+        Self::with(Vec::new(), rest)
+    }
+
+    /// Of bytes.
+    pub fn of(bytes: Bytes) -> Self {
+        Self::with(if bytes.is_empty() { Vec::new() } else { vec![bytes] }, None)
+    }
+
+    fn with(frames: Vec<Bytes>, rest: Option<Incoming>) -> Self {
+        let (trailers, over) = (None, Rc::default());
+        Self(Rc::new(RefCell::new(Kept { frames, trailers, bytes: 0, lost: false, rest, attempt: 0, over })))
     }
 
     /// Whether all that has passed is still here.
@@ -60,6 +73,23 @@ impl Original {
         let mut kept = self.0.borrow_mut();
         kept.attempt += 1;
         Replay { of: self.clone(), attempt: kept.attempt, sent: 0, trailers_sent: false }
+    }
+
+    /// All of it, once it has passed. `None`: it was not kept, or its sender failed.
+    pub async fn passed(&self) -> Option<Bytes> {
+        loop {
+            let over = {
+                let kept = self.0.borrow();
+                if kept.lost {
+                    return None;
+                }
+                if kept.rest.as_ref().is_none_or(Body::is_end_stream) {
+                    return Some(kept.frames.concat().into());
+                }
+                kept.over.clone()
+            };
+            over.notified().await;
+        }
     }
 
     /// No further attempt: what passes from now on is not kept.
@@ -103,7 +133,10 @@ impl Body for Replay {
         let Some(rest) = kept.rest.as_mut().filter(|rest| !rest.is_end_stream()) else {
             return Poll::Ready(None);
         };
-        match ready!(Pin::new(rest).poll_frame(cx)) {
+        let polled = ready!(Pin::new(rest).poll_frame(cx));
+        // Whoever waits for the end looks again at every frame; there is nobody else to tell.
+        kept.over.notify_waiters();
+        match polled {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
                     kept.keep(data);
@@ -123,9 +156,7 @@ impl Body for Replay {
                 kept.lost = true;
                 Poll::Ready(Some(Err(error.into())))
             }
-            None => {
-                    Poll::Ready(None)
-            }
+            None => Poll::Ready(None),
         }
     }
 

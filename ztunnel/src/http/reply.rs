@@ -8,6 +8,7 @@ use http::header::{CONTENT_TYPE, HeaderValue};
 use http::{Response, StatusCode};
 
 use crate::http::Body;
+use crate::route::grpc_of;
 
 /// An answer of the proxy itself.
 #[derive(Clone, Debug)]
@@ -22,17 +23,24 @@ pub struct Reply {
     pub overloaded: bool,
     /// Seconds after which it may be tried again.
     pub retry_after: Option<u64>,
+    /// gRPC status, where it is not the one that stands for `status`.
+    pub grpc: Option<u32>,
 }
 
 impl Reply {
     /// An answer with `status`.
     pub const fn new(status: StatusCode, text: &'static str, flag: &'static str) -> Self {
-        Self { status, text, flag, overloaded: false, retry_after: None }
+        Self { status, text, flag, overloaded: false, retry_after: None, grpc: None }
     }
 
     /// A limit of the proxy or of a breaker was reached.
     pub const fn overflow(text: &'static str) -> Self {
         Self { overloaded: true, ..Self::new(StatusCode::SERVICE_UNAVAILABLE, text, "UO") }
+    }
+
+    /// What a gRPC client is told.
+    pub fn grpc_status(&self) -> u32 {
+        self.grpc.unwrap_or_else(|| grpc_of(self.status.as_u16()))
     }
 
     /// The message for the client.
@@ -41,7 +49,7 @@ impl Reply {
             let mut response = Response::new(Body::empty());
             let headers = response.headers_mut();
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-            headers.insert("grpc-status", HeaderValue::from_static(grpc_status(self.status)));
+            headers.insert("grpc-status", HeaderValue::from(self.grpc_status()));
             headers.insert("grpc-message", HeaderValue::from_static(self.text));
             response
         } else {
@@ -62,23 +70,6 @@ impl Reply {
     }
 }
 
-/// The gRPC status that stands for an HTTP status of a proxy.
-pub fn grpc_status(status: StatusCode) -> &'static str {
-    match status.as_u16() {
-        400 => "13",
-        401 => "16",
-        403 => "7",
-        404 | 501 => "12",
-        429 | 500 | 502 | 503 => "14",
-        504 => "4",
-        _ => "2",
-    }
-}
-
-/// No rule of the routes matches.
-pub const NO_ROUTE: Reply = Reply::new(StatusCode::NOT_FOUND, "", "NR");
-/// The backends of the rule are invalid, or that share of them.
-pub const INVALID_BACKEND: Reply = Reply::new(StatusCode::INTERNAL_SERVER_ERROR, "no valid backend", "NC");
 /// Nobody to send it to.
 pub const NO_ENDPOINT: Reply = Reply::new(StatusCode::SERVICE_UNAVAILABLE, "no healthy upstream", "UH");
 /// The endpoint could not be reached.

@@ -22,8 +22,8 @@ use tokio::sync::oneshot;
 use crate::base::drain::Drained;
 use crate::http::io::{HeadClock, OnWorker};
 use crate::http::{
-    Body, CONNECTION_WINDOW, Downstream, Framing, HEAD_BYTES, HEAD_TIME, HEADER_LIST, LOCAL_RESETS, PENDING_RESETS, PING,
-    PONG, SEND_BUFFER, STREAM_WINDOW, STREAMS, client, headers,
+    Body, CONNECTION_WINDOW, Downstream, Framing, HEAD_BYTES, HEAD_TIME, HEADER_LIST, LOCAL_RESETS, PENDING_RESETS,
+    PING, PONG, SEND_BUFFER, STREAM_WINDOW, STREAMS, client, headers,
 };
 use crate::outcome::{Code, Outcome, chain};
 

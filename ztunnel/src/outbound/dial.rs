@@ -146,10 +146,7 @@ fn describe(source: &Workload, plan: &Hbone, client: Option<SocketAddr>, trace: 
         service: text(&source.canonical_name),
         version: text(&source.canonical_revision),
     };
-    let forwarded = Forwarded {
-        client,
-        host: plan.service.as_ref().map(|service| service.hostname.to_string()),
-    };
+    let forwarded = Forwarded { client, host: plan.service.as_ref().map(|service| service.hostname.to_string()) };
     let mut map = HeaderMap::with_capacity(3);
     for (name, value) in [
         (headers::BAGGAGE, baggage.to_header(source.workload_type.as_str())),

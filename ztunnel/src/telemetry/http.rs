@@ -8,6 +8,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
+use http::uri::PathAndQuery;
+use http::{Request, Version};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -20,7 +22,7 @@ use crate::telemetry::metrics::{Metrics, TcpLabels};
 
 /// Labels of the HTTP metrics.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct HttpLabels {
+pub(super) struct HttpLabels {
     /// Those of connections.
     #[prometheus(flatten)]
     pub connection: TcpLabels,
@@ -31,9 +33,8 @@ pub struct HttpLabels {
 }
 
 /// Upper ends of the buckets of durations, milliseconds: Istio's.
-const DURATIONS: [f64; 19] = [
-    0.5, 1.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1e3, 2.5e3, 5e3, 1e4, 3e4, 6e4, 3e5, 6e5, 1.8e6, 3.6e6,
-];
+const DURATIONS: [f64; 19] =
+    [0.5, 1.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1e3, 2.5e3, 5e3, 1e4, 3e4, 6e4, 3e5, 6e5, 1.8e6, 3.6e6];
 /// Upper ends of the buckets of sizes, bytes: Istio's.
 const SIZES: [f64; 10] = [1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11];
 
@@ -151,6 +152,22 @@ impl HttpRecord {
             first_byte: None,
             finished: false,
         }
+    }
+
+    /// What the head of the request says.
+    pub fn describe<B>(&mut self, request: &Request<B>) {
+        let text = |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok());
+        self.method = request.method().as_str().into();
+        self.path = request.uri().path_and_query().map_or("", PathAndQuery::as_str).into();
+        self.protocol = match request.version() {
+            Version::HTTP_10 => "HTTP/1.0",
+            Version::HTTP_2 => "HTTP/2",
+            _ => "HTTP/1.1",
+        };
+        self.request_id = text("x-request-id").map(Into::into);
+        // version-trace-parent-flags (W3C Trace Context §3.2).
+        let trace = text("traceparent").and_then(|value| value.split('-').nth(1));
+        self.trace = trace.filter(|trace| trace.len() == 32).map(Into::into);
     }
 
     /// The head of the answer is there.
