@@ -17,6 +17,8 @@ pub enum Code {
     PolicyDenied,
     /// ALLOW policies apply and none of them matched.
     NotAllowed,
+    /// A RequestAuthentication applies, and the request's token is not valid.
+    TokenRefused,
     /// The destination takes mutual TLS only, and this was plaintext.
     MtlsRequired,
     /// NetworkPolicies isolate the destination, and none of their rules allows the connection in.
@@ -134,6 +136,7 @@ impl Code {
         Self::Ok,
         Self::PolicyDenied,
         Self::NotAllowed,
+        Self::TokenRefused,
         Self::MtlsRequired,
         Self::NetworkPolicyIngress,
         Self::NetworkPolicyEgress,
@@ -175,6 +178,7 @@ impl Code {
             Self::NotAllowed => {
                 row("NOT_ALLOWED", "DENY", 401, F::Policy, R::No, "ALLOW policies apply and none of them matched")
             }
+            Self::TokenRefused => row("TOKEN_REFUSED", "-", 401, F::Policy, R::No, "the request's token is not valid"),
             Self::MtlsRequired => {
                 row("MTLS_REQUIRED", "DENY", 401, F::Policy, R::No, "the destination is STRICT and this was plaintext")
             }

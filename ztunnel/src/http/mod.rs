@@ -10,6 +10,7 @@ pub mod client;
 pub mod headers;
 mod io;
 pub mod pool;
+mod recorded;
 mod replay;
 pub mod reply;
 pub mod retry;
@@ -18,6 +19,7 @@ mod sniff;
 
 pub use body::{Body, End, Ended, grpc_status};
 pub use io::{BoxIo, Downstream, HeadClock};
+pub use recorded::recorded;
 pub use replay::Original;
 pub use sniff::{ENOUGH, Sniffed, sniff};
 

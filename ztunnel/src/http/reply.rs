@@ -91,6 +91,8 @@ pub const OVER_BUDGET: Reply =
     Reply::overflow("upstream connect error or disconnect/reset before headers. reset reason: overflow");
 /// A policy forbids it.
 pub const DENIED: Reply = Reply::new(StatusCode::FORBIDDEN, "RBAC: access denied", "-");
+/// A policy that has not arrived.
+pub const PENDING: Reply = Reply::new(StatusCode::SERVICE_UNAVAILABLE, "a policy has not arrived; retry", "-");
 /// What HTTP alone forbids.
 pub const BAD_REQUEST: Reply = Reply::new(StatusCode::BAD_REQUEST, "Bad Request", "DPE");
 /// A request to be a tunnel, which the mesh's HTTP routes are not for.

@@ -128,10 +128,15 @@ async fn one(
 }
 
 /// Bytes both ways after a change of protocol.
-async fn switched(mut client: Downstream, said: Bytes, switch: Switch) -> Outcome {
-    let Ok(mut server) = switch.server.await else {
+async fn switched(client: Downstream, said: Bytes, switch: Switch) -> Outcome {
+    let Ok(server) = switch.server.await else {
         return Outcome::new(Code::ServerReset, "the server hung up while it changed the protocol");
     };
+    bytes(client, said, server).await
+}
+
+/// Bytes both ways: what was `said` by the client and read already comes first.
+pub async fn bytes(mut client: Downstream, said: Bytes, mut server: client::Raw) -> Outcome {
     let begun = async {
         server.io.write_all(&said).await?;
         client.write_all(&server.read).await?;

@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::http::reply::{self, Reply};
 use crate::http::server::Switches;
-use crate::http::{Body, End, Framing, Original, grpc_status, headers};
+use crate::http::{Body, Framing, Original, headers, recorded};
 use crate::outbound::forward::{Job, Target};
 use crate::outbound::requests::Client;
 use crate::outcome::{Code, Fault, Outcome};
@@ -58,7 +58,7 @@ impl Client {
         let mut record = self.record(&snapshot, &request);
         let grpc = record.grpc;
         let Refused { reply, outcome } = match self.answer(&snapshot, request, switches, &mut record).await {
-            Ok(response) => return finished(response, record),
+            Ok(response) => return recorded(response, record),
             Err(refused) => refused,
         };
         record.flag = reply.flag;
@@ -70,7 +70,7 @@ impl Client {
         if grpc {
             record.grpc_status = Some(reply.grpc_status().to_string());
         }
-        finished(reply.response(grpc), record)
+        recorded(reply.response(grpc), record)
     }
 
     fn record<B>(&self, snapshot: &Snapshot, request: &Request<B>) -> HttpRecord {
@@ -273,27 +273,4 @@ fn respond(answer: &Respond) -> Refused {
     let reply = Reply { grpc: Some(answer.grpc_status), ..Reply::new(status, text, flag) };
     let detail = answer.detail.as_deref().map(|detail| format!(": {detail}")).unwrap_or_default();
     Refused::new(reply, Code::NoRoute, format!("{}{detail}", answer.reason.text()))
-}
-
-/// The answer on its way, with the record finished at its end.
-fn finished(response: Response<Body>, mut record: HttpRecord) -> Response<Body> {
-    record.answered(response.status().as_u16());
-    if record.grpc_status.is_none() && record.grpc {
-        record.grpc_status = grpc_status(response.headers());
-    }
-    response.map(|body| {
-        body.then(move |ended| {
-            record.response_bytes = ended.bytes;
-            record.grpc_status = ended.grpc_status.clone().or(record.grpc_status.take());
-            match &ended.end {
-                End::Complete => {}
-                End::Failed(text) => {
-                    record.flag = "UC";
-                    record.error = Some(text.as_str().into());
-                }
-                End::Dropped => record.flag = "DC",
-            }
-            record.finish();
-        })
-    })
 }

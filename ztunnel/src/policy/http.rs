@@ -15,7 +15,7 @@ use crate::policy::jwt::Token;
 use crate::policy::l4::{self, Facts};
 use crate::policy::{Code, Verdict};
 use crate::route::{RequestFacts, split_authority};
-use crate::state::{Element, Group, HttpMatch, HttpRule, PathPattern, Policy, Snapshot, StringMatch, Workload};
+use crate::state::{Action, Element, Group, HttpMatch, HttpRule, PathPattern, Policy, Snapshot, StringMatch, Workload};
 
 /// What is known of a request when it asks for admission.
 #[derive(Clone, Copy, Debug)]
@@ -39,12 +39,24 @@ pub fn evaluate_request(snapshot: &Snapshot, facts: &HttpFacts<'_>) -> Verdict {
     if let Some(missing) = missing {
         return l4::refusal(Code::PolicyPending, Some(missing.clone()));
     }
-    let seen = Seen {
-        facts,
-        authority: lower(facts.request.authority),
-        principal: facts.token.and_then(Token::principal),
-    };
+    let seen =
+        Seen { facts, authority: lower(facts.request.authority), principal: facts.token.and_then(Token::principal) };
     l4::decide(snapshot, &facts.connection, |policy| matching_rule(policy, &seen))
+}
+
+/// Decides what can be decided of a connection before its first request: as if every request were let in by each policy
+/// with HTTP fields. What it refuses, no request could be allowed.
+pub fn evaluate_connection(snapshot: &Snapshot, facts: &Facts<'_>) -> Verdict {
+    let missing = facts.destination.request_auths.iter().find(|id| snapshot.request_auth(id).is_none());
+    if let Some(missing) = missing {
+        return l4::refusal(Code::PolicyPending, Some(missing.clone()));
+    }
+    let verdict = l4::decide(snapshot, facts, |policy| match policy.http {
+        None => l4::matching_rule(policy, facts),
+        Some(_) => (policy.action == Action::Allow).then_some(0),
+    });
+    // What a policy would have done that is only tried is said of each request.
+    Verdict { dry_run: Vec::new(), ..verdict }
 }
 
 /// What several rules look at, made once.

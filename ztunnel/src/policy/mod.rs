@@ -19,7 +19,7 @@ mod reference;
 mod tests;
 mod verdict;
 
-pub use http::{HttpFacts, evaluate_request, needs_http};
+pub use http::{HttpFacts, evaluate_connection, evaluate_request, needs_http};
 pub use l4::{Facts, evaluate, evaluated};
 pub use verdict::{Code, Verdict};
 

@@ -25,7 +25,7 @@ pub enum Direction {
 }
 
 impl Direction {
-    fn reporter(self) -> &'static str {
+    pub(super) fn reporter(self) -> &'static str {
         match self {
             Self::Inbound => "destination",
             Self::Outbound => "source",
@@ -143,12 +143,7 @@ impl ConnRecord {
             metrics.denials.get_or_create(&labels).inc();
         }
         for dry in self.dry_run.iter().chain(&outcome.dry_run) {
-            let labels = DryRunLabels {
-                policy: dry.policy.clone(),
-                would_be: dry.would_be.word(),
-                rule: dry.rule.map_or_else(String::new, |rule| rule.to_string()),
-            };
-            self.metrics.dry_run.get_or_create(&labels).inc();
+            self.metrics.dry_run.get_or_create(&DryRunLabels::of(dry)).inc();
         }
         self.log(outcome);
     }

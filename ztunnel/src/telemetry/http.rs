@@ -16,9 +16,10 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use crate::outcome::{Code, DryRun};
 use crate::state::Service;
 use crate::telemetry::conn::{Direction, Peer, labels};
-use crate::telemetry::metrics::{Metrics, TcpLabels};
+use crate::telemetry::metrics::{DenialLabels, DryRunLabels, Metrics, TcpLabels};
 
 /// Labels of the HTTP metrics.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -106,10 +107,14 @@ pub struct HttpRecord {
     pub flag: &'static str,
     /// What went wrong, for the log.
     pub error: Option<Box<str>>,
+    /// A policy refused it, with this code.
+    pub denied: Option<Code>,
     /// `<namespace>/<name>` of the policy that decided.
     pub policy: Option<Arc<str>>,
     /// Index of its rule.
     pub rule: Option<usize>,
+    /// What policies would have said that are only tried.
+    pub dry_run: Vec<DryRun>,
     /// Bytes of the request's body.
     pub request_bytes: Rc<std::cell::Cell<u64>>,
     /// Bytes of the answer's body.
@@ -144,8 +149,10 @@ impl HttpRecord {
             status: 0,
             flag: "-",
             error: None,
+            denied: None,
             policy: None,
             rule: None,
+            dry_run: Vec::new(),
             request_bytes: Rc::default(),
             response_bytes: 0,
             grpc_status: None,
@@ -202,11 +209,21 @@ impl HttpRecord {
         metrics.durations.get_or_create(&labels).observe(self.started.elapsed().as_secs_f64() * 1e3);
         metrics.request_bytes.get_or_create(&labels).observe(self.request_bytes.get() as f64);
         metrics.response_bytes.get_or_create(&labels).observe(self.response_bytes as f64);
+        if let Some(code) = self.denied {
+            let rule = self.rule.map_or_else(String::new, |rule| rule.to_string());
+            let policy = self.policy.clone().unwrap_or_default();
+            let labels = DenialLabels { reporter: self.direction.reporter(), code: code.name(), policy, rule };
+            self.metrics.denials.get_or_create(&labels).inc();
+        }
+        for dry in &self.dry_run {
+            self.metrics.dry_run.get_or_create(&DryRunLabels::of(dry)).inc();
+        }
         self.log();
     }
 
     fn log(&self) {
         let (source, destination) = (&self.source, &self.destination);
+        let tried: Vec<String> = self.dry_run.iter().map(ToString::to_string).collect();
         let duration = format!("{}ms", self.started.elapsed().as_millis());
         macro_rules! line {
             ($level:ident) => {
@@ -241,6 +258,8 @@ impl HttpRecord {
                     trace = self.trace.as_deref(),
                     policy = self.policy.as_deref(),
                     rule = self.rule,
+                    code = self.denied.map(Code::name),
+                    dry_run = (!tried.is_empty()).then(|| tried.join(", ")),
                     error = self.error.as_deref()
                     },
                     "request complete"

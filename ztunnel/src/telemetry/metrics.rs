@@ -12,6 +12,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
+use crate::outcome::DryRun;
 use crate::telemetry::dns::DnsMetrics;
 use crate::telemetry::http::HttpMetrics;
 
@@ -68,6 +69,14 @@ pub struct DryRunLabels {
     pub would_be: &'static str,
     /// Index of the rule that matched, or empty.
     pub rule: String,
+}
+
+impl DryRunLabels {
+    /// Of one policy's say.
+    pub fn of(dry: &DryRun) -> Self {
+        let rule = dry.rule.map_or_else(String::new, |rule| rule.to_string());
+        Self { policy: dry.policy.clone(), would_be: dry.would_be.word(), rule }
+    }
 }
 
 /// Why an endpoint was left for another one.

@@ -193,7 +193,7 @@ impl Node {
         let watched = shared.reader.clone();
         workers.run_all(move |worker| {
             worker.entered.watch(watched.clone());
-            worker.left.watch(watched.clone());
+            worker.out.live.watch(watched.clone());
         });
         let environment = Environment {
             shared,
