@@ -18,7 +18,9 @@ use tulle_certs::{Issued, SpiffeId, request};
 use tulle_proto::names;
 use tulle_proto::tulle_workload::{EgressMode, WorkloadInfo};
 use tulle_proto::workload::address::Type;
-use tulle_proto::workload::{Address, Extension, TunnelProtocol, Workload};
+use tulle_proto::workload::{
+    Address, AppProtocol, Extension, NetworkAddress, Port, PortList, Service, TunnelProtocol, Workload,
+};
 use ztunnel::app::pods::{Environment, Pods};
 use ztunnel::app::resolver::Names;
 use ztunnel::app::worker::Worker;
@@ -309,6 +311,58 @@ impl Node {
         };
         let policy = xds::decode::authorization(&policy.encode_to_vec(), "shop/no", "v1").unwrap();
         self.writer.apply([Change::Policy(Arc::new(policy))], 0);
+    }
+
+    /// Applies what control would have said.
+    pub fn apply(&mut self, changes: Vec<Change>) {
+        self.writer.apply(changes, 0);
+    }
+
+    /// Describes pods in the mesh as endpoints of Services on port 8080: pod and Services; and Services with addresses and
+    /// protocols of their port 80.
+    pub fn describe_services(&mut self, pods: &[(&str, &[&str])], services: &[(&str, &str, AppProtocol)]) {
+        let hostname = |name: &str| format!("{name}.shop.svc.cluster.local");
+        let port = |app_protocol| Port { service_port: 80, target_port: 8080, app_protocol: i32::from(app_protocol) };
+        let mut addresses: Vec<Type> = Vec::new();
+        for (pod, of) in pods {
+            let n = PODS.iter().find(|(name, _)| name == pod).unwrap().1;
+            let ports = PortList { ports: vec![port(AppProtocol::Unknown)] };
+            addresses.push(Type::Workload(Workload {
+                uid: format!("Kubernetes//Pod/shop/{pod}"),
+                name: (*pod).to_owned(),
+                namespace: "shop".to_owned(),
+                service_account: (*pod).to_owned(),
+                addresses: [format!("10.99.0.{n}"), format!("fd99::{n}")]
+                    .map(|ip| octets(ip.parse().unwrap()))
+                    .to_vec(),
+                tunnel_protocol: i32::from(TunnelProtocol::Hbone),
+                extensions: extensions(false),
+                services: of.iter().map(|name| (format!("shop/{}", hostname(name)), ports.clone())).collect(),
+                ..Workload::default()
+            }));
+        }
+        for (name, vip, protocol) in services {
+            let address = NetworkAddress { address: octets(vip.parse().unwrap()), ..NetworkAddress::default() };
+            addresses.push(Type::Service(Service {
+                name: (*name).to_owned(),
+                namespace: "shop".to_owned(),
+                hostname: hostname(name),
+                addresses: vec![address],
+                ports: vec![port(*protocol)],
+                canonical: true,
+                ..Service::default()
+            }));
+        }
+        let strings = &mut xds::decode::Strings::default();
+        let mut changes: Vec<Change> = addresses
+            .into_iter()
+            .map(|address| {
+                let bytes = Address { r#type: Some(address) }.encode_to_vec();
+                xds::decode::address(&bytes, "v", strings).unwrap()
+            })
+            .collect();
+        changes.extend([Change::AddressesSynced, Change::PoliciesSynced]);
+        self.writer.apply(changes, 0);
     }
 
     pub fn wait(&self, states: &[(&str, &str)]) {
