@@ -8,16 +8,21 @@ mod condition;
 mod meta;
 mod network;
 mod policy;
+mod route;
 mod service;
 mod workload;
 mod world;
 
-pub use condition::{Condition, ObjectConditions, ObjectKey, Status};
+pub use condition::{Condition, ObjectConditions, ObjectKey, ParentStatus, Status};
 pub use meta::{Expression, Meta, Operator, Owner, Selector};
 pub use network::{NetworkPeer, NetworkPolicy, NetworkPort, NetworkRule, PortMatch};
 pub use policy::{
     Action, AuthorizationPolicy, AuthorizationSpec, Compare, ConditionKey, MtlsMode, Operation, PeerAuthentication,
     PeerAuthenticationSpec, Rule, Source, Spec, Target, TextMatch, Unenforced, When,
+};
+pub use route::{
+    BackendRef, HeaderChanges, HttpFault, HttpRateLimit, ParentRef, PathChange, PathMatch, Route, RouteFilter, RouteKind,
+    RouteMatch, RouteRetry, RouteRule, Wanted,
 };
 pub use service::{
     Endpoint, EndpointSlice, Hints, LegacyEndpoints, NamedPort, Service, ServiceNames, ServicePort, SlicePort,

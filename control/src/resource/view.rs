@@ -24,6 +24,9 @@ pub fn resource(resource: &Resource) -> Value {
         }),
         Kind::Authorization => security::Authorization::decode(resource.body.clone()).map(|a| authorization(&a)),
         Kind::NetworkPolicy => mesh::NetworkPolicy::decode(resource.body.clone()).map(|p| network_policy(&p)),
+        Kind::Route => mesh::Route::decode(resource.body.clone()).map(|route| plain(&route)),
+        Kind::TrafficPolicy => mesh::TrafficPolicy::decode(resource.body.clone()).map(|policy| plain(&policy)),
+        Kind::RequestAuth => mesh::RequestAuth::decode(resource.body.clone()).map(|auth| plain(&auth)),
     };
     json!({
         "type": resource.kind.short(),
@@ -31,6 +34,21 @@ pub fn resource(resource: &Resource) -> Value {
         "version": &*resource.version,
         "resource": view.unwrap_or(Value::Null),
     })
+}
+
+/// As it is, without what is empty.
+fn plain(message: &impl serde::Serialize) -> Value {
+    fn bare(value: Value) -> Value {
+        match value {
+            Value::Object(map) => {
+                let bared = map.into_iter().map(|(key, value)| (key, bare(value))).filter(|(_, value)| *value != json!(0));
+                pruned(Value::Object(bared.collect()))
+            }
+            Value::Array(list) => list.into_iter().map(bare).collect(),
+            other => other,
+        }
+    }
+    serde_json::to_value(message).map(bare).unwrap_or_default()
 }
 
 /// Address bytes as text.

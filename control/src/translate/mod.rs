@@ -14,6 +14,7 @@ mod enrol;
 mod groups;
 mod mtls;
 mod network;
+mod route;
 mod service;
 mod telemetry;
 mod workload;
@@ -27,7 +28,7 @@ use tulle_proto::names;
 pub use datagrams::endpoints as datagram_endpoints;
 pub use workload::Memory;
 
-use crate::model::{Condition, Meta, ObjectConditions, ObjectKey, Pod, World};
+use crate::model::{Condition, Meta, ObjectConditions, ObjectKey, ParentStatus, Pod, Status, World};
 use crate::resource::{Kind, Resource};
 
 /// What translation must know besides the world.
@@ -92,21 +93,36 @@ pub struct Translation {
 
 /// Conditions under construction.
 #[derive(Default)]
-struct Conditions(BTreeMap<ObjectKey, (i64, Vec<Condition>)>);
+struct Conditions(BTreeMap<ObjectKey, (i64, Vec<Condition>, Vec<ParentStatus>)>);
 
 impl Conditions {
     fn add(&mut self, kind: &str, meta: &Meta, condition: Condition) {
         let key = ObjectKey { kind: kind.to_owned(), namespace: meta.namespace.clone(), name: meta.name.clone() };
-        let (_, list) = self.0.entry(key).or_insert((meta.generation, Vec::new()));
+        let (_, list, _) = self.0.entry(key).or_insert((meta.generation, Vec::new(), Vec::new()));
         list.push(condition);
+    }
+
+    /// What the parents of a route say, and for the route as a whole the first that fails.
+    fn of_parents(&mut self, kind: &str, meta: &Meta, parents: Vec<ParentStatus>) {
+        for wanted in ["Accepted", "ResolvedRefs"] {
+            let mut all = parents.iter().flat_map(|parent| &parent.conditions).filter(|one| one.kind == wanted);
+            let first = all.clone().next();
+            if let Some(condition) = all.find(|one| one.status == Status::False).or(first) {
+                self.add(kind, meta, condition.clone());
+            }
+        }
+        let key = ObjectKey { kind: kind.to_owned(), namespace: meta.namespace.clone(), name: meta.name.clone() };
+        if let Some((_, _, list)) = self.0.get_mut(&key) {
+            *list = parents;
+        }
     }
 
     fn finish(self) -> Vec<ObjectConditions> {
         self.0
             .into_iter()
-            .map(|(object, (generation, mut conditions))| {
+            .map(|(object, (generation, mut conditions, parents))| {
                 conditions.sort_by_key(|condition| condition.kind);
-                ObjectConditions { object, generation, conditions }
+                ObjectConditions { object, generation, conditions, parents }
             })
             .collect()
     }
@@ -144,7 +160,13 @@ pub fn translate(world: &World, settings: &Settings, memory: &mut Memory) -> Tra
     let mtls = mtls::Plan::new(world, settings);
     resources.extend(mtls.resources().into_iter().map(Arc::new));
     mtls.conditions(&mut conditions);
+    l7(world, settings, &mut resources, &mut conditions);
     for unenforced in world.unenforced.values() {
+        if unenforced.kind == "ReferenceGrant" {
+            let message = "References of routes of the mesh need no grant; it says nothing here".to_owned();
+            conditions.add(unenforced.kind, &unenforced.meta, Condition::holding("Accepted", "Accepted", message));
+            continue;
+        }
         let message = format!("This version reads {} objects but does not act on them yet", unenforced.kind);
         let condition = Condition::failing("Enforced", "NotEnforcedYet", message);
         conditions.add(unenforced.kind, &unenforced.meta, condition);
@@ -195,6 +217,16 @@ pub fn translate(world: &World, settings: &Settings, memory: &mut Memory) -> Tra
     let nodes = accounts.keys().cloned().collect();
     resources.extend(workload::outsiders(&endpoints, settings).into_iter().map(Arc::new));
     Translation { resources, conditions: conditions.finish(), accounts, nodes }
+}
+
+/// What is about requests.
+fn l7(world: &World, settings: &Settings, resources: &mut Vec<Arc<Resource>>, conditions: &mut Conditions) {
+    let grpc_ports = route::grpc_ports(world);
+    for route in world.routes.values() {
+        let one = route::translate(route, &grpc_ports, world, settings);
+        resources.extend(one.resource.map(Arc::new));
+        conditions.of_parents(route.kind.name(), &route.meta, one.parents);
+    }
 }
 
 /// A denial of everything in the place of what cannot be enforced.

@@ -7,17 +7,17 @@
 mod core;
 mod network;
 mod policy;
+mod route;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::model::{Meta, Object, Owner, Unenforced};
+use crate::model::{Meta, Object, Owner, RouteKind, Unenforced};
 use crate::source::tree::{Cursor, FieldError, Node, Read};
 
 /// Kinds that are read so that a condition can say that they have no effect yet.
 const UNENFORCED: &[(&str, &str)] = &[
-    ("gateway.networking.k8s.io", "HTTPRoute"),
-    ("gateway.networking.k8s.io", "GRPCRoute"),
+    ("gateway.networking.k8s.io", "ReferenceGrant"),
     ("networking.istio.io", "DestinationRule"),
     ("networking.istio.io", "ServiceEntry"),
     ("security.istio.io", "RequestAuthentication"),
@@ -122,8 +122,11 @@ fn decoder(group: &str, kind: &str) -> Option<Decode> {
         ("security.istio.io", "AuthorizationPolicy") => policy::authorization,
         ("security.istio.io", "PeerAuthentication") => policy::peer_authentication,
         ("networking.k8s.io", "NetworkPolicy") => network::network,
-        ("gateway.networking.k8s.io", "HTTPRoute") => |_, m, e| unenforced("HTTPRoute", m, e),
-        ("gateway.networking.k8s.io", "GRPCRoute") => |_, m, e| unenforced("GRPCRoute", m, e),
+        ("gateway.networking.k8s.io", "HTTPRoute") => |at, m, e| plain(route::route(RouteKind::Http, at, m), e),
+        ("gateway.networking.k8s.io", "GRPCRoute") => |at, m, e| plain(route::route(RouteKind::Grpc, at, m), e),
+        ("gateway.networking.k8s.io", "ReferenceGrant") => |_, m, e| unenforced("ReferenceGrant", m, e),
+        ("tulle.dev", "HTTPFault") => |at, m, e| plain(route::fault(at, m), e),
+        ("tulle.dev", "HTTPRateLimit") => |at, m, e| plain(route::rate_limit(at, m), e),
         ("networking.istio.io", "DestinationRule") => |_, m, e| unenforced("DestinationRule", m, e),
         ("networking.istio.io", "ServiceEntry") => |_, m, e| unenforced("ServiceEntry", m, e),
         ("security.istio.io", "RequestAuthentication") => |_, m, e| unenforced("RequestAuthentication", m, e),

@@ -78,7 +78,7 @@ fn rule(from: &wire::RouteRule, strings: &mut Strings) -> RouteRule {
     for one in &from.matches {
         match route_match(one) {
             Ok(wanted) => matches.push(wanted),
-            // It catches what it can still be compared by: nothing. The others go on, and say what is wrong.
+            // Control has tried every expression, so this is one of a later version. It catches nothing.
             Err(why) => broken = broken.or(Some(why)),
         }
     }
