@@ -14,10 +14,34 @@ const FILES: &[&str] = &[
 
 /// Messages of it that are shown to people as JSON.
 const SHOWN: &[&str] = &[
-    "Route", "ServiceRef", "RouteParent", "RouteRule", "RouteMatch", "RoutePath", "RouteValue", "GrpcMethod", "RouteFilter",
-    "HeaderChanges", "Header", "Redirect", "Rewrite", "PathChange", "Mirror", "Fault", "RateLimit", "RouteBackend",
-    "RouteRetry", "TrafficPolicy", "TrafficSettings", "HashKey", "Cookie", "OutlierDetection", "RequestAuth", "JwtRule",
-    "JwtHeader", "ClaimHeader",
+    "Route",
+    "ServiceRef",
+    "RouteParent",
+    "RouteRule",
+    "RouteMatch",
+    "RoutePath",
+    "RouteValue",
+    "GrpcMethod",
+    "RouteFilter",
+    "HeaderChanges",
+    "Header",
+    "Redirect",
+    "Rewrite",
+    "PathChange",
+    "Mirror",
+    "Fault",
+    "RateLimit",
+    "RouteBackend",
+    "RouteRetry",
+    "TrafficPolicy",
+    "TrafficSettings",
+    "HashKey",
+    "Cookie",
+    "OutlierDetection",
+    "RequestAuth",
+    "JwtRule",
+    "JwtHeader",
+    "ClaimHeader",
 ];
 
 /// It uses messages of another package, which must be named where `src/lib.rs` puts them and not be generated again. So it is

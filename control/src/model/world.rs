@@ -13,6 +13,7 @@ use crate::model::network::NetworkPolicy;
 use crate::model::policy::{AuthorizationPolicy, PeerAuthentication, Unenforced};
 use crate::model::route::{HttpFault, HttpRateLimit, Route, RouteKind};
 use crate::model::service::{EndpointSlice, LegacyEndpoints, Service};
+use crate::model::traffic::{DestinationRule, RequestAuthentication};
 use crate::model::workload::{Namespace, Node, Pod, ServiceAccount};
 
 /// (namespace, name).
@@ -47,6 +48,10 @@ pub enum Object {
     HttpFault(Arc<HttpFault>),
     /// tulle.dev HTTPRateLimit.
     HttpRateLimit(Arc<HttpRateLimit>),
+    /// networking.istio.io DestinationRule.
+    DestinationRule(Arc<DestinationRule>),
+    /// security.istio.io RequestAuthentication.
+    RequestAuthentication(Arc<RequestAuthentication>),
     /// A kind without effect yet.
     Unenforced(Arc<Unenforced>),
 }
@@ -68,6 +73,8 @@ impl Object {
             Self::Route(object) => object.kind.name(),
             Self::HttpFault(_) => "HTTPFault",
             Self::HttpRateLimit(_) => "HTTPRateLimit",
+            Self::DestinationRule(_) => "DestinationRule",
+            Self::RequestAuthentication(_) => "RequestAuthentication",
             Self::Unenforced(object) => object.kind,
         }
     }
@@ -88,6 +95,8 @@ impl Object {
             Self::Route(object) => &object.meta,
             Self::HttpFault(object) => &object.meta,
             Self::HttpRateLimit(object) => &object.meta,
+            Self::DestinationRule(object) => &object.meta,
+            Self::RequestAuthentication(object) => &object.meta,
             Self::Unenforced(object) => &object.meta,
         }
     }
@@ -131,6 +140,10 @@ pub struct World {
     pub http_faults: BTreeMap<Key, Arc<HttpFault>>,
     /// By namespace and name.
     pub http_rate_limits: BTreeMap<Key, Arc<HttpRateLimit>>,
+    /// By namespace and name.
+    pub destination_rules: BTreeMap<Key, Arc<DestinationRule>>,
+    /// By namespace and name.
+    pub request_authentications: BTreeMap<Key, Arc<RequestAuthentication>>,
     /// By kind, namespace and name.
     pub unenforced: BTreeMap<(&'static str, String, String), Arc<Unenforced>>,
 }
@@ -159,6 +172,8 @@ impl World {
             Object::Route(o) => vacant(&mut self.routes, (o.kind, key.0, key.1), o),
             Object::HttpFault(o) => vacant(&mut self.http_faults, key, o),
             Object::HttpRateLimit(o) => vacant(&mut self.http_rate_limits, key, o),
+            Object::DestinationRule(o) => vacant(&mut self.destination_rules, key, o),
+            Object::RequestAuthentication(o) => vacant(&mut self.request_authentications, key, o),
             Object::Unenforced(o) => vacant(&mut self.unenforced, (o.kind, key.0, key.1), o),
         }
     }

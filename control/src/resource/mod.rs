@@ -35,14 +35,8 @@ pub enum Kind {
 
 impl Kind {
     /// All of them, in sending order.
-    pub const ALL: [Self; 6] = [
-        Self::Authorization,
-        Self::NetworkPolicy,
-        Self::RequestAuth,
-        Self::Address,
-        Self::TrafficPolicy,
-        Self::Route,
-    ];
+    pub const ALL: [Self; 6] =
+        [Self::Authorization, Self::NetworkPolicy, Self::RequestAuth, Self::Address, Self::TrafficPolicy, Self::Route];
     /// Those that every proxy of Istio's kind subscribes to.
     pub const BASIC: [Self; 2] = [Self::Authorization, Self::Address];
     /// Our own, which a proxy subscribes to only where they are advertised.

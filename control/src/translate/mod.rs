@@ -12,11 +12,14 @@ mod dns;
 mod endpoints;
 mod enrol;
 mod groups;
+mod l7;
 mod mtls;
 mod network;
+mod request_auth;
 mod route;
 mod service;
 mod telemetry;
+mod traffic;
 mod workload;
 
 use std::collections::BTreeMap;
@@ -150,6 +153,13 @@ pub fn translate(world: &World, settings: &Settings, memory: &mut Memory) -> Tra
         resources.extend(one.resource.map(Arc::new));
         selecting.extend(one.selecting);
     }
+    let mut authenticating = Vec::new();
+    for auth in world.request_authentications.values() {
+        let one = request_auth::translate(auth, world, &endpoints, settings);
+        conditions.add("RequestAuthentication", &auth.meta, one.condition);
+        resources.push(Arc::new(one.resource));
+        authenticating.extend(one.selecting);
+    }
     let mut groups = groups::Groups::new(world);
     let network_policies: Vec<_> = world.network_policies.values().collect();
     for policy in &network_policies {
@@ -208,6 +218,7 @@ pub fn translate(world: &World, settings: &Settings, memory: &mut Memory) -> Tra
                 authorization: policies,
                 network: isolating().map(|policy| network::name(policy)).collect(),
                 groups: membership.groups.clone(),
+                request: authenticating.iter().filter(|a| (a.applies)(pod)).map(|a| a.name.clone()).collect(),
             };
             let facts = workload::facts(pod, named, &endpoints, world, settings);
             resources.push(remembered.take_over(memory, pod, facts, settings));
@@ -226,6 +237,10 @@ fn l7(world: &World, settings: &Settings, resources: &mut Vec<Arc<Resource>>, co
         let one = route::translate(route, &grpc_ports, world, settings);
         resources.extend(one.resource.map(Arc::new));
         conditions.of_parents(route.kind.name(), &route.meta, one.parents);
+    }
+    for (rule, resource, said) in traffic::translate(world, settings) {
+        resources.extend(resource.map(Arc::new));
+        said.into_iter().for_each(|condition| conditions.add("DestinationRule", &rule.meta, condition));
     }
 }
 

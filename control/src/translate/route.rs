@@ -14,8 +14,8 @@ use tulle_proto::mesh::route_filter::Filter;
 use tulle_proto::mesh::{route_path, route_value};
 
 use crate::model::{
-    BackendRef, Condition, HeaderChanges, ParentRef, ParentStatus, PathChange, PathMatch, Route, RouteFilter, RouteKind,
-    RouteMatch, RouteRule, Service, Wanted, World,
+    BackendRef, Condition, HeaderChanges, ParentRef, ParentStatus, PathChange, PathMatch, Route, RouteFilter,
+    RouteKind, RouteMatch, RouteRule, Service, Wanted, World,
 };
 use crate::resource::{Kind, Resource};
 use crate::translate::Settings;
@@ -66,7 +66,9 @@ pub(super) fn translate(route: &Route, grpc_ports: &GrpcPorts, world: &World, se
                 ports.retain(|port| !grpc_ports.contains(&place(route, service, *port)));
             }
             match ports.is_empty() {
-                true => Err(("Conflicted", "GRPCRoutes decide for the port, and only one kind of route does".to_owned())),
+                true => {
+                    Err(("Conflicted", "GRPCRoutes decide for the port, and only one kind of route does".to_owned()))
+                }
                 false => Ok((service, ports)),
             }
         });
@@ -79,7 +81,8 @@ pub(super) fn translate(route: &Route, grpc_ports: &GrpcPorts, world: &World, se
                 });
                 match problem {
                     Some(problem) => {
-                        let message = format!("Requests of a rule that cannot be carried out are answered 500: {problem}");
+                        let message =
+                            format!("Requests of a rule that cannot be carried out are answered 500: {problem}");
                         Condition::failing("Accepted", "UnsupportedValue", message)
                     }
                     None => Condition::holding("Accepted", "Accepted", "Decides the traffic of the Service".into()),
@@ -119,7 +122,8 @@ fn attach<'w>(
         return Err(("NoMatchingParent", format!("There is no Service {namespace}/{}", parent.name)));
     };
     if service.external_name || service.addresses.is_empty() {
-        let message = format!("Service {namespace}/{} has no cluster address, by which its traffic is known", parent.name);
+        let message =
+            format!("Service {namespace}/{} has no cluster address, by which its traffic is known", parent.name);
         return Err(("UnsupportedValue", message));
     }
     let ports: Vec<u16> = service

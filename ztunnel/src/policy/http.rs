@@ -39,11 +39,8 @@ pub fn evaluate_request(snapshot: &Snapshot, facts: &HttpFacts<'_>) -> Verdict {
     if let Some(missing) = missing {
         return l4::refusal(Code::PolicyPending, Some(missing.clone()));
     }
-    let seen = Seen {
-        facts,
-        authority: lower(facts.request.authority),
-        principal: facts.token.and_then(Token::principal),
-    };
+    let seen =
+        Seen { facts, authority: lower(facts.request.authority), principal: facts.token.and_then(Token::principal) };
     l4::decide(snapshot, &facts.connection, |policy| matching_rule(policy, &seen))
 }
 

@@ -134,7 +134,8 @@ pub fn by_rules(auths: &[&RequestAuth], request: &RequestFacts<'_>, now: i64) ->
     let rules = || auths.iter().flat_map(|auth| auth.rules.iter().map(|rule| (&auth.id, rule)));
     let unreadable = auths.iter().find(|auth| auth.unreadable.is_some());
     // What only a token may set is nobody else's.
-    let only_ours = rules().flat_map(|(_, rule)| rule.payload_header.iter().chain(rule.claim_headers.iter().map(|c| &c.0)));
+    let only_ours =
+        rules().flat_map(|(_, rule)| rule.payload_header.iter().chain(rule.claim_headers.iter().map(|c| &c.0)));
     let mut passed = Authenticated { remove: only_ours.cloned().collect(), ..Authenticated::default() };
     let found = tokens(rules().map(|(_, rule)| rule), unreadable.is_some(), request);
     let mut refused: Option<(Invalid, Option<Arc<str>>)> = None;
@@ -252,8 +253,7 @@ fn verify<'a>(
     if header.alg.family() == AlgorithmFamily::Hmac || header.crit.is_some() {
         return Err(early(Invalid::Algorithm));
     }
-    let claims: Map<String, Value> =
-        dangerous::insecure_decode_claims(text).map_err(|_| early(Invalid::Payload))?;
+    let claims: Map<String, Value> = dangerous::insecure_decode_claims(text).map_err(|_| early(Invalid::Payload))?;
     let issuer = claims.get("iss").and_then(Value::as_str).unwrap_or_default();
     let mut refused = early(Invalid::Issuer);
     for (id, rule) in rules.filter(|(_, rule)| *rule.issuer == *issuer) {

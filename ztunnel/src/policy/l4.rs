@@ -37,11 +37,7 @@ pub fn evaluate(snapshot: &Snapshot, facts: &Facts<'_>) -> Verdict {
 }
 
 /// The same, with `matching` to say which rule of a policy matches.
-pub(super) fn decide(
-    snapshot: &Snapshot,
-    facts: &Facts<'_>,
-    matching: impl Fn(&Policy) -> Option<usize>,
-) -> Verdict {
+pub(super) fn decide(snapshot: &Snapshot, facts: &Facts<'_>, matching: impl Fn(&Policy) -> Option<usize>) -> Verdict {
     if !snapshot.policies_synced() {
         return refusal(Code::PolicyPending, None);
     }

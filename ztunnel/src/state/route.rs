@@ -108,9 +108,8 @@ impl Turns {
     pub fn of(node: &str, route: &str, rule: &str) -> Self {
         // FNV-1a, and a last step that spreads it over all bits.
         let bytes = [node, "/", route, "/", rule].into_iter().flat_map(str::bytes);
-        let hash = bytes.fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-        });
+        let hash = bytes
+            .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
         let hash = (hash ^ hash >> 33).wrapping_mul(0xff51_afd7_ed55_8ccd);
         Self::starting_at(hash ^ hash >> 33)
     }

@@ -190,7 +190,9 @@ impl Session {
             let decoded = match state.url {
                 TYPE_ADDRESS => decode::address_resource(&resource, &mut self.strings),
                 TYPE_NETWORK_POLICY => decode::network_resource(&resource),
-                url if own_type(url).is_some() => decode::own_resource(&resource, url, &self.node.id, &mut self.strings),
+                url if own_type(url).is_some() => {
+                    decode::own_resource(&resource, url, &self.node.id, &mut self.strings)
+                }
                 _ => decode::authorization_resource(&resource),
             };
             let (name, version): (Arc<str>, Arc<str>) = match decoded {

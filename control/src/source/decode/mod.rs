@@ -8,6 +8,7 @@ mod core;
 mod network;
 mod policy;
 mod route;
+mod traffic;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,9 +19,7 @@ use crate::source::tree::{Cursor, FieldError, Node, Read};
 /// Kinds that are read so that a condition can say that they have no effect yet.
 const UNENFORCED: &[(&str, &str)] = &[
     ("gateway.networking.k8s.io", "ReferenceGrant"),
-    ("networking.istio.io", "DestinationRule"),
     ("networking.istio.io", "ServiceEntry"),
-    ("security.istio.io", "RequestAuthentication"),
     ("tulle.dev", "EgressPolicy"),
 ];
 
@@ -127,9 +126,9 @@ fn decoder(group: &str, kind: &str) -> Option<Decode> {
         ("gateway.networking.k8s.io", "ReferenceGrant") => |_, m, e| unenforced("ReferenceGrant", m, e),
         ("tulle.dev", "HTTPFault") => |at, m, e| plain(route::fault(at, m), e),
         ("tulle.dev", "HTTPRateLimit") => |at, m, e| plain(route::rate_limit(at, m), e),
-        ("networking.istio.io", "DestinationRule") => |_, m, e| unenforced("DestinationRule", m, e),
+        ("networking.istio.io", "DestinationRule") => |at, m, e| plain(traffic::destination_rule(at, m), e),
         ("networking.istio.io", "ServiceEntry") => |_, m, e| unenforced("ServiceEntry", m, e),
-        ("security.istio.io", "RequestAuthentication") => |_, m, e| unenforced("RequestAuthentication", m, e),
+        ("security.istio.io", "RequestAuthentication") => traffic::request_authentication,
         ("tulle.dev", "EgressPolicy") => |_, m, e| unenforced("EgressPolicy", m, e),
         _ => {
             debug_assert!(!UNENFORCED.contains(&(group, kind)));

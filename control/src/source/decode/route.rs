@@ -278,7 +278,8 @@ fn header_changes(at: &Cursor<'_>, problem: &mut Problem) -> Read<HeaderChanges>
         Ok(pairs)
     };
     let (set, add) = (pairs("set")?, pairs("add")?);
-    let remove: Vec<String> = at.get("remove").texts()?.into_iter().map(|(name, _)| name.to_ascii_lowercase()).collect();
+    let remove: Vec<String> =
+        at.get("remove").texts()?.into_iter().map(|(name, _)| name.to_ascii_lowercase()).collect();
     if remove.iter().any(|name| !is_header_name(name)) {
         note(problem, &at.get("remove"), "has what is no name of a header");
     }

@@ -25,9 +25,7 @@ use tulle_proto::names::{
 use tulle_proto::workload::Address;
 use tulle_proto::workload::address::Type;
 
-use crate::state::{
-    Change, NETWORK_POLICY, NetworkPolicy, Policy, RequestAuth, Route, Scope, TrafficPolicy,
-};
+use crate::state::{Change, NETWORK_POLICY, NetworkPolicy, Policy, RequestAuth, Route, Scope, TrafficPolicy};
 
 pub use field::Strings;
 
