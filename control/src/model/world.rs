@@ -11,7 +11,9 @@ use crate::model::condition::ObjectKey;
 use crate::model::meta::Meta;
 use crate::model::network::NetworkPolicy;
 use crate::model::policy::{AuthorizationPolicy, PeerAuthentication, Unenforced};
+use crate::model::route::{HttpFault, HttpRateLimit, Route, RouteKind};
 use crate::model::service::{EndpointSlice, LegacyEndpoints, Service};
+use crate::model::traffic::{DestinationRule, RequestAuthentication};
 use crate::model::workload::{Namespace, Node, Pod, ServiceAccount};
 
 /// (namespace, name).
@@ -40,6 +42,16 @@ pub enum Object {
     PeerAuthentication(Arc<PeerAuthentication>),
     /// networking.k8s.io NetworkPolicy.
     NetworkPolicy(Arc<NetworkPolicy>),
+    /// gateway.networking.k8s.io HTTPRoute or GRPCRoute.
+    Route(Arc<Route>),
+    /// tulle.dev HTTPFault.
+    HttpFault(Arc<HttpFault>),
+    /// tulle.dev HTTPRateLimit.
+    HttpRateLimit(Arc<HttpRateLimit>),
+    /// networking.istio.io DestinationRule.
+    DestinationRule(Arc<DestinationRule>),
+    /// security.istio.io RequestAuthentication.
+    RequestAuthentication(Arc<RequestAuthentication>),
     /// A kind without effect yet.
     Unenforced(Arc<Unenforced>),
 }
@@ -58,6 +70,11 @@ impl Object {
             Self::AuthorizationPolicy(_) => "AuthorizationPolicy",
             Self::PeerAuthentication(_) => "PeerAuthentication",
             Self::NetworkPolicy(_) => "NetworkPolicy",
+            Self::Route(object) => object.kind.name(),
+            Self::HttpFault(_) => "HTTPFault",
+            Self::HttpRateLimit(_) => "HTTPRateLimit",
+            Self::DestinationRule(_) => "DestinationRule",
+            Self::RequestAuthentication(_) => "RequestAuthentication",
             Self::Unenforced(object) => object.kind,
         }
     }
@@ -75,6 +92,11 @@ impl Object {
             Self::AuthorizationPolicy(object) => &object.meta,
             Self::PeerAuthentication(object) => &object.meta,
             Self::NetworkPolicy(object) => &object.meta,
+            Self::Route(object) => &object.meta,
+            Self::HttpFault(object) => &object.meta,
+            Self::HttpRateLimit(object) => &object.meta,
+            Self::DestinationRule(object) => &object.meta,
+            Self::RequestAuthentication(object) => &object.meta,
             Self::Unenforced(object) => &object.meta,
         }
     }
@@ -113,6 +135,16 @@ pub struct World {
     /// By namespace and name.
     pub network_policies: BTreeMap<Key, Arc<NetworkPolicy>>,
     /// By kind, namespace and name.
+    pub routes: BTreeMap<(RouteKind, String, String), Arc<Route>>,
+    /// By namespace and name.
+    pub http_faults: BTreeMap<Key, Arc<HttpFault>>,
+    /// By namespace and name.
+    pub http_rate_limits: BTreeMap<Key, Arc<HttpRateLimit>>,
+    /// By namespace and name.
+    pub destination_rules: BTreeMap<Key, Arc<DestinationRule>>,
+    /// By namespace and name.
+    pub request_authentications: BTreeMap<Key, Arc<RequestAuthentication>>,
+    /// By kind, namespace and name.
     pub unenforced: BTreeMap<(&'static str, String, String), Arc<Unenforced>>,
 }
 
@@ -137,6 +169,11 @@ impl World {
             Object::AuthorizationPolicy(o) => vacant(&mut self.authorization_policies, key, o),
             Object::PeerAuthentication(o) => vacant(&mut self.peer_authentications, key, o),
             Object::NetworkPolicy(o) => vacant(&mut self.network_policies, key, o),
+            Object::Route(o) => vacant(&mut self.routes, (o.kind, key.0, key.1), o),
+            Object::HttpFault(o) => vacant(&mut self.http_faults, key, o),
+            Object::HttpRateLimit(o) => vacant(&mut self.http_rate_limits, key, o),
+            Object::DestinationRule(o) => vacant(&mut self.destination_rules, key, o),
+            Object::RequestAuthentication(o) => vacant(&mut self.request_authentications, key, o),
             Object::Unenforced(o) => vacant(&mut self.unenforced, (o.kind, key.0, key.1), o),
         }
     }

@@ -18,6 +18,9 @@ use crate::resource::{Kind, Resource};
 pub struct ResourceSet {
     authorizations: BTreeMap<Arc<str>, Arc<Resource>>,
     network_policies: BTreeMap<Arc<str>, Arc<Resource>>,
+    request_auths: BTreeMap<Arc<str>, Arc<Resource>>,
+    traffic_policies: BTreeMap<Arc<str>, Arc<Resource>>,
+    routes: BTreeMap<Arc<str>, Arc<Resource>>,
     addresses: BTreeMap<Arc<str>, Arc<Resource>>,
     /// Made when somebody first asks by alias: most nodes take everything and never do.
     aliases: OnceLock<BTreeMap<String, Arc<str>>>,
@@ -56,7 +59,10 @@ impl ResourceSet {
         match kind {
             Kind::Authorization => &self.authorizations,
             Kind::NetworkPolicy => &self.network_policies,
+            Kind::RequestAuth => &self.request_auths,
             Kind::Address => &self.addresses,
+            Kind::TrafficPolicy => &self.traffic_policies,
+            Kind::Route => &self.routes,
         }
     }
 
@@ -64,7 +70,10 @@ impl ResourceSet {
         match kind {
             Kind::Authorization => &mut self.authorizations,
             Kind::NetworkPolicy => &mut self.network_policies,
+            Kind::RequestAuth => &mut self.request_auths,
             Kind::Address => &mut self.addresses,
+            Kind::TrafficPolicy => &mut self.traffic_policies,
+            Kind::Route => &mut self.routes,
         }
     }
 
@@ -73,7 +82,7 @@ impl ResourceSet {
         let resources = self.of(kind);
         resources.get(name).or_else(|| match kind {
             Kind::Address => resources.get(self.aliases().get(name)?),
-            Kind::Authorization | Kind::NetworkPolicy => None,
+            _ => None,
         })
     }
 

@@ -12,10 +12,14 @@ mod dns;
 mod endpoints;
 mod enrol;
 mod groups;
+mod l7;
 mod mtls;
 mod network;
+mod request_auth;
+mod route;
 mod service;
 mod telemetry;
+mod traffic;
 mod workload;
 
 use std::collections::BTreeMap;
@@ -27,7 +31,7 @@ use tulle_proto::names;
 pub use datagrams::endpoints as datagram_endpoints;
 pub use workload::Memory;
 
-use crate::model::{Condition, Meta, ObjectConditions, ObjectKey, Pod, World};
+use crate::model::{Condition, Meta, ObjectConditions, ObjectKey, ParentStatus, Pod, Status, World};
 use crate::resource::{Kind, Resource};
 
 /// What translation must know besides the world.
@@ -92,21 +96,36 @@ pub struct Translation {
 
 /// Conditions under construction.
 #[derive(Default)]
-struct Conditions(BTreeMap<ObjectKey, (i64, Vec<Condition>)>);
+struct Conditions(BTreeMap<ObjectKey, (i64, Vec<Condition>, Vec<ParentStatus>)>);
 
 impl Conditions {
     fn add(&mut self, kind: &str, meta: &Meta, condition: Condition) {
         let key = ObjectKey { kind: kind.to_owned(), namespace: meta.namespace.clone(), name: meta.name.clone() };
-        let (_, list) = self.0.entry(key).or_insert((meta.generation, Vec::new()));
+        let (_, list, _) = self.0.entry(key).or_insert((meta.generation, Vec::new(), Vec::new()));
         list.push(condition);
+    }
+
+    /// What the parents of a route say, and for the route as a whole the first that fails.
+    fn of_parents(&mut self, kind: &str, meta: &Meta, parents: Vec<ParentStatus>) {
+        for wanted in ["Accepted", "ResolvedRefs"] {
+            let mut all = parents.iter().flat_map(|parent| &parent.conditions).filter(|one| one.kind == wanted);
+            let first = all.clone().next();
+            if let Some(condition) = all.find(|one| one.status == Status::False).or(first) {
+                self.add(kind, meta, condition.clone());
+            }
+        }
+        let key = ObjectKey { kind: kind.to_owned(), namespace: meta.namespace.clone(), name: meta.name.clone() };
+        if let Some((_, _, list)) = self.0.get_mut(&key) {
+            *list = parents;
+        }
     }
 
     fn finish(self) -> Vec<ObjectConditions> {
         self.0
             .into_iter()
-            .map(|(object, (generation, mut conditions))| {
+            .map(|(object, (generation, mut conditions, parents))| {
                 conditions.sort_by_key(|condition| condition.kind);
-                ObjectConditions { object, generation, conditions }
+                ObjectConditions { object, generation, conditions, parents }
             })
             .collect()
     }
@@ -134,6 +153,13 @@ pub fn translate(world: &World, settings: &Settings, memory: &mut Memory) -> Tra
         resources.extend(one.resource.map(Arc::new));
         selecting.extend(one.selecting);
     }
+    let mut authenticating = Vec::new();
+    for auth in world.request_authentications.values() {
+        let one = request_auth::translate(auth, world, &endpoints, settings);
+        conditions.add("RequestAuthentication", &auth.meta, one.condition);
+        resources.push(Arc::new(one.resource));
+        authenticating.extend(one.selecting);
+    }
     let mut groups = groups::Groups::new(world);
     let network_policies: Vec<_> = world.network_policies.values().collect();
     for policy in &network_policies {
@@ -144,7 +170,13 @@ pub fn translate(world: &World, settings: &Settings, memory: &mut Memory) -> Tra
     let mtls = mtls::Plan::new(world, settings);
     resources.extend(mtls.resources().into_iter().map(Arc::new));
     mtls.conditions(&mut conditions);
+    l7(world, settings, &mut resources, &mut conditions);
     for unenforced in world.unenforced.values() {
+        if unenforced.kind == "ReferenceGrant" {
+            let message = "References of routes of the mesh need no grant; it says nothing here".to_owned();
+            conditions.add(unenforced.kind, &unenforced.meta, Condition::holding("Accepted", "Accepted", message));
+            continue;
+        }
         let message = format!("This version reads {} objects but does not act on them yet", unenforced.kind);
         let condition = Condition::failing("Enforced", "NotEnforcedYet", message);
         conditions.add(unenforced.kind, &unenforced.meta, condition);
@@ -186,6 +218,7 @@ pub fn translate(world: &World, settings: &Settings, memory: &mut Memory) -> Tra
                 authorization: policies,
                 network: isolating().map(|policy| network::name(policy)).collect(),
                 groups: membership.groups.clone(),
+                request: authenticating.iter().filter(|a| (a.applies)(pod)).map(|a| a.name.clone()).collect(),
             };
             let facts = workload::facts(pod, named, &endpoints, world, settings);
             resources.push(remembered.take_over(memory, pod, facts, settings));
@@ -195,6 +228,20 @@ pub fn translate(world: &World, settings: &Settings, memory: &mut Memory) -> Tra
     let nodes = accounts.keys().cloned().collect();
     resources.extend(workload::outsiders(&endpoints, settings).into_iter().map(Arc::new));
     Translation { resources, conditions: conditions.finish(), accounts, nodes }
+}
+
+/// What is about requests.
+fn l7(world: &World, settings: &Settings, resources: &mut Vec<Arc<Resource>>, conditions: &mut Conditions) {
+    let grpc_ports = route::grpc_ports(world);
+    for route in world.routes.values() {
+        let one = route::translate(route, &grpc_ports, world, settings);
+        resources.extend(one.resource.map(Arc::new));
+        conditions.of_parents(route.kind.name(), &route.meta, one.parents);
+    }
+    for (rule, resource, said) in traffic::translate(world, settings) {
+        resources.extend(resource.map(Arc::new));
+        said.into_iter().for_each(|condition| conditions.add("DestinationRule", &rule.meta, condition));
+    }
 }
 
 /// A denial of everything in the place of what cannot be enforced.

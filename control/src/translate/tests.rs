@@ -25,13 +25,22 @@ fn show(translation: Translation) -> Value {
     let conditions = json!(translation.conditions);
     let set = ResourceSet::new(translation.resources, &ResourceSet::default());
     let of = |kind: Kind| -> Value { set.of(kind).values().map(|r| view::resource(r)).collect() };
-    json!({
+    let mut shown = json!({
         "addresses": of(Kind::Address),
         "authorizations": of(Kind::Authorization),
         "networkPolicies": of(Kind::NetworkPolicy),
         "conditions": conditions,
         "accounts": accounts,
-    })
+    });
+    // Most cases have none of these.
+    for (key, kind) in
+        [("requestAuths", Kind::RequestAuth), ("routes", Kind::Route), ("trafficPolicies", Kind::TrafficPolicy)]
+    {
+        if !set.of(kind).is_empty() {
+            shown[key] = of(kind);
+        }
+    }
+    shown
 }
 
 #[test]

@@ -37,7 +37,9 @@ use crate::xds::session::{Abilities, Session};
 /// Responses waiting for the network, per stream. One batch is rarely more; beyond it the session waits.
 const OUTGOING: usize = 4;
 /// Own types that this version serves, by URL; more come with their features.
-const SERVED_TULLE_TYPES: &str = names::TYPE_NETWORK_POLICY;
+const SERVED_TULLE_TYPES: &str = "type.googleapis.com/tulle.mesh.v1alpha1.NetworkPolicy,\
+type.googleapis.com/tulle.mesh.v1alpha1.RequestAuth,type.googleapis.com/tulle.mesh.v1alpha1.TrafficPolicy,\
+type.googleapis.com/tulle.mesh.v1alpha1.Route";
 
 /// What is known of a node's stream, for people and for the lab.
 #[derive(Debug, Clone, Default, Serialize)]

@@ -365,9 +365,8 @@ fn xds_config(config: &Node) -> xds::Config {
         .map(|(key, value)| (key, value.as_str().map_or_else(|| value.to_string(), str::to_owned)))
         .collect();
     metadata.insert(names::METADATA_TULLE_VERSION.to_owned(), VERSION.to_owned());
-    if config.network_policy == Switch::On {
-        metadata.insert(names::METADATA_TULLE_TYPES.to_owned(), names::TYPE_NETWORK_POLICY.to_owned());
-    }
+    let types: Vec<&str> = xds::own_types(config.network_policy == Switch::On).collect();
+    metadata.insert(names::METADATA_TULLE_TYPES.to_owned(), types.join(","));
     xds::Config {
         control: control(config, false),
         node_name: config.node_name.clone(),

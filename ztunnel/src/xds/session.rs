@@ -13,9 +13,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
-use tulle_proto::names::{MORE, TOGETHER, TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY};
+use tulle_proto::names::{
+    MORE, TOGETHER, TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY, TYPE_REQUEST_AUTH, TYPE_ROUTE,
+    TYPE_TRAFFIC_POLICY,
+};
 
-use crate::state::Change;
+use crate::state::{Change, OwnType};
 use crate::xds::decode::{self, Rejected, Strings};
 
 /// A NACK is read by people and logged; more rejections than fit are counted.
@@ -98,14 +101,19 @@ impl Session {
     }
 
     /// The server offers these own types, by URL: what to tell the store, and what to ask for.
-    pub fn offered(&mut self, offered: &[String]) -> (Option<Change>, Option<DeltaDiscoveryRequest>) {
-        if !self.network_policy || !offered.iter().any(|url| url == TYPE_NETWORK_POLICY) {
-            return (None, None);
+    pub fn offered(&mut self, offered: &[String]) -> (Vec<Change>, Vec<DeltaDiscoveryRequest>) {
+        let (mut expected, mut asked) = (Vec::new(), Vec::new());
+        for url in own_types(self.network_policy) {
+            if !offered.iter().any(|offered| offered == url) {
+                continue;
+            }
+            if self.types.iter().all(|state| state.url != url) {
+                self.types.push(TypeState::new(url));
+            }
+            expected.push(own_type(url).map_or(Change::NetworkPoliciesExpected, Change::OwnExpected));
+            asked.extend(self.subscribe(url));
         }
-        if self.types.iter().all(|state| state.url != TYPE_NETWORK_POLICY) {
-            self.types.push(TypeState::new(TYPE_NETWORK_POLICY));
-        }
-        (Some(Change::NetworkPoliciesExpected), self.subscribe(TYPE_NETWORK_POLICY))
+        (expected, asked)
     }
 
     /// The request that begins the subscription to a type; `None`: it began.
@@ -171,9 +179,10 @@ impl Session {
             if hold {
                 self.held_names.push((state.url, name.clone()));
             }
-            outcome.changes.push(match state.url {
-                TYPE_ADDRESS => Change::AddressRemoved(name),
-                TYPE_NETWORK_POLICY => Change::NetworkPolicyRemoved(name),
+            outcome.changes.push(match (state.url, own_type(state.url)) {
+                (TYPE_ADDRESS, _) => Change::AddressRemoved(name),
+                (TYPE_NETWORK_POLICY, _) => Change::NetworkPolicyRemoved(name),
+                (_, Some(own)) => Change::OwnRemoved(own, name),
                 _ => Change::PolicyRemoved(name),
             });
         }
@@ -181,6 +190,9 @@ impl Session {
             let decoded = match state.url {
                 TYPE_ADDRESS => decode::address_resource(&resource, &mut self.strings),
                 TYPE_NETWORK_POLICY => decode::network_resource(&resource),
+                url if own_type(url).is_some() => {
+                    decode::own_resource(&resource, url, &self.node.id, &mut self.strings)
+                }
                 _ => decode::authorization_resource(&resource),
             };
             let (name, version): (Arc<str>, Arc<str>) = match decoded {
@@ -212,9 +224,10 @@ impl Session {
         }
         if !state.synced && !more {
             state.synced = true;
-            outcome.changes.push(match state.url {
-                TYPE_ADDRESS => Change::AddressesSynced,
-                TYPE_NETWORK_POLICY => Change::NetworkPoliciesSynced,
+            outcome.changes.push(match (state.url, own_type(state.url)) {
+                (TYPE_ADDRESS, _) => Change::AddressesSynced,
+                (TYPE_NETWORK_POLICY, _) => Change::NetworkPoliciesSynced,
+                (_, Some(own)) => Change::OwnSynced(own),
                 _ => Change::PoliciesSynced,
             });
         }
@@ -228,6 +241,23 @@ impl Session {
             }
         }
         outcome
+    }
+}
+
+/// Own types that are taken where they are offered, in the order of asking: what decides over requests before what they are
+/// decided for.
+pub fn own_types(network_policy: bool) -> impl Iterator<Item = &'static str> {
+    let network = network_policy.then_some(TYPE_NETWORK_POLICY);
+    network.into_iter().chain([TYPE_REQUEST_AUTH, TYPE_TRAFFIC_POLICY, TYPE_ROUTE])
+}
+
+/// The types about HTTP.
+fn own_type(url: &str) -> Option<OwnType> {
+    match url {
+        TYPE_ROUTE => Some(OwnType::Route),
+        TYPE_TRAFFIC_POLICY => Some(OwnType::TrafficPolicy),
+        TYPE_REQUEST_AUTH => Some(OwnType::RequestAuth),
+        _ => None,
     }
 }
 

@@ -60,9 +60,8 @@ pub(super) fn rules(bytes: &[u8]) -> Option<Vec<HttpRule>> {
         return None;
     }
     let matches = |clause: &wire::HttpClause| clause.matches.iter().map(http_match).collect::<Option<Vec<_>>>();
-    let rule = |rule: &wire::HttpRule| {
-        Some(HttpRule { clauses: rule.clauses.iter().map(matches).collect::<Option<_>>()? })
-    };
+    let rule =
+        |rule: &wire::HttpRule| Some(HttpRule { clauses: rule.clauses.iter().map(matches).collect::<Option<_>>()? });
     from.rules.iter().map(rule).collect()
 }
 

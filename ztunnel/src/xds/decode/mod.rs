@@ -3,23 +3,29 @@
 //! Everything that control sends passes here once; nothing behind it parses. Functions are pure and total: any bytes give
 //! a value or a sentence, never a panic, and each resource is judged alone. A resource with a value that this program
 //! does not know (an enum of a later version) is rejected rather than guessed at, with the exceptions that the .proto
-//! files name. [`address`], [`authorization`] and [`network_policy`] are the fuzz targets.
+//! files name. [`address`], [`authorization`], [`network_policy`], [`route`], [`traffic_policy`]
+//! and [`request_auth`] are the fuzz targets.
 
 mod field;
+mod http_rules;
 mod network;
 mod policy;
+mod route;
 mod service;
+mod traffic;
 mod workload;
 
 use std::sync::Arc;
 
 use prost::Message;
 use tulle_proto::discovery::Resource;
-use tulle_proto::names::{TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY};
+use tulle_proto::names::{
+    TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY, TYPE_REQUEST_AUTH, TYPE_ROUTE, TYPE_TRAFFIC_POLICY,
+};
 use tulle_proto::workload::Address;
 use tulle_proto::workload::address::Type;
 
-use crate::state::{Change, NETWORK_POLICY, NetworkPolicy, Policy, Scope};
+use crate::state::{Change, NETWORK_POLICY, NetworkPolicy, Policy, RequestAuth, Route, Scope, TrafficPolicy};
 
 pub use field::Strings;
 
@@ -64,6 +70,59 @@ pub fn authorization(bytes: &[u8], id: &str, version: &str) -> Result<Policy, Po
 /// What is wrong, as one clause.
 pub fn network_policy(bytes: &[u8], id: &str, version: &str) -> Result<NetworkPolicy, String> {
     network::policy(bytes, id, version)
+}
+
+/// Decodes a `tulle.mesh.v1alpha1.Route` with the resource name `id`, for the node of this name.
+///
+/// # Errors
+/// What is wrong, as one clause.
+pub fn route(bytes: &[u8], id: &str, version: &str, node: &str, strings: &mut Strings) -> Result<Route, String> {
+    route::route(bytes, id, version, node, strings)
+}
+
+/// Decodes a `tulle.mesh.v1alpha1.TrafficPolicy` with the resource name `id`.
+///
+/// # Errors
+/// What is wrong, as one clause.
+pub fn traffic_policy(bytes: &[u8], id: &str, version: &str, strings: &mut Strings) -> Result<TrafficPolicy, String> {
+    traffic::policy(bytes, id, version, strings)
+}
+
+/// Decodes a `tulle.mesh.v1alpha1.RequestAuth` with the resource name `id`.
+///
+/// # Errors
+/// What is wrong, as one clause.
+pub fn request_auth(bytes: &[u8], id: &str, version: &str) -> Result<RequestAuth, String> {
+    traffic::request_auth(bytes, id, version)
+}
+
+/// Decodes one resource of an own type about HTTP, for the node of this name.
+pub(super) fn own_resource(
+    resource: &Resource,
+    type_url: &str,
+    node: &str,
+    strings: &mut Strings,
+) -> Result<Change, (Rejected, Option<Change>)> {
+    let rejected = |reason| Rejected { name: printable(&resource.name), reason };
+    let (id, version) = (&resource.name, &resource.version);
+    let bytes = payload(resource, type_url).map_err(|reason| (rejected(reason), None))?;
+    match type_url {
+        TYPE_ROUTE => route(bytes, id, version, node, strings).map(|route| Change::Route(Arc::new(route))),
+        TYPE_TRAFFIC_POLICY => {
+            traffic_policy(bytes, id, version, strings).map(|policy| Change::TrafficPolicy(Arc::new(policy)))
+        }
+        TYPE_REQUEST_AUTH => match request_auth(bytes, id, version) {
+            Ok(auth) => Ok(Change::RequestAuth(Arc::new(auth))),
+            Err(reason) => {
+                let unreadable = Some(reason.as_str().into());
+                let (id, version) = (id.as_str().into(), version.as_str().into());
+                let stand_in = RequestAuth { id, version, rules: Vec::new(), unreadable };
+                return Err((rejected(reason), Some(Change::RequestAuthRejected(Arc::new(stand_in)))));
+            }
+        },
+        _ => Err("the type is not one of this proxy's".to_owned()),
+    }
+    .map_err(|reason| (rejected(reason), None))
 }
 
 /// See [`authorization`].

@@ -16,7 +16,8 @@ use tulle_proto::mesh::{route_path, route_value};
 
 use crate::state::{
     Abort, Backend, Fault, Filters, GRPC_ROUTE, HTTP_ROUTE, HeaderChanges, Mirror, PathChange, PathMatch, Pattern,
-    RateLimit, Redirect, Retry, Rewrite, Route, RouteKind, RouteMatch, RouteParent, RouteRule, ServiceName, Turns, Wanted,
+    RateLimit, Redirect, Retry, Rewrite, Route, RouteKind, RouteMatch, RouteParent, RouteRule, ServiceName, Turns,
+    Wanted,
 };
 use crate::xds::decode::field::{self, Strings};
 
@@ -26,13 +27,7 @@ const MAX_MATCHES: usize = 1024;
 const MAX_ATTEMPTS: u32 = 100;
 
 /// See the module's header. `node` decides in which place its turns begin. The error is what is wrong, as one clause.
-pub(super) fn route(
-    bytes: &[u8],
-    id: &str,
-    version: &str,
-    node: &str,
-    strings: &mut Strings,
-) -> Result<Route, String> {
+pub(super) fn route(bytes: &[u8], id: &str, version: &str, node: &str, strings: &mut Strings) -> Result<Route, String> {
     let from = wire::Route::decode(bytes).map_err(|error| format!("it is no Route: {error}"))?;
     let (kind, prefix) = match field::known("kind", from.kind)? {
         wire::RouteKind::Http => (RouteKind::Http, HTTP_ROUTE),
@@ -78,7 +73,7 @@ fn rule(from: &wire::RouteRule, strings: &mut Strings) -> RouteRule {
     for one in &from.matches {
         match route_match(one) {
             Ok(wanted) => matches.push(wanted),
-            // It catches what it can still be compared by: nothing. The others go on, and say what is wrong.
+            // Control has tried every expression, so this is one of a later version. It catches nothing.
             Err(why) => broken = broken.or(Some(why)),
         }
     }
@@ -197,7 +192,10 @@ fn filters(from: &[wire::RouteFilter], strings: &mut Strings) -> Result<Filters,
 fn header_changes(from: &wire::HeaderChanges) -> Result<HeaderChanges, String> {
     let pair = |from: &wire::Header| {
         let value = HeaderValue::from_str(&from.value);
-        Ok::<_, String>((header_name(&from.name)?, value.map_err(|_| format!("the value of {} cannot be one", from.name))?))
+        Ok::<_, String>((
+            header_name(&from.name)?,
+            value.map_err(|_| format!("the value of {} cannot be one", from.name))?,
+        ))
     };
     Ok(HeaderChanges {
         set: from.set.iter().map(pair).collect::<Result<_, _>>()?,
