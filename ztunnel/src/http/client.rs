@@ -119,6 +119,7 @@ impl Conn {
                 let (sender, connection) = http1::Builder::new()
                     .max_buf_size(HEAD_BYTES)
                     .max_headers(headers::MOST_HEADERS)
+                    .max_header_size(HEAD_BYTES)
                     .handshake(TokioIo::new(io))
                     .await
                     .map_err(failed)?;

@@ -90,6 +90,7 @@ async fn one(
         .half_close(false)
         .max_buf_size(HEAD_BYTES)
         .max_headers(headers::MOST_HEADERS)
+        .max_header_size(HEAD_BYTES)
         .header_read_timeout(None)
         .auto_date_header(false)
         .serve_connection(TokioIo::new(connection), service);
