@@ -10,7 +10,7 @@ fn route(stable: u32, canary: u32) -> String {
         "---\napiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: cart, namespace: shop}}\nspec:\n\
          \x20 parentRefs: [{{kind: Service, group: '', name: cart, port: 80}}]\n\
          \x20 rules:\n\
-         \x20 - matches: [{{headers: [{{name: x-canary, value: always}}]}}]\n\
+         \x20 - matches: [{{path: {{type: PathPrefix, value: /v}}, headers: [{{name: x-canary, value: always}}]}}]\n\
          \x20   backendRefs: [{{name: next, port: 80}}]\n\
          \x20 - matches: [{{path: {{type: PathPrefix, value: /v}}}}]\n\
          \x20   backendRefs: [{{name: cart, port: 80, weight: {stable}}}, {{name: next, port: 80, weight: {canary}}}]\n"

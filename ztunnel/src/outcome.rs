@@ -61,6 +61,10 @@ pub enum Code {
     BadRequest,
     /// HTTP is needed here, for a policy or because the port is declared to be HTTP, and the bytes are something else.
     NotHttp,
+    /// A route's HTTPRateLimit is used up.
+    RateLimited,
+    /// A traffic policy's limit of requests under way is reached.
+    Overflow,
     /// The pod's budget is used up.
     OverBudget,
     /// Too many TLS handshakes of this source, or to this pod.
@@ -158,6 +162,8 @@ impl Code {
         Self::WrongDestination,
         Self::BadRequest,
         Self::NotHttp,
+        Self::RateLimited,
+        Self::Overflow,
         Self::OverBudget,
         Self::HandshakeLimit,
         Self::ClientReset,
@@ -270,6 +276,12 @@ impl Code {
                 R::No,
                 "a policy or route needs HTTP here, and the bytes are something else",
             ),
+            Self::RateLimited => {
+                row("RATE_LIMITED", "RL", 429, F::Client, R::Later, "the route's rate limit is used up")
+            }
+            Self::Overflow => {
+                row("OVERFLOW", "UO", 503, F::Client, R::Later, "a traffic policy's limit of requests is reached")
+            }
             Self::OverBudget => row("OVER_BUDGET", "DENY", 429, F::Client, R::Later, "the pod's budget is used up"),
             Self::HandshakeLimit => {
                 row("HANDSHAKE_LIMIT", "DENY", 429, F::Client, R::Later, "too many TLS handshakes with the pod")

@@ -121,6 +121,7 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
         relay: relay::Limits { half_open: config.half_open_timeout },
         network: config.network.as_str().into(),
         cluster: config.cluster_id.as_str().into(),
+        limits: Arc::default(),
     };
     let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let count = config.workers(cores).map_err(anyhow::Error::msg)?;

@@ -9,6 +9,7 @@ mod body;
 pub mod client;
 pub mod headers;
 mod io;
+pub mod limit;
 pub mod pool;
 mod recorded;
 mod replay;

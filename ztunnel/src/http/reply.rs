@@ -89,6 +89,8 @@ pub const TIMEOUT: Reply = Reply::new(StatusCode::GATEWAY_TIMEOUT, "upstream req
 /// The pod has too many requests under way.
 pub const OVER_BUDGET: Reply =
     Reply::overflow("upstream connect error or disconnect/reset before headers. reset reason: overflow");
+/// A limit of the route was reached.
+pub const RATE_LIMITED: Reply = Reply::new(StatusCode::TOO_MANY_REQUESTS, "local_rate_limited", "RL");
 /// A policy forbids it.
 pub const DENIED: Reply = Reply::new(StatusCode::FORBIDDEN, "RBAC: access denied", "-");
 /// A policy that has not arrived.

@@ -59,7 +59,7 @@ pub fn pause(least: Duration, number: u32, random: u64) -> Duration {
     let most = base * (1_u32 << number.min(4)).min(MOST_PAUSES);
     let spread = most.saturating_sub(base).as_nanos();
     let share = u128::from(random >> 32);
-    let extra = u64::try_from(spread * share >> 32).unwrap_or(u64::MAX);
+    let extra = u64::try_from((spread * share) >> 32).unwrap_or(u64::MAX);
     let floor = if least.is_zero() { Duration::ZERO } else { base };
     if floor.is_zero() { Duration::from_nanos(extra) } else { floor + Duration::from_nanos(extra) }
 }

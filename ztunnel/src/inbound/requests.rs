@@ -173,14 +173,14 @@ async fn told(connection: &Connection, io: &mut BoxIo) -> Result<(Bytes, Option<
 /// The proxy answers.
 struct Refused {
     reply: Reply,
-    outcome: Outcome,
+    outcome: Box<Outcome>,
     /// Header `www-authenticate`.
     challenge: Option<HeaderValue>,
 }
 
 impl Refused {
     fn new(reply: Reply, outcome: Outcome) -> Self {
-        Self { reply, outcome, challenge: None }
+        Self { reply, outcome: Box::new(outcome), challenge: None }
     }
 }
 
@@ -324,18 +324,17 @@ impl Connection {
     /// The connection to the application, or a new one.
     async fn connected(&self, framing: Framing, fresh: bool) -> Result<Conn, Outcome> {
         let waiting = self.server.borrow_mut().take().filter(|_| !fresh);
-        match waiting {
+        let again = match waiting {
             // Ready as soon as the connection's own task has seen the end of the answer before.
-            Some(Conn::One(mut one)) => {
-                if one.ready().await {
-                    return Ok(Conn::One(one));
-                }
-            }
+            Some(Conn::One(mut one)) => one.ready().await.then_some(Conn::One(one)),
             Some(Conn::Two(two)) if two.is_open() => {
                 *self.server.borrow_mut() = Some(Conn::Two(two.clone()));
-                return Ok(Conn::Two(two));
+                Some(Conn::Two(two))
             }
-            _ => {}
+            _ => None,
+        };
+        if let Some(conn) = again {
+            return Ok(conn);
         }
         let super::Request { source, target, .. } = &self.request;
         let dial = self.pod.sockets.connect_from(*source, *target);
@@ -361,7 +360,7 @@ fn token_refused(refused: jwt::TokenRefused) -> Refused {
     let status = StatusCode::from_u16(refused.status).unwrap_or(StatusCode::UNAUTHORIZED);
     let outcome = Outcome { policy: refused.by.clone(), ..Outcome::new(Code::TokenRefused, refused.body) };
     let challenge = HeaderValue::from_str(&refused.challenge).ok();
-    Refused { reply: Reply::new(status, refused.body, "-"), outcome, challenge }
+    Refused { challenge, ..Refused::new(Reply::new(status, refused.body, "-"), outcome) }
 }
 
 /// Gives the application the path that was decided about.

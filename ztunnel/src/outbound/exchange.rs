@@ -4,6 +4,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header};
@@ -25,12 +26,12 @@ pub(super) struct Refused {
     /// To the client.
     pub(super) reply: Reply,
     /// For the record.
-    pub(super) outcome: Outcome,
+    pub(super) outcome: Box<Outcome>,
 }
 
 impl Refused {
     pub(super) fn new(reply: Reply, code: Code, text: impl Into<std::borrow::Cow<'static, str>>) -> Self {
-        Self { reply, outcome: Outcome::new(code, text) }
+        Self { reply, outcome: Box::new(Outcome::new(code, text)) }
     }
 }
 
@@ -39,12 +40,12 @@ impl From<Outcome> for Refused {
     fn from(outcome: Outcome) -> Self {
         let reply = match outcome.code {
             Code::NoEndpoint | Code::UnknownWorkload => reply::NO_ENDPOINT,
-            Code::OverBudget => reply::OVER_BUDGET,
+            Code::OverBudget | Code::Overflow => reply::OVER_BUDGET,
             Code::ServerReset => reply::RESET,
             code if code.fault() == Fault::Policy => reply::DENIED,
             _ => reply::CONNECT_FAILED,
         };
-        Self { reply, outcome }
+        Self { reply, outcome: Box::new(outcome) }
     }
 }
 
@@ -126,6 +127,11 @@ impl Client {
         };
         let Some(found) = route::find(candidates, &facts) else { return Err(respond(&NO_ROUTE)) };
         record.route = Some(found.text().into());
+        for limit in found.limits() {
+            let whose = if limit.per_identity { source.identity.to_string() } else { String::new() };
+            let taken = self.shared.limits.take(&limit.name, &whose, limit.requests, limit.interval, limit.burst);
+            taken.map_err(|wait| limited(&limit.name, wait))?;
+        }
         let plan = found.plan(&facts, if weights_are_broken() { 0 } else { found.rule().turns.take() });
         match plan {
             RoutePlan::Redirect(redirection) => {
@@ -265,6 +271,14 @@ fn retarget(
         }
     }
     Ok(())
+}
+
+/// The answer when a limit is used up for `wait`.
+fn limited(name: &str, wait: Duration) -> Refused {
+    // Whole seconds, and never one in which it would be too early.
+    let retry_after = Some(wait.as_secs() + u64::from(wait.subsec_nanos() > 0));
+    let reply = Reply { retry_after, grpc: Some(8), ..reply::RATE_LIMITED };
+    Refused::new(reply, Code::RateLimited, format!("HTTPRateLimit {name} is used up"))
 }
 
 /// What the route says in the place of a backend.

@@ -92,6 +92,21 @@ impl Missed {
 impl Job<'_> {
     /// Sends it until there is an answer to pass on.
     pub(super) async fn run(self, switches: Switches, record: &mut HttpRecord) -> Result<Response<Body>, Refused> {
+        let (service, port) = (&self.to.service, self.to.at.port());
+        let policy = self.snapshot.traffic_for(service, port, &self.source.namespace);
+        let settings = policy.map(|(_, settings)| settings);
+        let active = match settings.and_then(|settings| settings.max_requests) {
+            None => None,
+            Some(most) => {
+                let limits = &self.client.shared.limits;
+                let active = limits.request(&self.client.pod.uid, &service.hostname, port, most);
+                Some(active.ok_or_else(|| {
+                    let text = format!("{most} requests of the pod to {}:{port} are under way", service.hostname);
+                    Refused::from(Outcome::new(Code::Overflow, text))
+                })?)
+            }
+        };
+        let most_retries = settings.and_then(|settings| settings.max_retries);
         let budget = self.client.means.budget(&self.client.pod.uid, &self.to.service, self.to.at.port());
         let counted = budget.request();
         if self.retry.is_none() && !self.keep {
@@ -109,7 +124,7 @@ impl Job<'_> {
                     if !again(Tried::Answered(got.response.status())) {
                         break got;
                     }
-                    let Some(counted) = budget.retry(None) else { break got };
+                    let Some(counted) = budget.retry(most_retries) else { break got };
                     held.push(counted);
                     avoid.push(got.key.endpoint);
                     None
@@ -122,7 +137,7 @@ impl Job<'_> {
                     fresh = true;
                     continue;
                 }
-                let counted = if again(missed.tried) { budget.retry(None) } else { None };
+                let counted = if again(missed.tried) { budget.retry(most_retries) } else { None };
                 let Some(counted) = counted else { return Err(missed.refused) };
                 held.push(counted);
             }
@@ -131,7 +146,7 @@ impl Job<'_> {
             sleep(pause(least, retries, rand::rng().random())).await;
         };
         drop(held);
-        Ok(self.pass_on(got, switches, record).map(|body| body.hold(counted)))
+        Ok(self.pass_on(got, switches, record).map(|body| body.hold(counted).hold(active)))
     }
 
     fn may_again(&self, tried: Tried, retries: u32) -> bool {
@@ -304,9 +319,13 @@ impl Job<'_> {
         record.grpc_status = crate::http::grpc_status(&parts.headers);
         let stream = conn.stream();
         let connections = Rc::downgrade(&self.client.means.connections);
+        let policy = self.snapshot.traffic_for(&self.to.service, self.to.at.port(), &self.source.namespace);
+        let uses = policy.and_then(|(_, settings)| settings.max_requests_per_connection).unwrap_or(u32::MAX);
         let body = Body::from(incoming).until(deadline).then(move |ended| {
             drop(stream);
-            if let (End::Complete, Conn::One(one), Some(connections)) = (&ended.end, conn, connections.upgrade()) {
+            if let (End::Complete, Conn::One(one), Some(connections)) = (&ended.end, conn, connections.upgrade())
+                && one.uses < uses
+            {
                 connections.give_back(key, one);
             }
         });

@@ -189,6 +189,7 @@ impl Node {
             relay,
             network: "".into(),
             cluster: "Kubernetes".into(),
+            limits: Arc::default(),
         };
         let context = shared.clone();
         let workers = Workers::start(2, move |_| Worker::new(&context)).unwrap();
