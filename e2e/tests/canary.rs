@@ -49,6 +49,8 @@ fn weights_are_exact_and_an_edit_loses_nothing() -> anyhow::Result<()> {
     let load = lab.load("shop/web", &["http://cart.shop/v"], 100.0, &["--keep-alive"])?;
     for (stable, canary) in [(50, 50), (0, 100), (80, 20), (50, 50)] {
         lab.apply_yaml(&route(stable, canary))?;
+        // Each version of the route gets requests of its own.
+        std::thread::sleep(std::time::Duration::from_millis(200));
     }
     let reports = load.finish()?;
     scenario::all_well(&reports, 20)?;

@@ -3,6 +3,8 @@
 //! Requests are made one after another on connections that stay open, so the shares are exact to one and not a matter of
 //! chance. Limits: one node's share; a route has one sequence for each node that has clients.
 
+use std::time::Duration;
+
 use anyhow::ensure;
 
 use crate::demo::steps::FRONTEND;
@@ -67,6 +69,8 @@ pub(super) fn shifts(lab: &Lab) -> anyhow::Result<String> {
     let before = served(lab);
     let load = lab.load(FRONTEND, &[URL], 100.0, &["--keep-alive"])?;
     lab.apply_yaml(&route(50, 50))?;
+    // A moment after the edit belongs to the claim.
+    std::thread::sleep(Duration::from_millis(300));
     let reports = load.finish()?;
     scenario::all_well(&reports, 10)?;
     let lost = served(lab).0 - before.0;

@@ -4,6 +4,7 @@
 
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::rc::Rc;
 
 use bytes::Bytes;
@@ -32,6 +33,8 @@ pub struct Raw {
     pub io: BoxIo,
     /// Bytes that were read already.
     pub read: Bytes,
+    /// Completes when it may not go on.
+    pub stop: Pin<Box<dyn Future<Output = ()>>>,
 }
 
 /// A connection for one request at a time.
@@ -212,10 +215,10 @@ async fn drive(
     mut connection: http1::Connection<TokioIo<BoxIo>, Body>,
     switch: Rc<Cell<bool>>,
     give: oneshot::Sender<Raw>,
-    stop: impl Future<Output = ()>,
+    stop: impl Future<Output = ()> + 'static,
 ) {
+    let mut stop: Pin<Box<dyn Future<Output = ()>>> = Box::pin(stop);
     let ended = {
-        tokio::pin!(stop);
         tokio::select! {
             biased;
             () = &mut stop => return,
@@ -227,7 +230,7 @@ async fn drive(
         return;
     }
     let parts = connection.into_parts();
-    let mut raw = Raw { io: parts.io.into_inner(), read: parts.read_buf };
+    let mut raw = Raw { io: parts.io.into_inner(), read: parts.read_buf, stop };
     if switch.get() {
         match give.send(raw) {
             Ok(()) => return,

@@ -137,14 +137,20 @@ async fn switched(client: Downstream, said: Bytes, switch: Switch) -> Outcome {
 }
 
 /// Bytes both ways: what was `said` by the client and read already comes first.
-pub async fn bytes(mut client: Downstream, said: Bytes, mut server: client::Raw) -> Outcome {
+pub async fn bytes(mut client: Downstream, said: Bytes, server: client::Raw) -> Outcome {
+    let client::Raw { mut io, read, mut stop } = server;
     let begun = async {
-        server.io.write_all(&said).await?;
-        client.write_all(&server.read).await?;
+        io.write_all(&said).await?;
+        client.write_all(&read).await?;
         client.flush().await?;
-        copy_bidirectional(&mut client, &mut server.io).await
+        copy_bidirectional(&mut client, &mut io).await
     };
-    match begun.await {
+    let ended = tokio::select! {
+        biased;
+        () = &mut stop => return Outcome::new(Code::PolicyChanged, "the connection may not go on"),
+        ended = begun => ended,
+    };
+    match ended {
         Ok(_) => Outcome::ok(),
         Err(error) => Outcome::new(Code::ServerReset, error.to_string()),
     }

@@ -99,7 +99,7 @@ pub(super) async fn serve(
                 return outcome;
             }
             let client = Downstream::new(first, io, counts.clone(), clock);
-            let server = Raw { io: Box::new(server), read: Bytes::new() };
+            let server = Raw { io: Box::new(server), read: Bytes::new(), stop: Box::pin(std::future::pending()) };
             return tokio::select! {
                 biased;
                 outcome = stop => outcome,
