@@ -375,7 +375,7 @@ fn xds_config(config: &Node) -> xds::Config {
         pod_namespace: config.pod_namespace.clone(),
         metadata,
         network_policy: config.network_policy == Switch::On,
-        on_demand: false,
+        on_demand: config.xds_on_demand,
     }
 }
 
