@@ -98,3 +98,9 @@ pub const DEFAULT_CLUSTER: &str = "Kubernetes";
 pub const DEFAULT_ROOT_NAMESPACE: &str = "tulle-system";
 /// Service account of the node proxy in the root namespace.
 pub const NODE_SERVICE_ACCOUNT: &str = "ztunnel";
+
+/// Before the name of a node, in an on-demand subscription: everything on that node. Ours; others answer that there is no
+/// such resource (istiod sends what is on the node by itself).
+pub const ALL_OF_NODE: &str = "node/";
+/// Before 16 hexadecimal digits, in an on-demand subscription: everything in that group of NetworkPolicies. Ours.
+pub const ALL_OF_GROUP: &str = "group/";

@@ -34,4 +34,4 @@ pub use traffic::{
     TrafficSettings,
 };
 pub use workload::{ContainerPort, Namespace, Node, Phase, Pod, ServiceAccount};
-pub use world::{Object, World};
+pub use world::{ByKey, Key, Object, ObjectChange, World, in_namespace};

@@ -6,7 +6,7 @@
 mod set;
 pub mod view;
 
-pub use set::{Changes, ResourceSet};
+pub use set::{ByName, Changes, ResourceSet};
 
 use std::sync::Arc;
 
@@ -15,6 +15,9 @@ use prost::bytes::Bytes;
 use sha2::Digest;
 use sha2::Sha256;
 use tulle_proto::names;
+use tulle_proto::tulle_workload::WorkloadInfo;
+use tulle_proto::workload::Address;
+use tulle_proto::workload::address::Type;
 
 /// The types that are served. In the order in which they must reach a node: a policy before a workload that names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -115,5 +118,18 @@ impl Resource {
             aliases,
             audience: Audience::Everyone,
         }
+    }
+
+    /// What a workload is part of: names of its Services, its node, its groups. Empty for everything else. Read from the
+    /// encoded message, because only proxies that do not take everything ask.
+    pub fn part_of(&self) -> Vec<String> {
+        let decoded = (self.kind == Kind::Address).then(|| Address::decode(self.body.clone()).ok()).flatten();
+        let Some(Type::Workload(workload)) = decoded.and_then(|address| address.r#type) else { return Vec::new() };
+        let info = workload.extensions.iter().find(|extension| extension.name == names::EXTENSION_WORKLOAD);
+        let info = info.and_then(|extension| extension.config.as_ref());
+        let info = info.and_then(|config| WorkloadInfo::decode(&*config.value).ok()).unwrap_or_default();
+        let groups = info.groups.iter().map(|group| format!("{}{group:016x}", names::ALL_OF_GROUP));
+        let node = (!workload.node.is_empty()).then(|| format!("{}{}", names::ALL_OF_NODE, workload.node));
+        groups.chain(node).chain(workload.services.into_keys()).collect()
     }
 }

@@ -7,30 +7,43 @@ use tulle_proto::mesh;
 
 use crate::model::{Condition, JwtRule, Pod, RequestAuthentication, Spec, Target, World};
 use crate::resource::{Kind, Resource};
-use crate::translate::authorization::selecting;
+use crate::translate::Settings;
+use crate::translate::authorization;
 use crate::translate::endpoints::Endpoints;
-use crate::translate::{Selecting, Settings};
 
-/// What became of one object.
-pub(super) struct Translated<'a> {
-    pub(super) resource: Resource,
-    /// `None`: it applies to nothing that a node serves.
-    pub(super) selecting: Option<Selecting<'a>>,
-    pub(super) condition: Condition,
+/// Resource name.
+pub(super) fn name(auth: &RequestAuthentication) -> String {
+    format!("RequestAuthentication/{}", auth.meta.path())
 }
 
-pub(super) fn translate<'a>(
-    auth: &'a RequestAuthentication,
-    world: &'a World,
-    endpoints: &'a Endpoints,
-    settings: &'a Settings,
-) -> Translated<'a> {
+/// Whether it is one that a pod must name: all that apply to it, also those of its namespace and of the mesh.
+pub(super) fn applies(
+    auth: &RequestAuthentication,
+    pod: &Pod,
+    world: &World,
+    endpoints: &Endpoints,
+    settings: &Settings,
+) -> bool {
+    let namespace = &auth.meta.namespace;
+    match target(auth) {
+        Target::Everything => *namespace == pod.meta.namespace || settings.is_root(namespace),
+        target => authorization::applies(&auth.meta, target, pod, world, endpoints, settings),
+    }
+}
+
+fn target(auth: &RequestAuthentication) -> &Target {
+    match &auth.spec {
+        Spec::Good(spec) => &spec.target,
+        Spec::Unreadable { target, .. } => target.as_ref().unwrap_or(&Target::Everything),
+    }
+}
+
+/// It is made of nothing but itself.
+pub(super) fn translate(auth: &RequestAuthentication) -> (Resource, Condition) {
     let meta = &auth.meta;
-    let name = format!("RequestAuthentication/{}", meta.path());
-    let everything = Target::Everything;
-    let (target, rules, unreadable) = match &auth.spec {
-        Spec::Good(spec) => (&spec.target, &spec.rules[..], None),
-        Spec::Unreadable { target, reason } => (target.as_ref().unwrap_or(&everything), &[][..], Some(reason)),
+    let (rules, unreadable) = match &auth.spec {
+        Spec::Good(spec) => (&spec.rules[..], None),
+        Spec::Unreadable { reason, .. } => (&[][..], Some(reason)),
     };
     let message = mesh::RequestAuth {
         namespace: meta.namespace.clone(),
@@ -38,17 +51,8 @@ pub(super) fn translate<'a>(
         rules: rules.iter().map(rule).collect(),
         unreadable: unreadable.cloned().unwrap_or_default(),
     };
-    let everywhere = settings.is_root(&meta.namespace);
-    let of_namespace: Box<dyn Fn(&Pod) -> bool + 'a> =
-        Box::new(move |pod| everywhere || pod.meta.namespace == meta.namespace);
-    let selecting = match target {
-        Target::Nothing => None,
-        Target::Everything => Some(Selecting { name: name.clone(), applies: of_namespace }),
-        target => selecting(meta, target.clone(), world, endpoints, settings)
-            .map(|selecting| Selecting { name: name.clone(), ..selecting }),
-    };
-    let condition = condition(target, rules, unreadable);
-    Translated { resource: Resource::new(Kind::RequestAuth, name, &message, Vec::new()), selecting, condition }
+    let resource = Resource::new(Kind::RequestAuth, name(auth), &message, Vec::new());
+    (resource, condition(target(auth), rules, unreadable))
 }
 
 fn condition(target: &Target, rules: &[JwtRule], unreadable: Option<&String>) -> Condition {

@@ -133,8 +133,7 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
         worker.out.live.watch(watched.clone());
     });
 
-    let monitor = xds::Monitor::default();
-    let pods = Pods::default();
+    let (monitor, pods) = (xds::Monitor::default(), Pods::default());
     let answers = Answers {
         node: config.node_name.as_str().into(),
         shared: shared.clone(),
@@ -376,7 +375,7 @@ fn xds_config(config: &Node) -> xds::Config {
         pod_namespace: config.pod_namespace.clone(),
         metadata,
         network_policy: config.network_policy == Switch::On,
-        on_demand: false,
+        on_demand: config.xds_on_demand,
     }
 }
 

@@ -1,4 +1,5 @@
-//! Connections as hyper takes them, and the clock that a slow header is measured by.
+//! Connections as hyper takes them, and the clock that a slow header is measured by. hyper's own clock would close
+//! connections that are kept for later; the limit itself is the server's.
 
 use std::cell::Cell;
 use std::future::Future;

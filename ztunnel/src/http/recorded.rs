@@ -1,4 +1,5 @@
-//! An answer whose end finishes its record.
+//! An answer whose end finishes its record. Both sides of the mesh end theirs here, so that a request counts once on each and
+//! the words for how it ended are the same.
 
 use http::Response;
 

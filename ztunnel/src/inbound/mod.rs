@@ -57,8 +57,14 @@ async fn admit(
     record: &mut ConnRecord,
 ) -> Result<(TcpStream, Registration, Arc<Workload>), Outcome> {
     let (identity, source, target) = (request.identity.clone(), request.source, request.target);
-    let admitted = Admitted { pod: pod.clone(), identity, source, target, requests: Cell::new(false) };
+    let isolated = pod.workload(&shared.reader.load()).is_none_or(|workload| !workload.network_policies.is_empty());
+    // Only a NetworkPolicy asks which workload the client is; others go by its identity.
+    let lease = if isolated { shared.ask(pod, source)? } else { None };
+    let asked = lease.clone();
+    let requests = Cell::new(false);
+    let admitted = Admitted { pod: pod.clone(), identity, source, target, requests, lease };
     let registration = live.register(admitted);
+    shared.answered(pod, asked.as_ref(), source).await?;
     let (_, workload) = shared.known(pod).await?;
     let decide = |snapshot: &Snapshot, workload: &Workload| {
         let requests = decide::requests_are_read(snapshot, workload, request.target.port());

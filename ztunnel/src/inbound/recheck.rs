@@ -13,7 +13,7 @@ use crate::flow::LocalPod;
 use crate::flow::recheck;
 use crate::inbound::decide::{decide_bytes, decide_connection};
 use crate::outcome::Outcome;
-use crate::state::Snapshot;
+use crate::state::{Lease, Snapshot};
 
 /// What the admission of a connection depends on.
 pub struct Admitted {
@@ -27,6 +27,8 @@ pub struct Admitted {
     pub target: SocketAddr,
     /// Its requests are decided one by one.
     pub requests: Cell<bool>,
+    /// Keeps the client's workload known, where not everything is.
+    pub lease: Option<Lease>,
 }
 
 /// The table of a worker.

@@ -282,7 +282,8 @@ impl Job<'_> {
         let held = client.pod.connection(&client.pod.outbound).map_err(Failure::last)?;
         let patience = if others { SHORT } else { client.shared.hbone.patience() };
         let (io, peer, order) = dial::connection(client.attempts(), client.addr, self.source, plan, patience).await?;
-        let left = Left { pod: client.pod.clone(), target: plan.endpoint() };
+        // What had to be asked for is held by the client's own connection.
+        let left = Left { pod: client.pod.clone(), target: plan.endpoint(), lease: None };
         let registration = client.means.live.register_decided(left, &client.shared.reader);
         let outside = plan.destination().is_none_or(|workload| !workload.is_pod());
         let (pod, shared) = (client.pod.clone(), client.shared.clone());

@@ -34,7 +34,7 @@ use crate::lb::Failing;
 use crate::outbound::attempts::{Attempts, Next};
 use crate::outbound::recheck::{Left, Live, Registration};
 use crate::outcome::{Code, Outcome};
-use crate::state::{EgressMode, Service};
+use crate::state::{EgressMode, Lease, Service};
 use crate::telemetry::{ConnRecord, Direction};
 
 /// What a worker has for its outbound connections. Cheap to clone.
@@ -129,7 +129,8 @@ async fn forbidden(shared: &Shared, pod: &LocalPod) -> Outcome {
 /// How a connection goes on.
 enum Way {
     Bytes(Next, Registration),
-    Requests(Framing),
+    /// With what keeps the Service known, where not everything is.
+    Requests(Framing, Option<Lease>),
 }
 
 async fn carry(
@@ -144,6 +145,8 @@ async fn carry(
     // Boxed: what it takes to open a connection must not weigh on it while it is idle.
     let opened = Box::pin(async {
         let permit = pod.connection(&pod.outbound)?;
+        let lease = shared.ask(pod, destination.ip())?;
+        shared.answered(pod, lease.as_ref(), destination.ip()).await?;
         let (snapshot, source) = shared.known(pod).await?;
         record.source.workload = Some(source.clone());
         if let Some(declared) = requests::wanted(&snapshot, &source, &shared.network, destination)
@@ -152,12 +155,13 @@ async fn carry(
             let client = &source.namespace;
             record.service = snapshot.service_at(&shared.network, destination, client).cloned();
             record.opened();
-            return Ok((permit, Way::Requests(framing)));
+            return Ok((permit, Way::Requests(framing, lease)));
         }
         let attempts = Attempts { shared, pool: &means.pool, failing: &means.failing, pod };
         let (next, target) = attempts.reach(&snapshot, &source, destination, &tcp, record).await?;
         record.opened();
-        let registration = means.live.register_decided(Left { pod: pod.clone(), target }, &shared.reader);
+        let left = Left { pod: pod.clone(), target, lease };
+        let registration = means.live.register_decided(left, &shared.reader);
         Ok((permit, Way::Bytes(next, registration)))
     });
     let opened = tokio::select! {
@@ -175,7 +179,7 @@ async fn carry(
         Ok((_permit, Way::Bytes(Next::Plain { server, outside }, registration))) => {
             dial::relay_plain(shared, pod, tcp, server, outside, &registration, counts).await
         }
-        Ok((_permit, Way::Requests(framing))) => {
+        Ok((_permit, Way::Requests(framing, _lease))) => {
             let addr = record.source.addr.unwrap_or(destination);
             Box::pin(requests::serve(shared, means, pod, (addr, destination), framing, tcp, counts)).await
         }

@@ -3,7 +3,8 @@
 //! [`store`] gives two halves. The [`Writer`] cannot be cloned: one task (xDS) applies [`Change`]s to it. Any number of
 //! [`Reader`]s load the newest [`Snapshot`] without a lock, keep it for the length of one decision, and never see half
 //! an update. Building happens off the readers' path and shares everything that did not change, so an update costs what
-//! it touches and not what is known. Not here: protobuf (`xds::decode`), verdicts (`policy`), choice of an endpoint (`lb`).
+//! it touches and not what is known. Workloads are kept packed ([`Record`]), since a node knows all and talks to few. Not
+//! here: protobuf (`xds::decode`), verdicts (`policy`), choice of an endpoint (`lb`).
 //!
 //! Policy never fails open, and the store is where that is held:
 //! * a workload that names a policy which is not here is **staged**: its version in force stays, and with none in force it
@@ -12,14 +13,20 @@
 //! * a rejected policy leaves its last good version in force, or, if it never had one, a stand-in that denies.
 
 mod cow;
+mod demand;
 mod endpoints;
 #[cfg(test)]
 pub mod fixtures;
 mod http_rules;
+mod index;
+mod known;
 mod l7;
+mod members;
 mod narrowed;
 mod network;
+mod pack;
 mod policy;
+mod record;
 mod request_auth;
 mod route;
 mod service;
@@ -31,11 +38,13 @@ mod traffic;
 mod versions;
 mod workload;
 
-pub use endpoints::{Candidate, Endpoint, Endpoints, PortTable, PortTables};
+pub use demand::{Demands, Lease, address_name};
+pub use endpoints::{Candidate, Endpoints, PortTable, PortTables, Ports, Tiers};
 pub use http_rules::{Element, Group, HttpMatch, HttpRule, PathPattern};
 pub use l7::RouteEntry;
 pub use network::{IpBlock, NETWORK_POLICY, NetworkPeers, NetworkPolicy, NetworkPort, NetworkRule, Way};
 pub use policy::{Action, Clause, Match, Policy, Rule, Scope, ServiceAccount, StringMatch};
+pub use record::{Place, Record, Shapes};
 pub use request_auth::{JwtRule, REQUEST_AUTHENTICATION, RequestAuth};
 pub use route::{
     Abort, Backend, Fault, Filters, GRPC_ROUTE, HTTP_ROUTE, HeaderChanges, Mirror, PathChange, PathMatch, Pattern,
@@ -51,7 +60,7 @@ pub use store::{Applied, Change, OwnType, Reader, Writer, store};
 pub use traffic::{
     Balancer, DESTINATION_RULE, HashKey, OutlierDetection, TrafficPolicy, TrafficScope, TrafficSettings,
 };
-pub use versions::{LogEntry, LogName, VersionLog};
+pub use versions::{LogEntry, LogName};
 pub use workload::{
     AppProtocol, ApplicationTunnel, DnsName, EgressMode, EndpointHints, GatewayAddress, GatewayTarget, Locality,
     Memberships, Port, Protocol, Workload, WorkloadType,
