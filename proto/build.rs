@@ -9,12 +9,53 @@ const FILES: &[&str] = &[
     "ca.proto",
     "zds.proto",
     "tulle_workload.proto",
-    "tulle_mesh.proto",
     "tulle_node.proto",
 ];
 
+/// Messages of it that are shown to people as JSON.
+const SHOWN: &[&str] = &[
+    "Route",
+    "ServiceRef",
+    "RouteParent",
+    "RouteRule",
+    "RouteMatch",
+    "RoutePath",
+    "RouteValue",
+    "GrpcMethod",
+    "RouteFilter",
+    "HeaderChanges",
+    "Header",
+    "Redirect",
+    "Rewrite",
+    "PathChange",
+    "Mirror",
+    "Fault",
+    "RateLimit",
+    "RouteBackend",
+    "RouteRetry",
+    "TrafficPolicy",
+    "TrafficSettings",
+    "HashKey",
+    "Cookie",
+    "OutlierDetection",
+    "RequestAuth",
+    "JwtRule",
+    "JwtHeader",
+    "ClaimHeader",
+];
+
+/// It uses messages of another package, which must be named where `src/lib.rs` puts them and not be generated again. So it is
+/// compiled by itself, and first: what is generated of that package then is replaced.
+const MESH: &[&str] = &["tulle_mesh.proto"];
+
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
+    let descriptors = protox::compile(MESH, ["proto"])?;
+    let own = tonic_prost_build::configure().extern_path(".istio.security", "crate::security");
+    let own = SHOWN.iter().fold(own, |own, name| {
+        own.type_attribute(format!(".tulle.mesh.v1alpha1.{name}"), "#[derive(serde::Serialize)]")
+    });
+    own.btree_map(".").bytes(".").compile_fds(descriptors)?;
     let descriptors = protox::compile(FILES, ["proto"])?;
     tonic_prost_build::configure().btree_map(".").bytes(".").compile_fds(descriptors)?;
     Ok(())

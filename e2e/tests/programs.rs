@@ -94,9 +94,8 @@ impl World {
     }
 }
 
-#[test]
-fn nginx_and_curl() -> anyhow::Result<()> {
-    let script = "
+/// HTTP/1.1 on 8080, HTTP/2 on 8081.
+const NGINX: &str = "
         mkdir -p www tmp; head -c 5000000 /dev/urandom > www/big
         cat > conf <<END
 user root root; worker_processes 1; master_process off; daemon off; pid $D/pid; error_log stderr;
@@ -107,7 +106,10 @@ http { access_log off; client_max_body_size 50m;
   server { listen 8081 http2; root $D/www; } }
 END
         exec nginx -p $D -c $D/conf -e stderr";
-    let Some(world) = world("web", 8080, &["nginx", "curl"], script)? else { return Ok(()) };
+
+#[test]
+fn nginx_and_curl() -> anyhow::Result<()> {
+    let Some(world) = world("web", 8080, &["nginx", "curl"], NGINX)? else { return Ok(()) };
     let client = world.lab.pod_ip("shop", "client")?;
     let said = world.ready("curl -4sSf http://web.shop:8080/echo")?;
     assert_eq!(said, format!("GET HTTP/1.1 {client}"), "the server sees the client's own address");
@@ -121,6 +123,63 @@ END
     world.run(&format!("curl -sSf --http2-prior-knowledge http://{ip}:8081/big | cmp - www/big"))?;
     let status = world.run("curl -s -o /dev/null -w '%{http_code}' http://web.shop:8080/absent")?;
     assert_eq!(status, "404");
+    world.came_through_the_mesh(8080)
+}
+
+/// The same through routes: each request is read, and what a client gets is the same.
+#[test]
+fn nginx_and_curl_through_routes() -> anyhow::Result<()> {
+    let Some(world) = world("web", 8080, &["nginx", "curl"], NGINX)? else { return Ok(()) };
+    world.lab.apply_yaml(
+        "apiVersion: v1
+kind: Service
+metadata: {name: api, namespace: shop}
+spec: {selector: {app: web}, ports: [{name: http, port: 80, targetPort: 8080}, {name: http2, port: 81, targetPort: 8081}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: one, namespace: shop}
+spec:
+  parentRefs: [{kind: Service, group: '', name: api, port: 80}]
+  rules:
+  - filters: [{type: ResponseHeaderModifier, responseHeaderModifier: {add: [{name: x-routed, value: one}]}}]
+    backendRefs: [{name: api, port: 80}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: two, namespace: shop}
+spec:
+  parentRefs: [{kind: Service, group: '', name: api, port: 81}]
+  rules:
+  - filters: [{type: ResponseHeaderModifier, responseHeaderModifier: {add: [{name: x-routed, value: two}]}}]
+    backendRefs: [{name: api, port: 81}]
+",
+    )?;
+    let client = world.lab.pod_ip("shop", "client")?;
+    let said = world.ready("curl -4sSf http://api.shop/echo")?;
+    assert_eq!(said, format!("GET HTTP/1.1 {client}"), "the server sees the client's own address");
+    assert_eq!(
+        world.run("curl -0 -4sSf http://api.shop/echo")?,
+        format!("GET HTTP/1.1 {client}"),
+        "an HTTP/1.0 client"
+    );
+    world.run("curl -sSf -D - -o /dev/null http://api.shop/echo | grep -i 'x-routed: one'")?;
+    world.run("curl -sSf http://api.shop/big | cmp - www/big")?;
+    world.run("for i in $(seq 20); do echo url=http://api.shop/echo?$i; done > urls; curl -sSf -K urls > /dev/null")?;
+    // A large upload with Expect: 100-continue, and one in chunks; nginx says that it takes no POST for a file.
+    for more in ["--data-binary @www/big", "-T - -X POST < www/big"] {
+        let status = world.run(&format!("curl -s -o /dev/null -w '%{{http_code}}' {more} http://api.shop/big"))?;
+        assert_eq!(status, "405", "{more}");
+    }
+    let status = world.run("curl -s -o /dev/null -w '%{http_code}' http://api.shop/absent")?;
+    assert_eq!(status, "404", "the server's own");
+    world.run("curl -4sSf --http2-prior-knowledge http://api.shop:81/big | cmp - www/big")?;
+    world
+        .run("curl -4sSf --http2-prior-knowledge -D - -o /dev/null http://api.shop:81/big | grep -i 'x-routed: two'")?;
+    let many = "for i in $(seq 50); do echo url=http://api.shop:81/big; echo output=/dev/null; done > urls
+                curl -4sSf --http2-prior-knowledge -Z --parallel-max 50 -K urls";
+    world.run(many)?;
+    scenario::await_log(&world.lab, "node-1", &["request complete", "HTTP/2", "HTTPRoute/shop/two"])?;
     world.came_through_the_mesh(8080)
 }
 

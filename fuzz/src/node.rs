@@ -3,10 +3,18 @@
 //! A target takes bytes, ignores those that cannot reach the parser (most take text), and asserts what must hold for
 //! everything that was accepted.
 
-use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri};
+use std::sync::Arc;
+
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri};
+use prost::Message as _;
 use tulle_certs::{Issued, Roots, SpiffeId, Usage};
+use tulle_proto::workload::address::Type;
 use ztunnel::dns::wire;
 use ztunnel::hbone::headers::{self, Authority, Baggage, Forwarded, TraceId};
+use ztunnel::policy::jwt::by_rules;
+use ztunnel::route::path::normalise;
+use ztunnel::route::{RequestFacts, RoutePlan, find};
+use ztunnel::state::{Change, ServiceSpec, Snapshot, store};
 use ztunnel::xds::decode::{self, Strings};
 
 /// A target.
@@ -24,6 +32,12 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("authorization", authorization),
     ("network-policy", network_policy),
     ("trust-bundle", trust_bundle),
+    ("route", route),
+    ("traffic-policy", traffic_policy),
+    ("request-auth", request_auth),
+    ("path", path),
+    ("request", request),
+    ("token", token),
     ("duration", duration),
     ("spiffe", spiffe),
     ("csr", csr),
@@ -127,6 +141,145 @@ pub fn trust_bundle(data: &[u8]) {
         }
         Err(reason) => assert!(!reason.is_empty()),
     }
+}
+
+/// A route, from control; what is accepted has a rule for a request, or none, and a plan for it.
+pub fn route(data: &[u8]) {
+    match decode::route(data, "HTTPRoute/shop/cart", "1", "node-1", &mut Strings::default()) {
+        Ok(route) => {
+            assert!(route.rules.iter().all(|rule| rule.broken.is_some() || !rule.matches.is_empty()));
+            let (mut writer, reader) = store();
+            writer.apply([Change::Service(cart()), Change::Route(Arc::new(route))], 1);
+            follow(&reader.load(), "GET", "/api/v2?v=2", &[("x-canary", "yes")]);
+        }
+        Err(reason) => assert!(!reason.is_empty()),
+    }
+}
+
+fn cart() -> Arc<ServiceSpec> {
+    let service = tulle_proto::workload::Service {
+        name: "cart".into(),
+        namespace: "shop".into(),
+        hostname: "cart.shop.svc.cluster.local".into(),
+        ..Default::default()
+    };
+    let address = tulle_proto::workload::Address { r#type: Some(Type::Service(service)) };
+    match decode::address(&address.encode_to_vec(), "1", &mut Strings::default()) {
+        Ok(Change::Service(spec)) => spec,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// What becomes of a request.
+fn follow(snapshot: &Snapshot, method: &str, target: &str, headers: &[(&str, &str)]) {
+    let (path, query) = target.split_once('?').map_or((target, None), |(path, query)| (path, Some(query)));
+    let Ok(path) = normalise(path) else { return };
+    let header = |(name, value): &(&str, &str)| {
+        Some((HeaderName::from_bytes(name.as_bytes()).ok()?, HeaderValue::from_str(value).ok()?))
+    };
+    let headers: HeaderMap = headers.iter().filter_map(header).collect();
+    let facts =
+        RequestFacts { method, scheme: "http", authority: "cart", port: 80, path: &path, query, headers: &headers };
+    let service = snapshot.service("shop", "cart.shop.svc.cluster.local");
+    let candidates = service.and_then(|service| snapshot.routes_for(service, 80, "shop"));
+    let Some(found) = candidates.and_then(|candidates| find(candidates, &facts)) else { return };
+    for turn in 0..4 {
+        if let RoutePlan::Forward(forward) = found.plan(&facts, turn) {
+            let mut changed = headers.clone();
+            forward.on_request(&mut changed);
+            forward.on_response(&mut changed);
+            assert!(forward.path.as_ref().is_none_or(|path| path.starts_with('/')), "{:?}", forward.path);
+        }
+    }
+}
+
+/// A request, against routes with every kind of match: method, target and headers, one on a line.
+pub fn request(data: &[u8]) {
+    use tulle_proto::mesh::{self, route_path, route_value};
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let value = |name: &str, value| mesh::RouteValue { name: name.into(), value: Some(value) };
+    let path = |path| Some(mesh::RoutePath { path: Some(path) });
+    let wanted = [
+        mesh::RouteMatch { path: path(route_path::Path::Prefix("/api".into())), ..Default::default() },
+        mesh::RouteMatch { path: path(route_path::Path::Regex("/[a-z]+(/.*)?".into())), ..Default::default() },
+        mesh::RouteMatch {
+            headers: vec![value("cookie", route_value::Value::Regex("^(.*;)?v=(1|2)+.*".into()))],
+            query: vec![value("v", route_value::Value::Exact("2".into()))],
+            ..Default::default()
+        },
+    ];
+    let to = Some(mesh::ServiceRef { namespace: "shop".into(), hostname: "cart.shop.svc.cluster.local".into() });
+    let rewrite = mesh::PathChange { change: Some(mesh::path_change::Change::Prefix("/v2".into())) };
+    let rewrite = mesh::Rewrite { hostname: String::new(), path: Some(rewrite) };
+    let rule = |wanted: &mesh::RouteMatch| mesh::RouteRule {
+        matches: vec![wanted.clone()],
+        filters: vec![mesh::RouteFilter { filter: Some(mesh::route_filter::Filter::Rewrite(rewrite.clone())) }],
+        backends: vec![mesh::RouteBackend { service: to.clone(), port: 80, weight: 1, ..Default::default() }],
+        ..Default::default()
+    };
+    let route = mesh::Route {
+        namespace: "shop".into(),
+        name: "cart".into(),
+        parents: vec![mesh::RouteParent { service: to.clone(), ports: vec![80] }],
+        rules: wanted.iter().map(rule).collect(),
+        ..Default::default()
+    };
+    let bytes = route.encode_to_vec();
+    let route = decode::route(&bytes, "HTTPRoute/shop/cart", "1", "node-1", &mut Strings::default());
+    let (mut writer, reader) = store();
+    writer.apply([Change::Service(cart()), Change::Route(Arc::new(route.expect("a good route")))], 1);
+    let mut lines = text.lines();
+    let (method, target) = lines.next().unwrap_or_default().split_once(' ').unwrap_or(("GET", "/"));
+    let headers: Vec<(&str, &str)> = lines.filter_map(|line| line.split_once(':')).take(32).collect();
+    follow(&reader.load(), method, target, &headers);
+}
+
+/// A DestinationRule, from control.
+pub fn traffic_policy(data: &[u8]) {
+    if let Err(reason) = decode::traffic_policy(data, "DestinationRule/shop/cart", "1", &mut Strings::default()) {
+        assert!(!reason.is_empty());
+    }
+}
+
+/// A RequestAuthentication, from control.
+pub fn request_auth(data: &[u8]) {
+    if let Err(reason) = decode::request_auth(data, "RequestAuthentication/shop/users", "1") {
+        assert!(!reason.is_empty());
+    }
+}
+
+/// A path, from a client.
+pub fn path(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    if let Ok(once) = normalise(text) {
+        assert_eq!(normalise(&once).as_deref(), Ok(&*once));
+        assert!(!once.split('/').any(|element| element == "." || element == ".."), "{once:?}");
+    }
+}
+
+/// A token, from a client: no damage makes one that was never signed valid.
+pub fn token(data: &[u8]) {
+    use tulle_proto::mesh;
+    const JWKS: &str = r#"{"keys":[{"kty":"EC","crv":"P-256","kid":"a","x":"f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU","y":"x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"}]}"#;
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let Ok(value) = HeaderValue::from_str(&format!("Bearer {text}")) else { return };
+    let rule = mesh::JwtRule { issuer: "joe".into(), jwks: JWKS.into(), ..Default::default() };
+    let auth =
+        mesh::RequestAuth { namespace: "shop".into(), name: "users".into(), rules: vec![rule], ..Default::default() };
+    let auth = decode::request_auth(&auth.encode_to_vec(), "RequestAuthentication/shop/users", "1");
+    let auth = auth.expect("a good one");
+    let headers = HeaderMap::from_iter([(http::header::AUTHORIZATION, value)]);
+    let facts = RequestFacts {
+        method: "GET",
+        scheme: "http",
+        authority: "cart",
+        port: 80,
+        path: "/",
+        query: None,
+        headers: &headers,
+    };
+    let refused = by_rules(&[&auth], &facts, 1_800_000_000).expect_err("nobody signed it");
+    assert!(matches!(refused.status, 401 | 403) && !refused.body.is_empty());
 }
 
 /// A NetworkPolicy, from control.

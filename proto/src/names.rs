@@ -41,6 +41,14 @@ pub const TYPE_NETWORK_POLICY: &str = "type.googleapis.com/tulle.mesh.v1alpha1.N
 pub const TYPE_TRUST_BUNDLE: &str = "type.googleapis.com/tulle.mesh.v1alpha1.TrustBundle";
 /// Beginning of the resource names of TrustBundles; the trust domain follows.
 pub const TRUST_BUNDLE: &str = "TrustBundle/";
+/// Type URL of [`crate::mesh::Route`].
+pub const TYPE_ROUTE: &str = "type.googleapis.com/tulle.mesh.v1alpha1.Route";
+/// Type URL of [`crate::mesh::TrafficPolicy`].
+pub const TYPE_TRAFFIC_POLICY: &str = "type.googleapis.com/tulle.mesh.v1alpha1.TrafficPolicy";
+/// Type URL of [`crate::mesh::RequestAuth`].
+pub const TYPE_REQUEST_AUTH: &str = "type.googleapis.com/tulle.mesh.v1alpha1.RequestAuth";
+/// Type URL of [`crate::mesh::HttpAuthorization`].
+pub const TYPE_HTTP_AUTHORIZATION: &str = "type.googleapis.com/tulle.mesh.v1alpha1.HttpAuthorization";
 /// Beginning of the names of Authorizations that stand in for NetworkPolicies, for proxies that do not take those.
 pub const NETWORK_STAND_IN: &str = "tulle_network_";
 /// Type URL of [`crate::tulle_workload::WorkloadInfo`].

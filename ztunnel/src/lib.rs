@@ -10,6 +10,8 @@ pub mod base;
 pub mod outcome;
 /// The immutable snapshot of workloads, services and policies.
 pub mod state;
+/// Which rule of which route a request gets, and what becomes of it.
+pub mod route;
 /// Authorization: pure evaluation and its explanation.
 pub mod policy;
 /// Choice of an endpoint.
@@ -20,6 +22,8 @@ pub mod telemetry;
 pub mod tls;
 /// Copying bytes, fairly.
 pub mod relay;
+/// HTTP between two connections, where a route or policy needs it to be read.
+pub mod http;
 /// Redirect rules in pod namespaces, and their proof.
 pub mod capture;
 /// Certificates of the node's service accounts.

@@ -17,6 +17,8 @@ pub enum Code {
     PolicyDenied,
     /// ALLOW policies apply and none of them matched.
     NotAllowed,
+    /// A RequestAuthentication applies, and the request's token is not valid.
+    TokenRefused,
     /// The destination takes mutual TLS only, and this was plaintext.
     MtlsRequired,
     /// NetworkPolicies isolate the destination, and none of their rules allows the connection in.
@@ -31,6 +33,8 @@ pub enum Code {
     EgressDenied,
     /// The service has no endpoint to choose from.
     NoEndpoint,
+    /// A route says that the request goes nowhere: none matches, or its backend is invalid.
+    NoRoute,
     /// The next hop refused or could not be reached.
     ConnectFailed,
     /// The next hop did not answer in time.
@@ -57,6 +61,12 @@ pub enum Code {
     WrongDestination,
     /// A CONNECT request or a header that cannot be understood.
     BadRequest,
+    /// HTTP is needed here, for a policy or because the port is declared to be HTTP, and the bytes are something else.
+    NotHttp,
+    /// A route's HTTPRateLimit is used up.
+    RateLimited,
+    /// A traffic policy's limit of requests under way is reached.
+    Overflow,
     /// The pod's budget is used up.
     OverBudget,
     /// Too many TLS handshakes of this source, or to this pod.
@@ -65,6 +75,8 @@ pub enum Code {
     ClientReset,
     /// The destination reset the connection.
     ServerReset,
+    /// The destination did not answer a request in the time that its route gives it.
+    RequestTimeout,
     /// One half was closed and the other side stayed silent for too long.
     HalfOpen,
     /// This proxy is shutting down and the drain time is over.
@@ -124,12 +136,64 @@ const fn row(
     Row { name, flag, status, fault, retry, meaning }
 }
 
+// Rows that take several lines.
+const NOT_HTTP: Row = row(
+    "NOT_HTTP",
+    "DENY",
+    400,
+    Fault::Client,
+    Retry::No,
+    "a policy or route needs HTTP here, and the bytes are something else",
+);
+const NO_ROUTE: Row =
+    row("NO_ROUTE", "NR", 404, Fault::Client, Retry::No, "no rule of the Service's routes sends the request anywhere");
+const REQUEST_TIMEOUT: Row =
+    row("REQUEST_TIMEOUT", "UT", 504, Fault::Destination, Retry::Later, "no answer in the time that the route gives");
+const TOKEN_REFUSED: Row = row("TOKEN_REFUSED", "-", 401, Fault::Policy, Retry::No, "the request's token is not valid");
+const RATE_LIMITED: Row =
+    row("RATE_LIMITED", "RL", 429, Fault::Client, Retry::Later, "the route's rate limit is used up");
+const OVERFLOW: Row =
+    row("OVERFLOW", "UO", 503, Fault::Client, Retry::Later, "a traffic policy's limit of requests is reached");
+const POLICY_PENDING: Row = row(
+    "POLICY_PENDING",
+    "DENY",
+    503,
+    Fault::Mesh,
+    Retry::Later,
+    "a policy that the destination names has not reached its node",
+);
+const CONNECT_TIMEOUT: Row = row(
+    "CONNECT_TIMEOUT",
+    "NETWORK_POLICY",
+    503,
+    Fault::Destination,
+    Retry::Yes,
+    "the next hop did not answer in time; maybe a firewall or NetworkPolicy drops port 15008",
+);
+const WRONG_IDENTITY: Row = row(
+    "WRONG_IDENTITY",
+    "IDENTITY_ERROR",
+    503,
+    Fault::Destination,
+    Retry::No,
+    "the peer proved another identity than the expected one",
+);
+const TUNNEL_REFUSED: Row = row(
+    "TUNNEL_REFUSED",
+    "CONNECT",
+    503,
+    Fault::Destination,
+    Retry::No,
+    "the destination's proxy answered CONNECT with an error",
+);
+
 impl Code {
     /// Every code, in the order of the documentation.
     pub const ALL: &[Self] = &[
         Self::Ok,
         Self::PolicyDenied,
         Self::NotAllowed,
+        Self::TokenRefused,
         Self::MtlsRequired,
         Self::NetworkPolicyIngress,
         Self::NetworkPolicyEgress,
@@ -137,6 +201,7 @@ impl Code {
         Self::PolicyChanged,
         Self::EgressDenied,
         Self::NoEndpoint,
+        Self::NoRoute,
         Self::ConnectFailed,
         Self::ConnectTimeout,
         Self::TlsFailed,
@@ -150,10 +215,14 @@ impl Code {
         Self::SelfCall,
         Self::WrongDestination,
         Self::BadRequest,
+        Self::NotHttp,
+        Self::RateLimited,
+        Self::Overflow,
         Self::OverBudget,
         Self::HandshakeLimit,
         Self::ClientReset,
         Self::ServerReset,
+        Self::RequestTimeout,
         Self::HalfOpen,
         Self::Drained,
         Self::PodRemoved,
@@ -169,6 +238,7 @@ impl Code {
             Self::NotAllowed => {
                 row("NOT_ALLOWED", "DENY", 401, F::Policy, R::No, "ALLOW policies apply and none of them matched")
             }
+            Self::TokenRefused => TOKEN_REFUSED,
             Self::MtlsRequired => {
                 row("MTLS_REQUIRED", "DENY", 401, F::Policy, R::No, "the destination is STRICT and this was plaintext")
             }
@@ -178,9 +248,7 @@ impl Code {
             Self::NetworkPolicyEgress => {
                 row("NETWORK_POLICY_EGRESS", "DENY", 403, F::Policy, R::No, "no NetworkPolicy lets it out")
             }
-            Self::PolicyPending => {
-                row("POLICY_PENDING", "DENY", 503, F::Mesh, R::Later, "a policy that is named has not reached the node")
-            }
+            Self::PolicyPending => POLICY_PENDING,
             Self::PolicyChanged => {
                 row("POLICY_CHANGED", "DENY", 401, F::Policy, R::No, "a policy change forbade the live connection")
             }
@@ -190,28 +258,15 @@ impl Code {
             Self::NoEndpoint => {
                 row("NO_ENDPOINT", "CONNECT", 503, F::Destination, R::Later, "the service has no usable endpoint")
             }
+            Self::NoRoute => NO_ROUTE,
             Self::ConnectFailed => {
                 row("CONNECT_FAILED", "CONNECT", 503, F::Destination, R::Yes, "the next hop refused or is unreachable")
             }
-            Self::ConnectTimeout => row(
-                "CONNECT_TIMEOUT",
-                "NETWORK_POLICY",
-                503,
-                F::Destination,
-                R::Yes,
-                "the next hop did not answer in time; maybe a firewall or NetworkPolicy drops port 15008",
-            ),
+            Self::ConnectTimeout => CONNECT_TIMEOUT,
             Self::TlsFailed => {
                 row("TLS_FAILED", "TLS_FAILURE", 503, F::Destination, R::Later, "the TLS handshake failed")
             }
-            Self::WrongIdentity => row(
-                "WRONG_IDENTITY",
-                "IDENTITY_ERROR",
-                503,
-                F::Destination,
-                R::No,
-                "the peer proved another identity than the expected one",
-            ),
+            Self::WrongIdentity => WRONG_IDENTITY,
             Self::CertRevoked => {
                 row("CERT_REVOKED", "CERT_REVOKED", 401, F::Policy, R::Later, "the peer's certificate was taken back")
             }
@@ -221,14 +276,7 @@ impl Code {
             Self::TunnelFailed => {
                 row("TUNNEL_FAILED", "H2_HANDSHAKE_FAILURE", 503, F::Destination, R::Yes, "the HTTP/2 tunnel failed")
             }
-            Self::TunnelRefused => row(
-                "TUNNEL_REFUSED",
-                "CONNECT",
-                503,
-                F::Destination,
-                R::No,
-                "the destination's proxy answered CONNECT with an error",
-            ),
+            Self::TunnelRefused => TUNNEL_REFUSED,
             Self::NoCertificate => {
                 row("NO_CERTIFICATE", "IDENTITY_ERROR", 503, F::Mesh, R::Later, "the local identity has no certificate")
             }
@@ -242,6 +290,9 @@ impl Code {
             Self::BadRequest => {
                 row("BAD_REQUEST", "DENY", 400, F::Client, R::No, "a CONNECT request that is not valid")
             }
+            Self::NotHttp => NOT_HTTP,
+            Self::RateLimited => RATE_LIMITED,
+            Self::Overflow => OVERFLOW,
             Self::OverBudget => row("OVER_BUDGET", "DENY", 429, F::Client, R::Later, "the pod's budget is used up"),
             Self::HandshakeLimit => {
                 row("HANDSHAKE_LIMIT", "DENY", 429, F::Client, R::Later, "too many TLS handshakes with the pod")
@@ -250,6 +301,7 @@ impl Code {
             Self::ServerReset => {
                 row("SERVER_RESET", "-", 502, F::Destination, R::No, "the destination reset the connection")
             }
+            Self::RequestTimeout => REQUEST_TIMEOUT,
             Self::HalfOpen => row("HALF_OPEN", "-", 504, F::Destination, R::No, "half closed, and silent for too long"),
             Self::Drained => row("DRAINED", "-", 503, F::Mesh, R::Yes, "the proxy shut down"),
             Self::PodRemoved => row("POD_REMOVED", "-", 503, F::None, R::No, "the pod went away or left the mesh"),

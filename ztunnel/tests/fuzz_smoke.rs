@@ -41,6 +41,16 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         "pods" => texts(&[
             r#"[{"uid":"u-1","name":"cart-0","namespace":"shop","serviceAccount":"cart","netns":"/run/netns/cart-0","ips":["10.0.0.1","fd00::1"],"enrolled":true,"probePorts":[8080]}]"#,
         ]),
+        "route" => vec![route().encode_to_vec()],
+        "traffic-policy" => vec![traffic_policy().encode_to_vec()],
+        "request-auth" => vec![request_auth().encode_to_vec()],
+        "path" => texts(&["/a/%2e%2e/b\\c//%2F", "/api/v2/é;x=1"]),
+        "request" => {
+            texts(&["GET /api/v2?v=2&w=%41+b\ncookie:a=b;v=2\ncookie:c=d\nhost:cart", "POST /x\nx-canary:yes"])
+        }
+        "token" => texts(&[
+            "eyJhbGciOiJFUzI1NiIsImtpZCI6ImEifQ.eyJpc3MiOiJqb2UiLCJzdWIiOiJhbm4iLCJleHAiOjE5MDAwMDAwMDB9.DtEhU3ljbEg8L38VWAfUAqOyKAM6-Xx-F4GawxaepmXFCgfTjDxw5djxLa8ISlSApmWQxfKTUJqPP3-Kg6NU1Q",
+        ]),
         "duration" => texts(&["1h30m", "250ms"]),
         "spiffe" => texts(&["spiffe://cluster.local/ns/shop/sa/cart"]),
         "address" => vec![workload().encode_to_vec(), service().encode_to_vec()],
@@ -52,6 +62,98 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         "crl" => revocation_lists(),
         other => panic!("{other} has no seed; add one"),
     }
+}
+
+fn cart() -> Option<mesh::ServiceRef> {
+    Some(mesh::ServiceRef { namespace: "shop".into(), hostname: "cart.shop.svc.cluster.local".into() })
+}
+
+/// With a match and a filter of each kind.
+fn route() -> mesh::Route {
+    use mesh::route_filter::Filter;
+    let filter = |filter| mesh::RouteFilter { filter: Some(filter) };
+    let change = || Some(mesh::PathChange { change: Some(mesh::path_change::Change::Prefix("/v2".into())) });
+    let header = |name: &str| mesh::Header { name: name.into(), value: "1".into() };
+    let value = |value| mesh::RouteValue { name: "x-canary".into(), value: Some(value) };
+    let headers = mesh::HeaderChanges { set: vec![header("a")], add: vec![header("b")], remove: vec!["c".into()] };
+    let rule = mesh::RouteRule {
+        name: "pinned".into(),
+        matches: vec![
+            mesh::RouteMatch {
+                path: Some(mesh::RoutePath { path: Some(mesh::route_path::Path::Prefix("/api".into())) }),
+                headers: vec![value(mesh::route_value::Value::Regex("y.s".into()))],
+                query: vec![value(mesh::route_value::Value::Exact("2".into()))],
+                ..Default::default()
+            },
+            mesh::RouteMatch::default(),
+        ],
+        filters: vec![
+            filter(Filter::RequestHeaders(headers.clone())),
+            filter(Filter::ResponseHeaders(headers)),
+            filter(Filter::Rewrite(mesh::Rewrite { hostname: "v2".into(), path: change() })),
+            filter(Filter::Mirror(mesh::Mirror {
+                service: cart(),
+                port: 80,
+                numerator: 1,
+                denominator: 2,
+                ..Default::default()
+            })),
+            filter(Filter::Fault(mesh::Fault {
+                delay_ms: 1,
+                delay_millionths: 1,
+                abort_status: 503,
+                ..Default::default()
+            })),
+            filter(Filter::RateLimit(mesh::RateLimit { name: "shop/ten".into(), requests: 10, ..Default::default() })),
+        ],
+        backends: vec![mesh::RouteBackend { service: cart(), port: 80, weight: 1, ..Default::default() }],
+        retry: Some(mesh::RouteRetry { attempts: 2, codes: vec![503], ..Default::default() }),
+        ..Default::default()
+    };
+    let away = mesh::RouteRule {
+        filters: vec![filter(Filter::Redirect(mesh::Redirect {
+            scheme: "https".into(),
+            path: change(),
+            ..Default::default()
+        }))],
+        ..Default::default()
+    };
+    mesh::Route {
+        namespace: "shop".into(),
+        name: "cart".into(),
+        parents: vec![mesh::RouteParent { service: cart(), ports: vec![80] }],
+        rules: vec![rule, away],
+        ..Default::default()
+    }
+}
+
+fn traffic_policy() -> mesh::TrafficPolicy {
+    let settings = mesh::TrafficSettings {
+        max_connections: 10,
+        balancer: mesh::Balancer::RingHash.into(),
+        hash_key: Some(mesh::HashKey { key: Some(mesh::hash_key::Key::Header("x-user".into())) }),
+        outlier: Some(mesh::OutlierDetection { consecutive_5xx: 5, ..Default::default() }),
+        ..Default::default()
+    };
+    mesh::TrafficPolicy {
+        namespace: "shop".into(),
+        name: "cart".into(),
+        services: cart().into_iter().collect(),
+        ports: [(80, settings.clone())].into(),
+        settings: Some(settings),
+        ..Default::default()
+    }
+}
+
+fn request_auth() -> mesh::RequestAuth {
+    let rule = mesh::JwtRule {
+        issuer: "https://issuer".into(),
+        jwks: r#"{"keys":[{"kty":"OKP","crv":"Ed25519","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]}"#.into(),
+        from_headers: vec![mesh::JwtHeader { name: "x-token".into(), prefix: "T ".into() }],
+        claim_headers: vec![mesh::ClaimHeader { header: "x-user".into(), claim: vec!["sub".into()] }],
+        ..Default::default()
+    };
+    mesh::RequestAuth { namespace: "shop".into(), name: "users".into(), rules: vec![rule], ..Default::default() }
 }
 
 /// A question with EDNS, and an answer with an alias, an address and a compressed name.

@@ -135,7 +135,7 @@ struct OfType {
 
 fn resources(state: &State, query: &OfType) -> (StatusCode, Json<Value>) {
     let kinds: Vec<Kind> = match query.r#type.as_deref() {
-        None => vec![Kind::Address, Kind::Authorization, Kind::NetworkPolicy, Kind::TrustBundle],
+        None => Kind::ALL.to_vec(),
         Some(name) => match Kind::ALL.into_iter().find(|kind| kind.short() == name) {
             Some(kind) => vec![kind],
             None => {

@@ -4,6 +4,8 @@
 
 use serde::Serialize;
 
+use crate::model::route::ParentRef;
+
 /// Names an object.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct ObjectKey {
@@ -59,5 +61,18 @@ pub struct ObjectConditions {
     /// metadata.generation that the conditions are about.
     pub generation: i64,
     /// In order of type.
+    pub conditions: Vec<Condition>,
+    /// Of routes: what each parent has to say. In the order of the object.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub parents: Vec<ParentStatus>,
+}
+
+/// `status.parents[]` of a route.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ParentStatus {
+    /// As the route has it, to the letter: tools compare it.
+    #[serde(rename = "parentRef")]
+    pub parent_ref: ParentRef,
+    /// `Accepted` and `ResolvedRefs`.
     pub conditions: Vec<Condition>,
 }

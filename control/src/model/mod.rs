@@ -8,21 +8,31 @@ mod condition;
 mod meta;
 mod network;
 mod policy;
+mod route;
 mod service;
+mod traffic;
 mod trust;
 mod workload;
 mod world;
 
-pub use condition::{Condition, ObjectConditions, ObjectKey, Status};
+pub use condition::{Condition, ObjectConditions, ObjectKey, ParentStatus, Status};
 pub use meta::{Expression, Meta, Operator, Owner, Selector};
 pub use network::{NetworkPeer, NetworkPolicy, NetworkPort, NetworkRule, PortMatch};
 pub use policy::{
-    Action, AuthorizationPolicy, AuthorizationSpec, Compare, ConditionKey, MtlsMode, Operation, PeerAuthentication,
-    PeerAuthenticationSpec, Rule, Source, Spec, Target, TextMatch, Unenforced, When,
+    Action, AuthorizationPolicy, AuthorizationSpec, Compare, ConditionKey, HttpField, MtlsMode, Operation, PathPattern,
+    PeerAuthentication, PeerAuthenticationSpec, Rule, Source, Spec, Target, TextMatch, Unenforced, When,
+};
+pub use route::{
+    BackendRef, HeaderChanges, HttpFault, HttpRateLimit, ParentRef, PathChange, PathMatch, Route, RouteFilter,
+    RouteKind, RouteMatch, RouteRetry, RouteRule, Wanted,
 };
 pub use service::{
     Endpoint, EndpointSlice, Hints, LegacyEndpoints, NamedPort, Service, ServiceNames, ServicePort, SlicePort,
     TargetPort, TrafficScope, Transport,
+};
+pub use traffic::{
+    Balancer, DestinationRule, HashKey, JwtRule, OutlierDetection, RequestAuthentication, RequestAuthenticationSpec,
+    TrafficSettings,
 };
 pub use trust::TrustBundle;
 pub use workload::{ContainerPort, Namespace, Node, Phase, Pod, ServiceAccount};

@@ -1,8 +1,8 @@
 //! Who may talk to whom, as users wrote it, with every address and port already checked.
 //!
 //! A policy whose spec cannot be read keeps its name and, if that much was readable, its target, so that translation
-//! can put a denial in its place; dropping it would fail open. HTTP-only parts are kept by the name of the field: L4
-//! cannot evaluate them, and the condition tells which they were.
+//! can put a denial in its place; dropping it would fail open. Parts that only a request shows are kept by the name of the
+//! field too: a connection cannot be judged by them.
 
 use std::collections::BTreeMap;
 
@@ -130,7 +130,9 @@ pub struct Source {
     pub service_accounts: Compare<(String, String)>,
     /// Addresses of the source.
     pub ip_blocks: Compare<IpNet>,
-    /// Fields that L4 cannot evaluate, by name.
+    /// Fields that L4 cannot evaluate.
+    pub http: Vec<HttpField>,
+    /// Their names.
     pub beyond_l4: Vec<String>,
 }
 
@@ -139,8 +141,44 @@ pub struct Source {
 pub struct Operation {
     /// Ports of the workload.
     pub ports: Compare<u16>,
-    /// Fields that L4 cannot evaluate, by name.
+    /// Fields that L4 cannot evaluate.
+    pub http: Vec<HttpField>,
+    /// Their names.
     pub beyond_l4: Vec<String>,
+}
+
+/// What of a request is compared.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HttpField {
+    /// hosts, lower case.
+    Hosts(Compare<TextMatch>),
+    /// methods.
+    Methods(Compare<TextMatch>),
+    /// paths.
+    Paths(Compare<PathPattern>),
+    /// requestPrincipals, request.auth.principal.
+    RequestPrincipals(Compare<TextMatch>),
+    /// request.auth.audiences.
+    Audiences(Compare<TextMatch>),
+    /// request.auth.presenter.
+    Presenters(Compare<TextMatch>),
+    /// request.headers[…], lower case.
+    Header(String, Compare<TextMatch>),
+    /// request.auth.claims[…], from the outermost inwards.
+    Claim(Vec<String>, Compare<TextMatch>),
+    /// remoteIpBlocks, remote.ip.
+    RemoteIps(Compare<IpNet>),
+    /// trustDomains, source.trustDomain.
+    TrustDomains(Compare<TextMatch>),
+}
+
+/// Which paths.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PathPattern {
+    /// As text.
+    Text(TextMatch),
+    /// With `{*}` for one element and, at the end, `{**}` for the rest.
+    Template(String),
 }
 
 /// rules[].when[].
@@ -165,7 +203,9 @@ pub enum ConditionKey {
     DestinationIp(Compare<IpNet>),
     /// destination.port
     DestinationPort(Compare<u16>),
-    /// A known key that L4 cannot evaluate, by name.
+    /// A key that only a request shows, by name.
+    Http(String, HttpField),
+    /// A known key that nothing here can evaluate, by name.
     BeyondL4(String),
 }
 

@@ -10,7 +10,9 @@ use crate::model::condition::ObjectKey;
 use crate::model::meta::Meta;
 use crate::model::network::NetworkPolicy;
 use crate::model::policy::{AuthorizationPolicy, PeerAuthentication, Unenforced};
+use crate::model::route::{HttpFault, HttpRateLimit, Route, RouteKind};
 use crate::model::service::{EndpointSlice, LegacyEndpoints, Service};
+use crate::model::traffic::{DestinationRule, RequestAuthentication};
 use crate::model::trust::TrustBundle;
 use crate::model::workload::{Namespace, Node, Pod, ServiceAccount};
 
@@ -46,6 +48,16 @@ pub enum Object {
     NetworkPolicy(Arc<NetworkPolicy>),
     /// certificates.k8s.io ClusterTrustBundle with a trust domain.
     TrustBundle(Arc<TrustBundle>),
+    /// gateway.networking.k8s.io HTTPRoute or GRPCRoute.
+    Route(Arc<Route>),
+    /// tulle.dev HTTPFault.
+    HttpFault(Arc<HttpFault>),
+    /// tulle.dev HTTPRateLimit.
+    HttpRateLimit(Arc<HttpRateLimit>),
+    /// networking.istio.io DestinationRule.
+    DestinationRule(Arc<DestinationRule>),
+    /// security.istio.io RequestAuthentication.
+    RequestAuthentication(Arc<RequestAuthentication>),
     /// A kind without effect yet.
     Unenforced(Arc<Unenforced>),
 }
@@ -65,6 +77,11 @@ impl Object {
             Self::PeerAuthentication(_) => "PeerAuthentication",
             Self::NetworkPolicy(_) => "NetworkPolicy",
             Self::TrustBundle(_) => "ClusterTrustBundle",
+            Self::Route(object) => object.kind.name(),
+            Self::HttpFault(_) => "HTTPFault",
+            Self::HttpRateLimit(_) => "HTTPRateLimit",
+            Self::DestinationRule(_) => "DestinationRule",
+            Self::RequestAuthentication(_) => "RequestAuthentication",
             Self::Unenforced(object) => object.kind,
         }
     }
@@ -83,6 +100,11 @@ impl Object {
             Self::PeerAuthentication(object) => &object.meta,
             Self::NetworkPolicy(object) => &object.meta,
             Self::TrustBundle(object) => &object.meta,
+            Self::Route(object) => &object.meta,
+            Self::HttpFault(object) => &object.meta,
+            Self::HttpRateLimit(object) => &object.meta,
+            Self::DestinationRule(object) => &object.meta,
+            Self::RequestAuthentication(object) => &object.meta,
             Self::Unenforced(object) => &object.meta,
         }
     }
@@ -123,6 +145,16 @@ pub struct World {
     /// By name.
     pub trust_bundles: SharedMap<String, Arc<TrustBundle>>,
     /// By kind, namespace and name.
+    pub routes: SharedMap<(RouteKind, String, String), Arc<Route>>,
+    /// By namespace and name.
+    pub http_faults: ByKey<HttpFault>,
+    /// By namespace and name.
+    pub http_rate_limits: ByKey<HttpRateLimit>,
+    /// By namespace and name.
+    pub destination_rules: ByKey<DestinationRule>,
+    /// By namespace and name.
+    pub request_authentications: ByKey<RequestAuthentication>,
+    /// By kind, namespace and name.
     pub unenforced: SharedMap<(&'static str, String, String), Arc<Unenforced>>,
 }
 
@@ -157,6 +189,11 @@ impl World {
             Object::PeerAuthentication(o) => change(&mut self.peer_authentications, key, o, there),
             Object::NetworkPolicy(o) => change(&mut self.network_policies, key, o, there),
             Object::TrustBundle(o) => change(&mut self.trust_bundles, key.1, o, there),
+            Object::Route(o) => change(&mut self.routes, (o.kind, key.0, key.1), o, there),
+            Object::HttpFault(o) => change(&mut self.http_faults, key, o, there),
+            Object::HttpRateLimit(o) => change(&mut self.http_rate_limits, key, o, there),
+            Object::DestinationRule(o) => change(&mut self.destination_rules, key, o, there),
+            Object::RequestAuthentication(o) => change(&mut self.request_authentications, key, o, there),
             Object::Unenforced(o) => change(&mut self.unenforced, (o.kind, key.0, key.1), o, there),
         }
     }

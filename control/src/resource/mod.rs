@@ -29,17 +29,32 @@ pub enum Kind {
     Authorization,
     /// `tulle.mesh.v1alpha1.NetworkPolicy`.
     NetworkPolicy,
+    /// `tulle.mesh.v1alpha1.RequestAuth`.
+    RequestAuth,
     /// `istio.workload.Address`.
     Address,
+    /// `tulle.mesh.v1alpha1.TrafficPolicy`.
+    TrafficPolicy,
+    /// `tulle.mesh.v1alpha1.Route`: last, since it names services that must be known.
+    Route,
 }
 
 impl Kind {
     /// All of them, in sending order.
-    pub const ALL: [Self; 4] = [Self::TrustBundle, Self::Authorization, Self::NetworkPolicy, Self::Address];
+    pub const ALL: [Self; 7] = [
+        Self::TrustBundle,
+        Self::Authorization,
+        Self::NetworkPolicy,
+        Self::RequestAuth,
+        Self::Address,
+        Self::TrafficPolicy,
+        Self::Route,
+    ];
     /// Those that every proxy of Istio's kind subscribes to.
     pub const BASIC: [Self; 2] = [Self::Authorization, Self::Address];
     /// Our own, which a proxy subscribes to only where they are advertised.
-    pub const OWN: [Self; 2] = [Self::TrustBundle, Self::NetworkPolicy];
+    pub const OWN: [Self; 5] =
+        [Self::TrustBundle, Self::NetworkPolicy, Self::RequestAuth, Self::TrafficPolicy, Self::Route];
 
     /// Type URL.
     pub fn type_url(self) -> &'static str {
@@ -47,7 +62,10 @@ impl Kind {
             Self::TrustBundle => names::TYPE_TRUST_BUNDLE,
             Self::Authorization => names::TYPE_AUTHORIZATION,
             Self::NetworkPolicy => names::TYPE_NETWORK_POLICY,
+            Self::RequestAuth => names::TYPE_REQUEST_AUTH,
             Self::Address => names::TYPE_ADDRESS,
+            Self::TrafficPolicy => names::TYPE_TRAFFIC_POLICY,
+            Self::Route => names::TYPE_ROUTE,
         }
     }
 
@@ -57,7 +75,10 @@ impl Kind {
             Self::TrustBundle => "TrustBundle",
             Self::Authorization => "Authorization",
             Self::NetworkPolicy => "NetworkPolicy",
+            Self::RequestAuth => "RequestAuth",
             Self::Address => "Address",
+            Self::TrafficPolicy => "TrafficPolicy",
+            Self::Route => "Route",
         }
     }
 

@@ -72,7 +72,7 @@ impl ResourceSet {
         let resources = self.of(kind);
         resources.get(name).or_else(|| match kind {
             Kind::Address => resources.get(self.aliases().get(name)?),
-            Kind::TrustBundle | Kind::Authorization | Kind::NetworkPolicy => None,
+            _ => None,
         })
     }
 

@@ -30,6 +30,9 @@ pub fn resource(resource: &Resource) -> Value {
             })
         }),
         Kind::NetworkPolicy => mesh::NetworkPolicy::decode(resource.body.clone()).map(|p| network_policy(&p)),
+        Kind::Route => mesh::Route::decode(resource.body.clone()).map(|route| plain(&route)),
+        Kind::TrafficPolicy => mesh::TrafficPolicy::decode(resource.body.clone()).map(|policy| plain(&policy)),
+        Kind::RequestAuth => mesh::RequestAuth::decode(resource.body.clone()).map(|auth| plain(&auth)),
     };
     json!({
         "type": resource.kind.short(),
@@ -37,6 +40,22 @@ pub fn resource(resource: &Resource) -> Value {
         "version": &*resource.version,
         "resource": view.unwrap_or(Value::Null),
     })
+}
+
+/// As it is, without what is empty.
+fn plain(message: &impl serde::Serialize) -> Value {
+    fn bare(value: Value) -> Value {
+        match value {
+            Value::Object(map) => {
+                let bared =
+                    map.into_iter().map(|(key, value)| (key, bare(value))).filter(|(_, value)| *value != json!(0));
+                pruned(Value::Object(bared.collect()))
+            }
+            Value::Array(list) => list.into_iter().map(bare).collect(),
+            other => other,
+        }
+    }
+    serde_json::to_value(message).map(bare).unwrap_or_default()
 }
 
 /// Address bytes as text.
@@ -102,6 +121,7 @@ fn workload(w: &workload::Workload) -> Value {
         "dnsName": if info.hostname.is_empty() { String::new() } else { format!("{}.{}", info.hostname, info.subdomain) },
         "policyVersions": info.policy_versions,
         "networkPolicies": info.network_policies,
+        "requestAuths": info.request_auths,
         "groups": info.groups.iter().map(|id| group(*id)).collect::<Vec<_>>(),
     }))
 }
@@ -173,7 +193,7 @@ fn authorization(a: &security::Authorization) -> Value {
         .iter()
         .map(|rule| rule.clauses.iter().map(|clause| clause.matches.iter().map(one_match).collect::<Value>()).collect())
         .collect();
-    json!({
+    let mut shown = json!({
         "name": a.name,
         "namespace": a.namespace,
         "scope": a.scope().as_str_name(),
@@ -181,7 +201,70 @@ fn authorization(a: &security::Authorization) -> Value {
         "dryRun": a.dry_run,
         "deniesAll": a.extensions.iter().any(|e| e.name == names::EXTENSION_DENIES_ALL),
         "rules": rules,
-    })
+        "http": http_rules(a),
+    });
+    // Most policies have none.
+    if shown["http"].is_null()
+        && let Value::Object(map) = &mut shown
+    {
+        map.remove("http");
+    }
+    shown
+}
+
+/// The form for requests.
+fn http_rules(a: &security::Authorization) -> Value {
+    let config = a.extensions.iter().find(|e| e.name == names::EXTENSION_L7).and_then(|e| e.config.as_ref());
+    let decoded = config.and_then(|config| mesh::HttpAuthorization::decode(&*config.value).ok());
+    let clause = |clause: &mesh::HttpClause| clause.matches.iter().map(http_match).collect::<Value>();
+    let rule = |rule: &mesh::HttpRule| rule.clauses.iter().map(clause).collect::<Value>();
+    decoded.map(|http| http.rules.iter().map(rule).collect()).unwrap_or_default()
+}
+
+fn http_match(m: &mesh::HttpMatch) -> Value {
+    let mut shown = serde_json::Map::new();
+    if let Some(connection) = &m.connection
+        && let Value::Object(fields) = one_match(connection)
+    {
+        shown.extend(fields);
+    }
+    let mut put = |name: &str, any: Vec<String>, none: Vec<String>| {
+        shown.insert(name.to_owned(), json!(any));
+        shown.insert(format!("not {name}"), json!(none));
+    };
+    let texts = |list: &[security::StringMatch]| -> Vec<String> { list.iter().map(text).collect() };
+    let groups = [
+        ("hosts", &m.hosts),
+        ("methods", &m.methods),
+        ("requestPrincipals", &m.request_principals),
+        ("audiences", &m.audiences),
+        ("presenters", &m.presenters),
+        ("trustDomains", &m.trust_domains),
+    ];
+    for (name, group) in groups.into_iter().filter_map(|(name, group)| Some((name, group.as_ref()?))) {
+        put(name, texts(&group.any), texts(&group.none));
+    }
+    if let Some(paths) = &m.paths {
+        let path = |path: &mesh::PathMatch| match &path.path {
+            Some(mesh::path_match::Path::Text(matched)) => text(matched),
+            Some(mesh::path_match::Path::Template(template)) => template.clone(),
+            None => "?".to_owned(),
+        };
+        put("paths", paths.any.iter().map(path).collect(), paths.none.iter().map(path).collect());
+    }
+    for header in &m.headers {
+        let values = header.values.clone().unwrap_or_default();
+        put(&format!("header {}", header.name), texts(&values.any), texts(&values.none));
+    }
+    for claim in &m.claims {
+        let values = claim.values.clone().unwrap_or_default();
+        put(&format!("claim {}", claim.claim.join(".")), texts(&values.any), texts(&values.none));
+    }
+    if let Some(ips) = &m.remote_ips {
+        let block = |a: &security::Address| format!("{}/{}", ip(&a.address), a.length);
+        put("remoteIps", ips.any.iter().map(block).collect(), ips.none.iter().map(block).collect());
+    }
+    pruned(Value::Object(shown))
 }
 
 fn one_match(m: &security::Match) -> Value {

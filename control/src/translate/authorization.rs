@@ -1,6 +1,7 @@
-//! AuthorizationPolicy to Authorization: the part that L4 can enforce, closed where it cannot.
+//! AuthorizationPolicy to Authorization: the part that a connection shows, closed where it does not; `l7` adds the whole.
 //!
-//! In an ALLOW, a rule with HTTP fields is replaced by one that never matches; in a DENY, HTTP fields count as met.
+//! In an ALLOW, a rule with HTTP fields is replaced by one that never matches; in a DENY, HTTP fields count as met. That is
+//! for bytes that are not HTTP, and for proxies that do not know the rest.
 //! Rules keep their index, so that a denial names the rule as the user numbered it. What could not be enforced whole
 //! is said in a condition.
 
@@ -17,6 +18,7 @@ use crate::translate::Settings;
 use crate::translate::aliases;
 use crate::translate::denial;
 use crate::translate::endpoints::Endpoints;
+use crate::translate::l7;
 use crate::translate::service::octets;
 
 /// What became of one policy.
@@ -75,13 +77,15 @@ fn readable(policy: &AuthorizationPolicy, spec: &AuthorizationSpec, settings: &S
     };
     let mut closed = Vec::new();
     let rules = aliases::expand(&spec.rules, settings);
-    let rules: Vec<security::Rule> = rules
+    let http = rules.iter().any(|rule| !beyond_l4(rule).is_empty()).then(|| l7::extension(&rules, action));
+    let plain: Vec<security::Rule> = rules
         .iter()
         .enumerate()
         .map(|(index, rule)| {
             let beyond = beyond_l4(rule);
-            if !beyond.is_empty() {
-                closed.push(format!("rule {index} ({})", beyond.join(", ")));
+            let nobodys = l7::beyond(rule);
+            if !nobodys.is_empty() {
+                closed.push(format!("rule {index} ({})", nobodys.join(", ")));
             }
             match action {
                 security::Action::Allow if !beyond.is_empty() => never(),
@@ -99,9 +103,9 @@ fn readable(policy: &AuthorizationPolicy, spec: &AuthorizationSpec, settings: &S
         },
         scope: scope.into(),
         action: action.into(),
-        rules,
+        rules: plain,
         dry_run: spec.dry_run,
-        extensions: Vec::new(),
+        extensions: http.into_iter().collect(),
     };
     let mut resource = Resource::new(Kind::Authorization, meta.path(), &message, Vec::new());
     if spec.dry_run {
@@ -128,7 +132,7 @@ fn said(
             Action::Allow => "they allow nothing",
             _ => "they deny whatever the rest of the rule matches",
         };
-        let message = format!("Only L4 is enforced yet, and these rules name more, so {effect}: {}", closed.join("; "));
+        let message = format!("These rules name what no node can evaluate, so {effect}: {}", closed.join("; "));
         Condition::failing("Enforced", "NotEnforcedWhole", message)
     });
     if matches!(spec.target, Target::Services(_)) {
@@ -201,11 +205,11 @@ fn behind(pod: &Pod, policy: &Meta, service: &str, world: &World, endpoints: &En
     })
 }
 
-fn beyond_l4(rule: &Rule) -> Vec<&str> {
+pub(super) fn beyond_l4(rule: &Rule) -> Vec<&str> {
     let from = rule.from.iter().flat_map(|source| &source.beyond_l4);
     let to = rule.to.iter().flat_map(|operation| &operation.beyond_l4);
     let when = rule.when.iter().filter_map(|when| match &when.key {
-        ConditionKey::BeyondL4(key) => Some(key),
+        ConditionKey::Http(key, _) | ConditionKey::BeyondL4(key) => Some(key),
         _ => None,
     });
     from.chain(to).chain(when).map(String::as_str).collect()
@@ -235,7 +239,7 @@ fn l4_rule(rule: &Rule) -> security::Rule {
     security::Rule { clauses }
 }
 
-fn source(source: &Source) -> security::Match {
+pub(super) fn source(source: &Source) -> security::Match {
     let mut matched = security::Match::default();
     set_principals(&mut matched, &source.principals);
     set_namespaces(&mut matched, &source.namespaces);
@@ -245,7 +249,7 @@ fn source(source: &Source) -> security::Match {
     matched
 }
 
-fn operation(operation: &Operation) -> security::Match {
+pub(super) fn operation(operation: &Operation) -> security::Match {
     security::Match {
         destination_ports: ports(&operation.ports.any),
         not_destination_ports: ports(&operation.ports.none),
@@ -253,7 +257,7 @@ fn operation(operation: &Operation) -> security::Match {
     }
 }
 
-fn condition(key: &ConditionKey) -> security::Match {
+pub(super) fn condition(key: &ConditionKey) -> security::Match {
     let mut matched = security::Match::default();
     match key {
         ConditionKey::SourceIp(values) => {
@@ -271,7 +275,7 @@ fn condition(key: &ConditionKey) -> security::Match {
         ConditionKey::SourcePrincipal(values) => set_principals(&mut matched, values),
         ConditionKey::SourceNamespace(values) => set_namespaces(&mut matched, values),
         ConditionKey::SourceServiceAccount(values) => set_accounts(&mut matched, values),
-        ConditionKey::BeyondL4(_) => {}
+        ConditionKey::Http(..) | ConditionKey::BeyondL4(_) => {}
     }
     matched
 }
@@ -291,7 +295,7 @@ fn set_accounts(matched: &mut security::Match, values: &Compare<(String, String)
     matched.not_service_accounts = accounts(&values.none);
 }
 
-fn texts(values: &[TextMatch]) -> Vec<security::StringMatch> {
+pub(super) fn texts(values: &[TextMatch]) -> Vec<security::StringMatch> {
     values
         .iter()
         .map(|value| security::StringMatch {
@@ -315,7 +319,7 @@ fn accounts(values: &[(String, String)]) -> Vec<security::ServiceAccountMatch> {
         .collect()
 }
 
-fn blocks(values: &[ipnet::IpNet]) -> Vec<security::Address> {
+pub(super) fn blocks(values: &[ipnet::IpNet]) -> Vec<security::Address> {
     values
         .iter()
         .map(|net| security::Address { address: octets(&net.network()).into(), length: net.prefix_len().into() })

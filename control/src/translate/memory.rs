@@ -21,6 +21,7 @@ use crate::translate::groups::Groups;
 use crate::translate::index::Index;
 use crate::translate::mtls;
 use crate::translate::network;
+use crate::translate::request_auth;
 use crate::translate::service;
 use crate::translate::work::{Changed, Work};
 use crate::translate::workload;
@@ -204,7 +205,10 @@ impl Memory {
         authorization.extend(isolating().filter_map(network::stand_in_name));
         authorization.sort();
         let network = isolating().map(network::name).collect();
-        workload::Policies { authorization, network, groups: membership.groups }
+        let auths = world.request_authentications.values();
+        let request = auths.filter(|auth| request_auth::applies(auth, pod, world, &self.endpoints, settings));
+        let request = request.map(|auth| request_auth::name(auth)).collect();
+        workload::Policies { authorization, network, groups: membership.groups, request }
     }
 
     /// Endpoints that are no pods.

@@ -12,11 +12,15 @@ mod endpoints;
 mod enrol;
 mod groups;
 mod index;
+mod l7;
 mod memory;
 mod mtls;
 mod network;
+mod request_auth;
+mod route;
 mod service;
 mod telemetry;
+mod traffic;
 mod trust;
 mod work;
 mod workload;
@@ -30,7 +34,7 @@ use tulle_proto::names;
 pub use datagrams::endpoints as datagram_endpoints;
 pub use memory::Memory;
 
-use crate::model::{Condition, Meta, ObjectConditions, ObjectKey, World};
+use crate::model::{Condition, Meta, ObjectConditions, ObjectKey, ParentStatus, Status, World};
 use crate::resource::{Kind, Resource, ResourceSet};
 use crate::translate::work::{Changed, Work};
 
@@ -106,13 +110,28 @@ pub struct Translation {
 
 /// Conditions under construction.
 #[derive(Default)]
-struct Conditions(BTreeMap<ObjectKey, (i64, Vec<Condition>)>);
+struct Conditions(BTreeMap<ObjectKey, (i64, Vec<Condition>, Vec<ParentStatus>)>);
 
 impl Conditions {
     fn add(&mut self, kind: &str, meta: &Meta, condition: Condition) {
         let key = ObjectKey { kind: kind.to_owned(), namespace: meta.namespace.clone(), name: meta.name.clone() };
-        let (_, list) = self.0.entry(key).or_insert((meta.generation, Vec::new()));
+        let (_, list, _) = self.0.entry(key).or_insert((meta.generation, Vec::new(), Vec::new()));
         list.push(condition);
+    }
+
+    /// What the parents of a route say, and for the route as a whole the first that fails.
+    fn of_parents(&mut self, kind: &str, meta: &Meta, parents: Vec<ParentStatus>) {
+        for wanted in ["Accepted", "ResolvedRefs"] {
+            let mut all = parents.iter().flat_map(|parent| &parent.conditions).filter(|one| one.kind == wanted);
+            let first = all.clone().next();
+            if let Some(condition) = all.find(|one| one.status == Status::False).or(first) {
+                self.add(kind, meta, condition.clone());
+            }
+        }
+        let key = ObjectKey { kind: kind.to_owned(), namespace: meta.namespace.clone(), name: meta.name.clone() };
+        if let Some((_, _, list)) = self.0.get_mut(&key) {
+            *list = parents;
+        }
     }
 
     fn extend(&mut self, kind: &str, meta: &Meta, conditions: &[Condition]) {
@@ -122,9 +141,9 @@ impl Conditions {
     fn finish(self) -> Vec<ObjectConditions> {
         self.0
             .into_iter()
-            .map(|(object, (generation, mut conditions))| {
+            .map(|(object, (generation, mut conditions, parents))| {
                 conditions.sort_by_key(|condition| condition.kind);
-                ObjectConditions { object, generation, conditions }
+                ObjectConditions { object, generation, conditions, parents }
             })
             .collect()
     }
@@ -157,6 +176,11 @@ pub fn translate(world: &World, settings: &Settings, memory: &mut Memory) -> Tra
 fn whole(world: &World, settings: &Settings, mtls: &mtls::Plan<'_>, conditions: &mut Conditions) -> Vec<Resource> {
     mtls.conditions(conditions);
     for unenforced in world.unenforced.values() {
+        if unenforced.kind == "ReferenceGrant" {
+            let message = "References of routes of the mesh need no grant; it says nothing here".to_owned();
+            conditions.add(unenforced.kind, &unenforced.meta, Condition::holding("Accepted", "Accepted", message));
+            continue;
+        }
         let message = format!("This version reads {} objects but does not act on them yet", unenforced.kind);
         let condition = Condition::failing("Enforced", "NotEnforcedYet", message);
         conditions.add(unenforced.kind, &unenforced.meta, condition);
@@ -164,7 +188,27 @@ fn whole(world: &World, settings: &Settings, mtls: &mtls::Plan<'_>, conditions: 
     let (mut resources, of_bundles) = trust::translate(world, settings);
     of_bundles.into_iter().for_each(|(meta, condition)| conditions.add("ClusterTrustBundle", meta, condition));
     resources.extend(mtls.resources());
+    l7(world, settings, &mut resources, conditions);
     resources
+}
+
+/// What is about requests.
+fn l7(world: &World, settings: &Settings, resources: &mut Vec<Resource>, conditions: &mut Conditions) {
+    let grpc_ports = route::grpc_ports(world);
+    for route in world.routes.values() {
+        let one = route::translate(route, &grpc_ports, world, settings);
+        resources.extend(one.resource);
+        conditions.of_parents(route.kind.name(), &route.meta, one.parents);
+    }
+    for (rule, resource, said) in traffic::translate(world, settings) {
+        resources.extend(resource);
+        said.into_iter().for_each(|condition| conditions.add("DestinationRule", &rule.meta, condition));
+    }
+    for auth in world.request_authentications.values() {
+        let (resource, condition) = request_auth::translate(auth);
+        resources.push(resource);
+        conditions.add("RequestAuthentication", &auth.meta, condition);
+    }
 }
 
 /// A denial of everything in the place of what cannot be enforced.

@@ -31,9 +31,16 @@ fn show(translation: Translation) -> Value {
         "conditions": conditions,
         "accounts": accounts,
     });
-    // Only one case has some.
-    if !translation.resources.of(Kind::TrustBundle).is_empty() {
-        shown["trustBundles"] = of(Kind::TrustBundle);
+    // Most cases have none of these.
+    for (key, kind) in [
+        ("requestAuths", Kind::RequestAuth),
+        ("routes", Kind::Route),
+        ("trafficPolicies", Kind::TrafficPolicy),
+        ("trustBundles", Kind::TrustBundle),
+    ] {
+        if !translation.resources.of(kind).is_empty() {
+            shown[key] = of(kind);
+        }
     }
     shown
 }

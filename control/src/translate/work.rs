@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::base::Change;
 use crate::model::{
     AuthorizationPolicy, EndpointSlice, Key, LegacyEndpoints, Namespace, NetworkPolicy, ObjectChange,
-    PeerAuthentication, Pod, Service, World, in_namespace,
+    PeerAuthentication, Pod, RequestAuthentication, Service, World, in_namespace,
 };
 use crate::translate::Settings;
 use crate::translate::endpoints::Outside;
@@ -27,6 +27,7 @@ pub(super) struct Changed<'a> {
     pub(super) authorization_policies: Vec<ObjectChange<'a, AuthorizationPolicy>>,
     pub(super) peer_authentications: Vec<ObjectChange<'a, PeerAuthentication>>,
     pub(super) network_policies: Vec<ObjectChange<'a, NetworkPolicy>>,
+    pub(super) request_authentications: Vec<ObjectChange<'a, RequestAuthentication>>,
     /// Nodes that are somewhere else now.
     pub(super) moved_nodes: BTreeSet<String>,
     /// The pods on those.
@@ -49,6 +50,7 @@ impl<'a> Changed<'a> {
             authorization_policies: new.authorization_policies.changes_since(&old.authorization_policies),
             peer_authentications: new.peer_authentications.changes_since(&old.peer_authentications),
             network_policies: new.network_policies.changes_since(&old.network_policies),
+            request_authentications: new.request_authentications.changes_since(&old.request_authentications),
             moved_pods: pods.unwrap_or_default(),
             moved_nodes,
         }
@@ -92,6 +94,9 @@ impl Work {
         }
         for policy in &changed.peer_authentications {
             work.below(&policy.key.0, settings);
+        }
+        for auth in &changed.request_authentications {
+            work.below(&auth.key.0, settings);
         }
         work
     }

@@ -27,6 +27,8 @@ pub(super) struct Policies {
     pub(super) network: Vec<String>,
     /// Groups of NetworkPolicies that it belongs to.
     pub(super) groups: Vec<u64>,
+    /// RequestAuthentications that apply to it.
+    pub(super) request: Vec<String>,
 }
 
 /// What a pod's workload is made of besides the pod itself.
@@ -63,6 +65,7 @@ pub(super) fn translate(pod: &Pod, facts: &Facts, settings: &Settings) -> Resour
         egress: facts.egress.into(),
         groups: facts.policies.groups.clone(),
         network_policies: facts.policies.network.clone(),
+        request_auths: facts.policies.request.clone(),
         hints: facts.hints.clone(),
         probe_ports: pod.probe_ports.iter().map(|port| (*port).into()).collect(),
         hostname: if pod.subdomain.is_empty() { String::new() } else { pod.hostname.clone() },

@@ -11,13 +11,14 @@ use anyhow::ensure;
 use serde_json::Value;
 
 use crate::demo::Step;
+use crate::demo::canary;
 use crate::eventually::eventually;
 use crate::lab::Lab;
 use crate::lab::Running;
 use crate::scenario;
 
 /// Parts that `--break` can break.
-pub(super) const PARTS: [&str; 3] = ["rules", "authz", "tls"];
+pub(super) const PARTS: [&str; 4] = ["rules", "authz", "tls", "weights"];
 /// Without it there is nothing to show.
 pub(super) const FIRST: &str = "shop-runs";
 
@@ -72,6 +73,18 @@ pub(super) const STEPS: &[Step] = &[
         show: plaintext_refused,
     },
     Step {
+        name: "canary",
+        claim: "A new version of the catalog gets 10 % of the requests of a live connection, then half, and none is lost.",
+        rests_on: &["rules", "weights"],
+        show: canary::shifts,
+    },
+    Step {
+        name: "canary-pin",
+        claim: "Who asks for the new version by a header gets it, whatever the weights.",
+        rests_on: &["rules"],
+        show: canary::pins,
+    },
+    Step {
         name: "control-killed",
         claim: "Control is killed; connections old and new go on.",
         rests_on: &[],
@@ -108,7 +121,7 @@ metadata:
 spec: {nodeName: node-1, serviceAccountName: ledger, containers: [{name: main, image: none}]}
 ";
 
-const FRONTEND: &str = "shop/frontend";
+pub(super) const FRONTEND: &str = "shop/frontend";
 const CLERK: &str = "office/clerk";
 const PAYMENTS: &str = "http://payments.shop/";
 

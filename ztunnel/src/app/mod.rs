@@ -120,6 +120,7 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
         relay: relay::Limits { half_open: config.half_open_timeout },
         network: config.network.as_str().into(),
         cluster: config.cluster_id.as_str().into(),
+        limits: Arc::default(),
     };
     let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let count = config.workers(cores).map_err(anyhow::Error::msg)?;
@@ -128,11 +129,10 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     let watched = reader.clone();
     workers.run_all(move |worker| {
         worker.entered.watch(watched.clone());
-        worker.left.watch(watched.clone());
+        worker.out.live.watch(watched.clone());
     });
 
-    let monitor = xds::Monitor::default();
-    let pods = Pods::default();
+    let (monitor, pods) = (xds::Monitor::default(), Pods::default());
     let answers = Answers {
         node: config.node_name.as_str().into(),
         shared: shared.clone(),
@@ -373,10 +373,7 @@ fn xds_config(config: &Node) -> xds::Config {
         .map(|(key, value)| (key, value.as_str().map_or_else(|| value.to_string(), str::to_owned)))
         .collect();
     metadata.insert(names::METADATA_TULLE_VERSION.to_owned(), VERSION.to_owned());
-    let mut types = vec![names::TYPE_TRUST_BUNDLE];
-    if config.network_policy == Switch::On {
-        types.push(names::TYPE_NETWORK_POLICY);
-    }
+    let types: Vec<&str> = xds::own_types(config.network_policy == Switch::On).collect();
     metadata.insert(names::METADATA_TULLE_TYPES.to_owned(), types.join(","));
     xds::Config {
         control: control(config, false),

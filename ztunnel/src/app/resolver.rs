@@ -83,11 +83,11 @@ impl Names {
             let (dns, shared, pod) = (dns.clone(), shared.clone(), pod.clone());
             let accepted: Accepted<Worker> = Arc::new(move |worker, tcp, load| {
                 let (dns, shared, pod) = (dns.clone(), shared.clone(), pod.clone());
-                let (pool, failing, left) = (worker.pool.clone(), worker.failing.clone(), worker.left.clone());
+                let means = worker.out.clone();
                 spawn(async move {
                     match dns.takes(&tcp).await {
                         Some(upstream) => dns.serve_stream(tcp, upstream).await,
-                        None => outbound::serve(shared, pool, failing, left, pod, tcp).await,
+                        None => outbound::serve(shared, means, pod, tcp).await,
                     }
                     drop(load);
                 });

@@ -2,39 +2,27 @@
 //!
 //! None of it is ever seen by another thread: a flow is placed once, at accept, and its tunnel is found on the same worker.
 
-use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::base::drain::Drained;
 use crate::base::workers::{Accepted, Listening, Workers, spawn};
 use crate::flow::{LocalPod, Shared};
-use crate::hbone::pool::Pool;
 use crate::inbound;
-use crate::lb::Failing;
 use crate::outbound;
 
 /// Lives on one thread.
 pub struct Worker {
-    /// Its tunnels.
-    pub pool: Rc<Pool>,
-    /// Endpoints that it could not reach lately.
-    pub failing: Rc<RefCell<Failing>>,
     /// Its live inbound connections.
     pub entered: Rc<inbound::recheck::Live>,
-    /// Its live outbound connections.
-    pub left: Rc<outbound::recheck::Live>,
+    /// What its outbound connections are made with.
+    pub out: outbound::Means,
 }
 
 impl Worker {
     /// An idle worker.
     pub fn new(shared: &Shared) -> Self {
-        Self {
-            pool: Pool::new(shared.hbone),
-            failing: Rc::default(),
-            entered: inbound::recheck::live(),
-            left: outbound::recheck::live(),
-        }
+        Self { entered: inbound::recheck::live(), out: outbound::Means::new(shared.hbone) }
     }
 }
 
@@ -66,8 +54,7 @@ pub fn serve_pod(
     let outgoing: Accepted<Worker> = {
         let (shared, pod) = (shared.clone(), pod.clone());
         Arc::new(move |worker, tcp, load| {
-            let (pool, failing, left) = (worker.pool.clone(), worker.failing.clone(), worker.left.clone());
-            let flow = outbound::serve(shared.clone(), pool, failing, left, pod.clone(), tcp);
+            let flow = outbound::serve(shared.clone(), worker.out.clone(), pod.clone(), tcp);
             spawn(async move {
                 flow.await;
                 drop(load);

@@ -7,20 +7,21 @@ use std::time::Duration;
 /// How fast a bucket fills.
 #[derive(Clone, Copy, Debug)]
 pub struct Rate {
-    /// Tokens a second; 0 counts as 1.
-    pub per_second: u32,
+    /// Time in which one token comes.
+    pub interval: Duration,
     /// Tokens in a full bucket; 0 counts as 1.
     pub burst: u32,
 }
 
 impl Rate {
-    fn interval(self) -> Duration {
-        Duration::from_secs(1) / self.per_second.max(1)
+    /// So many tokens a second; 0 counts as 1.
+    pub fn per_second(tokens: u32, burst: u32) -> Self {
+        Self { interval: Duration::from_secs(1) / tokens.max(1), burst }
     }
 
     /// How far in the future an empty bucket's moment lies before the last token is taken.
     fn slack(self) -> Duration {
-        self.interval().saturating_mul(self.burst.max(1) - 1)
+        self.interval.saturating_mul(self.burst.max(1) - 1)
     }
 }
 
@@ -38,7 +39,7 @@ impl Bucket {
 
     /// Takes a token, whether or not there is one.
     pub fn take(&mut self, rate: Rate, now: Duration) {
-        self.full_at = self.full_at.max(now).saturating_add(rate.interval());
+        self.full_at = self.full_at.max(now).saturating_add(rate.interval);
     }
 
     /// Whether nothing is remembered.
@@ -54,7 +55,7 @@ mod tests {
 
     #[test]
     fn a_bucket_gives_its_burst_and_then_its_rate() {
-        let rate = Rate { per_second: 10, burst: 5 };
+        let rate = Rate::per_second(10, 5);
         let mut bucket = Bucket::default();
         let mut now = Duration::from_secs(100);
         for _ in 0..5 {
@@ -67,7 +68,7 @@ mod tests {
         bucket.take(rate, now);
         assert!(!bucket.is_full(now));
         assert!(bucket.is_full(now + Duration::from_millis(500)));
-        let odd = Rate { per_second: 0, burst: 0 };
+        let odd = Rate::per_second(0, 0);
         assert!(Bucket::default().wait(odd, now).is_zero(), "never a bucket without a token");
     }
 }

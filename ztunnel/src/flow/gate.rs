@@ -168,7 +168,7 @@ impl State {
 
 /// Two seconds' worth at once: all peers of a pod come back together.
 fn rate(per_second: u32) -> Rate {
-    Rate { per_second, burst: per_second.saturating_mul(2) }
+    Rate::per_second(per_second, per_second.saturating_mul(2))
 }
 
 #[derive(Clone, Copy, Debug)]

@@ -20,6 +20,7 @@ use crate::base::drain::Drained;
 use crate::base::sockets::PodSockets;
 pub use crate::flow::gate::{Gate, GateLimits, Pass};
 use crate::hbone;
+use crate::http;
 use crate::identity::Identities;
 use crate::lb::Bound;
 use crate::outcome::{Code, Outcome};
@@ -48,6 +49,8 @@ pub struct Shared {
     pub network: Arc<str>,
     /// Cluster id, for telemetry.
     pub cluster: Arc<str>,
+    /// What all workers count together for routes and traffic policies.
+    pub limits: Arc<http::limit::Limits>,
 }
 
 /// Limits of one pod.

@@ -39,6 +39,11 @@ pub struct Registration<T> {
 }
 
 impl<T> Registration<T> {
+    /// What the connection is decided by.
+    pub fn facts(&self) -> &T {
+        &self.conn.facts
+    }
+
     /// Completes when a snapshot forbids the connection.
     pub async fn cut(&self) -> Outcome {
         self.conn.cut.ordered().await

@@ -7,6 +7,7 @@
 //! the best one is [`CROWDED`] full, so that nobody waits for it. Idle tunnels are closed by one task a pool that
 //! sleeps until the next one is due; an idle pool has no task.
 
+use std::borrow::Borrow;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -21,6 +22,7 @@ use tokio::sync::watch;
 use tokio::time::sleep_until;
 use tulle_certs::SpiffeId;
 
+use crate::base::cut::Cut;
 use crate::base::window::Slot;
 use crate::base::workers;
 use crate::hbone::Config;
@@ -97,9 +99,20 @@ impl Lease {
         self.tunnel.cut.ordered().await
     }
 
+    /// What [`Self::cut`] waits for, for who has no lease.
+    pub fn order(&self) -> Rc<Cut<Outcome>> {
+        self.tunnel.cut.clone()
+    }
+
     /// Who the other side proved to be.
     pub fn peer(&self) -> &SpiffeId {
         &self.tunnel.peer
+    }
+}
+
+impl Borrow<Slot> for Lease {
+    fn borrow(&self) -> &Slot {
+        &self.window
     }
 }
 

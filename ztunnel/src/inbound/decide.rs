@@ -7,7 +7,7 @@ use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
 use crate::outcome::{Code, Outcome};
 use crate::policy::{self, Facts, Verdict, network};
-use crate::state::{Snapshot, Transport, Workload};
+use crate::state::{AppProtocol, Snapshot, Transport, Workload};
 
 /// Decides for a connection from `source`, who proved `identity` (`None`: plaintext), to the application at `target`.
 ///
@@ -20,6 +20,103 @@ pub fn decide(
     source: IpAddr,
     target: SocketAddr,
 ) -> Result<Verdict, Outcome> {
+    let facts = entering(snapshot, workload, identity, source, target)?;
+    let verdict = policy::evaluate(snapshot, &facts);
+    if verdict.allowed || authorization_is_broken() {
+        return Ok(verdict);
+    }
+    Err(denial(&verdict))
+}
+
+/// Decides what can be decided of a connection whose requests are decided one by one; see [`requests_are_read`].
+///
+/// # Errors
+/// Why it may not enter, naming policy and rule.
+pub fn decide_connection(
+    snapshot: &Snapshot,
+    workload: &Workload,
+    identity: Option<&SpiffeId>,
+    source: IpAddr,
+    target: SocketAddr,
+) -> Result<Verdict, Outcome> {
+    let facts = entering(snapshot, workload, identity, source, target)?;
+    let verdict = policy::evaluate_connection(snapshot, &facts);
+    if verdict.allowed || authorization_is_broken() {
+        return Ok(verdict);
+    }
+    Err(denial(&verdict))
+}
+
+/// Decides a connection whose bytes are not HTTP although a policy speaks of requests: by what is left of the policies, and
+/// never where a token would have to be looked at.
+///
+/// # Errors
+/// Why it may not go on.
+pub fn decide_bytes(
+    snapshot: &Snapshot,
+    workload: &Workload,
+    identity: Option<&SpiffeId>,
+    source: IpAddr,
+    target: SocketAddr,
+) -> Result<Verdict, Outcome> {
+    if !workload.request_auths.is_empty() && declared(snapshot, workload, target.port()) != Declared::Bytes {
+        let text = format!(
+            "a RequestAuthentication applies, and the bytes for port {} are not HTTP; if they are not meant to be, say so \
+             with appProtocol: tcp or the name of the Service's port",
+            target.port()
+        );
+        return Err(Outcome::new(Code::NotHttp, text));
+    }
+    decide(snapshot, workload, identity, source, target)
+}
+
+/// What the Services say of a port of the pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Declared {
+    /// HTTP, also if only one of them does.
+    Http,
+    /// Something else.
+    Bytes,
+    /// Nothing.
+    Unknown,
+}
+
+/// What the Services that `workload` belongs to say of its `port`.
+pub fn declared(snapshot: &Snapshot, workload: &Workload, port: u16) -> Declared {
+    let mut found = Declared::Unknown;
+    for (key, ports) in workload.services.keys().filter_map(|key| Some((key, workload.services.get(key)?))) {
+        let service = key.split_once('/').and_then(|(namespace, hostname)| snapshot.service(namespace, hostname));
+        for own in ports.iter() {
+            let defined = service.and_then(|service| service.port(own.service_port));
+            let target =
+                if own.target_port == 0 { defined.map_or(0, |port| port.target_port) } else { own.target_port };
+            if target != port {
+                continue;
+            }
+            let protocol = defined.map_or(own.app_protocol, |port| port.app_protocol);
+            match protocol {
+                AppProtocol::Http11 | AppProtocol::Http2 | AppProtocol::Grpc => return Declared::Http,
+                AppProtocol::Tcp | AppProtocol::Tls => found = Declared::Bytes,
+                AppProtocol::Unknown => {}
+            }
+        }
+    }
+    found
+}
+
+/// Whether the requests of a connection to `port` are read and decided one by one.
+pub fn requests_are_read(snapshot: &Snapshot, workload: &Workload, port: u16) -> bool {
+    policy::needs_http(snapshot, workload) && declared(snapshot, workload, port) != Declared::Bytes
+}
+
+/// What holds for every connection, whatever it carries; then what policies are asked about.
+fn entering<'a>(
+    snapshot: &Snapshot,
+    workload: &'a Workload,
+    identity: Option<&'a SpiffeId>,
+    source: IpAddr,
+    target: SocketAddr,
+) -> Result<Facts<'a>, Outcome> {
     if matches!(target.port(), PORT_OUTBOUND | PORT_INBOUND_PLAINTEXT | PORT_HBONE) {
         let text = format!("port {} belongs to the proxy", target.port());
         return Err(Outcome::new(Code::SelfCall, text));
@@ -30,19 +127,25 @@ pub fn decide(
         return Err(Outcome::new(Code::WrongDestination, text));
     }
     network::ingress(snapshot, workload, identity, source, Transport::Tcp, target.port()).outcome()?;
-    let facts = Facts {
+    Ok(facts(snapshot, workload, identity, source, target))
+}
+
+/// What policies are asked about.
+pub fn facts<'a>(
+    snapshot: &Snapshot,
+    workload: &'a Workload,
+    identity: Option<&'a SpiffeId>,
+    source: IpAddr,
+    target: SocketAddr,
+) -> Facts<'a> {
+    Facts {
         source_identity: identity,
         source_ip: source,
         destination: workload,
         destination_ip: target.ip(),
         destination_port: target.port(),
         foreign: identity.is_some_and(|identity| snapshot.is_foreign(workload, identity)),
-    };
-    let verdict = policy::evaluate(snapshot, &facts);
-    if verdict.allowed || authorization_is_broken() {
-        return Ok(verdict);
     }
-    Err(denial(&verdict))
 }
 
 /// The outcome of a verdict that denies.
@@ -58,7 +161,7 @@ pub fn denial(verdict: &Verdict) -> Outcome {
 }
 
 /// Sabotage of test builds: `TULLE_BREAK=authz` lets everybody in.
-fn authorization_is_broken() -> bool {
+pub(super) fn authorization_is_broken() -> bool {
     cfg!(feature = "sabotage") && std::env::var("TULLE_BREAK").is_ok_and(|part| part == "authz")
 }
 

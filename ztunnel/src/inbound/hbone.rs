@@ -30,9 +30,10 @@ use crate::hbone::headers::{self, Authority, Baggage, Forwarded, TraceId};
 use crate::hbone::server;
 use crate::hbone::{READ_BUFFER, TLS_BUFFER};
 use crate::inbound::recheck::Live;
+use crate::inbound::requests::{self, Connection};
 use crate::inbound::{Request, admit, stopped};
 use crate::outcome::{Code, Outcome};
-use crate::relay::{self, TcpSide, Terms};
+use crate::relay::{self, StreamIo, TcpSide, Terms};
 use crate::state::{Snapshot, Workload};
 use crate::telemetry::{ConnRecord, Direction};
 use crate::tls::{peer_identity, refusal};
@@ -244,6 +245,16 @@ async fn carry(
     };
     drop(waiting);
     let counts = record.counts.clone();
+    if registration.facts().requests.get() {
+        let connection = Connection::new(shared, pod, &registration, record);
+        let io = Box::new(Paced::new(StreamIo::new(send, request.into_body(), window)));
+        let served = Box::pin(requests::serve(connection, io, tcp, &registration, &counts));
+        return tokio::select! {
+            biased;
+            outcome = tunnel.cut.ordered() => outcome,
+            outcome = served => outcome,
+        };
+    }
     let recv = async { Ok(request.into_body()) };
     // A stop resets the stream, so the other side cannot take it for an end.
     let stop = async {

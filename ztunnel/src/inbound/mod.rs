@@ -1,13 +1,16 @@
 //! Into a local pod: from a tunnel (15008) or as plaintext (15006), authorised before anything is dialled.
 //!
 //! Every connection is registered for re-checking before its first check, so a policy that arrives in between cannot
-//! miss it. The answer 200 is sent only after the application took the connection.
+//! miss it. The answer 200 is sent only after the application took the connection. Where a policy speaks of requests, what can
+//! be decided of the connection is decided then, and each request for itself (`requests`).
 
 pub mod decide;
 mod hbone;
 mod plaintext;
 pub mod recheck;
+mod requests;
 
+use std::cell::Cell;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -23,7 +26,7 @@ use crate::base::drain::Drained;
 use crate::flow::{LocalPod, PATIENCE, Shared};
 use crate::inbound::recheck::{Admitted, Live, Registration};
 use crate::outcome::{Code, Outcome};
-use crate::state::Workload;
+use crate::state::{Snapshot, Workload};
 use crate::telemetry::ConnRecord;
 
 /// What is known of a connection when it asks to be let in.
@@ -58,14 +61,21 @@ async fn admit(
     // Only a NetworkPolicy asks which workload the client is; others go by its identity.
     let lease = if isolated { shared.ask(pod, source)? } else { None };
     let asked = lease.clone();
-    let registration = live.register(Admitted { pod: pod.clone(), identity, source, target, lease });
+    let requests = Cell::new(false);
+    let admitted = Admitted { pod: pod.clone(), identity, source, target, requests, lease };
+    let registration = live.register(admitted);
     shared.answered(pod, asked.as_ref(), source).await?;
     let (_, workload) = shared.known(pod).await?;
+    let decide = |snapshot: &Snapshot, workload: &Workload| {
+        let requests = decide::requests_are_read(snapshot, workload, request.target.port());
+        registration.facts().requests.set(requests);
+        let decide = if requests { decide::decide_connection } else { decide::decide };
+        decide(snapshot, workload, request.identity.as_ref(), request.source, request.target)
+    };
     // Wait for policies that are on their way; anything else is decided at once.
     let decided = shared.wait_for(|snapshot| {
         let workload = pod.workload(snapshot).unwrap_or(&workload);
-        let verdict = decide::decide(snapshot, workload, request.identity.as_ref(), request.source, request.target);
-        match verdict {
+        match decide(snapshot, workload) {
             Err(outcome) if outcome.code == Code::PolicyPending => None,
             other => Some(other),
         }
@@ -75,9 +85,7 @@ async fn admit(
         None => {
             // Still pending: say which policy is missing.
             let snapshot = shared.reader.load();
-            let verdict =
-                decide::decide(&snapshot, &workload, request.identity.as_ref(), request.source, request.target)?;
-            record.dry_run = verdict.dry_run;
+            record.dry_run = decide(&snapshot, &workload)?.dry_run;
         }
     }
     let dial = pod.sockets.connect_from(request.source, request.target);

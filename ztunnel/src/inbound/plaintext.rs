@@ -13,6 +13,7 @@ use crate::base::sockets::{original_destination, reset};
 use crate::capture::probe;
 use crate::flow::{LocalPod, Shared};
 use crate::inbound::recheck::Live;
+use crate::inbound::requests::{self, Connection};
 use crate::inbound::{Request, admit, stopped};
 use crate::outcome::Outcome;
 use crate::relay::{self, Terms};
@@ -61,6 +62,10 @@ async fn carry(
     record.destination.workload = Some(workload);
     record.opened();
     let counts = record.counts.clone();
+    if registration.facts().requests.get() {
+        let connection = Connection::new(shared, pod, &registration, record);
+        return Box::pin(requests::serve(connection, Box::new(tcp), server, &registration, &counts)).await;
+    }
     let terms = Terms { counts: &counts, limits: shared.relay, budget: &pod.buffers };
     relay::tcp(tcp, server, terms, stopped(&pod.drained, &registration)).await
 }

@@ -1,7 +1,8 @@
-//! What the re-check of live inbound connections asks: the same [`decide`] that let them in.
+//! What the re-check of live inbound connections asks: the same decision that let them in.
 //!
 //! A connection is in the table from before its first check, so a policy that arrives in between cannot miss it.
 
+use std::cell::Cell;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use tulle_certs::SpiffeId;
 
 use crate::flow::LocalPod;
 use crate::flow::recheck;
-use crate::inbound::decide::decide;
+use crate::inbound::decide::{decide_bytes, decide_connection};
 use crate::outcome::Outcome;
 use crate::state::{Lease, Snapshot};
 
@@ -24,6 +25,8 @@ pub struct Admitted {
     pub source: IpAddr,
     /// The application's address.
     pub target: SocketAddr,
+    /// Its requests are decided one by one.
+    pub requests: Cell<bool>,
     /// Keeps the client's workload known, where not everything is.
     pub lease: Option<Lease>,
 }
@@ -41,5 +44,6 @@ pub fn live() -> Rc<Live> {
 fn check(snapshot: &Snapshot, conn: &Admitted) -> Option<Outcome> {
     // A pod that control no longer describes is on its way out; its connections end with it.
     let workload = conn.pod.workload(snapshot)?;
+    let decide = if conn.requests.get() { decide_connection } else { decide_bytes };
     decide(snapshot, workload, conn.identity.as_ref(), conn.source, conn.target).err()
 }

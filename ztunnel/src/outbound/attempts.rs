@@ -29,14 +29,14 @@ use crate::telemetry::metrics::ElsewhereLabels;
 
 /// Most endpoints tried for one connection: with half of a large service down, one in 32 connections runs out, and that
 /// only until the worker has learnt which ones are down.
-const MOST: usize = 5;
+pub(super) const MOST: usize = 5;
 
 /// After this, no further endpoint is tried: the client has waited for what it would have waited for one.
-const LONGEST: Duration = Duration::from_secs(10);
+pub(super) const LONGEST: Duration = Duration::from_secs(10);
 
 /// How long an endpoint is waited for that others can stand in for. A lost SYN is sent again after a second, and another
 /// endpoint is the better answer to it.
-const SHORT: Patience = Patience { connect: Duration::from_secs(1), refused: Duration::ZERO };
+pub(super) const SHORT: Patience = Patience { connect: Duration::from_secs(1), refused: Duration::ZERO };
 
 /// What attempts are made with.
 #[derive(Clone, Copy)]
@@ -142,23 +142,27 @@ impl Attempts<'_> {
         destination: SocketAddr,
         tried: &[SocketAddr],
     ) -> Result<Plan, Outcome> {
+        self.with_chance(tried, |chance| choose(snapshot, source, &self.shared.network, destination, chance))
+    }
+
+    /// Calls `then` with the worker's experience.
+    pub(super) fn with_chance<T>(self, tried: &[SocketAddr], then: impl FnOnce(&Chance<'_>) -> T) -> T {
         let failing = self.failing.borrow();
         let now = Instant::now();
         let bound = |service: &Service, port: u16| {
             self.pod.bound.lock().unwrap_or_else(PoisonError::into_inner).get(&service.key(), port, now)
         };
-        let chance = Chance {
+        then(&Chance {
             random: rand::rng().random(),
             pod: &self.pod.uid,
             tried,
             failing: &|endpoint| failing.is(endpoint, now),
             bound: &bound,
-        };
-        choose(snapshot, source, &self.shared.network, destination, &chance)
+        })
     }
 
     /// The endpoint of `plan` took the connection.
-    fn reached(self, plan: &Plan, port: u16) {
+    pub(super) fn reached(self, plan: &Plan, port: u16) {
         if plan.others() {
             self.failing.borrow_mut().reached(plan.endpoint());
         }

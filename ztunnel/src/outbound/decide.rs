@@ -143,7 +143,12 @@ pub fn choose(
     Ok(Plan::Plain(Plain { address: destination, destination: None, service: None, others: false }))
 }
 
-fn to_service(
+/// [`choose`] for a connection to a Service that is known, as a route names it: `destination` is one of its addresses, or of
+/// the family that is preferred, with its port.
+///
+/// # Errors
+/// Why the connection is refused.
+pub fn to_service(
     snapshot: &Snapshot,
     source: &Workload,
     service: &Arc<Service>,

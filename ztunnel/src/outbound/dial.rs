@@ -3,6 +3,7 @@
 //! There is no other way to try when it fails: a plan that asks for a tunnel never becomes plaintext. A failure says
 //! whether another endpoint may be asked without delivering anything twice.
 
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -14,19 +15,23 @@ use rand::RngExt as _;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
+use tulle_certs::SpiffeId;
 
 use crate::base::Counts;
+use crate::base::cut::Cut;
+use crate::base::pace::Paced;
 use crate::flow::{LocalPod, Shared};
 use crate::hbone::client::{Dialer, Patience};
 use crate::hbone::headers::{self, Baggage, Forwarded, TraceId};
 use crate::hbone::pool::{Key, Lease, Opened, Pool};
+use crate::http::BoxIo;
 use crate::outbound::attempts::{Attempts, Failure, not_opened};
-use crate::outbound::decide::{Hbone, Plain};
+use crate::outbound::decide::{Hbone, Plain, Plan};
 use crate::outbound::recheck::Registration;
 use crate::outbound::{forbidden, stopped};
 use crate::outcome::{Code, Fault, Outcome};
 use crate::relay::early::{self, Said};
-use crate::relay::{self, TcpSide, Terms};
+use crate::relay::{self, StreamIo, TcpSide, Terms};
 use crate::state::Workload;
 use crate::telemetry::ConnRecord;
 
@@ -55,7 +60,10 @@ pub(super) async fn tunnel(
 ) -> Result<Stream, Failure> {
     let Attempts { shared, pool, pod, .. } = attempts;
     record.hbone = Some(plan.address);
-    let Opened { response, mut send, lease } = open(shared, pool, pod, source, plan, patience, record).await?;
+    let trace = TraceId::new(rand::rng().random());
+    record.trace = Some(trace.to_string());
+    let headers = describe(source, plan, record.source.addr, trace);
+    let Opened { response, mut send, lease } = open(shared, pool, pod, source, plan, patience, headers).await?;
     let answer = match said {
         None => Answer::Waited(response),
         Some(said) => {
@@ -114,7 +122,7 @@ async fn open(
     source: &Workload,
     plan: &Hbone,
     patience: Patience,
-    record: &mut ConnRecord,
+    headers: HeaderMap,
 ) -> Result<Opened, Failure> {
     let cert = shared.certificate(source).await.map_err(Failure::last)?;
     let key = Key {
@@ -124,14 +132,12 @@ async fn open(
         address: plan.address,
     };
     let dialer = Dialer { sockets: pod.sockets.clone(), cert, budget: pod.buffers.clone(), patience };
-    let trace = TraceId::new(rand::rng().random());
-    record.trace = Some(trace.to_string());
-    let request = headers::connect_request(&plan.authority.to_string(), describe(source, plan, record, trace))
+    let request = headers::connect_request(&plan.authority.to_string(), headers)
         .map_err(|error| Failure::last(Outcome::new(Code::Internal, error.to_string())))?;
     pool.open(&key, &dialer, &request).await.map_err(not_opened)
 }
 
-fn describe(source: &Workload, plan: &Hbone, record: &ConnRecord, trace: TraceId) -> HeaderMap {
+fn describe(source: &Workload, plan: &Hbone, client: Option<SocketAddr>, trace: TraceId) -> HeaderMap {
     let text = |value: &Arc<str>| Some(value.to_string()).filter(|text| !text.is_empty());
     let baggage = Baggage {
         cluster: text(&source.cluster),
@@ -140,10 +146,7 @@ fn describe(source: &Workload, plan: &Hbone, record: &ConnRecord, trace: TraceId
         service: text(&source.canonical_name),
         version: text(&source.canonical_revision),
     };
-    let forwarded = Forwarded {
-        client: record.source.addr,
-        host: plan.service.as_ref().map(|service| service.hostname.to_string()),
-    };
+    let forwarded = Forwarded { client, host: plan.service.as_ref().map(|service| service.hostname.to_string()) };
     let mut map = HeaderMap::with_capacity(3);
     for (name, value) in [
         (headers::BAGGAGE, baggage.to_header(source.workload_type.as_str())),
@@ -155,6 +158,38 @@ fn describe(source: &Workload, plan: &Hbone, record: &ConnRecord, trace: TraceId
         }
     }
     map
+}
+
+/// Opens a connection for HTTP, to be used for many requests of the pod: a stream of a tunnel whose destination has taken
+/// it, or TCP. Also who the other side proved to be, and what may order the tunnel's end.
+pub(super) async fn connection(
+    attempts: Attempts<'_>,
+    client: SocketAddr,
+    source: &Workload,
+    plan: &Plan,
+    patience: Patience,
+) -> Result<(BoxIo, Option<SpiffeId>, Option<Rc<Cut<Outcome>>>), Failure> {
+    let Attempts { shared, pool, pod, .. } = attempts;
+    match plan {
+        Plan::Hbone(plan) => {
+            let headers = describe(source, plan, Some(client), TraceId::new(rand::rng().random()));
+            let Opened { response, mut send, lease } = open(shared, pool, pod, source, plan, patience, headers).await?;
+            match accepted(response, shared, &lease).await {
+                Ok(recv) => {
+                    let (peer, order) = (lease.peer().clone(), lease.order());
+                    Ok((Box::new(Paced::new(StreamIo::new(send, recv, lease))), Some(peer), Some(order)))
+                }
+                Err(refusal) => {
+                    send.send_reset(h2::Reason::CANCEL);
+                    Err(refusal.failure(&Said::new(&pod.buffers)))
+                }
+            }
+        }
+        Plan::Plain(plan) => {
+            let server = self::plain(pod, plan, patience, &Said::new(&pod.buffers)).await?;
+            Ok((Box::new(server), None, None))
+        }
+    }
 }
 
 /// A CONNECT that was not accepted.

@@ -1,5 +1,6 @@
 //! From a captured connection of a local pod to its next hop: listen → decide → dial → relay. `attempts` goes around
-//! decide and dial where a service has another endpoint to try.
+//! decide and dial where a service has another endpoint to try. Where a route speaks of the destination, `requests` takes
+//! the place of dial and relay.
 //!
 //! [`serve`] is the life of a connection from top to bottom. Whatever refuses it resets the client's connection, because
 //! bytes that nobody will answer must not look accepted.
@@ -7,9 +8,13 @@
 mod attempts;
 pub mod decide;
 mod dial;
+mod exchange;
+mod forward;
 pub mod recheck;
+mod requests;
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -21,23 +26,60 @@ use crate::base::sockets::{original_destination, reset};
 use crate::base::{Counts, canonical};
 use crate::capture::probe;
 use crate::flow::{LocalPod, Shared};
+use crate::hbone;
 use crate::hbone::pool::Pool;
+use crate::http::retry::Budget;
+use crate::http::{Framing, pool};
 use crate::lb::Failing;
 use crate::outbound::attempts::{Attempts, Next};
 use crate::outbound::recheck::{Left, Live, Registration};
 use crate::outcome::{Code, Outcome};
-use crate::state::EgressMode;
+use crate::state::{EgressMode, Lease, Service};
 use crate::telemetry::{ConnRecord, Direction};
 
+/// What a worker has for its outbound connections. Cheap to clone.
+#[derive(Clone)]
+pub struct Means {
+    /// Its tunnels.
+    pub pool: Rc<Pool>,
+    /// Endpoints that it could not reach lately.
+    pub failing: Rc<RefCell<Failing>>,
+    /// Its live outbound connections.
+    pub live: Rc<Live>,
+    /// Connections for requests.
+    pub connections: Rc<pool::Pool>,
+    budgets: Rc<RefCell<HashMap<BudgetKey, Budget>>>,
+}
+
+/// Uid of the pod, host name of the Service, and its port.
+type BudgetKey = (Arc<str>, Arc<str>, u16);
+
+/// Retry budgets kept before idle ones are let go.
+const BUDGETS: usize = 256;
+
+impl Means {
+    /// A new worker's.
+    pub fn new(config: hbone::Config) -> Self {
+        Self {
+            pool: Pool::new(config),
+            failing: Rc::default(),
+            live: recheck::live(),
+            connections: pool::Pool::new(),
+            budgets: Rc::default(),
+        }
+    }
+
+    fn budget(&self, pod: &Arc<str>, service: &Service, port: u16) -> Budget {
+        let mut budgets = self.budgets.borrow_mut();
+        if budgets.len() >= BUDGETS {
+            budgets.retain(|_, budget| !budget.is_idle());
+        }
+        budgets.entry((pod.clone(), service.hostname.clone(), port)).or_default().clone()
+    }
+}
+
 /// Serves one captured connection to its end.
-pub async fn serve(
-    shared: Shared,
-    pool: Rc<Pool>,
-    failing: Rc<RefCell<Failing>>,
-    live: Rc<Live>,
-    pod: Arc<LocalPod>,
-    tcp: TcpStream,
-) {
+pub async fn serve(shared: Shared, means: Means, pod: Arc<LocalPod>, tcp: TcpStream) {
     // Not redirected: somebody dialled the proxy's port itself. There is nothing to proxy to.
     let (Ok(destination), Ok(source)) = (original_destination(&tcp), tcp.peer_addr()) else { return reset(tcp) };
     // Dialled directly while connection tracking is on: the "original" destination is the listener itself.
@@ -51,8 +93,7 @@ pub async fn serve(
     }
     let mut record = ConnRecord::new(shared.metrics.clone(), Direction::Outbound, canonical(source), destination);
     let counts = record.counts.clone();
-    let attempts = Attempts { shared: &shared, pool: &pool, failing: &failing, pod: &pod };
-    let outcome = carry(attempts, &live, tcp, destination, &mut record, &counts).await;
+    let outcome = carry(&shared, &means, &pod, tcp, destination, &mut record, &counts).await;
     record.finish(&outcome);
 }
 
@@ -85,16 +126,22 @@ async fn forbidden(shared: &Shared, pod: &LocalPod) -> Outcome {
     }
 }
 
-#[allow(clippy::too_many_arguments, reason = "the parts of one connection, each used once")]
+/// How a connection goes on.
+enum Way {
+    Bytes(Next, Registration),
+    /// With what keeps the Service known, where not everything is.
+    Requests(Framing, Option<Lease>),
+}
+
 async fn carry(
-    attempts: Attempts<'_>,
-    live: &Rc<Live>,
+    shared: &Shared,
+    means: &Means,
+    pod: &Arc<LocalPod>,
     tcp: TcpStream,
     destination: SocketAddr,
     record: &mut ConnRecord,
     counts: &Rc<Counts>,
 ) -> Outcome {
-    let Attempts { shared, pod, .. } = attempts;
     // Boxed: what it takes to open a connection must not weigh on it while it is idle.
     let opened = Box::pin(async {
         let permit = pod.connection(&pod.outbound)?;
@@ -102,26 +149,39 @@ async fn carry(
         shared.answered(pod, lease.as_ref(), destination.ip()).await?;
         let (snapshot, source) = shared.known(pod).await?;
         record.source.workload = Some(source.clone());
+        if let Some(declared) = requests::wanted(&snapshot, &source, &shared.network, destination)
+            && let Some(framing) = requests::told(&tcp, declared).await?
+        {
+            let client = &source.namespace;
+            record.service = snapshot.service_at(&shared.network, destination, client).cloned();
+            record.opened();
+            return Ok((permit, Way::Requests(framing, lease)));
+        }
+        let attempts = Attempts { shared, pool: &means.pool, failing: &means.failing, pod };
         let (next, target) = attempts.reach(&snapshot, &source, destination, &tcp, record).await?;
         record.opened();
-        let registration = live.register_decided(Left { pod: pod.clone(), target, lease }, &shared.reader);
-        Ok((permit, next, registration))
+        let left = Left { pod: pod.clone(), target, lease };
+        let registration = means.live.register_decided(left, &shared.reader);
+        Ok((permit, Way::Bytes(next, registration)))
     });
     let opened = tokio::select! {
         opened = opened => opened,
         outcome = ended(pod) => Err(outcome),
     };
-    let (_permit, next, registration) = match opened {
-        Ok(opened) => opened,
+    match opened {
         Err(outcome) => {
             reset(tcp);
-            return outcome;
+            outcome
         }
-    };
-    match next {
-        Next::Tunnel(next) => dial::relay_tunnel(shared, pod, tcp, next, &registration, counts).await,
-        Next::Plain { server, outside } => {
+        Ok((_permit, Way::Bytes(Next::Tunnel(next), registration))) => {
+            dial::relay_tunnel(shared, pod, tcp, next, &registration, counts).await
+        }
+        Ok((_permit, Way::Bytes(Next::Plain { server, outside }, registration))) => {
             dial::relay_plain(shared, pod, tcp, server, outside, &registration, counts).await
+        }
+        Ok((_permit, Way::Requests(framing, _lease))) => {
+            let addr = record.source.addr.unwrap_or(destination);
+            Box::pin(requests::serve(shared, means, pod, (addr, destination), framing, tcp, counts)).await
         }
     }
 }

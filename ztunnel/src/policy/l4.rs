@@ -35,6 +35,11 @@ pub struct Facts<'a> {
 
 /// Decides.
 pub fn evaluate(snapshot: &Snapshot, facts: &Facts<'_>) -> Verdict {
+    decide(snapshot, facts, |policy| matching_rule(policy, facts))
+}
+
+/// The same, with `matching` to say which rule of a policy matches.
+pub(super) fn decide(snapshot: &Snapshot, facts: &Facts<'_>, matching: impl Fn(&Policy) -> Option<usize>) -> Verdict {
     if !snapshot.policies_synced() {
         return refusal(Code::PolicyPending, None);
     }
@@ -48,7 +53,7 @@ pub fn evaluate(snapshot: &Snapshot, facts: &Facts<'_>) -> Verdict {
     let mut first_allow: Option<&Arc<Policy>> = None;
     let mut allow_policies = 0;
     for policy in snapshot.policies_for(facts.destination) {
-        let matched = matching_rule(policy, facts);
+        let matched = matching(policy);
         let by_rule = matched.map(|rule| (policy, rule));
         if policy.dry_run {
             dry_run.extend(would_be(policy, matched));
@@ -85,7 +90,7 @@ pub fn evaluated(snapshot: &Snapshot, workload: &Workload) -> Vec<(Arc<str>, Arc
     network.chain(snapshot.policies_for(workload).map(|policy| (policy.id.clone(), policy.version.clone()))).collect()
 }
 
-fn refusal(code: Code, policy: Option<Arc<str>>) -> Verdict {
+pub(super) fn refusal(code: Code, policy: Option<Arc<str>>) -> Verdict {
     Verdict { allowed: false, code, policy, rule: None, allow_policies: 0, stand_in: None, dry_run: Vec::new() }
 }
 
@@ -107,7 +112,7 @@ fn would_be(policy: &Policy, matched: Option<usize>) -> Option<DryRun> {
 }
 
 /// Index of the first rule that matches.
-fn matching_rule(policy: &Policy, facts: &Facts<'_>) -> Option<usize> {
+pub(super) fn matching_rule(policy: &Policy, facts: &Facts<'_>) -> Option<usize> {
     policy.rules.iter().position(|rule| rule_matches(rule, policy.action, facts))
 }
 
@@ -127,7 +132,7 @@ fn clause_matches(clause: &Clause, action: Action, facts: &Facts<'_>) -> bool {
     if clause.unknown { action == Action::Deny } else { any }
 }
 
-fn match_holds(only: &Match, action: Action, facts: &Facts<'_>) -> bool {
+pub(super) fn match_holds(only: &Match, action: Action, facts: &Facts<'_>) -> bool {
     if only.is_empty() {
         return only.unknown && action == Action::Deny;
     }

@@ -3,9 +3,12 @@
 //! Istio's algebra (DENY before ALLOW; no ALLOW means allow), with the additions that keep it from failing open: a
 //! policy that has not arrived refuses, and a part of a policy that cannot be evaluated counts against the connection.
 //! The same function answers live traffic, the re-check of live connections and `tulle explain`. [`network`] is the sibling
-//! for NetworkPolicies, which must allow as well, and [`datagrams`] their form for the kernel; L7 will be another.
+//! for NetworkPolicies, which must allow as well, and [`datagrams`] their form for the kernel. [`evaluate_request`] decides one
+//! request by the HTTP fields too, with the token that [`jwt`] has verified.
 
 pub mod datagrams;
+mod http;
+pub mod jwt;
 mod l4;
 pub mod network;
 #[cfg(test)]
@@ -16,6 +19,7 @@ mod reference;
 mod tests;
 mod verdict;
 
+pub use http::{HttpFacts, evaluate_connection, evaluate_request, needs_http};
 pub use l4::{Facts, evaluate, evaluated};
 pub use verdict::{Code, Verdict};
 

@@ -7,6 +7,9 @@
 
 pub mod early;
 mod pumps;
+mod stream;
+
+pub use stream::StreamIo;
 
 use std::future::Future;
 use std::pin::pin;

@@ -47,6 +47,7 @@ pub fn workload(namespace: &str, name: &str, ip: &str) -> Workload {
         probe_ports: Vec::new(),
         groups: Box::default(),
         network_policies: Vec::new(),
+        request_auths: Vec::new(),
         dns_name: None,
         canonical_name: name.into(),
         canonical_revision: "latest".into(),
@@ -112,6 +113,7 @@ pub fn policy(namespace: &str, name: &str, scope: Scope, action: Action, only: O
         action,
         dry_run: false,
         rules: rules.into_iter().collect(),
+        http: None,
         stand_in: None,
     }
 }

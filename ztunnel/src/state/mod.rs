@@ -17,34 +17,50 @@ mod demand;
 mod endpoints;
 #[cfg(test)]
 pub mod fixtures;
+mod http_rules;
 mod index;
 mod known;
+mod l7;
 mod members;
 mod narrowed;
 mod network;
 mod pack;
 mod policy;
 mod record;
+mod request_auth;
+mod route;
 mod service;
 mod snapshot;
 mod store;
 #[cfg(test)]
 mod tests;
+mod traffic;
 mod trust;
 mod versions;
 mod workload;
 
 pub use demand::{Demands, Lease, address_name};
 pub use endpoints::{Candidate, Endpoints, PortTable, PortTables, Ports, Tiers};
+pub use http_rules::{Element, Group, HttpMatch, HttpRule, PathPattern};
+pub use l7::RouteEntry;
 pub use network::{IpBlock, NETWORK_POLICY, NetworkPeers, NetworkPolicy, NetworkPort, NetworkRule, Way};
 pub use policy::{Action, Clause, Match, Policy, Rule, Scope, ServiceAccount, StringMatch};
 pub use record::{Place, Record, Shapes};
+pub use request_auth::{JwtRule, REQUEST_AUTHENTICATION, RequestAuth};
+pub use route::{
+    Abort, Backend, Fault, Filters, GRPC_ROUTE, HTTP_ROUTE, HeaderChanges, Mirror, PathChange, PathMatch, Pattern,
+    RateLimit, Redirect, Retry, Rewrite, Route, RouteKind, RouteMatch, RouteParent, RouteRule, ServiceName, Turns,
+    Wanted,
+};
 pub use service::{
     DatagramPort, HealthPolicy, IpFamilies, IpFamily, LoadBalancing, LocalityScope, Mode, NamedPort, Service,
     ServiceInfo, ServiceSpec, Transport, Visibility,
 };
 pub use snapshot::Snapshot;
-pub use store::{Applied, Change, Reader, Writer, store};
+pub use store::{Applied, Change, OwnType, Reader, Writer, store};
+pub use traffic::{
+    Balancer, DESTINATION_RULE, HashKey, OutlierDetection, TrafficPolicy, TrafficScope, TrafficSettings,
+};
 pub use trust::TrustBundle;
 pub use versions::{LogEntry, LogName};
 pub use workload::{

@@ -8,6 +8,8 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use crate::state::HttpRule;
+
 /// Which workloads a policy applies to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
@@ -43,8 +45,10 @@ pub struct Policy {
     pub action: Action,
     /// Evaluated and reported, but without effect on the verdict.
     pub dry_run: bool,
-    /// Rules.
+    /// Rules. Where `http` is there: what is left of them for bytes that are not HTTP, such that no more is allowed.
     pub rules: Vec<Rule>,
+    /// The rules for requests, in the same places.
+    pub http: Option<Arc<[HttpRule]>>,
     /// Stands in for a policy that cannot be read, with the reason: denies all.
     pub stand_in: Option<Arc<str>>,
 }
@@ -60,6 +64,7 @@ impl Policy {
             action: Action::Deny,
             dry_run,
             rules: vec![Rule::default()],
+            http: None,
             stand_in: Some(reason.into()),
         }
     }

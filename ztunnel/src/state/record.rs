@@ -73,6 +73,7 @@ struct Rare {
     hostname: Arc<str>,
     hints: Box<[EndpointHints]>,
     policy_versions: Box<[(Arc<str>, Arc<str>)]>,
+    request_auths: Box<[Arc<str>]>,
     waypoint: Option<Box<GatewayAddress>>,
     network_gateway: Option<Box<GatewayAddress>>,
     application_tunnel: Option<ApplicationTunnel>,
@@ -252,7 +253,8 @@ impl Record {
 
     /// Every policy that it names.
     pub(super) fn named(&self) -> impl Iterator<Item = &Arc<str>> {
-        self.shape.policies.iter().chain(&self.shape.network_policies)
+        let auths = self.shape.rare.as_ref().map_or(&[][..], |rare| &rare.request_auths);
+        self.shape.policies.iter().chain(&self.shape.network_policies).chain(auths)
     }
 
     /// The policies that it names, with the version that control had in mind.
@@ -412,6 +414,7 @@ impl Record {
             capacity: shape.capacity,
             policies: shape.policies.to_vec(),
             policy_versions: rare.policy_versions.iter().cloned().collect(),
+            request_auths: rare.request_auths.to_vec(),
             policies_pending: self.policies_pending(),
             egress: shape.egress,
             pod_uid: pod_uid.into(),
@@ -437,6 +440,7 @@ fn shape_of(from: &Workload) -> Shape {
         hostname: from.hostname.clone(),
         hints: from.hints.clone(),
         policy_versions: from.policy_versions.iter().map(|(id, version)| (id.clone(), version.clone())).collect(),
+        request_auths: from.request_auths.as_slice().into(),
         waypoint: from.waypoint.clone(),
         network_gateway: from.network_gateway.clone(),
         application_tunnel: from.application_tunnel,
@@ -525,6 +529,7 @@ mod tests {
             capacity: 7,
             policies: vec!["shop/p".into(), "shop/q".into()],
             policy_versions: [("shop/p".into(), "v".into())].into(),
+            request_auths: vec!["RequestAuthentication/shop/users".into()],
             policies_pending: true,
             egress: EgressMode::Deny,
             probe_ports: vec![8080, 9090],

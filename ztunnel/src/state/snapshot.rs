@@ -13,6 +13,7 @@ use tulle_proto::names::{PROBE_V4, PROBE_V6};
 
 use crate::state::cow::{CowMap, Groups};
 use crate::state::known::Workloads;
+use crate::state::l7::L7;
 use crate::state::{NetworkPolicy, Policy, Record, Scope, Service, Workload};
 
 /// See the module's header. Cheap to clone.
@@ -38,11 +39,13 @@ pub struct Snapshot {
     pub(super) network_expected: bool,
     pub(super) network_synced: bool,
     pub(super) network_policies: CowMap<Arc<str>, Arc<NetworkPolicy>>,
+    pub(super) l7: Arc<L7>,
+    /// Own types that control offers, and those of them that have been said completely.
+    pub(super) own_expected: u8,
+    pub(super) own_synced: u8,
     /// Addresses of this node itself.
     pub(super) node: Arc<[IpAddr]>,
-    /// Control offers TrustBundles.
-    pub(super) trust_expected: bool,
-    pub(super) trust_synced: bool,
+    /// Roots of other trust domains.
     pub(super) trust: Bundles,
     /// Other names of this node's trust domain.
     pub(super) aliases: Aliases,
@@ -69,9 +72,10 @@ impl Snapshot {
             network_expected: false,
             network_synced: false,
             network_policies: CowMap::new(),
+            l7: Arc::default(),
+            own_expected: 0,
+            own_synced: 0,
             node: Arc::from([]),
-            trust_expected: false,
-            trust_synced: false,
             trust: Bundles::default(),
             aliases: Aliases::default(),
         }
@@ -85,8 +89,7 @@ impl Snapshot {
     /// The first response of every type was applied: what is not here does not exist.
     pub fn synced(&self) -> bool {
         let network = self.network_synced || !self.network_expected;
-        let trust = self.trust_synced || !self.trust_expected;
-        self.addresses_synced && self.policies_synced && network && trust
+        self.addresses_synced && self.policies_synced && network && self.own_expected & !self.own_synced == 0
     }
 
     /// The first response with policies was applied. Before, no verdict is possible.

@@ -18,8 +18,8 @@ use crate::state::members::Delta;
 use crate::state::narrowed::Narrowed;
 use crate::state::versions::{Kept, Logged, VersionLog};
 use crate::state::{
-    Demands, Endpoints, LogEntry, LogName, NetworkPolicy, Policy, Record, Scope, Service, ServiceSpec, Shapes,
-    Snapshot, TrustBundle, Workload,
+    Demands, Endpoints, LogEntry, LogName, NetworkPolicy, Policy, Record, RequestAuth, Route, Scope, Service,
+    ServiceSpec, Shapes, Snapshot, TrafficPolicy, TrustBundle, Workload,
 };
 
 /// Services whose endpoints are prepared in one step of [`Writer::prepare`]: a few milliseconds.
@@ -52,12 +52,20 @@ pub enum Change {
     NetworkPoliciesExpected,
     /// The bundle of a trust domain is so.
     TrustBundle(Arc<TrustBundle>),
-    /// The TrustBundle of this resource name is gone.
-    TrustBundleRemoved(Arc<str>),
-    /// Control offers TrustBundles, so nothing is complete without them.
-    TrustBundlesExpected,
-    /// The first response with TrustBundles is complete.
-    TrustBundlesSynced,
+    /// A route is so.
+    Route(Arc<Route>),
+    /// A traffic policy is so.
+    TrafficPolicy(Arc<TrafficPolicy>),
+    /// A RequestAuthentication is so.
+    RequestAuth(Arc<RequestAuth>),
+    /// A RequestAuthentication cannot be read: this stand-in takes its place unless a good version is held.
+    RequestAuthRejected(Arc<RequestAuth>),
+    /// The resource of this name is gone.
+    OwnRemoved(OwnType, Arc<str>),
+    /// Control offers the type, so nothing is complete without it.
+    OwnExpected(OwnType),
+    /// The first response of the type is complete.
+    OwnSynced(OwnType),
     /// The first response with workloads and services is complete.
     AddressesSynced,
     /// The first response with policies is complete.
@@ -65,6 +73,28 @@ pub enum Change {
     /// The first response with NetworkPolicies is complete.
     NetworkPoliciesSynced,
 }
+
+/// An own type about HTTP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OwnType {
+    /// HTTPRoutes and GRPCRoutes.
+    Route,
+    /// DestinationRules.
+    TrafficPolicy,
+    /// RequestAuthentications.
+    RequestAuth,
+    /// Roots of other trust domains.
+    TrustBundle,
+}
+
+impl OwnType {
+    fn bit(self) -> u8 {
+        1 << self as u8
+    }
+}
+
+/// What has been said completely: of the types of old, and of those about HTTP as offered and complete.
+type Progress = ([bool; 4], [u8; 2]);
 
 /// What [`Writer::apply`] did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,7 +131,7 @@ pub fn store() -> (Writer, Reader) {
         narrowed: Narrowed::default(),
         touched: BTreeMap::new(),
         log: Vec::new(),
-        shown: [false; 6],
+        shown: Progress::default(),
         shared: shared.clone(),
     };
     (writer, Reader { shared })
@@ -188,7 +218,7 @@ pub struct Writer {
     /// What the next publication changes.
     log: Vec<Logged>,
     /// What was said completely when the last snapshot was published.
-    shown: [bool; 6],
+    shown: Progress,
     shared: Arc<Shared>,
 }
 
@@ -233,10 +263,14 @@ impl Writer {
                         self.zombies.insert(id);
                     }
                 }
-                Change::TrustBundle(bundle) => self.put_bundle(&bundle),
-                Change::TrustBundleRemoved(id) => self.remove_bundle(id),
-                Change::TrustBundlesExpected => self.next.trust_expected = true,
-                Change::TrustBundlesSynced => self.next.trust_synced = true,
+                Change::TrustBundle(_)
+                | Change::Route(_)
+                | Change::TrafficPolicy(_)
+                | Change::RequestAuth(_)
+                | Change::RequestAuthRejected(_)
+                | Change::OwnRemoved(..) => self.put_own(change),
+                Change::OwnExpected(own) => self.next.own_expected |= own.bit(),
+                Change::OwnSynced(own) => self.next.own_synced |= own.bit(),
                 Change::AddressRemoved(name) => self.remove_address(&name),
                 Change::PolicyRemoved(id) => self.remove_policy(&id),
                 Change::AddressesSynced => self.next.addresses_synced = true,
@@ -272,24 +306,55 @@ impl Writer {
     }
 
     /// What has been said completely.
-    fn progress(&self) -> [bool; 6] {
+    fn progress(&self) -> Progress {
         let Snapshot { addresses_synced, policies_synced, network_expected, network_synced, .. } = self.next;
-        let Snapshot { trust_expected, trust_synced, .. } = self.next;
-        [addresses_synced, policies_synced, network_expected, network_synced, trust_expected, trust_synced]
+        let own = [self.next.own_expected, self.next.own_synced];
+        ([addresses_synced, policies_synced, network_expected, network_synced], own)
     }
 
-    fn put_bundle(&mut self, bundle: &TrustBundle) {
-        if self.next.trust.get(&bundle.trust_domain) != Some(&bundle.roots) {
-            self.note(LogName::TrustBundle(bundle.id.clone()), Some(bundle.version.clone()));
-            self.next.trust = self.next.trust.with(&bundle.trust_domain, bundle.roots.clone());
-        }
-    }
-
-    fn remove_bundle(&mut self, id: Arc<str>) {
-        let domain = id.strip_prefix(TRUST_BUNDLE).unwrap_or_default();
-        if self.next.trust.get(domain).is_some() {
-            self.next.trust = self.next.trust.without(domain);
-            self.note(LogName::TrustBundle(id), None);
+    /// Brings what is known of HTTP and of other trust domains up to date.
+    fn put_own(&mut self, change: Change) {
+        let l7 = Arc::make_mut(&mut self.next.l7);
+        let (id, version, changed) = match change {
+            Change::Route(route) => (route.id.clone(), Some(route.version.clone()), l7.put_route(route)),
+            Change::TrafficPolicy(policy) => (policy.id.clone(), Some(policy.version.clone()), l7.put_traffic(policy)),
+            Change::RequestAuth(auth) => {
+                self.zombies.remove(&auth.id);
+                (auth.id.clone(), Some(auth.version.clone()), l7.put_request_auth(auth))
+            }
+            Change::RequestAuthRejected(stand_in) => {
+                self.zombies.remove(&stand_in.id);
+                let (id, version) = (stand_in.id.clone(), stand_in.version.clone());
+                (id, Some(version), l7.reject_request_auth(stand_in))
+            }
+            Change::TrustBundle(bundle) => {
+                let changed = self.next.trust.get(&bundle.trust_domain) != Some(&bundle.roots);
+                if changed {
+                    self.next.trust = self.next.trust.with(&bundle.trust_domain, bundle.roots.clone());
+                }
+                (bundle.id.clone(), Some(bundle.version.clone()), changed)
+            }
+            Change::OwnRemoved(OwnType::TrustBundle, id) => {
+                let domain = id.strip_prefix(TRUST_BUNDLE).unwrap_or_default();
+                let changed = self.next.trust.get(domain).is_some();
+                if changed {
+                    self.next.trust = self.next.trust.without(domain);
+                }
+                (id, None, changed)
+            }
+            Change::OwnRemoved(OwnType::Route, id) => (id.clone(), None, l7.remove_route(&id)),
+            Change::OwnRemoved(OwnType::TrafficPolicy, id) => (id.clone(), None, l7.remove_traffic(&id)),
+            Change::OwnRemoved(OwnType::RequestAuth, id) => {
+                // It stays in force as long as a workload names it.
+                if l7.request_auth(&id).is_some() {
+                    self.zombies.insert(id);
+                }
+                return;
+            }
+            _ => return,
+        };
+        if changed {
+            self.note(LogName::Own(id), version);
         }
     }
 
@@ -624,7 +689,11 @@ impl Writer {
                 self.note(LogName::Authorization(id.clone()), None);
             }
             if self.next.network_policies.remove(&id).is_some() {
-                self.note(LogName::NetworkPolicy(id), None);
+                self.note(LogName::NetworkPolicy(id.clone()), None);
+            }
+            if self.next.l7.request_auth(&id).is_some() {
+                Arc::make_mut(&mut self.next.l7).remove_request_auth(&id);
+                self.note(LogName::Own(id), None);
             }
         }
     }

@@ -242,6 +242,8 @@ pub struct Workload {
     pub groups: Box<[u64]>,
     /// NetworkPolicies that isolate it, `NetworkPolicy/<namespace>/<name>`.
     pub network_policies: Vec<Arc<str>>,
+    /// RequestAuthentications that apply to it, `RequestAuthentication/<namespace>/<name>`.
+    pub request_auths: Vec<Arc<str>>,
     /// Its name below a service's. `None`: that of its address.
     pub dns_name: Option<Box<DnsName>>,
     /// Canonical service name, for telemetry.

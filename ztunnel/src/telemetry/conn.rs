@@ -25,14 +25,14 @@ pub enum Direction {
 }
 
 impl Direction {
-    fn reporter(self) -> &'static str {
+    pub(super) fn reporter(self) -> &'static str {
         match self {
             Self::Inbound => "destination",
             Self::Outbound => "source",
         }
     }
 
-    fn word(self) -> &'static str {
+    pub(super) fn word(self) -> &'static str {
         match self {
             Self::Inbound => "inbound",
             Self::Outbound => "outbound",
@@ -143,12 +143,7 @@ impl ConnRecord {
             metrics.denials.get_or_create(&labels).inc();
         }
         for dry in self.dry_run.iter().chain(&outcome.dry_run) {
-            let labels = DryRunLabels {
-                policy: dry.policy.clone(),
-                would_be: dry.would_be.word(),
-                rule: dry.rule.map_or_else(String::new, |rule| rule.to_string()),
-            };
-            self.metrics.dry_run.get_or_create(&labels).inc();
+            self.metrics.dry_run.get_or_create(&DryRunLabels::of(dry)).inc();
         }
         self.log(outcome);
     }
@@ -202,45 +197,45 @@ impl ConnRecord {
     }
 
     fn make_labels(&self) -> TcpLabels {
-        let source = WorkloadLabels::of(&self.source);
-        let destination = WorkloadLabels::of(&self.destination);
-        let service = self.service.as_deref();
-        let name = |value: Option<&Arc<str>>| value.cloned().unwrap_or_else(unknown);
-        TcpLabels {
-            reporter: self.direction.reporter(),
-            source_workload: source.workload,
-            source_canonical_service: source.canonical.clone(),
-            source_canonical_revision: source.revision.clone(),
-            source_workload_namespace: source.namespace,
-            source_principal: source.principal,
-            source_app: source.canonical,
-            source_version: source.revision,
-            source_cluster: source.cluster,
-            destination_service: name(service.map(|service| &service.hostname)),
-            destination_service_namespace: name(service.map(|service| &service.namespace)),
-            destination_service_name: name(service.map(|service| &service.name)),
-            destination_workload: destination.workload,
-            destination_canonical_service: destination.canonical.clone(),
-            destination_canonical_revision: destination.revision.clone(),
-            destination_workload_namespace: destination.namespace,
-            destination_principal: destination.principal,
-            destination_app: destination.canonical,
-            destination_version: destination.revision,
-            destination_cluster: destination.cluster,
-            request_protocol: "tcp",
-            response_flags: "-",
-            connection_security_policy: if self.source.identity.is_some() && self.destination.identity.is_some() {
-                "mutual_tls"
-            } else {
-                "unknown"
-            },
-        }
+        labels(self.direction, &self.source, &self.destination, self.service.as_deref())
     }
 }
 
 impl Drop for ConnRecord {
     fn drop(&mut self) {
         self.end(&Outcome::new(Code::Drained, "the proxy dropped the connection"));
+    }
+}
+
+/// The labels of what goes on between two ends.
+pub(super) fn labels(direction: Direction, source: &Peer, destination: &Peer, service: Option<&Service>) -> TcpLabels {
+    let mutual = source.identity.is_some() && destination.identity.is_some();
+    let (source, destination) = (WorkloadLabels::of(source), WorkloadLabels::of(destination));
+    let name = |value: Option<&Arc<str>>| value.cloned().unwrap_or_else(unknown);
+    TcpLabels {
+        reporter: direction.reporter(),
+        source_workload: source.workload,
+        source_canonical_service: source.canonical.clone(),
+        source_canonical_revision: source.revision.clone(),
+        source_workload_namespace: source.namespace,
+        source_principal: source.principal,
+        source_app: source.canonical,
+        source_version: source.revision,
+        source_cluster: source.cluster,
+        destination_service: name(service.map(|service| &service.hostname)),
+        destination_service_namespace: name(service.map(|service| &service.namespace)),
+        destination_service_name: name(service.map(|service| &service.name)),
+        destination_workload: destination.workload,
+        destination_canonical_service: destination.canonical.clone(),
+        destination_canonical_revision: destination.revision.clone(),
+        destination_workload_namespace: destination.namespace,
+        destination_principal: destination.principal,
+        destination_app: destination.canonical,
+        destination_version: destination.revision,
+        destination_cluster: destination.cluster,
+        request_protocol: "tcp",
+        response_flags: "-",
+        connection_security_policy: if mutual { "mutual_tls" } else { "unknown" },
     }
 }
 

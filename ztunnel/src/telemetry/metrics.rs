@@ -12,7 +12,9 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
+use crate::outcome::DryRun;
 use crate::telemetry::dns::DnsMetrics;
+use crate::telemetry::http::HttpMetrics;
 
 /// Labels of the TCP metrics.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -69,6 +71,14 @@ pub struct DryRunLabels {
     pub rule: String,
 }
 
+impl DryRunLabels {
+    /// Of one policy's say.
+    pub fn of(dry: &DryRun) -> Self {
+        let rule = dry.rule.map_or_else(String::new, |rule| rule.to_string());
+        Self { policy: dry.policy.clone(), would_be: dry.would_be.word(), rule }
+    }
+}
+
 /// Why an endpoint was left for another one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ElsewhereLabels {
@@ -120,6 +130,8 @@ pub struct Metrics {
     pub log_dropped: Gauge<u64, AtomicU64>,
     /// Name look-ups.
     pub dns: DnsMetrics,
+    /// Requests.
+    pub http: HttpMetrics,
 }
 
 impl Metrics {
@@ -143,6 +155,7 @@ impl Metrics {
             pressed: Gauge::default(),
             log_dropped: Gauge::default(),
             dns: DnsMetrics::new(registry),
+            http: HttpMetrics::new(registry),
         };
         let build = Family::<BuildLabels, Gauge>::default();
         build.get_or_create(&BuildLabels { component: "ztunnel", tag: env!("CARGO_PKG_VERSION") }).set(1);

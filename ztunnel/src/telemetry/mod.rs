@@ -6,6 +6,8 @@
 
 mod conn;
 pub mod dns;
+mod http;
 pub mod metrics;
 
 pub use conn::{ConnRecord, Direction, Peer};
+pub use http::{HttpMetrics, HttpRecord};

@@ -16,4 +16,4 @@ mod wire;
 pub use client::{Config, run};
 pub use monitor::{Monitor, Received, Status, Termination};
 pub use node::{NodeConfig, run_node_service};
-pub use session::{Outcome, Session};
+pub use session::{Outcome, Session, own_types};

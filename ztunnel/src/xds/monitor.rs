@@ -6,7 +6,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tulle_proto::names::{TYPE_ADDRESS, TYPE_NETWORK_POLICY, TYPE_TRUST_BUNDLE};
+use tulle_proto::names::{TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY};
 
 /// Why a stream ended. The names are the `reason` label of `istio_xds_connection_terminations`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,7 +140,7 @@ fn index(type_url: &str) -> usize {
     match type_url {
         TYPE_ADDRESS => 0,
         TYPE_NETWORK_POLICY => 2,
-        TYPE_TRUST_BUNDLE => 3,
-        _ => 1,
+        TYPE_AUTHORIZATION => 1,
+        _ => 3,
     }
 }

@@ -14,9 +14,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
-use tulle_proto::names::{MORE, TOGETHER, TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY, TYPE_TRUST_BUNDLE};
+use tulle_proto::names::{
+    MORE, TOGETHER, TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY, TYPE_REQUEST_AUTH, TYPE_ROUTE,
+    TYPE_TRAFFIC_POLICY, TYPE_TRUST_BUNDLE,
+};
 
-use crate::state::{Change, Record, Shapes};
+use crate::state::{Change, OwnType, Record, Shapes};
 use crate::xds::decode::{self, Rejected, Strings};
 
 /// A NACK is read by people and logged; more rejections than fit are counted.
@@ -137,18 +140,14 @@ impl Session {
     /// The server offers these own types, by URL: what to tell the store, and what to ask for.
     pub fn offered(&mut self, offered: &[String]) -> (Vec<Change>, Vec<DeltaDiscoveryRequest>) {
         let (mut expected, mut asked) = (Vec::new(), Vec::new());
-        for url in [TYPE_TRUST_BUNDLE, TYPE_NETWORK_POLICY] {
-            let wanted = url != TYPE_NETWORK_POLICY || self.network_policy;
-            if !wanted || !offered.iter().any(|one| one == url) {
+        for url in own_types(self.network_policy) {
+            if !offered.iter().any(|offered| offered == url) {
                 continue;
             }
             if self.types.iter().all(|state| state.url != url) {
                 self.types.push(TypeState::new(url));
             }
-            expected.push(match url {
-                TYPE_TRUST_BUNDLE => Change::TrustBundlesExpected,
-                _ => Change::NetworkPoliciesExpected,
-            });
+            expected.push(own_type(url).map_or(Change::NetworkPoliciesExpected, Change::OwnExpected));
             asked.extend(self.subscribe(url));
         }
         (expected, asked)
@@ -211,10 +210,10 @@ impl Session {
             if hold {
                 self.held_names.push((state.url, name.clone()));
             }
-            outcome.changes.push(match state.url {
-                TYPE_ADDRESS => Change::AddressRemoved(name),
-                TYPE_NETWORK_POLICY => Change::NetworkPolicyRemoved(name),
-                TYPE_TRUST_BUNDLE => Change::TrustBundleRemoved(name),
+            outcome.changes.push(match (state.url, own_type(state.url)) {
+                (TYPE_ADDRESS, _) => Change::AddressRemoved(name),
+                (TYPE_NETWORK_POLICY, _) => Change::NetworkPolicyRemoved(name),
+                (_, Some(own)) => Change::OwnRemoved(own, name),
                 _ => Change::PolicyRemoved(name),
             });
         }
@@ -222,7 +221,9 @@ impl Session {
             let decoded = match state.url {
                 TYPE_ADDRESS => decode::address_resource(&resource, &mut self.strings),
                 TYPE_NETWORK_POLICY => decode::network_resource(&resource),
-                TYPE_TRUST_BUNDLE => decode::trust_resource(&resource),
+                url if own_type(url).is_some() => {
+                    decode::own_resource(&resource, url, &self.node.id, &mut self.strings)
+                }
                 _ => decode::authorization_resource(&resource),
             };
             let good = decoded.is_ok();
@@ -252,10 +253,10 @@ impl Session {
         }
         if !state.synced && !more {
             state.synced = true;
-            outcome.changes.push(match state.url {
-                TYPE_ADDRESS => Change::AddressesSynced,
-                TYPE_NETWORK_POLICY => Change::NetworkPoliciesSynced,
-                TYPE_TRUST_BUNDLE => Change::TrustBundlesSynced,
+            outcome.changes.push(match (state.url, own_type(state.url)) {
+                (TYPE_ADDRESS, _) => Change::AddressesSynced,
+                (TYPE_NETWORK_POLICY, _) => Change::NetworkPoliciesSynced,
+                (_, Some(own)) => Change::OwnSynced(own),
                 _ => Change::PoliciesSynced,
             });
         }
@@ -275,6 +276,24 @@ impl Session {
             }
         }
         outcome
+    }
+}
+
+/// Own types that are taken where they are offered, in the order of asking: what decides over requests before what they are
+/// decided for.
+pub fn own_types(network_policy: bool) -> impl Iterator<Item = &'static str> {
+    let network = network_policy.then_some(TYPE_NETWORK_POLICY);
+    [TYPE_TRUST_BUNDLE].into_iter().chain(network).chain([TYPE_REQUEST_AUTH, TYPE_TRAFFIC_POLICY, TYPE_ROUTE])
+}
+
+/// The types whose changes say of which they are.
+fn own_type(url: &str) -> Option<OwnType> {
+    match url {
+        TYPE_ROUTE => Some(OwnType::Route),
+        TYPE_TRAFFIC_POLICY => Some(OwnType::TrafficPolicy),
+        TYPE_REQUEST_AUTH => Some(OwnType::RequestAuth),
+        TYPE_TRUST_BUNDLE => Some(OwnType::TrustBundle),
+        _ => None,
     }
 }
 

@@ -18,7 +18,9 @@ use tulle_certs::{Issued, Roots, SpiffeId, request};
 use tulle_proto::names;
 use tulle_proto::tulle_workload::{EgressMode, WorkloadInfo};
 use tulle_proto::workload::address::Type;
-use tulle_proto::workload::{Address, Extension, TunnelProtocol, Workload};
+use tulle_proto::workload::{
+    Address, AppProtocol, Extension, NetworkAddress, Port, PortList, Service, TunnelProtocol, Workload,
+};
 use ztunnel::app::federation;
 use ztunnel::app::pods::{Environment, Pods};
 use ztunnel::app::resolver::Names;
@@ -30,7 +32,7 @@ use ztunnel::base::workers::Workers;
 use ztunnel::config::Preexisting;
 use ztunnel::flow::{Limits, Shared};
 use ztunnel::identity::Identities;
-use ztunnel::state::{Change, TrustBundle, Writer, store};
+use ztunnel::state::{Change, OwnType, TrustBundle, Writer, store};
 use ztunnel::telemetry::metrics::Metrics;
 use ztunnel::tls::{Trust, WorkloadCert};
 use ztunnel::{hbone, relay, xds};
@@ -198,13 +200,14 @@ impl Node {
             relay,
             network: "".into(),
             cluster: "Kubernetes".into(),
+            limits: Arc::default(),
         };
         let context = shared.clone();
         let workers = Workers::start(2, move |_| Worker::new(&context)).unwrap();
         let watched = shared.reader.clone();
         workers.run_all(move |worker| {
             worker.entered.watch(watched.clone());
-            worker.left.watch(watched.clone());
+            worker.out.live.watch(watched.clone());
         });
         let environment = Environment {
             shared,
@@ -303,7 +306,7 @@ impl Node {
     pub fn bundle(&mut self, domain: &str, roots: Option<Roots>) {
         let id: Arc<str> = format!("{}{domain}", names::TRUST_BUNDLE).into();
         let change = match roots {
-            None => Change::TrustBundleRemoved(id),
+            None => Change::OwnRemoved(OwnType::TrustBundle, id),
             Some(roots) => {
                 let (version, trust_domain) = ("v".into(), domain.into());
                 Change::TrustBundle(Arc::new(TrustBundle { id, version, trust_domain, roots }))
@@ -340,6 +343,58 @@ impl Node {
         };
         let policy = xds::decode::authorization(&policy.encode_to_vec(), "shop/no", "v1").unwrap();
         self.writer.apply([Change::Policy(Arc::new(policy))], 0);
+    }
+
+    /// Applies what control would have said.
+    pub fn apply(&mut self, changes: Vec<Change>) {
+        self.writer.apply(changes, 0);
+    }
+
+    /// Describes pods in the mesh as endpoints of Services on port 8080: pod and Services; and Services with addresses and
+    /// protocols of their port 80.
+    pub fn describe_services(&mut self, pods: &[(&str, &[&str])], services: &[(&str, &str, AppProtocol)]) {
+        let hostname = |name: &str| format!("{name}.shop.svc.cluster.local");
+        let port = |app_protocol| Port { service_port: 80, target_port: 8080, app_protocol: i32::from(app_protocol) };
+        let mut addresses: Vec<Type> = Vec::new();
+        for (pod, of) in pods {
+            let n = PODS.iter().find(|(name, _)| name == pod).unwrap().1;
+            let ports = PortList { ports: vec![port(AppProtocol::Unknown)] };
+            addresses.push(Type::Workload(Workload {
+                uid: format!("Kubernetes//Pod/shop/{pod}"),
+                name: (*pod).to_owned(),
+                namespace: "shop".to_owned(),
+                service_account: (*pod).to_owned(),
+                addresses: [format!("10.99.0.{n}"), format!("fd99::{n}")]
+                    .map(|ip| octets(ip.parse().unwrap()))
+                    .to_vec(),
+                tunnel_protocol: i32::from(TunnelProtocol::Hbone),
+                extensions: extensions(false),
+                services: of.iter().map(|name| (format!("shop/{}", hostname(name)), ports.clone())).collect(),
+                ..Workload::default()
+            }));
+        }
+        for (name, vip, protocol) in services {
+            let address = NetworkAddress { address: octets(vip.parse().unwrap()), ..NetworkAddress::default() };
+            addresses.push(Type::Service(Service {
+                name: (*name).to_owned(),
+                namespace: "shop".to_owned(),
+                hostname: hostname(name),
+                addresses: vec![address],
+                ports: vec![port(*protocol)],
+                canonical: true,
+                ..Service::default()
+            }));
+        }
+        let strings = &mut xds::decode::Strings::default();
+        let mut changes: Vec<Change> = addresses
+            .into_iter()
+            .map(|address| {
+                let bytes = Address { r#type: Some(address) }.encode_to_vec();
+                xds::decode::address(&bytes, "v", strings).unwrap()
+            })
+            .collect();
+        changes.extend([Change::AddressesSynced, Change::PoliciesSynced]);
+        self.writer.apply(changes, 0);
     }
 
     pub fn wait(&self, states: &[(&str, &str)]) {

@@ -7,21 +7,20 @@
 mod core;
 mod network;
 mod policy;
+mod route;
+mod traffic;
 mod trust;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::model::{Meta, Object, Owner, Unenforced};
+use crate::model::{Meta, Object, Owner, RouteKind, Unenforced};
 use crate::source::tree::{Cursor, FieldError, Node, Read};
 
 /// Kinds that are read so that a condition can say that they have no effect yet.
 const UNENFORCED: &[(&str, &str)] = &[
-    ("gateway.networking.k8s.io", "HTTPRoute"),
-    ("gateway.networking.k8s.io", "GRPCRoute"),
-    ("networking.istio.io", "DestinationRule"),
+    ("gateway.networking.k8s.io", "ReferenceGrant"),
     ("networking.istio.io", "ServiceEntry"),
-    ("security.istio.io", "RequestAuthentication"),
     ("tulle.dev", "EgressPolicy"),
 ];
 
@@ -127,11 +126,14 @@ fn decoder(group: &str, kind: &str) -> Option<Decode> {
         ("security.istio.io", "PeerAuthentication") => policy::peer_authentication,
         ("networking.k8s.io", "NetworkPolicy") => network::network,
         ("certificates.k8s.io", "ClusterTrustBundle") => trust::bundle,
-        ("gateway.networking.k8s.io", "HTTPRoute") => |_, m, e| unenforced("HTTPRoute", m, e),
-        ("gateway.networking.k8s.io", "GRPCRoute") => |_, m, e| unenforced("GRPCRoute", m, e),
-        ("networking.istio.io", "DestinationRule") => |_, m, e| unenforced("DestinationRule", m, e),
+        ("gateway.networking.k8s.io", "HTTPRoute") => |at, m, e| plain(route::route(RouteKind::Http, at, m), e),
+        ("gateway.networking.k8s.io", "GRPCRoute") => |at, m, e| plain(route::route(RouteKind::Grpc, at, m), e),
+        ("gateway.networking.k8s.io", "ReferenceGrant") => |_, m, e| unenforced("ReferenceGrant", m, e),
+        ("tulle.dev", "HTTPFault") => |at, m, e| plain(route::fault(at, m), e),
+        ("tulle.dev", "HTTPRateLimit") => |at, m, e| plain(route::rate_limit(at, m), e),
+        ("networking.istio.io", "DestinationRule") => |at, m, e| plain(traffic::destination_rule(at, m), e),
         ("networking.istio.io", "ServiceEntry") => |_, m, e| unenforced("ServiceEntry", m, e),
-        ("security.istio.io", "RequestAuthentication") => |_, m, e| unenforced("RequestAuthentication", m, e),
+        ("security.istio.io", "RequestAuthentication") => traffic::request_authentication,
         ("tulle.dev", "EgressPolicy") => |_, m, e| unenforced("EgressPolicy", m, e),
         _ => {
             debug_assert!(!UNENFORCED.contains(&(group, kind)));

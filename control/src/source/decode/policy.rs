@@ -8,9 +8,11 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use crate::model::{
-    Action, AuthorizationPolicy, AuthorizationSpec, Compare, ConditionKey, Meta, MtlsMode, Object, Operation,
-    PeerAuthentication, PeerAuthenticationSpec, Rule, Selector, Source, Spec, Target, TextMatch, When,
+    Action, AuthorizationPolicy, AuthorizationSpec, Compare, ConditionKey, HttpField, Meta, MtlsMode, Object,
+    Operation, PathPattern, PeerAuthentication, PeerAuthenticationSpec, Rule, Selector, Source, Spec, Target,
+    TextMatch, When,
 };
+use crate::source::decode::route::is_header_name;
 use crate::source::decode::text_map;
 use crate::source::tree::{Cursor, FieldError, Read};
 
@@ -27,7 +29,7 @@ pub(super) fn authorization(at: &Cursor<'_>, meta: Meta, error: Option<FieldErro
     Ok((Object::AuthorizationPolicy(Arc::new(policy)), error))
 }
 
-fn or_unreadable<T>(read: Read<T>, target: Read<Target>) -> (Spec<T>, Option<FieldError>) {
+pub(super) fn or_unreadable<T>(read: Read<T>, target: Read<Target>) -> (Spec<T>, Option<FieldError>) {
     match read {
         Ok(spec) => (Spec::Good(spec), None),
         Err(error) => (Spec::Unreadable { target: target.ok(), reason: error.to_string() }, Some(error)),
@@ -55,7 +57,7 @@ fn authorization_spec(spec: &Cursor<'_>, meta: &Meta) -> Read<AuthorizationSpec>
     })
 }
 
-fn authorization_target(spec: &Cursor<'_>) -> Read<Target> {
+pub(super) fn authorization_target(spec: &Cursor<'_>) -> Read<Target> {
     spec.map()?;
     let selector = selector_target(&spec.get("selector"))?;
     let mut references = spec.get("targetRefs").list()?;
@@ -142,6 +144,11 @@ fn source(at: &Cursor<'_>, meta: &Meta) -> Read<Source> {
         namespaces: compare(at, "namespaces", text_match)?,
         service_accounts: compare(at, "serviceAccounts", |text, at| account(text, at, meta))?,
         ip_blocks: compare(at, "ipBlocks", ip_block)?,
+        http: said([
+            HttpField::RequestPrincipals(compare(at, "requestPrincipals", text_match)?),
+            HttpField::RemoteIps(compare(at, "remoteIpBlocks", ip_block)?),
+            HttpField::TrustDomains(compare(at, "trustDomains", text_match)?),
+        ]),
         beyond_l4: beyond(at, SOURCE_BEYOND)?,
     };
     let says_nothing = source.principals.is_empty()
@@ -157,11 +164,62 @@ fn source(at: &Cursor<'_>, meta: &Meta) -> Read<Source> {
 
 fn operation(at: &Cursor<'_>) -> Read<Operation> {
     refuse_unknown(at, &["ports"], OPERATION_BEYOND)?;
-    let operation = Operation { ports: compare(at, "ports", port)?, beyond_l4: beyond(at, OPERATION_BEYOND)? };
+    let operation = Operation {
+        ports: compare(at, "ports", port)?,
+        http: said([
+            HttpField::Hosts(compare(at, "hosts", |text, at| text_match(&text.to_ascii_lowercase(), at))?),
+            HttpField::Methods(compare(at, "methods", text_match)?),
+            HttpField::Paths(compare(at, "paths", path_pattern)?),
+        ]),
+        beyond_l4: beyond(at, OPERATION_BEYOND)?,
+    };
     if operation.ports.is_empty() && operation.beyond_l4.is_empty() {
         return Err(at.error("must name at least one field"));
     }
     Ok(operation)
+}
+
+/// Those that are not empty.
+fn said<const N: usize>(fields: [HttpField; N]) -> Vec<HttpField> {
+    let is_empty = |field: &HttpField| match field {
+        HttpField::Paths(values) => values.is_empty(),
+        HttpField::RemoteIps(values) => values.is_empty(),
+        HttpField::Hosts(values)
+        | HttpField::Methods(values)
+        | HttpField::RequestPrincipals(values)
+        | HttpField::Audiences(values)
+        | HttpField::Presenters(values)
+        | HttpField::Header(_, values)
+        | HttpField::Claim(_, values)
+        | HttpField::TrustDomains(values) => values.is_empty(),
+    };
+    fields.into_iter().filter(|field| !is_empty(field)).collect()
+}
+
+/// Escapes are written in capitals, as nodes spell them.
+fn path_pattern(text: &str, at: &Cursor<'_>) -> Read<PathPattern> {
+    let mut spelled = String::with_capacity(text.len());
+    let mut escape = 0;
+    for letter in text.chars() {
+        spelled.push(if escape > 0 { letter.to_ascii_uppercase() } else { letter });
+        escape = if letter == '%' { 2 } else { u8::saturating_sub(escape, 1) };
+    }
+    if !spelled.contains("{*}") && !spelled.contains("{**}") {
+        return text_match(&spelled, at).map(PathPattern::Text);
+    }
+    let elements: Vec<&str> = spelled.split('/').collect();
+    let last = elements.len() - 1;
+    let fits = |(index, element): (usize, &&str)| match *element {
+        "{*}" => true,
+        "{**}" => index == last,
+        plain => !plain.contains(['*', '{', '}']),
+    };
+    if !spelled.starts_with('/') || !elements.iter().enumerate().all(fits) {
+        return Err(at.error(format!(
+            "`{text}`: a template begins with a slash, its operators stand alone between slashes, and {{**}} comes last"
+        )));
+    }
+    Ok(PathPattern::Template(spelled))
 }
 
 fn refuse_unknown(at: &Cursor<'_>, l4: &[&str], beyond: &[&str]) -> Read<()> {
@@ -262,10 +320,40 @@ fn condition(at: &Cursor<'_>, meta: &Meta) -> Read<When> {
         }
         "destination.ip" => ConditionKey::DestinationIp(compare(at, "values", ip_block)?),
         "destination.port" => ConditionKey::DestinationPort(compare(at, "values", port)?),
-        _ if is_beyond_l4(key) => ConditionKey::BeyondL4(key.to_owned()),
+        _ if is_beyond_l4(key) => match http_key(key, at, &key_at)? {
+            Some(field) => ConditionKey::Http(key.to_owned(), field),
+            None => ConditionKey::BeyondL4(key.to_owned()),
+        },
         _ => return Err(key_at.error(format!("`{key}` is not a known condition key"))),
     };
     Ok(When { key })
+}
+
+/// `None`: a key that nothing here can evaluate.
+fn http_key(key: &str, at: &Cursor<'_>, key_at: &Cursor<'_>) -> Read<Option<HttpField>> {
+    let texts = || compare(at, "values", text_match);
+    let inner = |prefix: &str| key.strip_prefix(prefix).and_then(|rest| rest.strip_suffix(']'));
+    if let Some(name) = inner("request.headers[") {
+        if !is_header_name(name) {
+            return Err(key_at.error(format!("`{name}` is no name of a header")));
+        }
+        return Ok(Some(HttpField::Header(name.to_ascii_lowercase(), texts()?)));
+    }
+    if let Some(path) = inner("request.auth.claims[") {
+        let names: Vec<String> = path.split("][").map(str::to_owned).collect();
+        if names.iter().any(|name| name.is_empty() || name.contains(['[', ']'])) {
+            return Err(key_at.error("names a claim as `request.auth.claims[a]` or `request.auth.claims[a][b]`"));
+        }
+        return Ok(Some(HttpField::Claim(names, texts()?)));
+    }
+    Ok(Some(match key {
+        "remote.ip" => HttpField::RemoteIps(compare(at, "values", ip_block)?),
+        "source.trustDomain" => HttpField::TrustDomains(texts()?),
+        "request.auth.principal" => HttpField::RequestPrincipals(texts()?),
+        "request.auth.audiences" => HttpField::Audiences(texts()?),
+        "request.auth.presenter" => HttpField::Presenters(texts()?),
+        _ => return Ok(None),
+    }))
 }
 
 fn is_beyond_l4(key: &str) -> bool {

@@ -239,7 +239,7 @@ impl PodTask {
             if let Some(serving) = serving {
                 end(&serving);
                 let pod = self.pod.uid.clone();
-                self.environment.workers.run_all(move |worker| worker.pool.forget(&pod));
+                self.environment.workers.run_all(move |worker| worker.out.pool.forget(&pod));
             }
             self.board.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.pod.uid);
             return;

@@ -3,13 +3,16 @@
 //! Everything that control sends passes here once; nothing behind it parses. Functions are pure and total: any bytes give
 //! a value or a sentence, never a panic, and each resource is judged alone. A resource with a value that this program
 //! does not know (an enum of a later version) is rejected rather than guessed at, with the exceptions that the .proto
-//! files name. [`address`], [`authorization`], [`network_policy`] and
-//! [`trust_bundle`] are the fuzz targets.
+//! files name. [`address`], [`authorization`], [`network_policy`], [`route`], [`traffic_policy`],
+//! [`request_auth`] and [`trust_bundle`] are the fuzz targets.
 
 mod field;
+mod http_rules;
 mod network;
 mod policy;
+mod route;
 mod service;
+mod traffic;
 mod trust;
 mod workload;
 
@@ -17,11 +20,16 @@ use std::sync::Arc;
 
 use prost::Message;
 use tulle_proto::discovery::Resource;
-use tulle_proto::names::{TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY, TYPE_TRUST_BUNDLE};
+use tulle_proto::names::{
+    TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY, TYPE_REQUEST_AUTH, TYPE_ROUTE, TYPE_TRAFFIC_POLICY,
+    TYPE_TRUST_BUNDLE,
+};
 use tulle_proto::workload::Address;
 use tulle_proto::workload::address::Type;
 
-use crate::state::{Change, NETWORK_POLICY, NetworkPolicy, Policy, Scope, TrustBundle};
+use crate::state::{
+    Change, NETWORK_POLICY, NetworkPolicy, Policy, RequestAuth, Route, Scope, TrafficPolicy, TrustBundle,
+};
 
 pub use field::Strings;
 
@@ -74,6 +82,60 @@ pub fn network_policy(bytes: &[u8], id: &str, version: &str) -> Result<NetworkPo
 /// What is wrong, as one clause.
 pub fn trust_bundle(bytes: &[u8], id: &str, version: &str) -> Result<TrustBundle, String> {
     trust::bundle(bytes, id, version)
+}
+
+/// Decodes a `tulle.mesh.v1alpha1.Route` with the resource name `id`, for the node of this name.
+///
+/// # Errors
+/// What is wrong, as one clause.
+pub fn route(bytes: &[u8], id: &str, version: &str, node: &str, strings: &mut Strings) -> Result<Route, String> {
+    route::route(bytes, id, version, node, strings)
+}
+
+/// Decodes a `tulle.mesh.v1alpha1.TrafficPolicy` with the resource name `id`.
+///
+/// # Errors
+/// What is wrong, as one clause.
+pub fn traffic_policy(bytes: &[u8], id: &str, version: &str, strings: &mut Strings) -> Result<TrafficPolicy, String> {
+    traffic::policy(bytes, id, version, strings)
+}
+
+/// Decodes a `tulle.mesh.v1alpha1.RequestAuth` with the resource name `id`.
+///
+/// # Errors
+/// What is wrong, as one clause.
+pub fn request_auth(bytes: &[u8], id: &str, version: &str) -> Result<RequestAuth, String> {
+    traffic::request_auth(bytes, id, version)
+}
+
+/// Decodes one resource of an own type that is no NetworkPolicy, for the node of this name.
+pub(super) fn own_resource(
+    resource: &Resource,
+    type_url: &str,
+    node: &str,
+    strings: &mut Strings,
+) -> Result<Change, (Rejected, Option<Change>)> {
+    let rejected = |reason| Rejected { name: printable(&resource.name), reason };
+    let (id, version) = (&resource.name, &resource.version);
+    let bytes = payload(resource, type_url).map_err(|reason| (rejected(reason), None))?;
+    match type_url {
+        TYPE_ROUTE => route(bytes, id, version, node, strings).map(|route| Change::Route(Arc::new(route))),
+        TYPE_TRAFFIC_POLICY => {
+            traffic_policy(bytes, id, version, strings).map(|policy| Change::TrafficPolicy(Arc::new(policy)))
+        }
+        TYPE_TRUST_BUNDLE => trust_bundle(bytes, id, version).map(|bundle| Change::TrustBundle(Arc::new(bundle))),
+        TYPE_REQUEST_AUTH => match request_auth(bytes, id, version) {
+            Ok(auth) => Ok(Change::RequestAuth(Arc::new(auth))),
+            Err(reason) => {
+                let unreadable = Some(reason.as_str().into());
+                let (id, version) = (id.as_str().into(), version.as_str().into());
+                let stand_in = RequestAuth { id, version, rules: Vec::new(), unreadable };
+                return Err((rejected(reason), Some(Change::RequestAuthRejected(Arc::new(stand_in)))));
+            }
+        },
+        _ => Err("the type is not one of this proxy's".to_owned()),
+    }
+    .map_err(|reason| (rejected(reason), None))
 }
 
 /// See [`authorization`].
@@ -141,15 +203,6 @@ pub(super) fn network_resource(resource: &Resource) -> Result<Change, (Rejected,
         let stand_in = NetworkPolicy::isolates(&id, &version, &reason);
         (rejected(reason), Some(Change::NetworkPolicyRejected(Arc::new(stand_in))))
     })
-}
-
-/// Decodes one resource of the TrustBundle type. A rejected one changes nothing: whom it would vouch for is vouched for as
-/// before, or not at all.
-pub(super) fn trust_resource(resource: &Resource) -> Result<Change, (Rejected, Option<Change>)> {
-    let decoded =
-        payload(resource, TYPE_TRUST_BUNDLE).and_then(|bytes| trust_bundle(bytes, &resource.name, &resource.version));
-    let rejected = |reason| (Rejected { name: printable(&resource.name), reason }, None);
-    decoded.map(|bundle| Change::TrustBundle(Arc::new(bundle))).map_err(rejected)
 }
 
 fn payload<'a>(resource: &'a Resource, type_url: &str) -> Result<&'a [u8], String> {

@@ -10,13 +10,13 @@ use tulle_proto::security as wire;
 use tulle_proto::security::string_match::MatchType;
 
 use crate::state::{Action, Clause, Match, Policy, Rule, Scope, ServiceAccount, StringMatch};
-use crate::xds::decode::{PolicyError, field};
+use crate::xds::decode::{PolicyError, field, http_rules};
 use crate::xds::wire::{Path, Schema, unknown_fields};
 
 // The schema of authorization.proto, as far as it matters for what may be skipped.
-const STRING_MATCH: Schema = Schema { scalars: &[1, 2, 3, 4], messages: &[] };
-const PAIR: Schema = Schema { scalars: &[1, 2], messages: &[] };
-const MATCH: Schema = Schema {
+pub(super) const STRING_MATCH: Schema = Schema { scalars: &[1, 2, 3, 4], messages: &[] };
+pub(super) const PAIR: Schema = Schema { scalars: &[1, 2], messages: &[] };
+pub(super) const MATCH: Schema = Schema {
     scalars: &[9, 10],
     messages: &[
         (1, &STRING_MATCH),
@@ -89,6 +89,7 @@ fn decode(
     for path in unknown {
         mark_unknown(&mut rules, path);
     }
+    let plain_rules = rules.len();
     let denies_all = from.extensions.iter().any(|extension| extension.name == EXTENSION_DENIES_ALL);
     Ok(Policy {
         id: id.into(),
@@ -98,6 +99,7 @@ fn decode(
         action,
         dry_run: from.dry_run,
         rules,
+        http: http_rules::of(&from.extensions, plain_rules),
         stand_in: denies_all.then(|| "control could not read its spec; see the object's conditions".into()),
     })
 }
@@ -107,7 +109,7 @@ fn clause(from: wire::Clause) -> Result<Clause, String> {
     Ok(Clause { matches, unknown: false })
 }
 
-fn match_(from: wire::Match) -> Result<Match, String> {
+pub(super) fn match_(from: wire::Match) -> Result<Match, String> {
     // An attribute that rides in an extension is one that this version does not evaluate.
     let mut unknown = !from.extensions.is_empty();
     let mut strings = |list: Vec<wire::StringMatch>| {
@@ -149,7 +151,7 @@ fn match_(from: wire::Match) -> Result<Match, String> {
 }
 
 /// `None`: a way of comparing that this version does not know.
-fn string_match(from: wire::StringMatch) -> Option<StringMatch> {
+pub(super) fn string_match(from: wire::StringMatch) -> Option<StringMatch> {
     Some(match from.match_type? {
         MatchType::Exact(text) => StringMatch::Exact(text.into()),
         MatchType::Prefix(text) => StringMatch::Prefix(text.into()),

@@ -1,0 +1,145 @@
+//! DestinationRule (networking.istio.io) and RequestAuthentication (security.istio.io), as far as nodes carry them out.
+//!
+//! Fields that they do not are kept by name, so that a condition can say which have no effect.
+
+use std::collections::BTreeMap;
+
+use crate::model::meta::Meta;
+use crate::model::policy::{Spec, Target};
+
+/// Istio's DestinationRule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DestinationRule {
+    /// Name.
+    pub meta: Meta,
+    /// host, as written.
+    pub host: String,
+    /// exportTo says that only clients of its own namespace are meant.
+    pub own_namespace: bool,
+    /// trafficPolicy.
+    pub settings: TrafficSettings,
+    /// trafficPolicy.portLevelSettings, by port of the Service.
+    pub ports: BTreeMap<u16, TrafficSettings>,
+    /// Fields without effect.
+    pub ignored: Vec<String>,
+}
+
+/// Limits: 0 is none, or the default. Durations are milliseconds.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TrafficSettings {
+    /// connectionPool.tcp.maxConnections.
+    pub max_connections: u32,
+    /// connectionPool.tcp.connectTimeout.
+    pub connect_timeout_ms: u32,
+    /// connectionPool.http.idleTimeout, else tcp.idleTimeout.
+    pub idle_timeout_ms: u32,
+    /// connectionPool.tcp.maxConnectionDuration.
+    pub max_connection_duration_ms: u32,
+    /// connectionPool.http.http1MaxPendingRequests.
+    pub max_pending_requests: u32,
+    /// connectionPool.http.http2MaxRequests.
+    pub max_requests: u32,
+    /// connectionPool.http.maxRequestsPerConnection.
+    pub max_requests_per_connection: u32,
+    /// connectionPool.http.maxRetries.
+    pub max_retries: u32,
+    /// outlierDetection.
+    pub outlier: Option<OutlierDetection>,
+    /// loadBalancer.
+    pub balancer: Balancer,
+}
+
+/// outlierDetection, with its defaults filled in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutlierDetection {
+    /// consecutive5xxErrors; 0: off.
+    pub consecutive_5xx: u32,
+    /// consecutiveGatewayErrors; 0: off.
+    pub consecutive_gateway_errors: u32,
+    /// consecutiveLocalOriginFailures; 0: off.
+    pub consecutive_local_failures: u32,
+    /// splitExternalLocalOriginErrors.
+    pub split_local_failures: bool,
+    /// interval.
+    pub interval_ms: u32,
+    /// baseEjectionTime.
+    pub base_ejection_ms: u32,
+    /// maxEjectionPercent.
+    pub max_ejection_percent: u32,
+    /// minHealthPercent.
+    pub min_health_percent: u32,
+}
+
+/// loadBalancer.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Balancer {
+    /// Not said.
+    #[default]
+    Default,
+    /// ROUND_ROBIN.
+    RoundRobin,
+    /// RANDOM.
+    Random,
+    /// LEAST_REQUEST, LEAST_CONN.
+    LeastRequest,
+    /// PASSTHROUGH.
+    Passthrough,
+    /// consistentHash.
+    Hash(HashKey),
+}
+
+/// What is hashed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HashKey {
+    /// useSourceIp.
+    SourceIp,
+    /// httpHeaderName.
+    Header(String),
+    /// httpQueryParameterName.
+    Query(String),
+    /// httpCookie: name, path, seconds; no seconds: the proxy sets none.
+    Cookie(String, String, Option<u32>),
+}
+
+/// Istio's RequestAuthentication.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RequestAuthentication {
+    /// Name.
+    pub meta: Meta,
+    /// Target and rules.
+    pub spec: Spec<RequestAuthenticationSpec>,
+}
+
+/// Its spec.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RequestAuthenticationSpec {
+    /// What it applies to.
+    pub target: Target,
+    /// jwtRules.
+    pub rules: Vec<JwtRule>,
+}
+
+/// jwtRules[].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct JwtRule {
+    /// issuer.
+    pub issuer: String,
+    /// audiences.
+    pub audiences: Vec<String>,
+    /// jwks; empty: none is given.
+    pub jwks: String,
+    /// jwksUri; empty: none is given.
+    pub jwks_uri: String,
+    /// fromHeaders: name, lower case, and prefix.
+    pub from_headers: Vec<(String, String)>,
+    /// fromParams.
+    pub from_params: Vec<String>,
+    /// fromCookies.
+    pub from_cookies: Vec<String>,
+    /// forwardOriginalToken.
+    pub forward: bool,
+    /// outputPayloadToHeader; empty: none.
+    pub payload_header: String,
+    /// outputClaimToHeaders: header, and claim from the outermost inwards.
+    pub claim_headers: Vec<(String, Vec<String>)>,
+}

@@ -1,0 +1,281 @@
+//! DestinationRule and RequestAuthentication.
+//!
+//! A DestinationRule is no policy of access: a field that has no effect here is kept by name and told, as is a field that is
+//! not known. A RequestAuthentication is one: its first error makes it refuse every token of what it applies to.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::model::{
+    Balancer, DestinationRule, HashKey, JwtRule, Meta, Object, OutlierDetection, RequestAuthentication,
+    RequestAuthenticationSpec, TrafficSettings,
+};
+use crate::source::decode::policy::{PolicyResult, authorization_target, or_unreadable};
+use crate::source::decode::route::is_header_name;
+use crate::source::tree::{Cursor, FieldError, Read, Value};
+
+/// Issuers of one object; each costs a look at every token.
+const MAX_RULES: usize = 64;
+
+pub(super) fn destination_rule(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
+    let spec = at.get("spec");
+    let mut ignored = Vec::new();
+    unknown(&spec, &["host", "trafficPolicy", "exportTo"], &mut ignored)?;
+    let policy = spec.get("trafficPolicy");
+    let mut ports = BTreeMap::new();
+    for item in policy.get("portLevelSettings").list()? {
+        let number = item.get("port").get("number");
+        let port = number.port()?.ok_or_else(|| number.error("is missing"))?;
+        ports.insert(port, settings(&item, &["port"], &mut ignored)?);
+    }
+    let export = spec.get("exportTo").texts()?;
+    let own_namespace = !export.is_empty() && !export.iter().any(|(to, _)| *to == "*");
+    Ok(Object::DestinationRule(Arc::new(DestinationRule {
+        host: spec.get("host").required_text()?.to_ascii_lowercase(),
+        own_namespace,
+        settings: settings(&policy, &["portLevelSettings"], &mut ignored)?,
+        ports,
+        ignored,
+        meta,
+    })))
+}
+
+/// Notes the fields that are not in the list.
+fn unknown(at: &Cursor<'_>, known: &[&str], ignored: &mut Vec<String>) -> Read<()> {
+    for (key, field) in at.map()? {
+        if !known.contains(&key) && !field.is_absent() {
+            // The path is what an error about the field would begin with.
+            ignored.push(field.error("").field);
+        }
+    }
+    Ok(())
+}
+
+fn settings(at: &Cursor<'_>, besides: &[&str], ignored: &mut Vec<String>) -> Read<TrafficSettings> {
+    let known: Vec<&str> =
+        ["connectionPool", "outlierDetection", "loadBalancer"].into_iter().chain(besides.iter().copied()).collect();
+    unknown(at, &known, ignored)?;
+    let pool = at.get("connectionPool");
+    unknown(&pool, &["tcp", "http"], ignored)?;
+    let (tcp, http) = (pool.get("tcp"), pool.get("http"));
+    unknown(&tcp, &["maxConnections", "connectTimeout", "idleTimeout", "maxConnectionDuration"], ignored)?;
+    const HTTP: [&str; 5] =
+        ["http1MaxPendingRequests", "http2MaxRequests", "maxRequestsPerConnection", "maxRetries", "idleTimeout"];
+    unknown(&http, &HTTP, ignored)?;
+    let idle = duration(&http.get("idleTimeout"))?;
+    Ok(TrafficSettings {
+        max_connections: count(&tcp.get("maxConnections"))?,
+        connect_timeout_ms: duration(&tcp.get("connectTimeout"))?,
+        idle_timeout_ms: if idle > 0 { idle } else { duration(&tcp.get("idleTimeout"))? },
+        max_connection_duration_ms: duration(&tcp.get("maxConnectionDuration"))?,
+        max_pending_requests: count(&http.get("http1MaxPendingRequests"))?,
+        max_requests: count(&http.get("http2MaxRequests"))?,
+        max_requests_per_connection: count(&http.get("maxRequestsPerConnection"))?,
+        max_retries: count(&http.get("maxRetries"))?,
+        outlier: outlier(&at.get("outlierDetection"), ignored)?,
+        balancer: balancer(&at.get("loadBalancer"), ignored)?,
+    })
+}
+
+fn count(at: &Cursor<'_>) -> Read<u32> {
+    let value = at.int()?.unwrap_or(0);
+    u32::try_from(value).map_err(|_| at.error(format!("{value} is out of range")))
+}
+
+fn outlier(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Option<OutlierDetection>> {
+    if at.is_absent() {
+        return Ok(None);
+    }
+    const KNOWN: [&str; 9] = [
+        "consecutive5xxErrors",
+        "consecutiveErrors",
+        "consecutiveGatewayErrors",
+        "consecutiveLocalOriginFailures",
+        "splitExternalLocalOriginErrors",
+        "interval",
+        "baseEjectionTime",
+        "maxEjectionPercent",
+        "minHealthPercent",
+    ];
+    unknown(at, &KNOWN, ignored)?;
+    let or = |key: &str, default: u32| -> Read<u32> {
+        let field = at.get(key);
+        if field.is_absent() { Ok(default) } else { count(&field) }
+    };
+    let time = |key: &str, default: u32| -> Read<u32> {
+        Ok(match duration(&at.get(key))? {
+            0 => default,
+            value => value,
+        })
+    };
+    let split = at.get("splitExternalLocalOriginErrors").boolean()?.unwrap_or(false);
+    Ok(Some(OutlierDetection {
+        // The old name means the gateway errors, as Istio reads it.
+        consecutive_5xx: or("consecutive5xxErrors", 5)?,
+        consecutive_gateway_errors: or("consecutiveGatewayErrors", or("consecutiveErrors", 0)?)?,
+        consecutive_local_failures: if split { or("consecutiveLocalOriginFailures", 5)? } else { 0 },
+        split_local_failures: split,
+        interval_ms: time("interval", 10_000)?,
+        base_ejection_ms: time("baseEjectionTime", 30_000)?,
+        max_ejection_percent: or("maxEjectionPercent", 10)?.min(100),
+        min_health_percent: or("minHealthPercent", 0)?.min(100),
+    }))
+}
+
+fn balancer(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Balancer> {
+    unknown(at, &["simple", "consistentHash"], ignored)?;
+    let (simple, hash) = (at.get("simple"), at.get("consistentHash"));
+    if !hash.is_absent() {
+        return hash_key(&hash, ignored).map(Balancer::Hash);
+    }
+    Ok(match simple.text()? {
+        None | Some("UNSPECIFIED") => Balancer::Default,
+        Some("ROUND_ROBIN") => Balancer::RoundRobin,
+        Some("RANDOM") => Balancer::Random,
+        Some("LEAST_REQUEST" | "LEAST_CONN") => Balancer::LeastRequest,
+        Some("PASSTHROUGH") => Balancer::Passthrough,
+        Some(other) => return Err(simple.error(format!("`{other}` is no way of balancing"))),
+    })
+}
+
+fn hash_key(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<HashKey> {
+    unknown(at, &["httpHeaderName", "httpQueryParameterName", "useSourceIp", "httpCookie"], ignored)?;
+    let header = at.get("httpHeaderName");
+    if let Some(name) = header.text()? {
+        return match is_header_name(name) {
+            true => Ok(HashKey::Header(name.to_ascii_lowercase())),
+            false => Err(header.error(format!("`{name}` is no name of a header"))),
+        };
+    }
+    if let Some(name) = at.get("httpQueryParameterName").text()? {
+        return Ok(HashKey::Query(name.to_owned()));
+    }
+    let cookie = at.get("httpCookie");
+    if !cookie.is_absent() {
+        let ttl = cookie.get("ttl");
+        let seconds = if ttl.is_absent() { None } else { Some(duration(&ttl)? / 1_000) };
+        let name = cookie.get("name").required_text()?.to_owned();
+        return Ok(HashKey::Cookie(name, cookie.get("path").text_or_empty()?, seconds));
+    }
+    match at.get("useSourceIp").boolean()? {
+        Some(true) => Ok(HashKey::SourceIp),
+        _ => Err(at.error("says nothing of what is hashed")),
+    }
+}
+
+/// As Go writes it: `1h`, `1m30s`, `1.5s`, `100ms`. Milliseconds; absent is 0.
+fn duration(at: &Cursor<'_>) -> Read<u32> {
+    let Some(text) = at.text()? else { return Ok(0) };
+    milliseconds(text).ok_or_else(|| at.error(format!("`{text}` is no duration such as 10s or 1m30s")))
+}
+
+fn milliseconds(text: &str) -> Option<u32> {
+    const UNITS: [(&str, f64); 6] =
+        [("ms", 1.0), ("us", 0.001), ("ns", 0.000_001), ("h", 3_600_000.0), ("m", 60_000.0), ("s", 1_000.0)];
+    if text == "0" {
+        return Some(0);
+    }
+    let (mut rest, mut sum) = (text, 0.0);
+    while !rest.is_empty() {
+        let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').len();
+        let number: f64 = rest.get(..digits)?.parse().ok()?;
+        rest = rest.get(digits..)?;
+        let (factor, after) = UNITS.iter().find_map(|(unit, factor)| Some((factor, rest.strip_prefix(unit)?)))?;
+        sum += number * factor;
+        rest = after;
+    }
+    // `as` saturates, and an empty text is none.
+    (!text.is_empty()).then_some(sum as u32)
+}
+
+pub(super) fn request_authentication(at: &Cursor<'_>, meta: Meta, error: Option<FieldError>) -> PolicyResult {
+    let spec = at.get("spec");
+    let read = error.map_or_else(|| request_spec(&spec), Err);
+    let (spec, error) = or_unreadable(read, authorization_target(&spec));
+    Ok((Object::RequestAuthentication(Arc::new(RequestAuthentication { meta, spec })), error))
+}
+
+fn request_spec(spec: &Cursor<'_>) -> Read<RequestAuthenticationSpec> {
+    spec.only(&["selector", "targetRef", "targetRefs", "jwtRules"])?;
+    let rules_at = spec.get("jwtRules");
+    let rules = rules_at.list()?;
+    if rules.len() > MAX_RULES {
+        return Err(rules_at.error(format!("has {} items; at most {MAX_RULES} are allowed", rules.len())));
+    }
+    let rules = rules.iter().map(jwt_rule).collect::<Read<_>>()?;
+    Ok(RequestAuthenticationSpec { target: authorization_target(spec)?, rules })
+}
+
+fn jwt_rule(at: &Cursor<'_>) -> Read<JwtRule> {
+    at.only(&[
+        "issuer",
+        "audiences",
+        "jwksUri",
+        "jwks_uri",
+        "jwks",
+        "fromHeaders",
+        "fromParams",
+        "fromCookies",
+        "outputPayloadToHeader",
+        "forwardOriginalToken",
+        "outputClaimToHeaders",
+        "timeout",
+        "spaceDelimitedClaims",
+    ])?;
+    let texts = |key: &str| -> Read<Vec<String>> {
+        Ok(at.get(key).texts()?.into_iter().map(|(text, _)| text.to_owned()).collect())
+    };
+    let mut from_headers = Vec::new();
+    for item in at.get("fromHeaders").list()? {
+        item.only(&["name", "prefix"])?;
+        from_headers.push((header(&item.get("name"))?, item.get("prefix").text_or_empty()?));
+    }
+    let mut claim_headers = Vec::new();
+    for item in at.get("outputClaimToHeaders").list()? {
+        item.only(&["header", "claim"])?;
+        let claim = item.get("claim").required_text()?.split('.').map(str::to_owned).collect();
+        claim_headers.push((header(&item.get("header"))?, claim));
+    }
+    let payload = at.get("outputPayloadToHeader");
+    let jwks_uri = match at.get("jwksUri").text()? {
+        Some(uri) => uri.to_owned(),
+        None => at.get("jwks_uri").text_or_empty()?,
+    };
+    Ok(JwtRule {
+        issuer: at.get("issuer").required_text()?.to_owned(),
+        audiences: texts("audiences")?,
+        jwks: jwks(&at.get("jwks"))?,
+        jwks_uri,
+        from_headers,
+        from_params: texts("fromParams")?,
+        from_cookies: texts("fromCookies")?,
+        forward: at.get("forwardOriginalToken").boolean()?.unwrap_or(false),
+        payload_header: if payload.is_absent() { String::new() } else { header(&payload)? },
+        claim_headers,
+    })
+}
+
+fn header(at: &Cursor<'_>) -> Read<String> {
+    let name = at.required_text()?;
+    if !is_header_name(name) {
+        return Err(at.error(format!("`{name}` is no name of a header")));
+    }
+    Ok(name.to_ascii_lowercase())
+}
+
+/// A JWK Set as JSON text, kept as it is.
+fn jwks(at: &Cursor<'_>) -> Read<String> {
+    if matches!(at.value(), Some(Value::Map(_))) {
+        return Err(at.error("must be the text of a JWK Set; put a `|` in front of it"));
+    }
+    let text = at.text_or_empty()?;
+    if text.is_empty() {
+        return Ok(text);
+    }
+    let parsed: Result<serde_json::Value, _> = serde_json::from_str(&text);
+    match parsed {
+        Ok(set) if set.get("keys").is_some_and(serde_json::Value::is_array) => Ok(text),
+        Ok(_) => Err(at.error("has no list `keys`, which a JWK Set has")),
+        Err(error) => Err(at.error(format!("is no JSON: {error}"))),
+    }
+}

@@ -1,0 +1,242 @@
+//! The server's side: one connection to an application or to its proxy, and the sending of requests on it.
+//!
+//! What can be known of a request that failed is kept apart ([`Failed`]), because it decides whether it may be sent again.
+
+use std::cell::Cell;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::rc::Rc;
+
+use bytes::Bytes;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::AsyncWriteExt;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use tulle_certs::SpiffeId;
+
+use crate::base::workers;
+use crate::http::io::OnWorker;
+use crate::http::{
+    Body, BoxIo, CONNECTION_WINDOW, Framing, HEAD_BYTES, HEADER_LIST, PING, PONG, SEND_BUFFER, STREAM_WINDOW, headers,
+};
+use crate::outcome::{Code, Outcome, chain};
+
+/// Requests under way on one connection: what servers allow at least (RFC 9113 §6.5.2). More are queued by h2 if one allows less.
+const STREAMS: usize = 100;
+
+/// A connection without its protocol.
+pub struct Raw {
+    /// Bytes.
+    pub io: BoxIo,
+    /// Bytes that were read already.
+    pub read: Bytes,
+    /// Completes when it may not go on.
+    pub stop: Pin<Box<dyn Future<Output = ()>>>,
+}
+
+/// A connection for one request at a time.
+pub struct One {
+    sender: http1::SendRequest<Body>,
+    raw: oneshot::Receiver<Raw>,
+    switch: Rc<Cell<bool>>,
+    /// Who the other side proved to be.
+    pub peer: Option<SpiffeId>,
+    /// Requests sent before.
+    pub uses: u32,
+}
+
+/// A connection for many requests at a time. Cheap to clone.
+#[derive(Clone)]
+pub struct Two {
+    sender: http2::SendRequest<Body>,
+    /// Requests under way.
+    pub streams: Rc<Cell<usize>>,
+    /// When it was opened.
+    pub since: Instant,
+    /// Who the other side proved to be.
+    pub peer: Option<SpiffeId>,
+}
+
+/// A connection.
+pub enum Conn {
+    /// HTTP/1.
+    One(One),
+    /// HTTP/2.
+    Two(Two),
+}
+
+/// Why there is no answer.
+pub struct Failed {
+    /// The request, if not a byte of it was sent.
+    pub unsent: Option<Request<Body>>,
+    /// What happened.
+    pub outcome: Outcome,
+}
+
+impl One {
+    /// Whether the next request may be sent now.
+    pub fn is_ready(&self) -> bool {
+        self.sender.is_ready()
+    }
+
+    /// Completes when the next request may be sent; false: never again.
+    pub async fn ready(&mut self) -> bool {
+        self.sender.ready().await.is_ok()
+    }
+
+    /// The bytes below, after the server has answered 101.
+    pub fn into_raw(self) -> oneshot::Receiver<Raw> {
+        self.raw
+    }
+}
+
+impl Two {
+    /// Whether there is room for another request.
+    pub fn has_room(&self) -> bool {
+        !self.sender.is_closed() && self.streams.get() < STREAMS
+    }
+
+    /// Whether it may be of use later.
+    pub fn is_open(&self) -> bool {
+        !self.sender.is_closed()
+    }
+}
+
+impl Conn {
+    /// Begins to speak HTTP on `io`. The connection ends by itself, or when `stop` completes.
+    ///
+    /// # Errors
+    /// `ServerReset` if the other side does not take it.
+    pub async fn begin(
+        io: BoxIo,
+        framing: Framing,
+        peer: Option<SpiffeId>,
+        stop: impl Future<Output = ()> + 'static,
+    ) -> Result<Self, Outcome> {
+        let failed = |error: hyper::Error| Outcome::new(Code::ServerReset, chain(&error));
+        match framing {
+            Framing::One => {
+                let (sender, connection) = http1::Builder::new()
+                    .max_buf_size(HEAD_BYTES)
+                    .max_headers(headers::MOST_HEADERS)
+                    .max_header_size(HEAD_BYTES)
+                    .handshake(TokioIo::new(io))
+                    .await
+                    .map_err(failed)?;
+                let switch = Rc::<Cell<bool>>::default();
+                let (give, raw) = oneshot::channel();
+                workers::spawn(drive(connection, switch.clone(), give, stop));
+                Ok(Self::One(One { sender, raw, switch, peer, uses: 0 }))
+            }
+            Framing::Two => {
+                let (sender, connection) = http2::Builder::new(OnWorker)
+                    .timer(TokioTimer::new())
+                    .initial_stream_window_size(STREAM_WINDOW)
+                    .initial_connection_window_size(CONNECTION_WINDOW)
+                    .max_header_list_size(HEADER_LIST)
+                    .max_send_buf_size(SEND_BUFFER)
+                    .keep_alive_interval(PING)
+                    .keep_alive_timeout(PONG)
+                    .handshake(TokioIo::new(io))
+                    .await
+                    .map_err(failed)?;
+                workers::spawn(async move {
+                    tokio::select! {
+                        biased;
+                        () = stop => {}
+                        _ = connection => {}
+                    }
+                });
+                Ok(Self::Two(Two { sender, streams: Rc::default(), since: Instant::now(), peer }))
+            }
+        }
+    }
+
+    /// Who the other side proved to be.
+    pub fn peer(&self) -> Option<&SpiffeId> {
+        match self {
+            Self::One(one) => one.peer.as_ref(),
+            Self::Two(two) => two.peer.as_ref(),
+        }
+    }
+
+    /// Sends `request` and waits for the head of the answer. `switch`: it asks for another protocol.
+    ///
+    /// # Errors
+    /// What is known of the request.
+    pub async fn send(&mut self, request: Request<Body>, switch: bool) -> Result<Response<Incoming>, Failed> {
+        let answer = match self {
+            Self::One(one) => {
+                one.switch.set(switch);
+                one.uses += 1;
+                one.sender.try_send_request(request).await
+            }
+            Self::Two(two) => {
+                let _stream = Stream::new(&two.streams);
+                two.sender.try_send_request(request).await
+            }
+        };
+        answer.map_err(|mut error| {
+            let unsent = error.take_message();
+            Failed { unsent, outcome: Outcome::new(Code::ServerReset, chain(error.error())) }
+        })
+    }
+
+    /// Counts a request of an HTTP/2 connection until it is dropped.
+    pub fn stream(&self) -> Option<Stream> {
+        match self {
+            Self::One(_) => None,
+            Self::Two(two) => Some(Stream::new(&two.streams)),
+        }
+    }
+}
+
+/// One request under way.
+pub struct Stream(Rc<Cell<usize>>);
+
+impl Stream {
+    fn new(streams: &Rc<Cell<usize>>) -> Self {
+        streams.set(streams.get() + 1);
+        Self(streams.clone())
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}
+
+/// Keeps an HTTP/1 connection going, and gives its bytes back when both sides change the protocol.
+async fn drive(
+    mut connection: http1::Connection<TokioIo<BoxIo>, Body>,
+    switch: Rc<Cell<bool>>,
+    give: oneshot::Sender<Raw>,
+    stop: impl Future<Output = ()> + 'static,
+) {
+    let mut stop: Pin<Box<dyn Future<Output = ()>>> = Box::pin(stop);
+    let ended = {
+        tokio::select! {
+            biased;
+            () = &mut stop => return,
+            ended = poll_fn(|cx| connection.poll_without_shutdown(cx)) => ended,
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(error = %chain(&error), "a connection to a server ended");
+        return;
+    }
+    let parts = connection.into_parts();
+    let mut raw = Raw { io: parts.io.into_inner(), read: parts.read_buf, stop };
+    if switch.get() {
+        match give.send(raw) {
+            Ok(()) => return,
+            Err(back) => raw = back,
+        }
+    }
+    // The other side has closed, or nobody sends any more.
+    let _ = raw.io.shutdown().await;
+}

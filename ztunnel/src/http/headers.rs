@@ -1,0 +1,242 @@
+//! Hygiene of headers between two connections: what belongs to one of them goes no further, what only a proxy may say is
+//! not taken from an application, and a request that two readers could read differently is refused.
+//!
+//! hyper has parsed and framed the message before (bad chunking, folded lines, contradicting lengths never come here); this
+//! is what it leaves to the program. Pure, and fuzzed.
+
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, FORWARDED, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRAILER, TRANSFER_ENCODING,
+    UPGRADE,
+};
+use http::uri::{Authority, PathAndQuery};
+use http::{Method, Request, Uri, Version};
+
+/// Headers of one connection (RFC 9110 §7.6.1, RFC 9112), besides those that `Connection` names.
+const HOP: [&str; 4] = ["keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization"];
+
+/// Most headers of a message: what Envoy takes.
+pub const MOST_HEADERS: usize = 100;
+
+/// Why a request is refused, for its client. Always status 400.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Malformed(pub &'static str);
+
+/// The protocol that a request asks to continue with, if it is a proper request for that.
+pub fn upgrade(headers: &HeaderMap, version: Version) -> Option<HeaderValue> {
+    (version == Version::HTTP_11 && names(headers, "upgrade")).then(|| headers.get(UPGRADE).cloned()).flatten()
+}
+
+/// Whether `Connection` names `option`.
+fn names(headers: &HeaderMap, option: &str) -> bool {
+    options(headers).any(|name| name.eq_ignore_ascii_case(option))
+}
+
+fn options(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    headers
+        .get_all(CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(str::trim)
+        .filter(|name| !name.is_empty())
+}
+
+/// Removes what belongs to one connection. `keep_upgrade`: the message takes part in a change of protocol, which both
+/// connections make.
+pub fn strip_hop(headers: &mut HeaderMap, keep_upgrade: Option<&HeaderValue>) {
+    let named: Vec<HeaderName> = options(headers).filter_map(|name| name.parse().ok()).collect();
+    for name in named {
+        // A client cannot have the mesh remove what the mesh or the framing needs.
+        if name != HOST && name != CONTENT_LENGTH && name != TE && name != TRAILER {
+            headers.remove(name);
+        }
+    }
+    headers.remove(CONNECTION);
+    headers.remove(TRANSFER_ENCODING);
+    headers.remove(UPGRADE);
+    for name in HOP {
+        headers.remove(name);
+    }
+    // "trailers" is the one thing that TE may say to the next hop (gRPC needs it).
+    let trailers = headers.get_all(TE).iter().filter_map(|value| value.to_str().ok());
+    let trailers = trailers.flat_map(|value| value.split(',')).any(|part| part.trim().eq_ignore_ascii_case("trailers"));
+    headers.remove(TE);
+    if trailers {
+        headers.insert(TE, HeaderValue::from_static("trailers"));
+    }
+    if let Some(protocol) = keep_upgrade {
+        headers.insert(UPGRADE, protocol.clone());
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    }
+}
+
+/// Removes what only a proxy may say: who the client is and what a proxy shall do. An application that sends these could
+/// otherwise pass for another one with whoever believes them.
+pub fn strip_forged(headers: &mut HeaderMap) {
+    headers.remove(FORWARDED);
+    headers.remove("x-forwarded-client-cert");
+    let envoy: Vec<HeaderName> = headers.keys().filter(|name| name.as_str().starts_with("x-envoy-")).cloned().collect();
+    for name in envoy {
+        headers.remove(name);
+    }
+}
+
+/// Checks what hyper leaves open and brings the target into the form in which both versions are routed: path and query
+/// alone for HTTP/1, with the authority in `Host`.
+///
+/// # Errors
+/// What two readers could read differently.
+pub fn check<B>(request: &mut Request<B>, default_host: &str) -> Result<(), Malformed> {
+    let hosts = request.headers().get_all(HOST).iter().count();
+    if hosts > 1 {
+        return Err(Malformed("more than one Host header"));
+    }
+    if request.headers().get_all(CONTENT_LENGTH).iter().count() > 1 {
+        return Err(Malformed("more than one Content-Length header"));
+    }
+    if request.headers().get(HOST).is_some_and(|host| Authority::try_from(host.as_bytes()).is_err()) {
+        return Err(Malformed("a Host header that is none"));
+    }
+    if request.uri().path().bytes().any(|byte| byte == b'#') {
+        return Err(Malformed("a fragment in the request target"));
+    }
+    if request.version() == Version::HTTP_2 {
+        return check_h2(request);
+    }
+    if request.method() == Method::CONNECT {
+        return Ok(());
+    }
+    if let Some(authority) = request.uri().authority().cloned() {
+        // An absolute target wins over Host (RFC 9112 §3.2.2), so there is only one of them from here on.
+        let host = HeaderValue::from_str(host_of(&authority)).map_err(|_| Malformed("a bad authority"))?;
+        request.headers_mut().insert(HOST, host);
+        let path = request.uri().path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+        *request.uri_mut() = Uri::from(path);
+    } else if hosts == 0 {
+        if request.version() == Version::HTTP_11 {
+            return Err(Malformed("no Host header"));
+        }
+        let host = HeaderValue::from_str(default_host).map_err(|_| Malformed("no Host header"))?;
+        request.headers_mut().insert(HOST, host);
+    }
+    Ok(())
+}
+
+fn check_h2<B>(request: &mut Request<B>) -> Result<(), Malformed> {
+    let Some(authority) = request.uri().authority() else {
+        return if request.headers().contains_key(HOST) { Ok(()) } else { Err(Malformed("no :authority")) };
+    };
+    let host = host_of(authority);
+    if request.headers().get(HOST).is_some_and(|given| !given.as_bytes().eq_ignore_ascii_case(host.as_bytes())) {
+        return Err(Malformed("Host differs from :authority"));
+    }
+    request.headers_mut().remove(HOST);
+    Ok(())
+}
+
+/// Host and port, without the user that an authority may carry.
+fn host_of(authority: &Authority) -> &str {
+    authority.as_str().rsplit('@').next().unwrap_or_default()
+}
+
+/// The authority that a request is for.
+pub fn authority<B>(request: &Request<B>) -> &str {
+    let header = || request.headers().get(HOST).and_then(|host| host.to_str().ok());
+    request.uri().authority().map(host_of).or_else(header).unwrap_or_default()
+}
+
+/// Whether the client is a gRPC one, which wants errors in its own form.
+pub fn is_grpc(headers: &HeaderMap) -> bool {
+    let Some(kind) = headers.get(http::header::CONTENT_TYPE) else { return false };
+    let kind = kind.as_bytes();
+    kind.starts_with(b"application/grpc") && matches!(kind.get(16), None | Some(b'+' | b';'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(lines: &[(&'static str, &'static str)]) -> HeaderMap {
+        lines.iter().map(|(name, value)| (name.parse().unwrap(), HeaderValue::from_static(value))).collect()
+    }
+
+    #[test]
+    fn what_belongs_to_one_connection_goes_no_further() {
+        let mut headers = map(&[
+            ("connection", "close, X-Secret"),
+            ("connection", "host"),
+            ("host", "cart"),
+            ("x-secret", "1"),
+            ("keep-alive", "timeout=5"),
+            ("transfer-encoding", "chunked"),
+            ("te", "gzip, trailers"),
+            ("upgrade", "websocket"),
+            ("x-kept", "1"),
+        ]);
+        strip_hop(&mut headers, None);
+        assert_eq!(headers, map(&[("host", "cart"), ("x-kept", "1"), ("te", "trailers")]));
+        let websocket = HeaderValue::from_static("websocket");
+        let mut headers = map(&[("connection", "keep-alive, Upgrade"), ("upgrade", "websocket")]);
+        assert_eq!(upgrade(&headers, Version::HTTP_11), Some(websocket.clone()));
+        assert_eq!(upgrade(&headers, Version::HTTP_10), None);
+        strip_hop(&mut headers, Some(&websocket));
+        assert_eq!(headers, map(&[("upgrade", "websocket"), ("connection", "upgrade")]));
+    }
+
+    #[test]
+    fn what_only_a_proxy_may_say_is_not_taken_from_an_application() {
+        let mut headers = map(&[
+            ("x-forwarded-client-cert", "By=spiffe://a;URI=spiffe://b"),
+            ("x-envoy-attempt-count", "3"),
+            ("x-envoy-retry-on", "5xx"),
+            ("forwarded", "for=10.0.0.1"),
+            ("x-forwarded-for", "10.0.0.1"),
+        ]);
+        strip_forged(&mut headers);
+        assert_eq!(headers, map(&[("x-forwarded-for", "10.0.0.1")]));
+    }
+
+    #[test]
+    fn a_request_has_exactly_one_host() {
+        type Case<'a> = (&'a str, Version, &'a [(&'static str, &'static str)], Result<(&'a str, &'a str), &'a str>);
+        let cases: &[Case<'_>] = &[
+            ("/a?b", Version::HTTP_11, &[("host", "cart:80")], Ok(("/a?b", "cart:80"))),
+            ("http://real/a", Version::HTTP_11, &[("host", "other")], Ok(("/a", "real"))),
+            ("http://u@real", Version::HTTP_11, &[], Ok(("/", "real"))),
+            ("/", Version::HTTP_11, &[], Err("no Host header")),
+            ("/", Version::HTTP_10, &[], Ok(("/", "10.0.0.1:80"))),
+            ("/", Version::HTTP_11, &[("host", "a"), ("host", "a")], Err("more than one Host header")),
+            ("/", Version::HTTP_11, &[("host", "a b")], Err("a Host header that is none")),
+            ("http://a/x", Version::HTTP_2, &[("host", "A")], Ok(("/x", "a"))),
+            ("http://a/x", Version::HTTP_2, &[("host", "b")], Err("Host differs from :authority")),
+            ("/x", Version::HTTP_2, &[], Err("no :authority")),
+            (
+                "/",
+                Version::HTTP_11,
+                &[("host", "a"), ("content-length", "1"), ("content-length", "1")],
+                Err("more than one Content-Length header"),
+            ),
+        ];
+        for (uri, version, headers, expected) in cases {
+            let mut request = Request::builder().uri(*uri).version(*version).body(()).unwrap();
+            *request.headers_mut() = map(headers);
+            let found = check(&mut request, "10.0.0.1:80");
+            let path = request.uri().path_and_query().map(ToString::to_string).unwrap_or_default();
+            let found = found.map(|()| (path.as_str(), authority(&request))).map_err(|error| error.0);
+            assert_eq!(found, *expected, "{uri} {version:?} {headers:?}");
+        }
+    }
+
+    #[test]
+    fn grpc_is_told_from_its_look_alikes() {
+        for (kind, expected) in [
+            ("application/grpc", true),
+            ("application/grpc+proto", true),
+            ("application/grpc;charset=utf-8", true),
+            ("application/grpc-web", false),
+            ("application/json", false),
+        ] {
+            assert_eq!(is_grpc(&map(&[("content-type", kind)])), expected, "{kind}");
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Connections to servers that wait for the next request. Belongs to one worker.
+//!
+//! A connection is used again only for its exact key, which holds everything that a new one would be opened with: the pod
+//! that it comes from, the endpoint, and the identities at both ends. So a request never rides on another pod's
+//! connection. Unused ones are closed after [`IDLE`], before most servers close them, and one task sleeps until the next
+//! is due.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Mutex;
+use tokio::time::{Instant, sleep_until};
+use tulle_certs::SpiffeId;
+
+use crate::base::workers;
+use crate::http::Framing;
+use crate::http::client::{Conn, One, Two};
+
+/// How long a connection without a request is kept. Servers close theirs after 5 s (Node.js), 15 s (Apache) or 75 s
+/// (nginx), and a request that is sent in that moment is lost; a new connection costs a stream of a tunnel.
+const IDLE: Duration = Duration::from_secs(4);
+
+/// Waiting connections of one key: a burst's worth.
+const MOST_WAITING: usize = 64;
+
+/// Age at which an HTTP/2 connection gets no new requests: it holds a tunnel with an old certificate open.
+const MOST_AGE: Duration = Duration::from_secs(600);
+
+/// How long a connection whose answer was read may take until it is ready again: its request body is still being sent.
+const SETTLE: Duration = Duration::from_secs(5);
+
+/// What makes two requests alike enough to share a connection.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// Uid of the pod that the connection comes from.
+    pub pod: Arc<str>,
+    /// The application's address.
+    pub endpoint: SocketAddr,
+    /// Who we are and who may be there; none: plain TCP.
+    pub identities: Option<(SpiffeId, Arc<[SpiffeId]>)>,
+    /// What is spoken.
+    pub framing: Framing,
+}
+
+#[derive(Default)]
+struct Entry {
+    waiting: Vec<(One, Instant)>,
+    shared: Vec<Two>,
+    /// Held by who opens a connection for many requests, so that a burst opens one.
+    opening: Rc<Mutex<()>>,
+}
+
+/// The pool.
+pub struct Pool {
+    entries: RefCell<HashMap<Key, Entry>>,
+    janitor: Cell<bool>,
+    this: Weak<Self>,
+}
+
+impl Pool {
+    /// An empty pool.
+    pub fn new() -> Rc<Self> {
+        Rc::new_cyclic(|this| Self { entries: RefCell::default(), janitor: Cell::new(false), this: this.clone() })
+    }
+
+    /// A connection that waits, the last used first: the others may reach their end.
+    pub fn take(&self, key: &Key) -> Option<Conn> {
+        let mut entries = self.entries.borrow_mut();
+        let entry = entries.get_mut(key)?;
+        match key.framing {
+            Framing::One => {
+                while let Some((one, since)) = entry.waiting.pop() {
+                    if one.is_ready() && since.elapsed() < IDLE {
+                        return Some(Conn::One(one));
+                    }
+                }
+                None
+            }
+            Framing::Two => {
+                entry.shared.retain(Two::is_open);
+                let young = entry.shared.iter().filter(|two| two.has_room() && two.since.elapsed() < MOST_AGE);
+                young.min_by_key(|two| two.streams.get()).cloned().map(Conn::Two)
+            }
+        }
+    }
+
+    /// To be held while a connection for many requests is opened; look again with it in hand.
+    pub fn opening(&self, key: &Key) -> Rc<Mutex<()>> {
+        self.entries.borrow_mut().entry(key.clone()).or_default().opening.clone()
+    }
+
+    /// A connection that others may use as well.
+    pub fn share(&self, key: &Key, two: Two) {
+        self.entries.borrow_mut().entry(key.clone()).or_default().shared.push(two);
+        self.start_janitor();
+    }
+
+    /// Gives a connection back whose answer was read. It waits here as soon as it is ready.
+    pub fn give_back(&self, key: Key, mut one: One) {
+        if one.is_ready() {
+            return self.keep(key, one);
+        }
+        let this = self.this.clone();
+        workers::spawn(async move {
+            if let Ok(true) = tokio::time::timeout(SETTLE, one.ready()).await
+                && let Some(pool) = this.upgrade()
+            {
+                pool.keep(key, one);
+            }
+        });
+    }
+
+    fn keep(&self, key: Key, one: One) {
+        let mut entries = self.entries.borrow_mut();
+        let entry = entries.entry(key).or_default();
+        if entry.waiting.len() >= MOST_WAITING {
+            entry.waiting.remove(0);
+        }
+        entry.waiting.push((one, Instant::now()));
+        drop(entries);
+        self.start_janitor();
+    }
+
+    /// Connections for one request at a time that wait.
+    pub fn waiting(&self) -> usize {
+        self.entries.borrow().values().map(|entry| entry.waiting.len()).sum()
+    }
+
+    fn start_janitor(&self) {
+        if self.janitor.replace(true) {
+            return;
+        }
+        let this = self.this.clone();
+        workers::spawn(async move {
+            loop {
+                sleep_until(Instant::now() + IDLE).await;
+                let Some(pool) = this.upgrade() else { return };
+                pool.sweep();
+                if pool.entries.borrow().is_empty() {
+                    pool.janitor.set(false);
+                    return;
+                }
+            }
+        });
+    }
+
+    /// Closes what has waited for long enough.
+    fn sweep(&self) {
+        self.entries.borrow_mut().retain(|_, entry| {
+            entry.waiting.retain(|(one, since)| one.is_ready() && since.elapsed() < IDLE);
+            entry.shared.retain(|two| {
+                let unused = two.streams.get() == 0 && two.since.elapsed() > MOST_AGE;
+                two.is_open() && !unused
+            });
+            let opening = Rc::strong_count(&entry.opening) > 1;
+            opening || !entry.waiting.is_empty() || !entry.shared.is_empty()
+        });
+    }
+}

@@ -1,0 +1,204 @@
+//! The client's side: one connection, its requests one after another (HTTP/1) or together (HTTP/2), and the change to
+//! another protocol when both sides agree on it.
+//!
+//! A request that is under way when the proxy drains is finished, and the client is told to open another connection for the
+//! next one (`Connection: close`, GOAWAY).
+
+use std::cell::RefCell;
+use std::convert::Infallible;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+
+use bytes::Bytes;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncWriteExt, copy_bidirectional};
+use tokio::sync::oneshot;
+
+use crate::base::drain::Drained;
+use crate::http::io::{HeadClock, OnWorker};
+use crate::http::{
+    Body, CONNECTION_WINDOW, Downstream, Framing, HEAD_BYTES, HEAD_TIME, HEADER_LIST, LOCAL_RESETS, PENDING_RESETS,
+    PING, PONG, SEND_BUFFER, STREAM_WINDOW, STREAMS, client, headers,
+};
+use crate::outcome::{Code, Outcome, chain};
+
+/// An answer on its way.
+pub type Answer = Pin<Box<dyn Future<Output = Response<Body>>>>;
+
+/// What becomes of a request.
+pub type Service = Rc<dyn Fn(Request<Incoming>, Switches) -> Answer>;
+
+/// The server's side of a connection that is to become another protocol's.
+pub struct Switch {
+    /// Comes when the answer 101 has come.
+    pub server: oneshot::Receiver<client::Raw>,
+    /// Kept until the end.
+    pub held: Box<dyn std::any::Any>,
+}
+
+/// Where the answer to a request to change the protocol leaves the server's side.
+pub type Switches = Rc<RefCell<Option<Switch>>>;
+
+/// Serves the requests of `connection` by `service` until it ends, `stop` says so, or the drain is over.
+pub async fn serve(
+    connection: Downstream,
+    clock: Rc<HeadClock>,
+    framing: Framing,
+    drained: &Drained,
+    stop: impl Future<Output = Outcome>,
+    service: Service,
+) -> Outcome {
+    let mut stop = pin!(stop);
+    match framing {
+        Framing::One => one(connection, clock, drained, stop.as_mut(), service).await,
+        Framing::Two => two(connection, drained, stop.as_mut(), service).await,
+    }
+}
+
+/// The next bytes of the client are a new head.
+struct Next(Rc<HeadClock>);
+
+impl Drop for Next {
+    fn drop(&mut self) {
+        self.0.next();
+    }
+}
+
+async fn one(
+    connection: Downstream,
+    clock: Rc<HeadClock>,
+    drained: &Drained,
+    mut stop: Pin<&mut impl Future<Output = Outcome>>,
+    service: Service,
+) -> Outcome {
+    let switches = Switches::default();
+    let (slot, heads) = (switches.clone(), clock.clone());
+    let service = service_fn(move |request| {
+        heads.complete();
+        let next = Next(heads.clone());
+        let answer = service(request, slot.clone());
+        let answer = async move { Ok::<_, Infallible>(answer.await.map(|body| body.hold(next))) };
+        Box::pin(answer) as Pin<Box<dyn Future<Output = _>>>
+    });
+    let mut connection = http1::Builder::new()
+        // A client that hangs up does not wait for its answer; so do Envoy and nginx.
+        .half_close(false)
+        .max_buf_size(HEAD_BYTES)
+        .max_headers(headers::MOST_HEADERS)
+        .max_header_size(HEAD_BYTES)
+        .header_read_timeout(None)
+        .auto_date_header(false)
+        .serve_connection(TokioIo::new(connection), service);
+    let mut draining = false;
+    let ended = loop {
+        tokio::select! {
+            biased;
+            outcome = &mut stop => return outcome,
+            () = clock.overdue(HEAD_TIME) => {
+                let text = format!("the head of a request was not complete {} s after its begin", HEAD_TIME.as_secs());
+                return Outcome::new(Code::BadRequest, text);
+            }
+            () = drained.draining(), if !draining => {
+                draining = true;
+                Pin::new(&mut connection).graceful_shutdown();
+            }
+            ended = poll_fn(|cx| connection.poll_without_shutdown(cx)) => break ended,
+        }
+    };
+    if let Err(error) = ended {
+        return refused(&error);
+    }
+    let parts = connection.into_parts();
+    let mut io = parts.io.into_inner();
+    let Some(switch) = switches.borrow_mut().take() else {
+        // The client may be gone; then there is nobody to tell.
+        let _ = io.shutdown().await;
+        return Outcome::ok();
+    };
+    drop(parts.service);
+    tokio::select! {
+        biased;
+        outcome = stop => outcome,
+        outcome = switched(io, parts.read_buf, switch) => outcome,
+    }
+}
+
+/// Bytes both ways after a change of protocol.
+async fn switched(client: Downstream, said: Bytes, switch: Switch) -> Outcome {
+    let Ok(server) = switch.server.await else {
+        return Outcome::new(Code::ServerReset, "the server hung up while it changed the protocol");
+    };
+    bytes(client, said, server).await
+}
+
+/// Bytes both ways: what was `said` by the client and read already comes first.
+pub async fn bytes(mut client: Downstream, said: Bytes, server: client::Raw) -> Outcome {
+    let client::Raw { mut io, read, mut stop } = server;
+    let begun = async {
+        io.write_all(&said).await?;
+        client.write_all(&read).await?;
+        client.flush().await?;
+        copy_bidirectional(&mut client, &mut io).await
+    };
+    let ended = tokio::select! {
+        biased;
+        () = &mut stop => return Outcome::new(Code::PolicyChanged, "the connection may not go on"),
+        ended = begun => ended,
+    };
+    match ended {
+        Ok(_) => Outcome::ok(),
+        Err(error) => Outcome::new(Code::ServerReset, error.to_string()),
+    }
+}
+
+async fn two(
+    connection: Downstream,
+    drained: &Drained,
+    mut stop: Pin<&mut impl Future<Output = Outcome>>,
+    service: Service,
+) -> Outcome {
+    let service = service_fn(move |request| {
+        let answer = service(request, Switches::default());
+        async move { Ok::<_, Infallible>(answer.await) }
+    });
+    let mut connection = pin!(
+        http2::Builder::new(OnWorker)
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(STREAMS)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_header_list_size(HEADER_LIST)
+            .max_send_buf_size(SEND_BUFFER)
+            .max_pending_accept_reset_streams(PENDING_RESETS)
+            .max_local_error_reset_streams(LOCAL_RESETS)
+            .keep_alive_interval(PING)
+            .keep_alive_timeout(PONG)
+            .auto_date_header(false)
+            .serve_connection(TokioIo::new(connection), service)
+    );
+    let mut draining = false;
+    loop {
+        tokio::select! {
+            biased;
+            outcome = &mut stop => return outcome,
+            () = drained.draining(), if !draining => {
+                draining = true;
+                connection.as_mut().graceful_shutdown();
+            }
+            ended = &mut connection => return ended.map_or_else(|error| refused(&error), |()| Outcome::ok()),
+        }
+    }
+}
+
+/// What a connection's failure means: the client went away, or it said what HTTP forbids and got status 400 or 431.
+fn refused(error: &hyper::Error) -> Outcome {
+    if error.is_parse() || error.is_parse_too_large() {
+        return Outcome::new(Code::BadRequest, chain(error));
+    }
+    Outcome::new(Code::ClientReset, chain(error))
+}

@@ -1,0 +1,379 @@
+//! A connection into a local pod whose requests are decided one by one: told to be HTTP, each request authenticated and
+//! authorised on the newest snapshot, and passed to the application on a connection of this one client.
+//!
+//! The identity is the one proven in TLS; what a request says of itself counts only as far as a token proves it. Bytes that
+//! are not HTTP are decided by what is left of the policies, which allows no more, and never go past a token that would
+//! have to be looked at. The application's connection is dialled again when it has closed it between two requests.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::uri::PathAndQuery;
+use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header};
+use hyper::body::Incoming;
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use crate::base::{Counts, unix_now};
+use crate::flow::{LocalPod, PATIENCE, Shared};
+use crate::http::client::{Conn, Failed, Raw};
+use crate::http::reply::{self, Reply};
+use crate::http::server::{self, Switch, Switches};
+use crate::http::{
+    Body, BoxIo, Downstream, ENOUGH, End, Framing, HEAD_TIME, HeadClock, Sniffed, grpc_status, headers, recorded, sniff,
+};
+use crate::inbound::decide::{self, Declared, authorization_is_broken, declared};
+use crate::inbound::recheck::{Admitted, Registration};
+use crate::inbound::{decide::denial, stopped};
+use crate::outcome::{Code, Fault, Outcome};
+use crate::policy::{self, HttpFacts, jwt};
+use crate::route::{RequestFacts, path};
+use crate::state::Snapshot;
+use crate::telemetry::{ConnRecord, Direction, HttpRecord, Peer};
+
+/// How long a client of a port whose protocol is not declared may be silent before its bytes are taken for something else
+/// than HTTP, if what is left of the policies lets them in.
+const SILENCE: Duration = Duration::from_millis(200);
+
+/// What all requests of a connection share.
+pub(super) struct Connection {
+    shared: Shared,
+    pod: Arc<LocalPod>,
+    request: super::Request,
+    source: Peer,
+    destination: Peer,
+    service: Option<Arc<crate::state::Service>>,
+    /// The application's side while no request is under way (HTTP/1), or for all of them (HTTP/2).
+    server: RefCell<Option<Conn>>,
+}
+
+impl Connection {
+    pub(super) fn new(shared: &Shared, pod: &Arc<LocalPod>, registration: &Registration, record: &ConnRecord) -> Self {
+        let Admitted { identity, source, target, .. } = registration.facts();
+        Self {
+            shared: shared.clone(),
+            pod: pod.clone(),
+            request: super::Request { identity: identity.clone(), source: *source, target: *target },
+            source: record.source.clone(),
+            destination: Peer { addr: Some(*target), ..record.destination.clone() },
+            service: record.service.clone(),
+            server: RefCell::default(),
+        }
+    }
+
+    fn decide_bytes(&self, snapshot: &Snapshot) -> Result<(), Outcome> {
+        let gone = || Outcome::new(Code::UnknownWorkload, "control no longer describes the pod");
+        let workload = self.pod.workload(snapshot).ok_or_else(gone)?;
+        let super::Request { identity, source, target } = &self.request;
+        decide::decide_bytes(snapshot, workload, identity.as_ref(), *source, *target).map(drop)
+    }
+}
+
+/// Serves a connection to its end. `server` is its connection to the application.
+pub(super) async fn serve(
+    connection: Connection,
+    mut io: BoxIo,
+    server: TcpStream,
+    registration: &Registration,
+    counts: &Rc<Counts>,
+) -> Outcome {
+    let pod = connection.pod.clone();
+    let stop = stopped(&pod.drained, registration);
+    tokio::pin!(stop);
+    let told = tokio::select! {
+        biased;
+        outcome = &mut stop => return outcome,
+        told = told(&connection, &mut io) => told,
+    };
+    let clock = Rc::<HeadClock>::default();
+    let framing = match told {
+        Err(outcome) => return outcome,
+        Ok((first, None)) => {
+            registration.facts().requests.set(false);
+            // Looked at once more: a snapshot that came in between was asked about requests.
+            if let Err(outcome) = connection.decide_bytes(&connection.shared.reader.load()) {
+                return outcome;
+            }
+            let client = Downstream::new(first, io, counts.clone(), clock);
+            let server = Raw { io: Box::new(server), read: Bytes::new(), stop: Box::pin(std::future::pending()) };
+            return tokio::select! {
+                biased;
+                outcome = stop => outcome,
+                outcome = server::bytes(client, Bytes::new(), server) => outcome,
+            };
+        }
+        Ok((first, Some(framing))) => {
+            io = Box::new(Downstream::new(first, io, Rc::default(), Rc::default()));
+            framing
+        }
+    };
+    match Conn::begin(Box::new(server), framing, None, std::future::pending()).await {
+        Ok(conn) => *connection.server.borrow_mut() = Some(conn),
+        Err(outcome) => return outcome,
+    }
+    let client = Downstream::new(Bytes::new(), io, counts.clone(), clock.clone());
+    let connection = Rc::new(connection);
+    let service: server::Service = Rc::new(move |request, switches| {
+        let connection = connection.clone();
+        Box::pin(async move { connection.exchange(request, framing, switches).await })
+    });
+    server::serve(client, clock, framing, &pod.drained, stop, service).await
+}
+
+/// What the client speaks, and its first bytes. `None`: not HTTP, and let in as bytes.
+async fn told(connection: &Connection, io: &mut BoxIo) -> Result<(Bytes, Option<Framing>), Outcome> {
+    let (begin, target) = (Instant::now(), connection.request.target);
+    let mut first = BytesMut::with_capacity(ENOUGH);
+    let bytes_may = |snapshot: &Snapshot| connection.decide_bytes(snapshot);
+    loop {
+        let snapshot = connection.shared.reader.load();
+        let unsaid = connection
+            .pod
+            .workload(&snapshot)
+            .is_some_and(|workload| declared(&snapshot, workload, target.port()) == Declared::Unknown);
+        // Nothing is lost by waiting for somebody whose bytes would not be let in.
+        let patience = if first.is_empty() && unsaid && bytes_may(&snapshot).is_ok() {
+            Some(begin + SILENCE)
+        } else if first.is_empty() {
+            None
+        } else {
+            Some(begin + HEAD_TIME)
+        };
+        drop(snapshot);
+        let mut chunk = [0; ENOUGH];
+        let read = match patience {
+            None => io.read(&mut chunk).await,
+            Some(deadline) => match timeout_at(deadline, io.read(&mut chunk)).await {
+                Ok(read) => read,
+                Err(_) => break,
+            },
+        };
+        let read = read.map_err(|error| Outcome::new(Code::ClientReset, error.to_string()))?;
+        first.extend_from_slice(&chunk[..read]);
+        match sniff(&first) {
+            Sniffed::Http1 => return Ok((first.freeze(), Some(Framing::One))),
+            Sniffed::Http2 => return Ok((first.freeze(), Some(Framing::Two))),
+            Sniffed::More if read > 0 => {}
+            Sniffed::More if first.is_empty() => return Err(Outcome::ok()),
+            Sniffed::More | Sniffed::Other => break,
+        }
+    }
+    bytes_may(&connection.shared.reader.load()).map_err(|outcome| {
+        let said = if first.is_empty() { "said nothing" } else { "does not speak HTTP" };
+        let detail = format!("a policy speaks of requests, and the client {said}: {}", outcome.detail);
+        Outcome { code: Code::NotHttp, detail: detail.into(), ..outcome }
+    })?;
+    Ok((first.freeze(), None))
+}
+
+/// The proxy answers.
+struct Refused {
+    reply: Reply,
+    outcome: Box<Outcome>,
+    /// Header `www-authenticate`.
+    challenge: Option<HeaderValue>,
+}
+
+impl Refused {
+    fn new(reply: Reply, outcome: Outcome) -> Self {
+        Self { reply, outcome: Box::new(outcome), challenge: None }
+    }
+}
+
+impl Connection {
+    async fn exchange(
+        self: Rc<Self>,
+        mut request: Request<Incoming>,
+        framing: Framing,
+        switches: Switches,
+    ) -> Response<Body> {
+        let mut record = HttpRecord::new(
+            self.shared.metrics.clone(),
+            Direction::Inbound,
+            self.source.clone(),
+            self.destination.clone(),
+        );
+        record.service = self.service.clone();
+        record.describe(&request);
+        record.authority = headers::authority(&request).into();
+        record.grpc = headers::is_grpc(request.headers());
+        let grpc = record.grpc;
+        let switch = headers::upgrade(request.headers(), request.version());
+        let response = match self.admit(&mut request, switch.as_ref(), &mut record) {
+            Err(refused) => Err(refused),
+            Ok(()) => self.pass(request, framing, switch.is_some(), switches, &mut record).await,
+        };
+        let response = response.unwrap_or_else(|Refused { reply, outcome, challenge }| {
+            record.flag = reply.flag;
+            record.error = Some(outcome.to_string().into());
+            record.policy = outcome.policy.clone();
+            record.rule = outcome.rule;
+            record.denied = (outcome.code.fault() == Fault::Policy).then_some(outcome.code);
+            record.dry_run.extend(outcome.dry_run);
+            if grpc {
+                record.grpc_status = Some(reply.grpc_status().to_string());
+            }
+            let mut response = reply.response(grpc);
+            if let Some(challenge) = challenge {
+                response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
+            }
+            response
+        });
+        recorded(response, record)
+    }
+
+    /// Whether a request may pass; brings it into the form in which the application gets it.
+    fn admit(
+        &self,
+        request: &mut Request<Incoming>,
+        switch: Option<&HeaderValue>,
+        record: &mut HttpRecord,
+    ) -> Result<(), Refused> {
+        let malformed = |text: String| Refused::new(reply::BAD_REQUEST, Outcome::new(Code::BadRequest, text));
+        if request.method() == Method::CONNECT {
+            let text = "CONNECT to a pod whose requests are decided one by one";
+            return Err(Refused::new(reply::NO_CONNECT, Outcome::new(Code::BadRequest, text)));
+        }
+        headers::check(request, &self.request.target.to_string()).map_err(|error| malformed(error.0.to_owned()))?;
+        headers::strip_hop(request.headers_mut(), switch);
+        request.headers_mut().remove("x-forwarded-client-cert");
+        let path = path::normalise(request.uri().path()).map_err(|error| malformed(error.to_string()))?.into_owned();
+        // The newest: a policy applies to the next request of a live connection.
+        let snapshot = self.shared.reader.load();
+        let Some(workload) = self.pod.workload(&snapshot) else {
+            let outcome = Outcome::new(Code::UnknownWorkload, "control no longer describes the pod");
+            return Err(Refused::new(reply::NO_ENDPOINT, outcome));
+        };
+        let authenticated = {
+            let facts = RequestFacts {
+                method: request.method().as_str(),
+                scheme: "http",
+                authority: headers::authority(request),
+                port: self.request.target.port(),
+                path: &path,
+                query: request.uri().query(),
+                headers: request.headers(),
+            };
+            let authenticated = jwt::authenticate(&snapshot, workload, &facts, unix_now()).map_err(token_refused)?;
+            let super::Request { identity, source, target } = &self.request;
+            let connection = decide::facts(&snapshot, workload, identity.as_ref(), *source, *target);
+            let facts = HttpFacts { connection, request: facts, token: authenticated.token.as_ref() };
+            let verdict = policy::evaluate_request(&snapshot, &facts);
+            if !verdict.allowed && !authorization_is_broken() {
+                let outcome = denial(&verdict);
+                let pending = outcome.code == Code::PolicyPending;
+                return Err(Refused::new(if pending { reply::PENDING } else { reply::DENIED }, outcome));
+            }
+            record.dry_run = verdict.dry_run;
+            authenticated
+        };
+        authenticated.on_request(request.headers_mut());
+        respell(request, &path).ok_or_else(|| malformed("a path that is none".to_owned()))
+    }
+
+    /// Passes a request to the application.
+    async fn pass(
+        self: &Rc<Self>,
+        request: Request<Incoming>,
+        framing: Framing,
+        switch: bool,
+        switches: Switches,
+        record: &mut HttpRecord,
+    ) -> Result<Response<Body>, Refused> {
+        let count = record.request_bytes.clone();
+        let mut request = request.map(|body| Body::from(body).then(move |ended| count.set(ended.bytes)));
+        if framing == Framing::One {
+            *request.version_mut() = http::Version::HTTP_11;
+        }
+        let mut fresh = false;
+        let (response, conn) = loop {
+            let mut conn =
+                self.connected(framing, fresh).await.map_err(|outcome| Refused::new(reply::CONNECT_FAILED, outcome))?;
+            match conn.send(request, switch).await {
+                Ok(response) => break (response, conn),
+                // Closed by the application between two requests; nothing was sent.
+                Err(Failed { unsent: Some(unsent), .. }) if !fresh => (request, fresh) = (unsent, true),
+                Err(Failed { outcome, .. }) => return Err(Refused::new(reply::RESET, outcome)),
+            }
+        };
+        let (mut parts, incoming) = response.into_parts();
+        let switched = parts.status == StatusCode::SWITCHING_PROTOCOLS;
+        let protocol = parts.headers.get(header::UPGRADE).cloned().filter(|_| switched);
+        headers::strip_hop(&mut parts.headers, protocol.as_ref());
+        parts.version = http::Version::HTTP_11;
+        if switched {
+            if let Conn::One(one) = conn {
+                *switches.borrow_mut() = Some(Switch { server: one.into_raw(), held: Box::new(self.clone()) });
+            }
+            return Ok(Response::from_parts(parts, Body::empty()));
+        }
+        record.grpc_status = grpc_status(&parts.headers);
+        let this = self.clone();
+        let body = Body::from(incoming).then(move |ended| {
+            if matches!((&ended.end, &conn), (End::Complete, Conn::One(_))) {
+                *this.server.borrow_mut() = Some(conn);
+            }
+        });
+        Ok(Response::from_parts(parts, body))
+    }
+
+    /// The connection to the application, or a new one.
+    async fn connected(&self, framing: Framing, fresh: bool) -> Result<Conn, Outcome> {
+        let waiting = self.server.borrow_mut().take().filter(|_| !fresh);
+        let again = match waiting {
+            // Ready as soon as the connection's own task has seen the end of the answer before.
+            Some(Conn::One(mut one)) => one.ready().await.then_some(Conn::One(one)),
+            Some(Conn::Two(two)) if two.is_open() => {
+                *self.server.borrow_mut() = Some(Conn::Two(two.clone()));
+                Some(Conn::Two(two))
+            }
+            _ => None,
+        };
+        if let Some(conn) = again {
+            return Ok(conn);
+        }
+        let super::Request { source, target, .. } = &self.request;
+        let dial = self.pod.sockets.connect_from(*source, *target);
+        let tcp = match timeout(self.shared.hbone.connect_timeout.min(PATIENCE * 2), dial).await {
+            Ok(Ok(tcp)) => tcp,
+            Ok(Err(error)) => {
+                return Err(Outcome::new(Code::ConnectFailed, format!("application at {target}: {error}")));
+            }
+            Err(_) => {
+                return Err(Outcome::new(Code::ConnectTimeout, format!("the application at {target} did not answer")));
+            }
+        };
+        let conn = Conn::begin(Box::new(tcp), framing, None, std::future::pending()).await?;
+        if let Conn::Two(two) = &conn {
+            *self.server.borrow_mut() = Some(Conn::Two(two.clone()));
+        }
+        Ok(conn)
+    }
+}
+
+/// A token that no rule accepts, in Envoy's words.
+fn token_refused(refused: jwt::TokenRefused) -> Refused {
+    let status = StatusCode::from_u16(refused.status).unwrap_or(StatusCode::UNAUTHORIZED);
+    let outcome = Outcome { policy: refused.by.clone(), ..Outcome::new(Code::TokenRefused, refused.body) };
+    let challenge = HeaderValue::from_str(&refused.challenge).ok();
+    Refused { challenge, ..Refused::new(Reply::new(status, refused.body, "-"), outcome) }
+}
+
+/// Gives the application the path that was decided about.
+fn respell<B>(request: &mut Request<B>, path: &str) -> Option<()> {
+    if request.uri().path() == path {
+        return Some(());
+    }
+    let target = match request.uri().query() {
+        Some(query) => format!("{path}?{query}"),
+        None => path.to_owned(),
+    };
+    let mut parts = request.uri().clone().into_parts();
+    parts.path_and_query = Some(PathAndQuery::try_from(target).ok()?);
+    *request.uri_mut() = Uri::from_parts(parts).ok()?;
+    Some(())
+}

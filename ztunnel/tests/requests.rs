@@ -1,0 +1,390 @@
+//! Requests through one node: routed by weight and header, edited while a connection lives, in every form of HTTP, and with
+//! bytes that are not HTTP left alone.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod node;
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::HeaderName;
+use node::{Lab, Node};
+use tulle_proto::workload::AppProtocol;
+use ztunnel::state::{
+    Action, Backend, Change, Filters, Group, HTTP_ROUTE, HeaderChanges, HttpMatch, HttpRule, PathMatch, PathPattern,
+    Policy, Retry, Rewrite, Route, RouteKind, RouteMatch, RouteParent, RouteRule, Scope, ServiceName, StringMatch,
+    Turns, Wanted,
+};
+
+/// One message: first line, headers, body.
+struct Message {
+    first: String,
+    headers: Vec<(String, String)>,
+    body: Vec<u8>,
+}
+
+impl Message {
+    fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(own, _)| own.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
+    }
+
+    fn status(&self) -> u16 {
+        self.first.split(' ').nth(1).unwrap().parse().unwrap()
+    }
+
+    fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).unwrap()
+    }
+}
+
+/// Reads a message with a length, in chunks, or without a body.
+fn read(from: &mut BufReader<TcpStream>) -> Option<Message> {
+    let mut line = || {
+        let mut line = String::new();
+        (from.read_line(&mut line).ok()? > 0).then(|| line.trim_end().to_owned())
+    };
+    let first = line()?;
+    let mut headers = Vec::new();
+    loop {
+        let line = line()?;
+        if line.is_empty() {
+            break;
+        }
+        let (name, value) = line.split_once(':')?;
+        headers.push((name.to_owned(), value.trim().to_owned()));
+    }
+    let mut message = Message { first, headers, body: Vec::new() };
+    if let Some(length) = message.header("content-length").map(|value| value.parse().unwrap()) {
+        message.body.resize(length, 0);
+        from.read_exact(&mut message.body).ok()?;
+    } else if message.header("transfer-encoding").is_some() {
+        loop {
+            let mut size = String::new();
+            from.read_line(&mut size).ok()?;
+            let size = usize::from_str_radix(size.trim(), 16).ok()?;
+            let begin = message.body.len();
+            message.body.resize(begin + size, 0);
+            from.read_exact(&mut message.body[begin..]).ok()?;
+            from.read_line(&mut String::new()).ok()?;
+            if size == 0 {
+                break;
+            }
+        }
+    }
+    Some(message)
+}
+
+/// A server that answers with its name, the first line and the headers it saw; `/ws` changes the protocol to an echo,
+/// `/fail` is 503, `/once` hangs up after its answer.
+fn serve(name: &'static str) -> impl FnOnce() + Send + 'static {
+    let listener = move || TcpListener::bind("[::]:8080").unwrap();
+    move || {
+        for tcp in listener().incoming() {
+            let mut tcp = tcp.unwrap();
+            std::thread::spawn(move || {
+                let mut from = BufReader::new(tcp.try_clone().unwrap());
+                while let Some(request) = read(&mut from) {
+                    let path = request.first.split(' ').nth(1).unwrap_or_default().to_owned();
+                    if path == "/ws" {
+                        let head = "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n";
+                        tcp.write_all(head.as_bytes()).unwrap();
+                        let mut buffer = [0; 1024];
+                        while let Ok(size @ 1..) = from.read(&mut buffer) {
+                            tcp.write_all(&buffer[..size]).unwrap();
+                        }
+                        return;
+                    }
+                    let headers: Vec<String> =
+                        request.headers.iter().map(|(name, value)| format!("{name}: {value}")).collect();
+                    let body = format!("{name}\n{}\n{}\n{}", request.first, request.body.len(), headers.join("\n"));
+                    let status = if path == "/fail" { "503 Service Unavailable" } else { "200 OK" };
+                    let answer =
+                        format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nx-from: {name}\r\n\r\n{body}", body.len());
+                    if tcp.write_all(answer.as_bytes()).is_err() || path == "/once" {
+                        return;
+                    }
+                }
+            });
+        }
+    }
+}
+
+fn name(service: &str) -> ServiceName {
+    ServiceName { namespace: "shop".into(), hostname: format!("{service}.shop.svc.cluster.local").into() }
+}
+
+fn backend(service: &str, weight: u32) -> Backend {
+    Backend { service: name(service), port: 80, weight, filters: Filters::default(), invalid: None }
+}
+
+fn rule(matches: Vec<RouteMatch>, backends: Vec<Backend>) -> RouteRule {
+    RouteRule {
+        name: "".into(),
+        matches,
+        filters: Filters::default(),
+        backends,
+        request_timeout: None,
+        backend_timeout: None,
+        retry: None,
+        broken: None,
+        turns: Arc::new(Turns::starting_at(0)),
+    }
+}
+
+fn prefix(path: &str) -> RouteMatch {
+    RouteMatch { path: PathMatch::Prefix(path.into()), ..RouteMatch::default() }
+}
+
+fn route(version: &str, rules: Vec<RouteRule>) -> Change {
+    Change::Route(Arc::new(Route {
+        id: format!("{HTTP_ROUTE}shop/web").into(),
+        version: version.into(),
+        namespace: "shop".into(),
+        kind: RouteKind::Http,
+        created: 0,
+        parents: vec![RouteParent { service: name("web"), ports: vec![80] }],
+        rules,
+    }))
+}
+
+/// A node with the client a and the servers b (Services web and v1) and c (v2).
+fn world(tag: &str, protocol: AppProtocol) -> (Lab, Node) {
+    let lab = Lab::new(tag);
+    drop(lab.within("b", serve("b")));
+    drop(lab.within("c", serve("c")));
+    let mut node = Node::start(&lab, lab.pods_file(&["a", "b", "c"]));
+    node.describe_services(
+        &[("a", &[]), ("b", &["web", "v1"]), ("c", &["v2"])],
+        &[("web", "10.96.0.1", protocol), ("v1", "10.96.0.2", protocol), ("v2", "10.96.0.3", protocol)],
+    );
+    node.wait(&[("a", "Captured"), ("b", "Captured"), ("c", "Captured")]);
+    (lab, node)
+}
+
+struct Client(BufReader<TcpStream>);
+
+impl Client {
+    fn connect() -> Self {
+        let tcp = TcpStream::connect("10.96.0.1:80").unwrap();
+        tcp.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        Self(BufReader::new(tcp))
+    }
+
+    fn ask(&mut self, request: &str) -> Option<Message> {
+        self.0.get_mut().write_all(request.as_bytes()).unwrap();
+        read(&mut self.0)
+    }
+
+    fn get(&mut self, path: &str, headers: &str) -> Message {
+        self.ask(&format!("GET {path} HTTP/1.1\r\nhost: web\r\n{headers}\r\n")).expect("an answer")
+    }
+
+    fn counts(&mut self, requests: usize) -> BTreeMap<String, usize> {
+        let mut counts = BTreeMap::new();
+        for _ in 0..requests {
+            let answer = self.get("/", "");
+            *counts.entry(answer.header("x-from").unwrap().to_owned()).or_default() += 1;
+        }
+        counts
+    }
+}
+
+#[test]
+fn a_live_connection_follows_weights_pins_and_edits() {
+    let (lab, mut node) = world("w", AppProtocol::Http11);
+    let pin = RouteMatch {
+        headers: vec![(HeaderName::from_static("x-canary"), Wanted::Exact("always".into()))],
+        ..prefix("/")
+    };
+    let rules = |stable, canary| {
+        let weighted = rule(vec![prefix("/")], vec![backend("v1", stable), backend("v2", canary)]);
+        vec![weighted, rule(vec![pin.clone()], vec![backend("v2", 1)])]
+    };
+    node.apply(vec![route("1", rules(90, 10))]);
+    let (edited, edit) = std::sync::mpsc::channel::<()>();
+    let (asks, asked) = std::sync::mpsc::channel::<()>();
+    let client = lab.within("a", move || {
+        let mut client = Client::connect();
+        let before = client.counts(100);
+        let pinned = client.get("/", "x-canary: always\r\n");
+        asks.send(()).unwrap();
+        edit.recv().unwrap();
+        (before, pinned.header("x-from").unwrap().to_owned(), client.counts(100))
+    });
+    asked.recv_timeout(Duration::from_secs(30)).unwrap();
+    node.apply(vec![route("2", rules(50, 50))]);
+    edited.send(()).unwrap();
+    let (before, pinned, after) = client.join().unwrap();
+    let counts = |b, c| BTreeMap::from([("b".to_owned(), b), ("c".to_owned(), c)]);
+    assert_eq!((before, pinned.as_str(), after), (counts(90, 10), "c", counts(50, 50)));
+}
+
+#[test]
+fn requests_are_changed_answered_and_retried_as_the_route_says() {
+    let (lab, mut node) = world("r", AppProtocol::Http11);
+    let header = |name: &'static str, value: &'static str| (HeaderName::from_static(name), value.parse().unwrap());
+    let changed = Filters {
+        request: HeaderChanges { set: vec![header("x-set", "1")], ..HeaderChanges::default() },
+        response: HeaderChanges { add: vec![header("x-added", "2")], ..HeaderChanges::default() },
+        rewrite: Some(Rewrite {
+            hostname: Some("other.example".into()),
+            path: Some(ztunnel::state::PathChange::Full("/new".into())),
+        }),
+        ..Filters::default()
+    };
+    let retry = Retry { attempts: 2, codes: vec![503], backoff: Duration::from_millis(1), any_method: false };
+    let invalid = Backend { invalid: Some("there is no such Service".into()), ..backend("v1", 1) };
+    node.apply(vec![route(
+        "1",
+        vec![
+            RouteRule { filters: changed, ..rule(vec![prefix("/changed")], vec![backend("v1", 1)]) },
+            RouteRule { retry: Some(retry), ..rule(vec![prefix("/fail")], vec![backend("v1", 1)]) },
+            rule(vec![prefix("/invalid")], vec![invalid]),
+            rule(vec![prefix("/once"), prefix("/ws"), prefix("/plain")], vec![backend("v2", 1)]),
+            RouteRule {
+                request_timeout: Some(Duration::from_millis(300)),
+                ..rule(vec![prefix("/late")], vec![backend("nobody", 1)])
+            },
+        ],
+    )]);
+    let client = lab.within("a", || {
+        let mut client = Client::connect();
+        let answer = client.get("/changed?q=1", "x-forwarded-client-cert: forged\r\nx-envoy-retry-on: 5xx\r\n");
+        let text = answer.text().to_ascii_lowercase();
+        assert!(text.starts_with("b\nget /new?q=1 http/1.1\n"), "{text}");
+        assert!(text.contains("host: other.example") && text.contains("x-set: 1"), "{text}");
+        assert!(!text.contains("forged") && !text.contains("x-envoy"), "what only a proxy may say: {text}");
+        assert_eq!(answer.header("x-added"), Some("2"));
+        assert_eq!(client.get("/nothing", "").status(), 404, "no rule matches");
+        assert_eq!(client.get("/invalid", "").status(), 500);
+        assert_eq!(client.get("/fail", "").status(), 503, "the last answer, when all attempts fail");
+        let grpc = client.get("/nothing", "content-type: application/grpc\r\n");
+        assert_eq!((grpc.status(), grpc.header("grpc-status")), (200, Some("12")));
+        // The server hangs up after each; the next request finds another connection.
+        for _ in 0..5 {
+            assert_eq!(client.get("/once", "").status(), 200);
+        }
+        // Bodies, by length and in chunks.
+        let posted = client.ask("POST /plain HTTP/1.1\r\nhost: web\r\ncontent-length: 5\r\n\r\nhello").unwrap();
+        assert!(posted.text().contains("\n5\n"), "{}", posted.text());
+        let chunked =
+            "POST /plain HTTP/1.1\r\nhost: web\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n4\r\ndefg\r\n0\r\n\r\n";
+        assert!(client.ask(chunked).unwrap().text().contains("\n7\n"));
+        // HTTP/1.0: no Host, no chunks, and the end is the end.
+        let mut old = Client::connect();
+        let answer = old.ask("GET /plain HTTP/1.0\r\n\r\n").unwrap();
+        assert!(answer.status() == 200 && answer.text().contains("10.96.0.1:80"), "{}", answer.text());
+        assert!(read(&mut old.0).is_none(), "closed");
+        // A change of protocol, and bytes behind it.
+        let mut echo = Client::connect();
+        let answer = echo.get("/ws", "connection: Upgrade\r\nupgrade: echo\r\n");
+        assert_eq!((answer.status(), answer.header("upgrade")), (101, Some("echo")));
+        for size in [1, 1000, 100_000] {
+            let mut writer = echo.0.get_ref().try_clone().unwrap();
+            let sender = std::thread::spawn(move || writer.write_all(&vec![b'x'; size]));
+            let mut back = vec![0; size];
+            echo.0.read_exact(&mut back).unwrap();
+            sender.join().unwrap().unwrap();
+        }
+    });
+    client.join().unwrap();
+}
+
+#[test]
+fn what_two_readers_could_read_differently_is_refused() {
+    let (lab, mut node) = world("s", AppProtocol::Http11);
+    node.apply(vec![route("1", vec![rule(vec![prefix("/")], vec![backend("v1", 1)])])]);
+    let client = lab.within("a", || {
+        for (what, request) in [
+            ("two lengths", "POST / HTTP/1.1\r\nhost: web\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nab"),
+            ("a length that is none", "POST / HTTP/1.1\r\nhost: web\r\ncontent-length: +1\r\n\r\na"),
+            ("an unknown coding", "POST / HTTP/1.1\r\nhost: web\r\ntransfer-encoding: chunked, x\r\n\r\n0\r\n\r\n"),
+            ("a folded line", "GET / HTTP/1.1\r\nhost: web\r\nx-a: 1\r\n folded\r\n\r\n"),
+            ("a space before the colon", "GET / HTTP/1.1\r\nhost : web\r\n\r\n"),
+            ("no host", "GET / HTTP/1.1\r\nx-a: 1\r\n\r\n"),
+            ("two hosts", "GET / HTTP/1.1\r\nhost: web\r\nhost: web\r\n\r\n"),
+            ("an escape that is none", "GET /%zz HTTP/1.1\r\nhost: web\r\n\r\n"),
+            ("a NUL in the path", "GET /%00 HTTP/1.1\r\nhost: web\r\n\r\n"),
+        ] {
+            let answer = Client::connect().ask(request);
+            assert_eq!(answer.map(|answer| answer.status()), Some(400), "{what}");
+        }
+        // Both a length and chunks: read by the chunks alone, and sent on without the length.
+        let both = "POST / HTTP/1.1\r\nhost: web\r\ncontent-length: 100\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n";
+        if let Some(answer) = Client::connect().ask(both).filter(|answer| answer.status() == 200) {
+            assert!(!answer.text().to_ascii_lowercase().contains("content-length"), "{}", answer.text());
+        }
+        // Chunks that are none end the connection, and the server gets no whole request.
+        let bad = "POST / HTTP/1.1\r\nhost: web\r\ntransfer-encoding: chunked\r\n\r\nzz\r\na\r\n0\r\n\r\n";
+        assert_ne!(Client::connect().ask(bad).map(|answer| answer.status()), Some(200));
+        let long = format!("GET / HTTP/1.1\r\nhost: web\r\nx-a: {}\r\n\r\n", "a".repeat(100_000));
+        let mut client = Client::connect();
+        let _ = client.0.get_mut().write_all(long.as_bytes());
+        let status = read(&mut client.0).map(|answer| answer.status());
+        assert!(matches!(status, None | Some(431)), "a header of 100 KB: {status:?}");
+        assert_eq!(Client::connect().get("/", "").status(), 200, "others are served");
+    });
+    client.join().unwrap();
+}
+
+#[test]
+fn bytes_that_are_not_http_pass_a_port_whose_protocol_nobody_declared() {
+    let (lab, mut node) = world("b", AppProtocol::Unknown);
+    node.apply(vec![route("1", vec![rule(vec![prefix("/")], vec![backend("v2", 1)])])]);
+    let client = lab.within("a", || {
+        // web itself leads to b, its route to c.
+        assert_eq!(Client::connect().get("/", "").header("x-from"), Some("c"), "told by its first bytes");
+        let mut slow = Client::connect();
+        std::thread::sleep(Duration::from_millis(400));
+        assert_eq!(slow.get("/", "").header("x-from"), Some("b"), "silent for long: not looked at");
+    });
+    client.join().unwrap();
+}
+
+#[test]
+fn each_request_of_a_live_connection_is_decided_by_its_path() {
+    let (lab, mut node) = world("p", AppProtocol::Http11);
+    let policy = |version: &str, path: &str| {
+        let paths = Group { any: vec![PathPattern::Text(StringMatch::Prefix(path.into()))], none: Vec::new() };
+        let rules = [HttpRule { clauses: vec![vec![HttpMatch { paths, ..HttpMatch::default() }]] }];
+        Change::Policy(Arc::new(Policy {
+            id: "shop/open".into(),
+            version: version.into(),
+            namespace: "shop".into(),
+            scope: Scope::Namespace,
+            action: Action::Allow,
+            dry_run: false,
+            rules: Vec::new(),
+            http: Some(rules.into()),
+            stand_in: None,
+        }))
+    };
+    node.apply(vec![policy("1", "/open")]);
+    let (changed, change) = std::sync::mpsc::channel::<()>();
+    let (asks, asked) = std::sync::mpsc::channel::<()>();
+    let client = lab.within("a", move || {
+        let mut client = Client::connect();
+        assert_eq!(client.get("/open/a", "").status(), 200);
+        let refused = client.get("/closed", "");
+        assert_eq!((refused.status(), refused.text()), (403, "RBAC: access denied"));
+        assert_eq!(client.get("/open/%2e%2e/closed", "").status(), 403, "decided by the path that it means");
+        assert_eq!(client.get("/open/a", "").status(), 200, "the connection lives");
+        let answer = client.get("/open/./a", "");
+        assert!(answer.text().contains("GET /open/a HTTP/1.1"), "the application sees that path: {}", answer.text());
+        let mut bytes = Client::connect();
+        bytes.0.get_mut().write_all(b"\x16\x03\x01 not http\r\n\r\n").unwrap();
+        assert!(read(&mut bytes.0).is_none(), "bytes that are not HTTP are not let in");
+        asks.send(()).unwrap();
+        change.recv().unwrap();
+        assert_eq!(client.get("/open/a", "").status(), 403, "the edited policy");
+        assert_eq!(client.get("/closed", "").status(), 200);
+    });
+    asked.recv_timeout(Duration::from_secs(30)).unwrap();
+    node.apply(vec![policy("2", "/closed")]);
+    changed.send(()).unwrap();
+    client.join().unwrap();
+}
