@@ -8,7 +8,6 @@ use serde_json::Value;
 use serde_json::json;
 
 use crate::cli::Failure;
-use crate::resource::ResourceSet;
 use crate::resource::{Kind, view};
 use crate::source::Loaded;
 use crate::source::files::watch::Folder;
@@ -24,9 +23,9 @@ fn load(dir: &Path) -> Result<(Loaded, Translation), Failure> {
 /// What control would publish.
 pub(super) fn resources(dir: &Path) -> Result<Value, Failure> {
     let (_, translation) = load(dir)?;
-    let set = ResourceSet::new(translation.resources, &ResourceSet::default());
-    let all =
-        [Kind::Address, Kind::Authorization, Kind::NetworkPolicy].into_iter().flat_map(|kind| set.of(kind).values());
+    let all = [Kind::Address, Kind::Authorization, Kind::NetworkPolicy]
+        .into_iter()
+        .flat_map(|kind| translation.resources.of(kind).values());
     Ok(all.map(|resource| view::resource(resource)).collect())
 }
 

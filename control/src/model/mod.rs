@@ -24,4 +24,4 @@ pub use service::{
     TargetPort, TrafficScope, Transport,
 };
 pub use workload::{ContainerPort, Namespace, Node, Phase, Pod, ServiceAccount};
-pub use world::{Object, World};
+pub use world::{ByKey, Key, Object, ObjectChange, World, in_namespace};

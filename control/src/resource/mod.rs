@@ -6,7 +6,7 @@
 mod set;
 pub mod view;
 
-pub use set::{Changes, ResourceSet};
+pub use set::{ByName, Changes, ResourceSet};
 
 use std::sync::Arc;
 
