@@ -11,6 +11,7 @@ use crate::model::meta::Meta;
 use crate::model::network::NetworkPolicy;
 use crate::model::policy::{AuthorizationPolicy, PeerAuthentication, Unenforced};
 use crate::model::service::{EndpointSlice, LegacyEndpoints, Service};
+use crate::model::trust::TrustBundle;
 use crate::model::workload::{Namespace, Node, Pod, ServiceAccount};
 
 /// (namespace, name).
@@ -43,6 +44,8 @@ pub enum Object {
     PeerAuthentication(Arc<PeerAuthentication>),
     /// networking.k8s.io NetworkPolicy.
     NetworkPolicy(Arc<NetworkPolicy>),
+    /// certificates.k8s.io ClusterTrustBundle with a trust domain.
+    TrustBundle(Arc<TrustBundle>),
     /// A kind without effect yet.
     Unenforced(Arc<Unenforced>),
 }
@@ -61,6 +64,7 @@ impl Object {
             Self::AuthorizationPolicy(_) => "AuthorizationPolicy",
             Self::PeerAuthentication(_) => "PeerAuthentication",
             Self::NetworkPolicy(_) => "NetworkPolicy",
+            Self::TrustBundle(_) => "ClusterTrustBundle",
             Self::Unenforced(object) => object.kind,
         }
     }
@@ -78,6 +82,7 @@ impl Object {
             Self::AuthorizationPolicy(object) => &object.meta,
             Self::PeerAuthentication(object) => &object.meta,
             Self::NetworkPolicy(object) => &object.meta,
+            Self::TrustBundle(object) => &object.meta,
             Self::Unenforced(object) => &object.meta,
         }
     }
@@ -115,6 +120,8 @@ pub struct World {
     pub peer_authentications: ByKey<PeerAuthentication>,
     /// By namespace and name.
     pub network_policies: ByKey<NetworkPolicy>,
+    /// By name.
+    pub trust_bundles: SharedMap<String, Arc<TrustBundle>>,
     /// By kind, namespace and name.
     pub unenforced: SharedMap<(&'static str, String, String), Arc<Unenforced>>,
 }
@@ -149,6 +156,7 @@ impl World {
             Object::AuthorizationPolicy(o) => change(&mut self.authorization_policies, key, o, there),
             Object::PeerAuthentication(o) => change(&mut self.peer_authentications, key, o, there),
             Object::NetworkPolicy(o) => change(&mut self.network_policies, key, o, there),
+            Object::TrustBundle(o) => change(&mut self.trust_bundles, key.1, o, there),
             Object::Unenforced(o) => change(&mut self.unenforced, (o.kind, key.0, key.1), o, there),
         }
     }

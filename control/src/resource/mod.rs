@@ -19,9 +19,12 @@ use tulle_proto::tulle_workload::WorkloadInfo;
 use tulle_proto::workload::Address;
 use tulle_proto::workload::address::Type;
 
-/// The types that are served. In the order in which they must reach a node: a policy before a workload that names it.
+/// The types that are served. In the order in which they must reach a node: who is believed before all
+/// else, and a policy before a workload that names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
+    /// `tulle.mesh.v1alpha1.TrustBundle`.
+    TrustBundle,
     /// `istio.security.Authorization`.
     Authorization,
     /// `tulle.mesh.v1alpha1.NetworkPolicy`.
@@ -32,15 +35,16 @@ pub enum Kind {
 
 impl Kind {
     /// All of them, in sending order.
-    pub const ALL: [Self; 3] = [Self::Authorization, Self::NetworkPolicy, Self::Address];
+    pub const ALL: [Self; 4] = [Self::TrustBundle, Self::Authorization, Self::NetworkPolicy, Self::Address];
     /// Those that every proxy of Istio's kind subscribes to.
     pub const BASIC: [Self; 2] = [Self::Authorization, Self::Address];
     /// Our own, which a proxy subscribes to only where they are advertised.
-    pub const OWN: [Self; 1] = [Self::NetworkPolicy];
+    pub const OWN: [Self; 2] = [Self::TrustBundle, Self::NetworkPolicy];
 
     /// Type URL.
     pub fn type_url(self) -> &'static str {
         match self {
+            Self::TrustBundle => names::TYPE_TRUST_BUNDLE,
             Self::Authorization => names::TYPE_AUTHORIZATION,
             Self::NetworkPolicy => names::TYPE_NETWORK_POLICY,
             Self::Address => names::TYPE_ADDRESS,
@@ -50,6 +54,7 @@ impl Kind {
     /// Short name, as `/debug/resources?type=` takes it.
     pub fn short(self) -> &'static str {
         match self {
+            Self::TrustBundle => "TrustBundle",
             Self::Authorization => "Authorization",
             Self::NetworkPolicy => "NetworkPolicy",
             Self::Address => "Address",

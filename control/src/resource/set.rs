@@ -49,7 +49,7 @@ impl ResourceSet {
     /// Puts a resource in the place of the one of its name. One with the same content stays the one that it was, so that
     /// it is told to nobody again.
     pub fn put(&mut self, resource: Resource) -> Arc<str> {
-        (self.aliases, self.parts) = (OnceLock::new(), OnceLock::new());
+        (self.aliases, self.parts) = <_>::default();
         let of_kind = &mut self.kinds[resource.kind as usize];
         match of_kind.get(&resource.name) {
             Some(known) if **known == resource => Arc::clone(&known.name),
@@ -63,7 +63,7 @@ impl ResourceSet {
 
     /// Takes a resource out, if there is one.
     pub fn remove(&mut self, kind: Kind, name: &str) {
-        (self.aliases, self.parts) = (OnceLock::new(), OnceLock::new());
+        (self.aliases, self.parts) = <_>::default();
         self.kinds[kind as usize].remove(name);
     }
 
@@ -72,7 +72,7 @@ impl ResourceSet {
         let resources = self.of(kind);
         resources.get(name).or_else(|| match kind {
             Kind::Address => resources.get(self.aliases().get(name)?),
-            Kind::Authorization | Kind::NetworkPolicy => None,
+            Kind::TrustBundle | Kind::Authorization | Kind::NetworkPolicy => None,
         })
     }
 

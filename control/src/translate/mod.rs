@@ -17,6 +17,7 @@ mod mtls;
 mod network;
 mod service;
 mod telemetry;
+mod trust;
 mod work;
 mod workload;
 
@@ -48,6 +49,8 @@ pub struct Settings {
     pub root_namespace: String,
     /// A second such namespace, for what was written for Istio; empty: none.
     pub istio_root_namespace: String,
+    /// The moment, Unix seconds, for conditions about what has expired. Resources do not depend on it.
+    pub now: i64,
 }
 
 impl Default for Settings {
@@ -59,6 +62,7 @@ impl Default for Settings {
             trust_domain_aliases: Vec::new(),
             root_namespace: names::DEFAULT_ROOT_NAMESPACE.into(),
             istio_root_namespace: "istio-system".into(),
+            now: 0,
         }
     }
 }
@@ -142,7 +146,7 @@ pub fn translate(world: &World, settings: &Settings, memory: &mut Memory) -> Tra
     memory.pods(world, settings, &mtls, &mut work);
     memory.outsiders(settings, &mut work);
     memory.conditions(&changed, world, settings, &mut conditions);
-    let whole = whole(world, &mtls, &mut conditions);
+    let whole = whole(world, settings, &mtls, &mut conditions);
     memory.publish(("whole", <_>::default()), whole);
     let accounts = memory.index.accounts().clone();
     let nodes = accounts.keys().cloned().collect();
@@ -150,14 +154,17 @@ pub fn translate(world: &World, settings: &Settings, memory: &mut Memory) -> Tra
 }
 
 /// Kinds of which there are few: translated whole at every change of anything, so that what they depend on needs no care.
-fn whole(world: &World, mtls: &mtls::Plan<'_>, conditions: &mut Conditions) -> Vec<Resource> {
+fn whole(world: &World, settings: &Settings, mtls: &mtls::Plan<'_>, conditions: &mut Conditions) -> Vec<Resource> {
     mtls.conditions(conditions);
     for unenforced in world.unenforced.values() {
         let message = format!("This version reads {} objects but does not act on them yet", unenforced.kind);
         let condition = Condition::failing("Enforced", "NotEnforcedYet", message);
         conditions.add(unenforced.kind, &unenforced.meta, condition);
     }
-    mtls.resources()
+    let (mut resources, of_bundles) = trust::translate(world, settings);
+    of_bundles.into_iter().for_each(|(meta, condition)| conditions.add("ClusterTrustBundle", meta, condition));
+    resources.extend(mtls.resources());
+    resources
 }
 
 /// A denial of everything in the place of what cannot be enforced.

@@ -24,13 +24,18 @@ fn show(translation: Translation) -> Value {
     let accounts = json!(translation.accounts);
     let conditions = json!(translation.conditions);
     let of = |kind: Kind| -> Value { translation.resources.of(kind).values().map(|r| view::resource(r)).collect() };
-    json!({
+    let mut shown = json!({
         "addresses": of(Kind::Address),
         "authorizations": of(Kind::Authorization),
         "networkPolicies": of(Kind::NetworkPolicy),
         "conditions": conditions,
         "accounts": accounts,
-    })
+    });
+    // Only one case has some.
+    if !translation.resources.of(Kind::TrustBundle).is_empty() {
+        shown["trustBundles"] = of(Kind::TrustBundle);
+    }
+    shown
 }
 
 #[test]

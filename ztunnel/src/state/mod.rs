@@ -30,6 +30,7 @@ mod snapshot;
 mod store;
 #[cfg(test)]
 mod tests;
+mod trust;
 mod versions;
 mod workload;
 
@@ -44,6 +45,7 @@ pub use service::{
 };
 pub use snapshot::Snapshot;
 pub use store::{Applied, Change, Reader, Writer, store};
+pub use trust::TrustBundle;
 pub use versions::{LogEntry, LogName};
 pub use workload::{
     AppProtocol, ApplicationTunnel, DnsName, EgressMode, EndpointHints, GatewayAddress, GatewayTarget, Locality,

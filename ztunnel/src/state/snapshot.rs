@@ -8,6 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use tulle_certs::{Aliases, Bundles, SpiffeId};
 use tulle_proto::names::{PROBE_V4, PROBE_V6};
 
 use crate::state::cow::{CowMap, Groups};
@@ -39,6 +40,12 @@ pub struct Snapshot {
     pub(super) network_policies: CowMap<Arc<str>, Arc<NetworkPolicy>>,
     /// Addresses of this node itself.
     pub(super) node: Arc<[IpAddr]>,
+    /// Control offers TrustBundles.
+    pub(super) trust_expected: bool,
+    pub(super) trust_synced: bool,
+    pub(super) trust: Bundles,
+    /// Other names of this node's trust domain.
+    pub(super) aliases: Aliases,
 }
 
 /// A network, a range of virtual addresses in it, and whose it is.
@@ -63,6 +70,10 @@ impl Snapshot {
             network_synced: false,
             network_policies: CowMap::new(),
             node: Arc::from([]),
+            trust_expected: false,
+            trust_synced: false,
+            trust: Bundles::default(),
+            aliases: Aliases::default(),
         }
     }
 
@@ -73,7 +84,9 @@ impl Snapshot {
 
     /// The first response of every type was applied: what is not here does not exist.
     pub fn synced(&self) -> bool {
-        self.addresses_synced && self.policies_synced && (self.network_synced || !self.network_expected)
+        let network = self.network_synced || !self.network_expected;
+        let trust = self.trust_synced || !self.trust_expected;
+        self.addresses_synced && self.policies_synced && network && trust
     }
 
     /// The first response with policies was applied. Before, no verdict is possible.
@@ -227,6 +240,17 @@ impl Snapshot {
     pub fn is_own_node(&self, ip: IpAddr) -> bool {
         let ip = ip.to_canonical();
         ip == IpAddr::V4(PROBE_V4) || ip == IpAddr::V6(PROBE_V6) || self.node.contains(&ip)
+    }
+
+    /// The roots of federated trust domains.
+    pub fn trust(&self) -> &Bundles {
+        &self.trust
+    }
+
+    /// Whether `identity` is of another trust domain than `workload`, by every name that the latter's has. Then it has no
+    /// namespace and no account of this mesh, whatever they are called.
+    pub fn is_foreign(&self, workload: &Workload, identity: &SpiffeId) -> bool {
+        !self.aliases.covers(workload.identity.trust_domain(), identity.trust_domain())
     }
 
     /// Addresses of the node itself.

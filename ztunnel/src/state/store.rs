@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
+use tulle_certs::Aliases;
+use tulle_proto::names::TRUST_BUNDLE;
 
 use crate::state::known::Free;
 use crate::state::members::Delta;
@@ -17,7 +19,7 @@ use crate::state::narrowed::Narrowed;
 use crate::state::versions::{Kept, Logged, VersionLog};
 use crate::state::{
     Demands, Endpoints, LogEntry, LogName, NetworkPolicy, Policy, Record, Scope, Service, ServiceSpec, Shapes,
-    Snapshot, Workload,
+    Snapshot, TrustBundle, Workload,
 };
 
 /// Services whose endpoints are prepared in one step of [`Writer::prepare`]: a few milliseconds.
@@ -48,6 +50,14 @@ pub enum Change {
     NetworkPolicyRemoved(Arc<str>),
     /// Control offers NetworkPolicies, so nothing is complete without them.
     NetworkPoliciesExpected,
+    /// The bundle of a trust domain is so.
+    TrustBundle(Arc<TrustBundle>),
+    /// The TrustBundle of this resource name is gone.
+    TrustBundleRemoved(Arc<str>),
+    /// Control offers TrustBundles, so nothing is complete without them.
+    TrustBundlesExpected,
+    /// The first response with TrustBundles is complete.
+    TrustBundlesSynced,
     /// The first response with workloads and services is complete.
     AddressesSynced,
     /// The first response with policies is complete.
@@ -91,7 +101,7 @@ pub fn store() -> (Writer, Reader) {
         narrowed: Narrowed::default(),
         touched: BTreeMap::new(),
         log: Vec::new(),
-        shown: [false; 4],
+        shown: [false; 6],
         shared: shared.clone(),
     };
     (writer, Reader { shared })
@@ -139,6 +149,14 @@ impl Reader {
         &self.shared.demands
     }
 
+    /// Says which other names the node's trust domain has; they do not come from control either.
+    pub fn set_aliases(&self, aliases: Aliases) {
+        let _writing = self.shared.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = Snapshot { aliases, ..Snapshot::clone(&self.shared.current.load_full()) };
+        self.shared.current.store(Arc::new(next));
+        self.shared.generation.send_modify(|_| {});
+    }
+
     /// What took effect when, oldest first.
     pub fn versions(&self) -> Vec<Arc<LogEntry>> {
         let kept = self.shared.log.lock().unwrap_or_else(PoisonError::into_inner).entries();
@@ -170,7 +188,7 @@ pub struct Writer {
     /// What the next publication changes.
     log: Vec<Logged>,
     /// What was said completely when the last snapshot was published.
-    shown: [bool; 4],
+    shown: [bool; 6],
     shared: Arc<Shared>,
 }
 
@@ -215,6 +233,10 @@ impl Writer {
                         self.zombies.insert(id);
                     }
                 }
+                Change::TrustBundle(bundle) => self.put_bundle(&bundle),
+                Change::TrustBundleRemoved(id) => self.remove_bundle(id),
+                Change::TrustBundlesExpected => self.next.trust_expected = true,
+                Change::TrustBundlesSynced => self.next.trust_synced = true,
                 Change::AddressRemoved(name) => self.remove_address(&name),
                 Change::PolicyRemoved(id) => self.remove_policy(&id),
                 Change::AddressesSynced => self.next.addresses_synced = true,
@@ -250,9 +272,25 @@ impl Writer {
     }
 
     /// What has been said completely.
-    fn progress(&self) -> [bool; 4] {
+    fn progress(&self) -> [bool; 6] {
         let Snapshot { addresses_synced, policies_synced, network_expected, network_synced, .. } = self.next;
-        [addresses_synced, policies_synced, network_expected, network_synced]
+        let Snapshot { trust_expected, trust_synced, .. } = self.next;
+        [addresses_synced, policies_synced, network_expected, network_synced, trust_expected, trust_synced]
+    }
+
+    fn put_bundle(&mut self, bundle: &TrustBundle) {
+        if self.next.trust.get(&bundle.trust_domain) != Some(&bundle.roots) {
+            self.note(LogName::TrustBundle(bundle.id.clone()), Some(bundle.version.clone()));
+            self.next.trust = self.next.trust.with(&bundle.trust_domain, bundle.roots.clone());
+        }
+    }
+
+    fn remove_bundle(&mut self, id: Arc<str>) {
+        let domain = id.strip_prefix(TRUST_BUNDLE).unwrap_or_default();
+        if self.next.trust.get(domain).is_some() {
+            self.next.trust = self.next.trust.without(domain);
+            self.note(LogName::TrustBundle(id), None);
+        }
     }
 
     /// Nothing is left to do between updates.
@@ -280,7 +318,8 @@ impl Writer {
         if let Some(entry) = entry {
             log.push(entry);
         }
-        self.next.node = self.shared.current.load().node.clone();
+        let current = self.shared.current.load();
+        (self.next.node, self.next.aliases) = (current.node.clone(), current.aliases.clone());
         self.shared.current.store(Arc::new(self.next.clone()));
     }
 

@@ -23,6 +23,8 @@ pub enum LogName {
     Authorization(Arc<str>),
     /// A NetworkPolicy; its resource name begins with the type.
     NetworkPolicy(Arc<str>),
+    /// A TrustBundle; its resource name begins with the type.
+    TrustBundle(Arc<str>),
 }
 
 impl fmt::Display for LogName {
@@ -30,7 +32,7 @@ impl fmt::Display for LogName {
         match self {
             Self::Address(name) => write!(f, "Address/{name}"),
             Self::Authorization(name) => write!(f, "Authorization/{name}"),
-            Self::NetworkPolicy(name) => f.write_str(name),
+            Self::NetworkPolicy(name) | Self::TrustBundle(name) => f.write_str(name),
         }
     }
 }

@@ -157,9 +157,9 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
     let offered = response.metadata().get(HEADER_TULLE_TYPES).and_then(|value| value.to_str().ok()).unwrap_or("");
     let offered: Vec<String> =
         offered.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
-    let (expected, subscription) = session.offered(&offered);
+    let (expected, subscriptions) = session.offered(&offered);
     writer.apply(expected, unix_now_us());
-    if let Some(subscription) = subscription {
+    for subscription in subscriptions {
         // There is room: the queue holds the first requests and nothing was answered yet.
         let _ = requests.try_send(subscription);
     }

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
-use tulle_proto::names::{MORE, TOGETHER, TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY};
+use tulle_proto::names::{MORE, TOGETHER, TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY, TYPE_TRUST_BUNDLE};
 
 use crate::state::{Change, Record, Shapes};
 use crate::xds::decode::{self, Rejected, Strings};
@@ -135,14 +135,23 @@ impl Session {
     }
 
     /// The server offers these own types, by URL: what to tell the store, and what to ask for.
-    pub fn offered(&mut self, offered: &[String]) -> (Option<Change>, Option<DeltaDiscoveryRequest>) {
-        if !self.network_policy || !offered.iter().any(|url| url == TYPE_NETWORK_POLICY) {
-            return (None, None);
+    pub fn offered(&mut self, offered: &[String]) -> (Vec<Change>, Vec<DeltaDiscoveryRequest>) {
+        let (mut expected, mut asked) = (Vec::new(), Vec::new());
+        for url in [TYPE_TRUST_BUNDLE, TYPE_NETWORK_POLICY] {
+            let wanted = url != TYPE_NETWORK_POLICY || self.network_policy;
+            if !wanted || !offered.iter().any(|one| one == url) {
+                continue;
+            }
+            if self.types.iter().all(|state| state.url != url) {
+                self.types.push(TypeState::new(url));
+            }
+            expected.push(match url {
+                TYPE_TRUST_BUNDLE => Change::TrustBundlesExpected,
+                _ => Change::NetworkPoliciesExpected,
+            });
+            asked.extend(self.subscribe(url));
         }
-        if self.types.iter().all(|state| state.url != TYPE_NETWORK_POLICY) {
-            self.types.push(TypeState::new(TYPE_NETWORK_POLICY));
-        }
-        (Some(Change::NetworkPoliciesExpected), self.subscribe(TYPE_NETWORK_POLICY))
+        (expected, asked)
     }
 
     /// The request that begins the subscription to a type; `None`: it began.
@@ -205,6 +214,7 @@ impl Session {
             outcome.changes.push(match state.url {
                 TYPE_ADDRESS => Change::AddressRemoved(name),
                 TYPE_NETWORK_POLICY => Change::NetworkPolicyRemoved(name),
+                TYPE_TRUST_BUNDLE => Change::TrustBundleRemoved(name),
                 _ => Change::PolicyRemoved(name),
             });
         }
@@ -212,6 +222,7 @@ impl Session {
             let decoded = match state.url {
                 TYPE_ADDRESS => decode::address_resource(&resource, &mut self.strings),
                 TYPE_NETWORK_POLICY => decode::network_resource(&resource),
+                TYPE_TRUST_BUNDLE => decode::trust_resource(&resource),
                 _ => decode::authorization_resource(&resource),
             };
             let good = decoded.is_ok();
@@ -244,6 +255,7 @@ impl Session {
             outcome.changes.push(match state.url {
                 TYPE_ADDRESS => Change::AddressesSynced,
                 TYPE_NETWORK_POLICY => Change::NetworkPoliciesSynced,
+                TYPE_TRUST_BUNDLE => Change::TrustBundlesSynced,
                 _ => Change::PoliciesSynced,
             });
         }

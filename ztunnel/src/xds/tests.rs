@@ -15,12 +15,13 @@ use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
+use tulle_certs::ca::Authority;
 use tulle_proto::discovery::aggregated_discovery_service_server::{
     AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
 };
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use tulle_proto::mesh;
-use tulle_proto::names::{TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY};
+use tulle_proto::names::{TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY, TYPE_TRUST_BUNDLE};
 use tulle_proto::security as sec;
 use tulle_proto::workload as wds;
 use tulle_proto::workload::address::Type;
@@ -209,8 +210,8 @@ fn with_network_policies() -> Session {
     let mut session = session(false);
     session.open([], &[]);
     let (expected, asked) = session.offered(&["other".to_owned(), TYPE_NETWORK_POLICY.to_owned()]);
-    assert!(matches!(expected, Some(Change::NetworkPoliciesExpected)));
-    assert_eq!(asked.unwrap().type_url, TYPE_NETWORK_POLICY);
+    assert!(matches!(expected[..], [Change::NetworkPoliciesExpected]));
+    assert_eq!(asked[0].type_url, TYPE_NETWORK_POLICY);
     session
 }
 
@@ -218,12 +219,13 @@ fn with_network_policies() -> Session {
 fn own_types_are_asked_for_where_they_are_offered_and_once() {
     let mut session = session(false);
     assert_eq!(session.open([], &[]).len(), 2);
-    assert!(session.offered(&["type.googleapis.com/other".to_owned()]).1.is_none());
-    assert!(session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.is_some());
-    assert!(session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.is_none());
+    assert!(session.offered(&["type.googleapis.com/other".to_owned()]).1.is_empty());
+    assert_eq!(session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.len(), 1);
+    assert!(session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.is_empty());
+    assert_eq!(session.offered(&[TYPE_NETWORK_POLICY.to_owned(), TYPE_TRUST_BUNDLE.to_owned()]).1.len(), 1);
     session.respond(response(TYPE_NETWORK_POLICY, "n", vec![network_policy("a", "1")], &[]));
     assert_eq!(session.open([], &[]).len(), 2, "a new stream asks for them when they are offered again");
-    let again = session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.unwrap();
+    let again = session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.remove(0);
     assert_eq!(again.initial_resource_versions["NetworkPolicy/shop/a"], "1");
 }
 
@@ -237,6 +239,38 @@ fn nothing_is_complete_before_the_network_policies_that_are_offered() {
         writer.apply(session.respond(response(type_url, "n", vec![], &[])).changes, 1);
     }
     assert!(reader.load().synced());
+}
+
+#[test]
+fn a_trust_domain_is_believed_as_long_as_its_bundle_is_there() {
+    let mut session = session(false);
+    session.open([], &[]);
+    let (mut writer, reader) = store();
+    let (expected, _) = session.offered(&[TYPE_TRUST_BUNDLE.to_owned()]);
+    writer.apply(expected, 1);
+    for type_url in [TYPE_AUTHORIZATION, TYPE_ADDRESS] {
+        writer.apply(session.respond(response(type_url, "n", vec![], &[])).changes, 1);
+    }
+    assert!(!reader.load().synced(), "who is believed is part of what must be known");
+    let authority = Authority::open(tempfile::tempdir().unwrap().path(), 1_800_000_000).unwrap();
+    let bundle = |domain: &str, roots: Vec<Vec<u8>>| {
+        let roots = roots.into_iter().map(Into::into).collect();
+        let bundle = mesh::TrustBundle { trust_domain: domain.to_owned(), roots };
+        resource(TYPE_TRUST_BUNDLE, &format!("TrustBundle/{domain}"), "1", bundle.encode_to_vec())
+    };
+    let good = bundle("b.example", vec![authority.roots().certificates()[0].to_vec()]);
+    writer.apply(session.respond(response(TYPE_TRUST_BUNDLE, "n", vec![good], &[])).changes, 1);
+    assert!(reader.load().synced());
+    assert_eq!(reader.load().trust().get("b.example"), Some(authority.roots()));
+    let outcome = session.respond(response(TYPE_TRUST_BUNDLE, "n", vec![bundle("b.example", vec![])], &[]));
+    assert_eq!(outcome.rejected.len(), 1);
+    writer.apply(outcome.changes, 2);
+    assert!(reader.load().trust().get("b.example").is_some(), "what cannot be read changes nothing");
+    writer.apply(session.respond(response(TYPE_TRUST_BUNDLE, "n", vec![], &["TrustBundle/b.example"])).changes, 3);
+    assert!(reader.load().trust().get("b.example").is_none());
+    let names: Vec<String> =
+        reader.versions().iter().flat_map(|entry| entry.resources.keys().map(ToString::to_string)).collect();
+    assert_eq!(names, ["TrustBundle/b.example", "TrustBundle/b.example"]);
 }
 
 #[test]
@@ -259,7 +293,7 @@ fn policies_and_the_groups_that_they_name_change_in_one_step() {
 
     session.respond(part("9&", TYPE_NETWORK_POLICY, vec![network_policy("a", "4"), broken(network_policy("b", "4"))]));
     session.open([], &[]);
-    let told = session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.unwrap().initial_resource_versions;
+    let told = session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.remove(0).initial_resource_versions;
     assert_eq!(told["NetworkPolicy/shop/a"], "", "what was held when the stream broke must come again");
 }
 

@@ -299,7 +299,10 @@ fn problem(path: &str, error: &decode::DecodeError, kept: &Kept, never_read: boo
         None => (String::new(), "; the file's earlier objects stay in force"),
         Some((kind, namespace, name)) => {
             let key = ObjectKey { kind: kind.clone(), namespace: namespace.clone(), name: name.clone() };
-            let policy = matches!(kind.as_str(), "AuthorizationPolicy" | "PeerAuthentication" | "NetworkPolicy");
+            let policy = matches!(
+                kind.as_str(),
+                "AuthorizationPolicy" | "PeerAuthentication" | "NetworkPolicy" | "ClusterTrustBundle"
+            );
             let consequence = if kept.contains(&key) {
                 "; its last good version stays in force"
             } else if policy {

@@ -426,7 +426,7 @@ proptest! {
         text.insert_str(at, &insert);
         for object in parse(text.as_bytes()).objects {
             prop_assert!(matches!(object, Object::Pod(_) | Object::Service(_) | Object::EndpointSlice(_) | Object::Endpoints(_)
-                | Object::AuthorizationPolicy(_) | Object::PeerAuthentication(_) | Object::NetworkPolicy(_)
+                | Object::AuthorizationPolicy(_) | Object::PeerAuthentication(_) | Object::NetworkPolicy(_) | Object::TrustBundle(_)
                 | Object::Namespace(_) | Object::Node(_) | Object::ServiceAccount(_) | Object::Unenforced(_)));
         }
     }
