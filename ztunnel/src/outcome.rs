@@ -232,14 +232,9 @@ impl Code {
             Self::NoCertificate => {
                 row("NO_CERTIFICATE", "IDENTITY_ERROR", 503, F::Mesh, R::Later, "the local identity has no certificate")
             }
-            Self::UnknownWorkload => row(
-                "UNKNOWN_WORKLOAD",
-                "CONNECT",
-                503,
-                F::Mesh,
-                R::Later,
-                "control has not described the pod, or who has the destination, yet",
-            ),
+            Self::UnknownWorkload => {
+                row("UNKNOWN_WORKLOAD", "CONNECT", 503, F::Mesh, R::Later, "control has not described the pod yet")
+            }
             Self::SelfCall => row("SELF_CALL", "DENY", 503, F::Client, R::No, "a connection to the proxy's own port"),
             Self::WrongDestination => {
                 row("WRONG_DESTINATION", "DENY", 400, F::Client, R::No, "the tunnel asked for another pod's address")
