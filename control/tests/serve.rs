@@ -316,7 +316,29 @@ async fn on_demand_node_gets_what_it_asks_for_by_name_or_address() {
     assert_eq!(names_of(&response), ["Kubernetes//Pod/shop/web-0"]);
     assert_eq!(response.resources[0].aliases, ["/10.1.2.2"]);
     assert_eq!(response.removed_resources, ["/10.9.9.9"], "absence is told, so that nobody waits for ever");
+
+    // A Service brings its endpoints, those of later too; a node brings what is on it.
+    let (service, node) = ("shop/cart.shop.svc.cluster.local", "node/node-1");
+    let asked = async |client: &mut Client, name: &str| {
+        let mut ask = DeltaDiscoveryRequest { type_url: names::TYPE_ADDRESS.into(), ..Default::default() };
+        ask.resource_names_subscribe = vec![name.into()];
+        client.requests.send(ask).await.expect("open");
+        client.next_acked().await
+    };
+    mesh.put("service.yaml", SERVICE);
+    mesh.until("/debug/resources", |_, body| body.contains(service)).await;
+    let found = asked(&mut client, "/10.96.0.7").await;
+    assert_eq!(names_of(&found), ["Kubernetes//Pod/shop/cart-0", service]);
+    mesh.put("pod3.yaml", &POD.replace("cart-0", "cart-1").replace("10.1.1.2", "10.1.1.3"));
+    assert_eq!(names_of(&client.next_acked().await), ["Kubernetes//Pod/shop/cart-1"]);
+    mesh.remove("pod3.yaml");
+    assert_eq!(client.next_acked().await.removed_resources, ["Kubernetes//Pod/shop/cart-1"]);
+    let on_node = asked(&mut client, node).await;
+    assert_eq!(names_of(&on_node), ["Kubernetes//Pod/shop/cart-0"], "what is asked for is answered again");
+    assert_eq!(on_node.removed_resources, [node], "which is no resource");
 }
+
+const SERVICE: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: cart, namespace: shop}\nspec: {clusterIP: 10.96.0.7, selector: {app: cart}, ports: [{port: 80}]}\n";
 
 #[tokio::test]
 async fn rejection_is_shown_and_does_not_stop_the_stream() {

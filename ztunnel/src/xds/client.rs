@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request};
 use tulle_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
-use tulle_proto::names::HEADER_TULLE_TYPES;
+use tulle_proto::names::{HEADER_TULLE_TYPES, TYPE_ADDRESS};
 
 use crate::base::{memory, unix_now_us};
 use crate::identity::{Control, ControlError, backoff, status_text};
@@ -180,7 +180,7 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
                 again = due(writer.apply([], unix_now_us()).again_us);
                 continue;
             }
-            () = sleep_until(look) => {
+            () = sleep_until(look), if !session.is_partial() => {
                 writer.forget(IDLE);
                 look = Instant::now() + LOOK_FOR_IDLE;
                 continue;
@@ -261,7 +261,9 @@ async fn take(
     let (type_url, resources) = (response.type_url.clone(), response.resources.len());
     let was_synced = session.synced();
     let (mut rejected, mut answered, mut answer) = (Vec::new(), Vec::new(), None);
-    for part in in_steps(response, STEP) {
+    // Policies are few, and one that is replaced must not be missing in between.
+    let size = if response.type_url == TYPE_ADDRESS { STEP } else { usize::MAX };
+    for part in in_steps(response, size) {
         let outcome = session.respond(part);
         rejected.extend(outcome.rejected);
         answered.extend(outcome.answered);
