@@ -46,7 +46,7 @@ const FENCES: &[(&str, &str, &[&str])] = &[
     ("ztunnel", "h2::", &["hbone", "relay", "inbound", "outbound"]),
     ("ztunnel", "nix::", &["base", "capture", "relay", "app"]),
     ("ztunnel", "tonic::", &["xds", "identity"]),
-    ("control", "tonic::", &["authn", "xds", "ca", "nodes", "app"]),
+    ("control", "tonic::", &["authn", "stream", "xds", "ca", "nodes", "app"]),
     ("control", "notify::", &["source"]),
 ];
 
