@@ -10,7 +10,6 @@ mod tls;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -107,13 +106,10 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
         authority: Arc::clone(&authority),
         settings: serve.settings(),
     };
-    let told_nodes = Arc::clone(&state.node_states);
-    let responses = move || told_nodes.responses.load(Ordering::Relaxed);
     let (grpc, http) = (grpc_listener.local_addr()?, http_listener.local_addr()?);
     let tasks = vec![
         tokio::spawn(source::files::watch::run(folder, loaded_sender, stop.clone())),
         tokio::spawn(engine.run(loaded, stop.clone())),
-        tokio::spawn(base::give_back_after_bursts(responses, stop.clone())),
         tokio::spawn(tls::renew(serve.ca_dir.clone(), authority, server_tls.clone(), told, stop.clone())),
         tokio::spawn(grpc::serve(grpc_listener, server_tls, services, stop.clone())),
         tokio::spawn(admin::serve(http_listener, state, stop)),

@@ -1,10 +1,9 @@
-//! What std or tokio could have shipped: the wall clock in one place, the order to stop, the allocator's habits, and a
-//! map that is cheap to copy.
+//! What std or tokio could have shipped: the wall clock in one place, the order to stop, and a map that is cheap to
+//! copy.
 //!
 //! Everything that decides takes the time as an argument; only the outermost callers read it here. Nothing in this
 //! module knows what a mesh is.
 
-mod memory;
 mod shared;
 
 use std::time::SystemTime;
@@ -12,7 +11,6 @@ use std::time::UNIX_EPOCH;
 
 use tokio::sync::watch;
 
-pub use memory::give_back_after_bursts;
 pub use shared::{Change, SharedMap};
 
 /// Now, seconds since the Unix epoch. A clock before 1970 counts as 1970.
