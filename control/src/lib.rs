@@ -1,8 +1,8 @@
 //! Tulle's control plane as a library: the `control` and `tulle` programs are thin shells around it.
 //!
 //! One way through: source → model → translate → resources → xDS sessions, and conditions beside it. A module imports
-//! only modules above it in this order: base, model, resource, telemetry, authn, source, translate, xds, ca, nodes,
-//! admin, config, app, cli.
+//! only modules above it in this order: base, model, resource, telemetry, authn, source, translate, stream, xds, ca,
+//! nodes, admin, config, app, cli.
 
 /// Clock and the order to stop.
 pub mod base;
@@ -18,6 +18,8 @@ pub mod source;
 pub mod translate;
 /// Who is calling.
 pub mod authn;
+/// gRPC streams without lasting buffers.
+pub mod stream;
 /// Serving resources to nodes.
 pub mod xds;
 /// Who may have which certificate, and signing it.

@@ -47,7 +47,7 @@ const FENCES: &[(&str, &str, &[&str])] = &[
     ("ztunnel", "hyper::", &["http", "inbound", "outbound", "admin"]),
     ("ztunnel", "nix::", &["base", "capture", "relay", "app"]),
     ("ztunnel", "tonic::", &["xds", "identity"]),
-    ("control", "tonic::", &["authn", "xds", "ca", "nodes", "app"]),
+    ("control", "tonic::", &["authn", "stream", "xds", "ca", "nodes", "app"]),
     ("control", "notify::", &["source"]),
 ];
 
@@ -294,7 +294,7 @@ fn check_imports(path: &str, text: &str, module: &str, rows: &[Row]) -> Vec<Stri
     let Some(at) = rows.iter().position(|row| row.module == module) else { return Vec::new() };
     let (row, above) = (&rows[at], &rows[..at]);
     // Tests may build their world with anything below them.
-    let is_test = path.ends_with("/tests.rs");
+    let is_test = path.ends_with("/tests.rs") || path.contains("/tests/");
     let may = |target: &str| {
         row.imports.iter().any(|import| import == target) || is_test && above.iter().any(|row| row.module == target)
     };

@@ -16,8 +16,6 @@ use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tower::ServiceBuilder;
 use tulle_proto::ca::istio_certificate_service_server::IstioCertificateServiceServer;
-use tulle_proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
-use tulle_proto::node::node_service_server::NodeServiceServer;
 
 use crate::app::tls::ServerTls;
 use crate::base::Stop;
@@ -35,10 +33,6 @@ const STREAMS: u32 = 64;
 const CALLS: usize = 512;
 /// Deadline of a certificate request.
 const CALL_TIME: Duration = Duration::from_secs(10);
-/// Largest xDS request, bytes: a reconnect names every known resource with its version.
-const MAX_XDS_REQUEST: usize = 64 * 1024 * 1024;
-/// Largest other message, bytes.
-const MAX_MESSAGE: usize = 4 * 1024 * 1024;
 
 pub(super) struct Services {
     pub(super) xds: xds::server::Server,
@@ -50,7 +44,6 @@ pub(super) async fn serve(listener: TcpListener, tls: ServerTls, services: Servi
     // One slot: tonic takes connections as fast as they come.
     let (accepted, connections) = mpsc::channel(1);
     let accepting = tokio::spawn(accept(listener, tls, accepted, stop.clone()));
-    let xds = AggregatedDiscoveryServiceServer::new(services.xds).max_decoding_message_size(MAX_XDS_REQUEST);
     let ca = IstioCertificateServiceServer::new(services.ca).max_decoding_message_size(64 * 1024);
     let ca = ServiceBuilder::new()
         .map_err(|error: tower::BoxError| shed(&*error))
@@ -58,15 +51,14 @@ pub(super) async fn serve(listener: TcpListener, tls: ServerTls, services: Servi
         .concurrency_limit(CALLS)
         .timeout(CALL_TIME)
         .service(ca);
-    let nodes = NodeServiceServer::new(services.nodes).max_decoding_message_size(MAX_MESSAGE);
     let mut stopping = stop;
     let served = tonic::transport::Server::builder()
         .max_concurrent_streams(STREAMS)
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-        .add_service(xds)
+        .add_service(services.xds)
         .add_service(Named(ca))
-        .add_service(nodes)
+        .add_service(services.nodes)
         .serve_with_incoming_shutdown(ReceiverStream::new(connections), async move {
             stopping.requested().await;
         })

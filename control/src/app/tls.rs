@@ -55,6 +55,9 @@ fn issue(authority: &Authority, names: &[String], now: i64) -> anyhow::Result<Cu
         .with_no_client_auth()
         .with_single_cert(certificate.chain, certificate.key.into())?;
     config.alpn_protocols = vec![b"h2".to_vec()];
+    // Nodes stay connected, so nobody resumes: no tickets, and no memory of sessions.
+    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
     Ok(Current { config: Arc::new(config), not_before: certificate.not_before, not_after: certificate.not_after })
 }
 

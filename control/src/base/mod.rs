@@ -1,4 +1,5 @@
-//! What std or tokio could have shipped: the wall clock in one place, the order to stop, and a map that is cheap to copy.
+//! What std or tokio could have shipped: the wall clock in one place, the order to stop, and a map that is cheap to
+//! copy.
 //!
 //! Everything that decides takes the time as an argument; only the outermost callers read it here. Nothing in this
 //! module knows what a mesh is.

@@ -5,33 +5,37 @@
 
 use std::collections::BTreeMap;
 use std::collections::HashMap;
-use std::pin::Pin;
+use std::convert::Infallible;
+use std::future::Ready;
+use std::future::ready;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
+use std::task::Context;
+use std::task::Poll;
 use std::time::Duration;
 
+use http::HeaderMap;
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
 use tokio::sync::watch;
-use tokio_stream::Stream;
-use tokio_stream::StreamExt;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::Request;
-use tonic::Response;
 use tonic::Status;
-use tonic::Streaming;
+use tonic::body::Body;
+use tonic::metadata::MetadataMap;
+use tonic::server::NamedService;
 use tulle_proto::names;
 use tulle_proto::node::node_message::Answer;
 use tulle_proto::node::node_question::Question;
-use tulle_proto::node::node_service_server::NodeService;
+use tulle_proto::node::node_service_server;
 use tulle_proto::node::{NodeMessage, NodeQuestion, TrustQuestion};
 
 use crate::authn;
 use crate::base;
 use crate::base::Stop;
+use crate::stream;
+use crate::stream::{Messages, Outgoing};
 
 /// How long a node may take to answer.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -144,14 +148,36 @@ pub struct Server {
     pub stop: Stop,
 }
 
-type Questions = Pin<Box<dyn Stream<Item = Result<NodeQuestion, Status>> + Send>>;
+/// The one call.
+const PATH: &str = "/tulle.node.v1alpha1.NodeService/Attach";
+/// Largest answer of a node, bytes.
+const MAX_ANSWER: usize = 4 * 1024 * 1024;
 
-#[tonic::async_trait]
-impl NodeService for Server {
-    type AttachStream = Questions;
+impl NamedService for Server {
+    const NAME: &'static str = node_service_server::SERVICE_NAME;
+}
 
-    async fn attach(&self, request: Request<Streaming<NodeMessage>>) -> Result<Response<Questions>, Status> {
-        let caller = authn::caller(&self.verifier, request.metadata(), base::unix_now())?;
+impl tower::Service<http::Request<Body>> for Server {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Ready<Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        ready(Ok(stream::answer(request, PATH, MAX_ANSWER, |metadata, answers| self.open(metadata, answers))))
+    }
+}
+
+impl Server {
+    fn open(
+        &self,
+        metadata: &MetadataMap,
+        messages: Messages<NodeMessage>,
+    ) -> Result<(HeaderMap, Outgoing<NodeQuestion>), Status> {
+        let caller = authn::caller(&self.verifier, metadata, base::unix_now())?;
         if caller.namespace != self.root_namespace || caller.service_account != names::NODE_SERVICE_ACCOUNT {
             return Err(Status::permission_denied(format!(
                 "only {}/{} may attach",
@@ -165,11 +191,11 @@ impl NodeService for Server {
         let (questions, outgoing) = mpsc::channel(WAITING);
         let server = self.clone();
         tokio::spawn(async move {
-            if let Err(status) = server.serve(&node, request.into_inner(), &questions).await {
+            if let Err(status) = server.serve(&node, messages, &questions).await {
                 let _ = questions.send(Err(status)).await;
             }
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
+        Ok((HeaderMap::new(), outgoing))
     }
 }
 
@@ -177,7 +203,7 @@ impl Server {
     async fn serve(
         mut self,
         node: &str,
-        mut messages: Streaming<NodeMessage>,
+        mut messages: Messages<NodeMessage>,
         questions: &mpsc::Sender<Result<NodeQuestion, Status>>,
     ) -> Result<(), Status> {
         let first = tokio::time::timeout(base::FIRST_MESSAGE, messages.next()).await;
@@ -202,7 +228,7 @@ impl Server {
         &mut self,
         node: &str,
         stream: u64,
-        messages: &mut Streaming<NodeMessage>,
+        messages: &mut Messages<NodeMessage>,
         questions: &mpsc::Sender<Result<NodeQuestion, Status>>,
     ) -> Result<(), Status> {
         self.trust.mark_changed();

@@ -238,5 +238,3 @@ fn age(meta: &Meta) -> (i64, &str, &str) {
 
 #[cfg(test)]
 mod tests;
-#[cfg(test)]
-mod walk;

@@ -1,6 +1,8 @@
 //! Golden cases: each file of `testdata/` holds manifests and, below a marker line, the resources and conditions that
 //! they must become. `UPDATE=1 cargo test -p control` rewrites them; the difference is reviewed.
 
+mod walk;
+
 use std::path::PathBuf;
 
 use serde_json::Value;

@@ -5,25 +5,28 @@
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
-use std::pin::Pin;
+use std::convert::Infallible;
+use std::future::Ready;
+use std::future::ready;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
+use std::task::Context;
+use std::task::Poll;
 
+use http::HeaderMap;
+use http::HeaderName;
+use http::HeaderValue;
 use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio::sync::watch;
-use tokio_stream::Stream;
-use tokio_stream::StreamExt;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::Request;
-use tonic::Response;
 use tonic::Status;
-use tonic::Streaming;
-use tonic::metadata::MetadataValue;
-use tulle_proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryService;
+use tonic::body::Body;
+use tonic::metadata::MetadataMap;
+use tonic::server::NamedService;
+use tulle_proto::discovery::aggregated_discovery_service_server;
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use tulle_proto::names;
 
@@ -31,6 +34,8 @@ use crate::authn;
 use crate::base;
 use crate::base::Stop;
 use crate::resource::Kind;
+use crate::stream;
+use crate::stream::{Messages, Outgoing};
 use crate::xds::Published;
 use crate::xds::session::{Abilities, Session};
 
@@ -137,30 +142,45 @@ impl Server {
     }
 }
 
-type Responses = Pin<Box<dyn Stream<Item = Result<DeltaDiscoveryResponse, Status>> + Send>>;
+/// The one call.
+const PATH: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
+/// Largest request, bytes: a reconnect names every known resource with its version.
+const MAX_REQUEST: usize = 64 * 1024 * 1024;
 
-#[tonic::async_trait]
-impl AggregatedDiscoveryService for Server {
-    type DeltaAggregatedResourcesStream = Responses;
+impl NamedService for Server {
+    const NAME: &'static str = aggregated_discovery_service_server::SERVICE_NAME;
+}
 
-    async fn delta_aggregated_resources(
+impl tower::Service<http::Request<Body>> for Server {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Ready<Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        ready(Ok(stream::answer(request, PATH, MAX_REQUEST, |metadata, requests| self.open(metadata, requests))))
+    }
+}
+
+impl Server {
+    fn open(
         &self,
-        request: Request<Streaming<DeltaDiscoveryRequest>>,
-    ) -> Result<Response<Responses>, Status> {
-        let caller = authn::caller(&self.verifier, request.metadata(), base::unix_now())?;
+        metadata: &MetadataMap,
+        requests: Messages<DeltaDiscoveryRequest>,
+    ) -> Result<(HeaderMap, Outgoing<DeltaDiscoveryResponse>), Status> {
+        let caller = authn::caller(&self.verifier, metadata, base::unix_now())?;
         let (outgoing, responses) = mpsc::channel(OUTGOING);
         let server = self.clone();
         tokio::spawn(async move {
-            let requests = request.into_inner();
             if let Err(status) = server.serve(caller, requests, &outgoing).await {
                 // The node may be gone already.
                 let _ = outgoing.send(Err(status)).await;
             }
         });
-        let stream: Responses = Box::pin(ReceiverStream::new(responses));
-        let mut response = Response::new(stream);
-        response.metadata_mut().insert(names::HEADER_TULLE_TYPES, served_types()?);
-        Ok(response)
+        Ok((HeaderMap::from_iter([(HeaderName::from_static(names::HEADER_TULLE_TYPES), served_types()?)]), responses))
     }
 }
 
@@ -168,7 +188,7 @@ impl Server {
     async fn serve(
         mut self,
         caller: authn::Caller,
-        mut requests: Streaming<DeltaDiscoveryRequest>,
+        mut requests: Messages<DeltaDiscoveryRequest>,
         outgoing: &mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
     ) -> Result<(), Status> {
         let first = tokio::time::timeout(base::FIRST_MESSAGE, requests.next()).await;
@@ -197,7 +217,7 @@ impl Server {
         stream: u64,
         session: &mut Session,
         first: DeltaDiscoveryRequest,
-        requests: &mut Streaming<DeltaDiscoveryRequest>,
+        requests: &mut Messages<DeltaDiscoveryRequest>,
         outgoing: &mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
     ) -> Result<(), Status> {
         let mut request = Some(first);
@@ -259,9 +279,9 @@ fn identify(caller: &authn::Caller, node: Option<&Node>) -> Result<(String, Stri
 }
 
 /// Own types that this version serves, by URL, as the header lists them.
-fn served_types() -> Result<MetadataValue<tonic::metadata::Ascii>, Status> {
+fn served_types() -> Result<HeaderValue, Status> {
     let urls: Vec<&str> = Kind::OWN.iter().map(|kind| kind.type_url()).collect();
-    MetadataValue::try_from(urls.join(",")).map_err(|error| Status::internal(error.to_string()))
+    HeaderValue::try_from(urls.join(",")).map_err(|error| Status::internal(error.to_string()))
 }
 
 /// The own types that the proxy will subscribe to.

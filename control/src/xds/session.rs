@@ -18,8 +18,7 @@ use crate::resource::{Audience, Changes, Kind, Resource, ResourceSet};
 use crate::xds::Published;
 
 /// A response is cut when it would grow beyond this, bytes. gRPC implementations accept 4 MiB unless told otherwise; but
-/// the buffer in which a stream's messages are encoded stays as large as the largest of them was, as long as the stream
-/// lasts, and control has as many streams as the cluster has nodes. The buffer doubles, and this fits 32 KiB.
+/// each stream may have some responses encoded and not sent yet, and proxies keep a buffer of the size of the largest.
 pub const MAX_RESPONSE_BYTES: usize = 30 * 1024;
 /// Most names that one stream may ask for on demand. A node talks to some thousand addresses at most.
 pub const MAX_NAMES: usize = 50_000;
