@@ -94,14 +94,34 @@ enum Destination {
     Pod(Server),
     Headless(Server),
     /// A host outside the cluster: the first one is in a block that [`Client::Shut`] may reach.
-    External(bool),
+    External(bool, By),
+}
+
+/// How a host outside is called. Each has a port of its own there, so that records can be told apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    Address,
+    /// A name that the cluster's DNS does not own.
+    Name,
+    /// A Service of type ExternalName.
+    Alias,
+}
+
+impl By {
+    fn port(self) -> u16 {
+        match self {
+            Self::Address => 7001,
+            Self::Name => 7002,
+            Self::Alias => 7003,
+        }
+    }
 }
 
 impl Destination {
     fn server(self) -> Option<Server> {
         match self {
             Self::Service(server) | Self::Pod(server) | Self::Headless(server) => Some(server),
-            Self::External(_) => None,
+            Self::External(..) => None,
         }
     }
 }
@@ -153,7 +173,7 @@ fn expected(cell: &Cell) -> Expected {
     let Some(server) = cell.to.server() else {
         return source(match (cell.client, cell.to, cell.v6) {
             (Client::Held, ..) => Said::refused("EGRESS_DENIED", "", None),
-            (Client::Shut, Destination::External(true), false) => {
+            (Client::Shut, Destination::External(true, _), false) => {
                 Said::refused("", "NetworkPolicy/clients/shut", Some(1))
             }
             (Client::Shut, ..) => Said::refused("NETWORK_POLICY_EGRESS", "NetworkPolicy/clients/shut", None),
@@ -236,8 +256,12 @@ fn server(server: Server, node: usize) -> String {
 
 fn outside(name: &str) -> String {
     format!(
-        "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: out}}\n\
-         spec: {{containers: [{{name: main, image: shop, command: [shop, serve, --tcp, '7001']}}]}}\n"
+        "---\napiVersion: v1\nkind: Pod\n\
+         metadata: {{name: {name}, namespace: out, annotations: {{lab.tulle.dev/hostnames: {name}.example.test}}}}\n\
+         spec: {{containers: [{{name: main, image: shop, \
+         command: [shop, serve, --tcp, '7001', --tcp, '7002', --tcp, '7003']}}]}}\n\
+         ---\napiVersion: v1\nkind: Service\nmetadata: {{name: alias-{name}, namespace: clients}}\n\
+         spec: {{type: ExternalName, externalName: {name}.example.test}}\n"
     )
 }
 
@@ -322,8 +346,15 @@ fn cells(view: &View) -> anyhow::Result<Vec<Cell>> {
                 add(Destination::Headless(server), false, url, at(&ip, 7002), at(&ip, 7002), target);
             }
             for (near, name) in [(true, "near"), (false, "far")].into_iter().filter(|_| client != Client::World) {
-                let own = at(&address(view, "out", name, v6)?, 7001);
-                add(Destination::External(near), false, own.clone(), own.clone(), own.clone(), own);
+                for by in [By::Address, By::Name, By::Alias] {
+                    let own = at(&address(view, "out", name, v6)?, by.port());
+                    let url = match by {
+                        By::Address => own.clone(),
+                        By::Name => format!("{name}.example.test:{}", by.port()),
+                        By::Alias => format!("alias-{name}.clients:{}", by.port()),
+                    };
+                    add(Destination::External(near, by), false, url, own.clone(), own.clone(), own);
+                }
             }
         }
     }
@@ -443,9 +474,9 @@ fn judge(cell: &Cell, made: bool, answer: &Value, records: &Records) -> Vec<Stri
         wrong.push(format!("traffic: expected {passes}, found {made}"));
     }
     let verdict = match (passes, cell.to) {
-        (true, Destination::External(_)) => "plain",
+        (true, Destination::External(..)) => "plain",
         (true, _) => "allowed",
-        (false, Destination::External(_)) => "refused",
+        (false, Destination::External(..)) => "refused",
         (false, _) if at_source && cell.udp => "refused",
         (false, _) => "denied",
     };
