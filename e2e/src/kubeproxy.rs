@@ -5,7 +5,8 @@
 //! there is none, silence where a traffic policy Local finds none on its node; ports on the nodes and external addresses.
 //! Masqueraded is a pod that reaches itself, what comes to a Service from outside of the pods, and what comes from outside
 //! under externalTrafficPolicy Cluster; under Local its source is kept. The text is pure and replaced as a whole. Limits:
-//! affinity has no timeout; load balancers' source ranges are not looked at; without privilege the kernel takes a
+//! a client that has been bound to an endpoint stays so as long as the endpoints are the same, whatever `timeoutSeconds` says
+//! (what a table of clients would know is lost with each replacement); load balancers' source ranges are not looked at; without privilege the kernel takes a
 //! transaction of some 200 KB only.
 
 use crate::address;
@@ -138,7 +139,7 @@ impl<'a> OnePort<'a> {
         let external = if self.all.is_empty() { To::Nowhere("goto refusal") } else { To::Chain(EXTERNAL) };
         let of_family = proxy.addresses.iter().filter(|ip| ip.is_ipv6() == (self.family == 1));
         entries.extend(of_family.map(|ip| (ip.to_string(), self.port.port, external)));
-        let node_port = proxy.node_ports.get(&self.port.port).filter(|_| self.port.tcp);
+        let node_port = proxy.node_ports.get(&(self.port.port, self.port.tcp));
         let nodes = [address::node(self.node), address::node_outside(self.node)];
         let of_nodes = node_port.into_iter().flat_map(|number| nodes.map(|own| (own, *number)));
         entries.extend(of_nodes.map(|(own, number)| (own.texts()[self.family].clone(), number, external)));
@@ -290,8 +291,24 @@ mod tests {
     }
 
     #[test]
+    fn ports_of_a_node_are_those_of_one_protocol() {
+        let ports = [((80, true), 30_080), ((80, false), 30_053)].into();
+        let mut both = service(vec![pod(2)], Proxy { node_ports: ports, ..Proxy::default() });
+        both.ports.push(ServicePort { tcp: false, ..both.ports[0].clone() });
+        let text = rules(&[both], 2);
+        for (rule, there) in [
+            ("10.10.0.12 . tcp . 30080 : goto ext-shop-cart-tcp-80-v4", true),
+            ("10.10.0.12 . udp . 30053 : goto ext-shop-cart-udp-80-v4", true),
+            (". udp . 30080", false),
+            (". tcp . 30053", false),
+        ] {
+            assert_eq!(text.contains(rule), there, "{rule}: {text}");
+        }
+    }
+
+    #[test]
     fn what_comes_from_outside_keeps_its_source_under_local_only() {
-        let local = Proxy { node_ports: [(80, 30_080)].into(), external_local: true, ..Proxy::default() };
+        let local = Proxy { node_ports: [((80, true), 30_080)].into(), external_local: true, ..Proxy::default() };
         let spread = Proxy { external_local: false, affinity: true, ..local.clone() };
         let chain = |text: &str| {
             let start = text.find("chain ext-shop-cart-tcp-80-v4 {").unwrap_or_default();

@@ -42,8 +42,8 @@ pub struct Service {
 pub struct Proxy {
     /// spec.externalIPs and the addresses of status.loadBalancer.
     pub addresses: Vec<IpAddr>,
-    /// Port on every node, by port of the Service; TCP only.
-    pub node_ports: BTreeMap<u16, u16>,
+    /// Port on every node, by port of the Service and whether that is one of TCP; else it is one of UDP.
+    pub node_ports: BTreeMap<(u16, bool), u16>,
     /// internalTrafficPolicy: Local.
     pub internal_local: bool,
     /// externalTrafficPolicy: Local.
@@ -175,8 +175,10 @@ fn proxy(object: &mut Value, zones: &BTreeMap<u16, String>) -> Proxy {
             // Anywhere in Kubernetes' range; two Services that meet there must say which they want.
             let given = wanted.unwrap_or_else(|| 30_000 + seed.wrapping_add(index as u16) % 2_768);
             port["nodePort"] = given.into();
-            if let Some(number) = port["port"].as_u64().and_then(|port| u16::try_from(port).ok()) {
-                node_ports.insert(number, given);
+            let protocol = port["protocol"].as_str().unwrap_or("TCP");
+            let number = port["port"].as_u64().and_then(|port| u16::try_from(port).ok());
+            if let Some(number) = number.filter(|_| protocol != "SCTP") {
+                node_ports.insert((number, protocol == "TCP"), given);
             }
         }
     }

@@ -26,6 +26,7 @@ const THREADS: usize = 3;
 const AUTHORIZATION: [&str; 4] = ["none", "allow", "deny", "dry"];
 /// What NetworkPolicies let into it.
 const NETWORK: [&str; 3] = ["open", "fromweb", "closed"];
+const NODES: [&str; 2] = ["node-1", "node-2"];
 /// Namespaces, which are the modes.
 const MODES: [&str; 2] = ["permissive", "strict"];
 
@@ -56,6 +57,10 @@ impl Client {
             Self::Guest => "plain/guest",
             Self::World => "out/world",
         }
+    }
+
+    fn name(self) -> &'static str {
+        self.place().split_once('/').map_or("", |(_, name)| name)
     }
 
     fn in_mesh(self) -> bool {
@@ -94,14 +99,34 @@ enum Destination {
     Pod(Server),
     Headless(Server),
     /// A host outside the cluster: the first one is in a block that [`Client::Shut`] may reach.
-    External(bool),
+    External(bool, By),
+}
+
+/// How a host outside is called. Each has a port of its own there, so that records can be told apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    Address,
+    /// A name that the cluster's DNS does not own.
+    Name,
+    /// A Service of type ExternalName.
+    Alias,
+}
+
+impl By {
+    fn port(self) -> u16 {
+        match self {
+            Self::Address => 7001,
+            Self::Name => 7002,
+            Self::Alias => 7003,
+        }
+    }
 }
 
 impl Destination {
     fn server(self) -> Option<Server> {
         match self {
             Self::Service(server) | Self::Pod(server) | Self::Headless(server) => Some(server),
-            Self::External(_) => None,
+            Self::External(..) => None,
         }
     }
 }
@@ -146,14 +171,25 @@ struct Expected {
     said: Said,
 }
 
-/// The meaning of the objects of [`world`].
-fn expected(cell: &Cell) -> Expected {
+/// Whom the policies let in where others are not, and whom they deny where others are let in. They change while the mesh
+/// runs: then it is the other way round.
+#[derive(Clone, Copy, Debug)]
+struct Round {
+    liked: Client,
+    disliked: Client,
+}
+
+const ROUNDS: [Round; 2] =
+    [Round { liked: Client::Web, disliked: Client::Other }, Round { liked: Client::Other, disliked: Client::Web }];
+
+/// The meaning of the objects of [`world`], with the policies of a round.
+fn expected(cell: &Cell, round: Round) -> Expected {
     let source = |said| Expected { at_source: true, said };
     let destination = |said| Expected { at_source: false, said };
     let Some(server) = cell.to.server() else {
         return source(match (cell.client, cell.to, cell.v6) {
             (Client::Held, ..) => Said::refused("EGRESS_DENIED", "", None),
-            (Client::Shut, Destination::External(true), false) => {
+            (Client::Shut, Destination::External(true, _), false) => {
                 Said::refused("", "NetworkPolicy/clients/shut", Some(1))
             }
             (Client::Shut, ..) => Said::refused("NETWORK_POLICY_EGRESS", "NetworkPolicy/clients/shut", None),
@@ -170,10 +206,10 @@ fn expected(cell: &Cell) -> Expected {
     }
     match (server.network, cell.client) {
         ("open", _) => {}
-        ("fromweb", Client::Web) if cell.udp => {
+        ("fromweb", client) if client == round.liked && cell.udp => {
             return destination(Said::refused("", &format!("NetworkPolicy/{mode}/fromweb"), Some(0)));
         }
-        ("fromweb", Client::Web) => {}
+        ("fromweb", client) if client == round.liked => {}
         (network, _) => {
             let policy = format!("NetworkPolicy/{mode}/{network}");
             return destination(Said::refused("NETWORK_POLICY_INGRESS", &policy, None));
@@ -184,19 +220,24 @@ fn expected(cell: &Cell) -> Expected {
         (_, client) if mode == "strict" && !client.in_mesh() => {
             Said::refused("MTLS_REQUIRED", "strict/tulle_strict_default", Some(0))
         }
-        ("deny", Client::Other) => Said::refused("POLICY_DENIED", &format!("{mode}/deny"), Some(1)),
-        ("allow", Client::Web) => Said::refused("", &format!("{mode}/allow"), Some(1)),
+        ("deny", client) if client == round.disliked => {
+            Said::refused("POLICY_DENIED", &format!("{mode}/deny"), Some(1))
+        }
+        ("allow", client) if client == round.liked => Said::refused("", &format!("{mode}/allow"), Some(1)),
         ("allow", _) => Said::refused("NOT_ALLOWED", &format!("{mode}/allow"), None),
-        ("dry", Client::Other) => Said { dry_run: format!("{mode}/dry denied by rules[1]"), ..Said::default() },
+        ("dry", client) if client == round.disliked => {
+            Said { dry_run: format!("{mode}/dry denied by rules[1]"), ..Said::default() }
+        }
         _ => Said::default(),
     })
 }
 
-fn authorization(namespace: &str, name: &str) -> String {
-    let (action, account) = match name {
-        "allow" => ("ALLOW", "web"),
-        _ => ("DENY", "other"),
+fn authorization(namespace: &str, name: &str, round: Round) -> String {
+    let (action, whom) = match name {
+        "allow" => ("ALLOW", round.liked),
+        _ => ("DENY", round.disliked),
     };
+    let account = whom.name();
     let dry_run = if name == "dry" { ", annotations: {istio.io/dry-run: 'true'}" } else { "" };
     format!(
         "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
@@ -236,8 +277,12 @@ fn server(server: Server, node: usize) -> String {
 
 fn outside(name: &str) -> String {
     format!(
-        "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: out}}\n\
-         spec: {{containers: [{{name: main, image: shop, command: [shop, serve, --tcp, '7001']}}]}}\n"
+        "---\napiVersion: v1\nkind: Pod\n\
+         metadata: {{name: {name}, namespace: out, annotations: {{lab.tulle.dev/hostnames: {name}.example.test}}}}\n\
+         spec: {{containers: [{{name: main, image: shop, \
+         command: [shop, serve, --tcp, '7001', --tcp, '7002', --tcp, '7003']}}]}}\n\
+         ---\napiVersion: v1\nkind: Service\nmetadata: {{name: alias-{name}, namespace: clients}}\n\
+         spec: {{type: ExternalName, externalName: {name}.example.test}}\n"
     )
 }
 
@@ -259,19 +304,29 @@ fn world() -> String {
     for (index, one) in Server::all().enumerate() {
         text.push_str(&server(one, 1 + index % 2));
     }
+    text.push_str(&policies(ROUNDS[0]));
+    text.push_str(&scenario::peer_authentication("strict", "STRICT"));
+    text
+}
+
+/// What changes from round to round.
+fn policies(round: Round) -> String {
+    let mut text = String::new();
     for mode in MODES {
         for name in AUTHORIZATION.into_iter().filter(|name| *name != "none") {
-            text.push_str(&authorization(mode, name));
+            text.push_str(&authorization(mode, name, round));
         }
-        let from_web = "[{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: clients}}, podSelector: {matchLabels: {app: web}}}]}]";
-        for (name, ingress) in [("fromweb", from_web), ("closed", "[]")] {
+        let from_one = format!(
+            "[{{from: [{{namespaceSelector: {{matchLabels: {{kubernetes.io/metadata.name: clients}}}}, podSelector: {{matchLabels: {{app: {}}}}}}}]}}]",
+            round.liked.name()
+        );
+        for (name, ingress) in [("fromweb", from_one.as_str()), ("closed", "[]")] {
             let spec = format!(
                 "{{podSelector: {{matchLabels: {{network: {name}}}}}, policyTypes: [Ingress], ingress: {ingress}}}"
             );
             text.push_str(&scenario::network_policy(mode, name, &spec));
         }
     }
-    text.push_str(&scenario::peer_authentication("strict", "STRICT"));
     text
 }
 
@@ -322,8 +377,15 @@ fn cells(view: &View) -> anyhow::Result<Vec<Cell>> {
                 add(Destination::Headless(server), false, url, at(&ip, 7002), at(&ip, 7002), target);
             }
             for (near, name) in [(true, "near"), (false, "far")].into_iter().filter(|_| client != Client::World) {
-                let own = at(&address(view, "out", name, v6)?, 7001);
-                add(Destination::External(near), false, own.clone(), own.clone(), own.clone(), own);
+                for by in [By::Address, By::Name, By::Alias] {
+                    let own = at(&address(view, "out", name, v6)?, by.port());
+                    let url = match by {
+                        By::Address => own.clone(),
+                        By::Name => format!("{name}.example.test:{}", by.port()),
+                        By::Alias => format!("alias-{name}.clients:{}", by.port()),
+                    };
+                    add(Destination::External(near, by), false, url, own.clone(), own.clone(), own);
+                }
             }
         }
     }
@@ -377,10 +439,11 @@ fn traffic(lab: &Lab, cells: &[Cell]) -> anyhow::Result<Vec<bool>> {
 struct Records(BTreeMap<(&'static str, String, String), Vec<Value>>);
 
 impl Records {
-    fn read(lab: &Lab) -> Self {
+    /// Those that were written after the first `before` bytes of each node's log.
+    fn read(lab: &Lab, before: [usize; 2]) -> Self {
         let mut all: BTreeMap<_, Vec<Value>> = BTreeMap::new();
-        for node in ["node-1", "node-2"] {
-            for line in scenario::json_lines(lab.log(node).as_bytes()) {
+        for (node, before) in NODES.into_iter().zip(before) {
+            for line in scenario::json_lines(lab.log(node).as_bytes().get(before..).unwrap_or_default()) {
                 let record = if line["fields"].is_object() { &line["fields"] } else { &line };
                 let text = |key: &str| record[key].as_str().unwrap_or_default().to_owned();
                 let client = text("src.addr").rsplit_once(':').map(|(ip, _)| ip.trim_matches(['[', ']']).to_owned());
@@ -435,17 +498,17 @@ fn explain(lab: &Lab, cell: &Cell) -> anyhow::Result<Value> {
 }
 
 /// Everything that is wrong with a cell.
-fn judge(cell: &Cell, made: bool, answer: &Value, records: &Records) -> Vec<String> {
+fn judge(cell: &Cell, round: Round, made: bool, answer: &Value, records: &Records) -> Vec<String> {
     let mut wrong = Vec::new();
-    let Expected { at_source, said: wanted } = expected(cell);
+    let Expected { at_source, said: wanted } = expected(cell, round);
     let passes = wanted.code.is_empty();
     if made != passes {
         wrong.push(format!("traffic: expected {passes}, found {made}"));
     }
     let verdict = match (passes, cell.to) {
-        (true, Destination::External(_)) => "plain",
+        (true, Destination::External(..)) => "plain",
         (true, _) => "allowed",
-        (false, Destination::External(_)) => "refused",
+        (false, Destination::External(..)) => "refused",
         (false, _) if at_source && cell.udp => "refused",
         (false, _) => "denied",
     };
@@ -526,18 +589,39 @@ fn traffic_explain_and_the_records_of_both_nodes_agree_on_every_cell() -> anyhow
     );
     lab.apply_yaml(&scenario::network_policy("clients", "shut", &shut))?;
     let cells = cells(&view)?;
-    // What is not TCP is filtered by rules that follow a moment later.
-    let datagram = |cell: &&Cell| cell.udp && !expected(cell).said.code.is_empty() && cell.client == Client::Shut;
-    let last: Vec<Cell> = cells.iter().filter(datagram).take(1).cloned().collect();
-    eventually("datagrams are filtered", scenario::PATIENCE, || {
-        match traffic(&lab, &last)?.iter().any(|made| *made) {
-            true => Err(anyhow::anyhow!("they pass")),
-            false => Ok(()),
+    let mut wrong = Vec::new();
+    let mut before = [0; 2];
+    for (index, round) in ROUNDS.into_iter().enumerate() {
+        if index > 0 {
+            lab.apply_yaml(&policies(round))?;
         }
+        for text in play(&lab, &cells, round, before)? {
+            wrong.push(format!("round {}: {text}", index + 1));
+        }
+        before = NODES.map(|node| lab.log(node).len());
+    }
+    eprintln!("{} cells in {} rounds", cells.len(), ROUNDS.len());
+    assert!(wrong.is_empty(), "{} wrong of {} cells:\n{}", wrong.len(), cells.len(), wrong.join("\n"));
+    Ok(())
+}
+
+/// All cells under the policies of a round; what is wrong with them.
+fn play(lab: &Lab, cells: &[Cell], round: Round, before: [usize; 2]) -> anyhow::Result<Vec<String>> {
+    let passes = |cell: &Cell| expected(cell, round).said.code.is_empty();
+    // What is not TCP is filtered by rules that follow a moment later.
+    let changing = |cell: &&Cell| {
+        let from_one = cell.to.server().is_some_and(|server| server.network == "fromweb");
+        cell.udp && !cell.v6 && from_one && matches!(cell.client, Client::Web | Client::Other | Client::Shut)
+    };
+    let last: Vec<Cell> = cells.iter().filter(changing).cloned().collect();
+    eventually("datagrams are filtered", scenario::PATIENCE, || {
+        let made = traffic(lab, &last).map_err(|error| error.to_string())?;
+        let wrong = last.iter().zip(made).filter(|(cell, made)| passes(cell) != *made).count();
+        if wrong == 0 { Ok(()) } else { Err(format!("{wrong} of {} cells are not as they shall be", last.len())) }
     })?;
-    let made = traffic(&lab, &cells)?;
+    let made = traffic(lab, cells)?;
     let complete = || {
-        let records = Records::read(&lab);
+        let records = Records::read(lab, before);
         let missing =
             cells.iter().filter(|cell| !cell.udp && cell.client.in_mesh() && records.of("outbound", cell).is_empty());
         match missing.count() {
@@ -546,16 +630,14 @@ fn traffic_explain_and_the_records_of_both_nodes_agree_on_every_cell() -> anyhow
         }
     };
     let records = eventually("every connection has its record", Duration::from_secs(10), complete);
-    let records = records.unwrap_or_else(|_| Records::read(&lab));
+    let records = records.unwrap_or_else(|_| Records::read(lab, before));
     let mut wrong = Vec::new();
     for (cell, made) in cells.iter().zip(made) {
-        let answer = explain(&lab, cell)?;
-        for text in judge(cell, made, &answer, &records) {
+        let answer = explain(lab, cell)?;
+        for text in judge(cell, round, made, &answer, &records) {
             let Cell { client, to, v6, udp, .. } = cell;
             wrong.push(format!("{client:?} to {to:?}, v6 {v6}, udp {udp}: {text}"));
         }
     }
-    eprintln!("{} cells", cells.len());
-    assert!(wrong.is_empty(), "{} wrong of {} cells:\n{}", wrong.len(), cells.len(), wrong.join("\n"));
-    Ok(())
+    Ok(wrong)
 }

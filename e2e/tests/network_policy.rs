@@ -524,24 +524,15 @@ fn blocks_of_addresses_hold_with_their_exceptions() -> anyhow::Result<()> {
 #[test]
 fn an_edit_cuts_live_connections_in_both_directions_and_names_the_policy() -> anyhow::Result<()> {
     let Some(lab) = scenario::lab(LabConfig::of(&scenario::world(true))) else { return Ok(()) };
-    let hold = |from: &str| -> anyhow::Result<_> {
-        let mut running = lab.spawn(from, &["shop", "tcp", "cart.shop:9000", "--hold-ms", "50"])?;
-        let stdout = running.child().and_then(|child| child.stdout.take());
-        let mut lines = BufReader::new(stdout.ok_or_else(|| anyhow::anyhow!("no output"))?);
-        let opened = next(&mut lines)?;
-        anyhow::ensure!(opened["kind"] == "open", "{from}: {opened}");
-        Ok((running, lines))
-    };
-    let (_web, mut web) = hold("shop/web")?;
-    let (_other, mut other) = hold("shop/other")?;
+    let (mut web, mut other) = (scenario::hold(&lab, "shop/web")?, scenario::hold(&lab, "shop/other")?);
     let cart =
         "{podSelector: {matchLabels: {app: cart}}, ingress: [{from: [{podSelector: {matchLabels: {app: other}}}]}]}";
     lab.apply_yaml(&policy("shop", "to-cart", cart))?;
-    assert_eq!(next(&mut web)?["ok"], false, "what may not come in any more ends");
+    assert_eq!(web.report()?["ok"], false, "what may not come in any more ends");
     scenario::await_log(&lab, "node-2", &["POLICY_CHANGED", "NetworkPolicy/shop/to-cart", "sa/web"])?;
     let out = "{podSelector: {matchLabels: {app: other}}, policyTypes: [Egress]}";
     lab.apply_yaml(&policy("shop", "from-other", out))?;
-    assert_eq!(next(&mut other)?["ok"], false, "what may not go out any more ends");
+    assert_eq!(other.report()?["ok"], false, "what may not go out any more ends");
     scenario::await_log(&lab, "node-1", &["POLICY_CHANGED", "NetworkPolicy/shop/from-other"])?;
     Ok(())
 }

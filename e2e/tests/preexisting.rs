@@ -1,40 +1,16 @@
 //! Promise: connections that began before capture live on and are counted, unless the operator or STRICT says reset.
 
-use std::io::BufRead;
-use std::io::BufReader;
-
-use e2e::lab::Lab;
 use e2e::lab::LabConfig;
-use e2e::lab::Running;
 use e2e::scenario;
-use serde_json::Value;
-
-fn hold(lab: &Lab) -> anyhow::Result<(Running, BufReader<std::process::ChildStdout>)> {
-    let mut running = lab.spawn("shop/web", &["shop", "tcp", "cart.shop:9000", "--hold-ms", "50"])?;
-    let stdout = running.child().and_then(|child| child.stdout.take());
-    let mut lines = BufReader::new(stdout.ok_or_else(|| anyhow::anyhow!("no output"))?);
-    let opened = next(&mut lines)?;
-    anyhow::ensure!(opened["kind"] == "open", "no connection: {opened}");
-    Ok((running, lines))
-}
-
-fn next(lines: &mut impl BufRead) -> anyhow::Result<Value> {
-    let mut line = String::new();
-    lines.read_line(&mut line)?;
-    Ok(serde_json::from_str(&line)?)
-}
 
 #[test]
 fn old_connections_live_on_and_are_counted() -> anyhow::Result<()> {
     let Some(lab) = scenario::lab(LabConfig::of(&scenario::world(false))) else { return Ok(()) };
-    let (mut running, mut lines) = hold(&lab)?;
+    let held = scenario::hold(&lab, "shop/web")?;
     lab.apply_yaml(&scenario::namespace("shop", true))?;
     let status = scenario::pod_status(&lab, "node-2", "cart")?;
     assert!(status["preexisting"].as_u64() >= Some(1), "the old connection is counted: {status}");
-    if let Some(child) = running.child() {
-        drop(child.stdin.take());
-    }
-    let report = next(&mut lines)?;
+    let report = held.finish()?;
     assert_eq!(report["ok"], true, "the old connection lived to its own end: {report}");
     Ok(())
 }
@@ -43,9 +19,9 @@ fn old_connections_live_on_and_are_counted() -> anyhow::Result<()> {
 fn reset_ends_old_connections() -> anyhow::Result<()> {
     let config = LabConfig::of(&scenario::world(false)).env("ztunnel", "TULLE_PREEXISTING", "reset");
     let Some(lab) = scenario::lab(config) else { return Ok(()) };
-    let (_running, mut lines) = hold(&lab)?;
+    let mut held = scenario::hold(&lab, "shop/web")?;
     lab.apply_yaml(&scenario::namespace("shop", true))?;
-    let report = next(&mut lines)?;
+    let report = held.report()?;
     assert_eq!(report["ok"], false, "the old connection is reset: {report}");
     scenario::all_well(&scenario::calls(&lab, "shop/web", "http://cart.shop/", &["--count", "5"])?, 5)?;
     Ok(())
@@ -56,9 +32,9 @@ fn strict_ends_old_plaintext_connections_whatever_the_setting() -> anyhow::Resul
     let mut objects = scenario::world(false);
     objects.push_str(&scenario::peer_authentication("shop", "STRICT"));
     let Some(lab) = scenario::lab(LabConfig::of(&objects)) else { return Ok(()) };
-    let (_running, mut lines) = hold(&lab)?;
+    let mut held = scenario::hold(&lab, "shop/web")?;
     lab.apply_yaml(&scenario::namespace("shop", true))?;
-    let report = next(&mut lines)?;
+    let report = held.report()?;
     assert_eq!(report["ok"], false, "plaintext does not outlive STRICT: {report}");
     Ok(())
 }

@@ -242,13 +242,17 @@ pub(super) fn read_key(path: &Path) -> Result<Option<KeyPair>, CaError> {
 }
 
 pub(super) fn read(path: &Path) -> Result<Option<String>, CaError> {
+    read_at_most(path, MAX_FILE_BYTES)
+}
+
+pub(super) fn read_at_most(path: &Path, most: u64) -> Result<Option<String>, CaError> {
     match std::fs::metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(io("read", path, source)),
-        Ok(meta) if meta.len() > MAX_FILE_BYTES => {
+        Ok(meta) if meta.len() > most => {
             return Err(CaError::Content {
                 path: path.to_owned(),
-                reason: format!("it has more than {MAX_FILE_BYTES} bytes"),
+                reason: format!("it has {} bytes; at most {most} are read", meta.len()),
             });
         }
         Ok(_) => {}

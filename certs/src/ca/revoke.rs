@@ -15,10 +15,10 @@ use rustls_pki_types::pem::PemObject;
 use x509_parser::prelude::{FromDer, X509Certificate};
 use x509_parser::revocation_list::CertificateRevocationList;
 
-use crate::Crls;
 use crate::ca::files::{self, CRL};
 use crate::ca::{CaError, INTERMEDIATE_LIFE_S, LEAF_LIFE_S, crypto};
 use crate::pem;
+use crate::{Crls, MAX_CRL_BYTES};
 
 /// Longest serial number, octets (RFC 5280 §4.1.2.2).
 const MAX_SERIAL: usize = 20;
@@ -74,7 +74,8 @@ pub fn revoke(dir: &Path, of: Signed, serials: &[Vec<u8>], now: i64) -> Result<u
     };
     let path = dir.join(CRL);
     let content = |reason: String| CaError::Content { path: path.clone(), reason };
-    let old = files::read(&path)?.unwrap_or_default();
+    // As much as nodes read.
+    let old = files::read_at_most(&path, MAX_CRL_BYTES as u64)?.unwrap_or_default();
     Crls::parse(old.as_bytes()).map_err(|error| content(format!("{error}; move it away to begin anew")))?;
     let mut revoked: Vec<(Vec<u8>, i64)> = serials.iter().map(|serial| (serial.clone(), now)).collect();
     let mut text = String::new();
@@ -257,6 +258,21 @@ mod tests {
         let error = revoke(dir.path(), Signed::Leaf, &[vec![1]], NOW).unwrap_err().to_string();
         assert!(error.contains("crl.pem") && error.contains("begin anew"), "{error}");
         assert_eq!(std::fs::read_to_string(dir.path().join(CRL)).unwrap(), "not a list");
+    }
+
+    #[test]
+    fn a_file_is_added_to_as_long_as_nodes_read_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(CRL);
+        revoke(dir.path(), Signed::Leaf, &[vec![1]], NOW).unwrap();
+        let list = std::fs::read_to_string(&path).unwrap();
+        // Text around lists is skipped, so it is good for filling up.
+        let filled = |bytes: usize| std::fs::write(&path, format!("{list}{}", "#\n".repeat(bytes / 2))).unwrap();
+        filled(2 << 20);
+        assert_eq!(revoke(dir.path(), Signed::Leaf, &[vec![2]], NOW).unwrap(), 2);
+        filled(MAX_CRL_BYTES);
+        let error = revoke(dir.path(), Signed::Leaf, &[vec![3]], NOW).unwrap_err().to_string();
+        assert!(error.contains("at most 8388608 are read"), "{error}");
     }
 
     #[test]
