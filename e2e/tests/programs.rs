@@ -176,9 +176,6 @@ spec:
     world.run("curl -4sSf --http2-prior-knowledge http://api.shop:81/big | cmp - www/big")?;
     world
         .run("curl -4sSf --http2-prior-knowledge -D - -o /dev/null http://api.shop:81/big | grep -i 'x-routed: two'")?;
-    let many = "for i in $(seq 50); do echo url=http://api.shop:81/big; echo output=/dev/null; done > urls
-                curl -4sSf --http2-prior-knowledge -Z --parallel-max 50 -K urls";
-    world.run(many)?;
     scenario::await_log(&world.lab, "node-1", &["request complete", "HTTP/2", "HTTPRoute/shop/two"])?;
     world.came_through_the_mesh(8080)
 }
