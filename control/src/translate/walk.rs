@@ -172,7 +172,8 @@ fn route(dice: &mut Dice, name: &str) -> String {
 }
 
 fn traffic(dice: &mut Dice, name: &str) -> String {
-    let (meta, host) = (dice.meta("t", name, RANKS), dice.pick(&["s1", "s11.a.svc.cluster.local", "'*.svc.cluster.local'"]));
+    let (meta, host) =
+        (dice.meta("t", name, RANKS), dice.pick(&["s1", "s11.a.svc.cluster.local", "'*.svc.cluster.local'"]));
     format!("apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{{meta}}}\nspec: {{host: {host}}}\n")
 }
 
