@@ -121,6 +121,7 @@ fn judge(snapshot: &Snapshot, pod: &Workload, request: RequestFacts<'_>, token: 
         destination: pod,
         destination_ip: [10, 0, 0, 2].into(),
         destination_port: 80,
+        foreign: false,
     };
     policy::evaluate_request(snapshot, &HttpFacts { connection, request, token })
 }

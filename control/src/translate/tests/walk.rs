@@ -162,8 +162,30 @@ fn network(dice: &mut Dice, name: &str) -> String {
 }
 
 fn route(dice: &mut Dice, name: &str) -> String {
-    let meta = dice.meta("r", name, SPACES);
-    format!("apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{{meta}}}\n")
+    let (meta, kind) = (dice.meta("r", name, SPACES), dice.pick(&["HTTPRoute", "GRPCRoute"]));
+    let (parent, of, backend) = (dice.pick(&["s1", "s11"]), dice.pick(SPACES), dice.pick(&["s1", "s11"]));
+    format!(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: {kind}\nmetadata: {{{meta}}}\n\
+         spec: {{parentRefs: [{{group: '', kind: Service, name: {parent}, namespace: {of}}}], \
+         rules: [{{backendRefs: [{{name: {backend}, port: 80}}]}}]}}\n"
+    )
+}
+
+fn traffic(dice: &mut Dice, name: &str) -> String {
+    let (meta, host) =
+        (dice.meta("t", name, RANKS), dice.pick(&["s1", "s11.a.svc.cluster.local", "'*.svc.cluster.local'"]));
+    format!("apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{{meta}}}\nspec: {{host: {host}}}\n")
+}
+
+fn tokens(dice: &mut Dice, name: &str) -> String {
+    let (meta, selector) = (dice.meta("j", name, RANKS), dice.pick(&SELECTORS[..3]));
+    let selector = format!("selector: {selector},");
+    let target = dice.pick(&["", &selector, "targetRefs: [{kind: Service, name: s1, group: ''}],"]).to_owned();
+    let issuer = dice.pick(&["i", "''"]);
+    format!(
+        "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {{{meta}}}\n\
+         spec: {{{target} jwtRules: [{{issuer: {issuer}}}]}}\n"
+    )
 }
 
 /// A kind of object: a description of the `name`th.
@@ -187,6 +209,9 @@ const KINDS: &[Make] = &[
     network,
     network,
     route,
+    route,
+    traffic,
+    tokens,
 ];
 
 /// Names of what differs, which is easier to read than all there is.
