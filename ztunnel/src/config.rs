@@ -98,6 +98,10 @@ pub struct Node {
     /// File that lists the node's pods; replaced by rename, watched.
     #[arg(long, env = "TULLE_PODS")]
     pub pods: Option<PathBuf>,
+    /// Socket of the CNI agent that hands the node's pods over (ZDS) and installs the redirect rules, in the place of a
+    /// list.
+    #[arg(long, env = "INPOD_UDS")]
+    pub inpod_uds: Option<PathBuf>,
     /// Connections from before capture: keep or reset.
     #[arg(long, env = "TULLE_PREEXISTING", default_value = "keep")]
     pub preexisting: Preexisting,

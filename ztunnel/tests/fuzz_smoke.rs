@@ -41,6 +41,12 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         "pods" => texts(&[
             r#"[{"uid":"u-1","name":"cart-0","namespace":"shop","serviceAccount":"cart","netns":"/run/netns/cart-0","ips":["10.0.0.1","fd00::1"],"enrolled":true,"probePorts":[8080]}]"#,
         ]),
+        "zds" => vec![
+            b"\x0a\x18\x0a\x03u-1\x12\x11\x0a\x03web\x12\x04shop\x1a\x04cart".to_vec(),
+            b"\x12\x05\x12\x03u-1".to_vec(),
+            b"\x1a\x00".to_vec(),
+            b"\x2a\x05\x0a\x03u-1".to_vec(),
+        ],
         "duration" => texts(&["1h30m", "250ms"]),
         "spiffe" => texts(&["spiffe://cluster.local/ns/shop/sa/cart"]),
         "address" => vec![workload().encode_to_vec(), service().encode_to_vec()],

@@ -3,6 +3,7 @@
 //! Two kinds of threads: this runtime (discovery, certificates, pods, admin) and the workers (all traffic). They meet in
 //! the snapshot, the certificates and a queue a worker, so that no slow page and no reconnect ever delays a byte.
 
+mod agent;
 pub mod answers;
 mod explain;
 pub mod handover;
@@ -23,6 +24,7 @@ use anyhow::Context as _;
 use http::{Method, StatusCode};
 use prometheus_client::registry::Registry;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -30,6 +32,7 @@ use tracing_subscriber::{EnvFilter, reload};
 use tulle_proto::names;
 
 use crate::admin::{self, Page, Routes};
+use crate::app::agent::Agent;
 use crate::app::answers::{Answers, VERSION};
 use crate::app::handover::Giver;
 use crate::app::handover::successor::{Taken, Taking, take};
@@ -41,6 +44,7 @@ use crate::base::memory;
 use crate::base::netns::{NetnsThread, local_addresses};
 use crate::base::sockets::Options;
 use crate::base::workers::Workers;
+use crate::capture::pods::{ListFile, Pods as List, Source, watch_directory};
 use crate::config::{LogFormat, Node, Switch};
 use crate::flow::{GateLimits, Limits, Shared};
 use crate::hbone;
@@ -222,8 +226,21 @@ fn start_pods(
     stop: Drain,
     (taken, replaced): (Arc<Taken>, Drained),
 ) -> anyhow::Result<Arc<Drain>> {
-    let Some(path) = config.pods.clone() else {
-        anyhow::bail!("there is no list of pods; set TULLE_PODS to the file that lists the node's pods");
+    let changed = Arc::new(Notify::new());
+    let (source, watcher, agent) = match (&config.pods, &config.inpod_uds) {
+        (Some(path), None) => (Source::File(ListFile::new(path.clone())), watch_directory(path, changed.clone()), None),
+        (None, Some(path)) => {
+            let (list, watch) = watch::channel(List::default());
+            let (pods, changed) = (pods.clone(), changed.clone());
+            (Source::Agent(watch), None, Some(Agent { path: path.clone(), pods, list, changed }))
+        }
+        (None, None) => anyhow::bail!(
+            "there is no list of pods; set TULLE_PODS to the file that lists the node's pods, or INPOD_UDS to the socket \
+             of the CNI agent that hands them over"
+        ),
+        (Some(_), Some(_)) => {
+            anyhow::bail!("TULLE_PODS and INPOD_UDS are both set, and the node has one list; unset one")
+        }
     };
     let keepalive =
         config.keepalive.then_some((config.keepalive_time, config.keepalive_interval, config.keepalive_retries));
@@ -259,7 +276,14 @@ fn start_pods(
         replaced,
     });
     let stop = Arc::new(stop);
-    tokio::spawn(pods.clone().run(environment, path, stop.clone()));
+    if let Some(agent) = agent {
+        tokio::spawn(agent.run(shared.reader.clone(), stop.watch()));
+    }
+    let pods = pods.clone().run(environment, source, changed, stop.clone());
+    tokio::spawn(async move {
+        let _watcher = watcher;
+        pods.await;
+    });
     Ok(stop)
 }
 

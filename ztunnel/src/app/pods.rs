@@ -7,7 +7,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -27,7 +26,7 @@ use crate::base::drain::{Drain, Drained, Phase, drain};
 use crate::base::netns::{Netns, NetnsThread, local_addresses, run_blocking};
 use crate::base::sockets::{Options, PodSockets};
 use crate::base::workers::Workers;
-use crate::capture::pods::{Pod, Source, watch_directory};
+use crate::capture::pods::{Pod, Source};
 use crate::capture::rules::{Rules, fingerprint, rules_are_broken};
 use crate::capture::{self, preexisting, probe};
 use crate::config::Preexisting;
@@ -43,6 +42,9 @@ const LINGER_LOOK: Duration = Duration::from_secs(1);
 const AT_ONCE: usize = 8;
 /// How often the list's file is looked at, besides notifications.
 const LOOK: Duration = Duration::from_millis(250);
+/// How soon the redirects of a CNI agent are probed again that did not lead here: it installs them about when it hands
+/// the pod over.
+const PROVE: Duration = Duration::from_secs(1);
 /// Pause after a failed capture, growing.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
@@ -83,6 +85,8 @@ pub(super) struct Entry {
     /// Fingerprints of what is installed; none while that changes.
     pub(super) rules: Option<u64>,
     pub(super) datagrams: Option<u64>,
+    /// Its listeners are open, and what may not pass is held back.
+    pub(super) served: bool,
 }
 
 type Board = Arc<Mutex<BTreeMap<String, Entry>>>;
@@ -115,11 +119,9 @@ impl Running {
 }
 
 impl Pods {
-    /// Keeps the pods as listed in `path` until `stop` drains; then ends their flows by its phases.
-    pub async fn run(self, environment: Arc<Environment>, path: PathBuf, stop: Arc<Drain>) {
-        let changed = Arc::new(Notify::new());
-        let _watcher = watch_directory(&path, changed.clone());
-        let mut source = Source::new(path);
+    /// Keeps the pods as listed by `source` until `stop` drains; then ends their flows by its phases. `changed` says when
+    /// to look.
+    pub async fn run(self, environment: Arc<Environment>, mut source: Source, changed: Arc<Notify>, stop: Arc<Drain>) {
         let mut listed: Vec<Pod> = Vec::new();
         let mut running: HashMap<String, Running> = HashMap::new();
         let mut filters = Filters::default();
@@ -132,10 +134,12 @@ impl Pods {
                 Ok(Some(list)) => {
                     let problem = (!list.errors.is_empty()).then(|| list.errors.join("; "));
                     if let Some(problem) = &problem {
-                        tracing::error!(file = %source.path().display(), %problem, "entries of the pod list are ignored");
+                        tracing::error!(%problem, "entries of the pod list are ignored");
                     }
-                    self.set_problem(problem);
-                    self.listed.store(true, Ordering::Relaxed);
+                    if matches!(source, Source::File(_)) {
+                        self.set_problem(problem);
+                    }
+                    self.listed.fetch_or(list.complete, Ordering::Relaxed);
                     let bad = !list.errors.is_empty();
                     let before = std::mem::replace(&mut listed, list.pods);
                     if bad {
@@ -168,7 +172,7 @@ impl Pods {
         board.get(uid).is_some_and(|entry| entry.local.is_some())
     }
 
-    fn set_problem(&self, problem: Option<String>) {
+    pub(super) fn set_problem(&self, problem: Option<String>) {
         let mut current = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         if problem.is_some() && *current != problem {
             tracing::error!(problem = problem.as_deref().unwrap_or(""), "the list of pods has a problem");
@@ -291,6 +295,8 @@ struct Serving {
     open: Vec<Open>,
     /// What the process before this one said of the pod: connections from before capture, and fingerprints.
     inherited: Option<Inherited>,
+    /// A probe went through the rules.
+    proven: bool,
 }
 
 struct Inherited {
@@ -314,9 +320,9 @@ impl PodTask {
             let Some(wanted) = desired else { break };
             let done = match (serving.take(), wanted.capture) {
                 (None, true) => match self.start(&wanted).await {
-                    Ok(started) => {
+                    Ok(mut started) => {
                         // Only now are the connections from before known, which may have to end.
-                        let adjusted = self.adjust(&started, &wanted).await;
+                        let adjusted = self.adjust(&mut started, &wanted).await;
                         serving = Some(started);
                         adjusted
                     }
@@ -325,7 +331,7 @@ impl PodTask {
                 (Some(released), false) => self.release(released).await,
                 (Some(mut running), true) => {
                     self.serve_more(&mut running).await;
-                    let adjusted = self.adjust(&running, &wanted).await;
+                    let adjusted = self.adjust(&mut running, &wanted).await;
                     serving = Some(running);
                     adjusted
                 }
@@ -344,6 +350,7 @@ impl PodTask {
                 }
             };
             let draining = self.draining();
+            let unproven = serving.as_ref().is_some_and(|serving| !serving.proven);
             let cleans_later = serving.is_none() && !self.cleaned && !taken.is_alone();
             tokio::select! {
                 changed = self.desired.changed() => if changed.is_err() { break },
@@ -351,6 +358,7 @@ impl PodTask {
                 _ = more.changed(), if serving.is_some() => {}
                 () = taken.alone(), if cleans_later => {}
                 () = sleep(again.unwrap_or_default()), if again.is_some() => {}
+                () = sleep(PROVE), if unproven => {}
                 () = draining => break,
             }
         }
@@ -367,7 +375,7 @@ impl PodTask {
         // Rules that a draining process still needs for its connections stay, too.
         if !self.cleaned && self.lingering.is_none() && self.environment.taken.is_alone() {
             let _slot = self.slots.acquire().await.map_err(|error| error.to_string())?;
-            if let Ok(netns) = Netns::open(&self.pod.netns)
+            if let Ok(netns) = self.pod.open()
                 && capture::installed(&netns).await.is_ok()
             {
                 capture::remove(&netns).await.map_err(|error| format!("rules of an earlier capture stay: {error}"))?;
@@ -399,6 +407,7 @@ impl PodTask {
             open: Vec::new(),
             rules: None,
             datagrams: None,
+            served: false,
         });
         change(entry);
     }
@@ -417,11 +426,10 @@ impl PodTask {
             lingering.advance(Phase::Draining);
         }
         let _slot = self.slots.acquire().await.map_err(|error| error.to_string())?;
-        let netns = Netns::open(&self.pod.netns)
-            .map_err(|error| format!("cannot open the network namespace {}: {error}", self.pod.netns.display()))?;
+        let netns = self.pod.open()?;
         self.check_owner(&netns).await?;
         self.cleaned = false;
-        let serving = self.listen(netns).await?;
+        let mut serving = self.listen(netns).await?;
         let inherited = serving.inherited.as_ref();
         let mut rules = self.rules(wanted, inherited.map_or(&BTreeSet::new(), |it| &it.old));
         if wanted.tcp_only.is_none() {
@@ -432,24 +440,38 @@ impl PodTask {
         self.inherit(inherited, &rules, wanted.datagrams.as_ref()).await;
         self.install(&serving.netns, rules).await?;
         self.filter(&serving.netns, wanted.datagrams.clone()).await?;
-        // A sabotaged build skips the proof, which would find the sabotage out.
-        let proven = if rules_are_broken() { Ok(()) } else { probe::verify(&serving.netns, &self.pod.ips).await };
-        if let Err(reason) = proven {
+        if !self.is_by_agent()
+            && let Err(reason) = self.prove(&mut serving).await
+        {
             end(&serving);
             return Err(reason);
         }
-        let old = match inherited {
+        let old = match &serving.inherited {
             // The tunnels of the process before this one would look like strangers.
             Some(inherited) => inherited.old.clone(),
             None => preexisting::list(&serving.netns).await.map_err(|error| error.to_string())?,
         };
-        tracing::info!(pod = %self.name(), preexisting = old.len(), "captured");
+        tracing::info!(pod = %self.name(), preexisting = old.len(), by_agent = self.is_by_agent(), "captured");
         self.post(|entry| {
-            entry.state = "Captured";
+            entry.state = if serving.proven { "Captured" } else { "Pending" };
             entry.reason = String::new();
             entry.old = old;
         });
         Ok(serving)
+    }
+
+    /// Whether redirects are not ours to install.
+    fn is_by_agent(&self) -> bool {
+        self.pod.handle.is_some()
+    }
+
+    async fn prove(&self, serving: &mut Serving) -> Result<(), String> {
+        // A sabotaged build skips the proof, which would find the sabotage out.
+        if !rules_are_broken() {
+            probe::verify(&serving.netns, &self.pod.ips, self.is_by_agent()).await?;
+        }
+        serving.proven = true;
+        Ok(())
     }
 
     /// What the process before this one installed is not installed again.
@@ -541,7 +563,17 @@ impl PodTask {
             entry.local = Some(local.clone());
             entry.open = vec![open.clone()];
         });
-        Ok(Serving { netns, local, captured, tunnels, flows, names: names_end, open: vec![open], inherited })
+        Ok(Serving {
+            netns,
+            local,
+            captured,
+            tunnels,
+            flows,
+            names: names_end,
+            open: vec![open],
+            inherited,
+            proven: false,
+        })
     }
 
     /// Serves the pod at `listeners`, and its names; `ends` are those of redirected connections, tunnels and datagrams.
@@ -571,6 +603,7 @@ impl PodTask {
             dns: self.environment.names.as_ref().map(Names::port),
             tcp_only: wanted.tcp_only.unwrap_or(false),
             released: false,
+            by_agent: self.is_by_agent(),
         }
     }
 
@@ -581,7 +614,12 @@ impl PodTask {
         }
         *installed = None;
         self.post(|entry| entry.rules = None);
-        capture::apply(netns, rules.clone()).await.map_err(|error| error.to_string())?;
+        if let Err(error) = capture::apply(netns, rules.clone()).await {
+            if !rules.is_nothing() {
+                return Err(error.to_string());
+            }
+            tracing::debug!(pod = %self.name(), %error, "what an earlier proxy may have installed was not looked for");
+        }
         self.post(|entry| entry.rules = Some(fingerprint(&rules.render())));
         *installed = Some(rules);
         Ok(())
@@ -602,7 +640,7 @@ impl PodTask {
     }
 
     /// Brings the rules of a served pod up to date.
-    async fn adjust(&self, serving: &Serving, wanted: &Wanted) -> Result<(), String> {
+    async fn adjust(&self, serving: &mut Serving, wanted: &Wanted) -> Result<(), String> {
         let mut old = BTreeSet::new();
         self.post(|entry| old.clone_from(&entry.old));
         let mut rules = self.rules(wanted, &old);
@@ -611,7 +649,11 @@ impl PodTask {
         }
         self.install(&serving.netns, rules).await?;
         self.filter(&serving.netns, wanted.datagrams.clone()).await?;
-        self.state("Captured", String::new());
+        self.post(|entry| entry.served = true);
+        match if serving.proven { Ok(()) } else { self.prove(serving).await } {
+            Ok(()) => self.state("Captured", String::new()),
+            Err(reason) => self.state("Pending", format!("it is served, but by the CNI agent's rules {reason}")),
+        }
         Ok(())
     }
 
@@ -640,6 +682,12 @@ impl PodTask {
         if !stop.is_draining() {
             if let Some(serving) = serving {
                 end(&serving);
+                if self.is_by_agent() {
+                    // The agent takes its own rules back; the pod may go on outside the mesh.
+                    let nothing = Rules { by_agent: true, ..Rules::default() };
+                    let _ = self.install(&serving.netns, nothing).await;
+                    let _ = self.filter(&serving.netns, Some(None)).await;
+                }
                 let pod = self.pod.uid.clone();
                 self.environment.workers.run_all(move |worker| worker.pool.forget(&pod));
             }
