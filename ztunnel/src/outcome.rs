@@ -31,6 +31,8 @@ pub enum Code {
     EgressDenied,
     /// The service has no endpoint to choose from.
     NoEndpoint,
+    /// The destination is reached through a waypoint only, and that cannot be used.
+    NoWaypoint,
     /// The next hop refused or could not be reached.
     ConnectFailed,
     /// The next hop did not answer in time.
@@ -135,6 +137,7 @@ impl Code {
         Self::PolicyChanged,
         Self::EgressDenied,
         Self::NoEndpoint,
+        Self::NoWaypoint,
         Self::ConnectFailed,
         Self::ConnectTimeout,
         Self::TlsFailed,
@@ -192,6 +195,14 @@ impl Code {
             Self::NoEndpoint => {
                 row("NO_ENDPOINT", "CONNECT", 503, F::Destination, R::Later, "the service has no usable endpoint")
             }
+            Self::NoWaypoint => row(
+                "NO_WAYPOINT",
+                "CONNECT",
+                503,
+                F::Destination,
+                R::Later,
+                "the destination is reached through a waypoint only, and that cannot be used",
+            ),
             Self::ConnectFailed => {
                 row("CONNECT_FAILED", "CONNECT", 503, F::Destination, R::Yes, "the next hop refused or is unreachable")
             }

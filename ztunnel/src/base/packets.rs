@@ -12,6 +12,10 @@ use socket2::{Domain, Socket, Type};
 /// Most descriptors of a packet that are taken; with more it counts as cut short.
 pub const MOST_FDS: usize = 8;
 
+/// Most that the kernel passes in one packet (SCM_MAX_FD). There is room for all of them, because those that came in a
+/// message which was cut short could not be closed again.
+const ROOM_FDS: usize = 253;
+
 /// What came.
 #[derive(Debug)]
 pub struct Packet {
@@ -49,7 +53,7 @@ pub fn send(socket: &impl AsRawFd, body: &[u8], fds: &[BorrowedFd<'_>]) -> io::R
 /// What the system says; `WouldBlock` if there is none and the socket does not wait.
 pub fn receive(socket: &impl AsRawFd, largest: usize) -> io::Result<Option<Packet>> {
     let mut body = vec![0; largest];
-    let mut room = nix::cmsg_space!([RawFd; MOST_FDS]);
+    let mut room = nix::cmsg_space!([RawFd; ROOM_FDS]);
     let mut into = [IoSliceMut::new(&mut body)];
     let message = recvmsg::<UnixAddr>(socket.as_raw_fd(), &mut into, Some(&mut room), MsgFlags::MSG_CMSG_CLOEXEC)?;
     let mut fds = Vec::new();
@@ -58,7 +62,8 @@ pub fn receive(socket: &impl AsRawFd, largest: usize) -> io::Result<Option<Packe
             fds.extend(raw.into_iter().map(own));
         }
     }
-    let (bytes, cut) = (message.bytes, message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC));
+    let cut = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) || fds.len() > MOST_FDS;
+    let bytes = message.bytes;
     body.truncate(bytes);
     Ok((bytes > 0).then_some(Packet { body, fds, cut }))
 }

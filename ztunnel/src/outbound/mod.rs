@@ -8,6 +8,7 @@ mod attempts;
 pub mod decide;
 mod dial;
 pub mod recheck;
+mod waypoint;
 
 use std::cell::RefCell;
 use std::net::SocketAddr;
