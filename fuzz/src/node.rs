@@ -22,6 +22,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("denial", denial),
     ("pods", pods),
     ("zds", zds),
+    ("local", local),
     ("address", address),
     ("authorization", authorization),
     ("network-policy", network_policy),
@@ -94,6 +95,18 @@ pub fn denial(data: &[u8]) {
     // It goes on to the next proxy as it came.
     let again = headers::refused(&headers::refusal(&outcome));
     assert_eq!(again.code, outcome.code);
+}
+
+/// The mesh as a file.
+pub fn local(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    match ztunnel::xds::local::parse(text) {
+        Ok(document) => {
+            let (_, errors) = ztunnel::xds::local::Local::default().changes(document);
+            assert!(errors.iter().all(|error| !error.is_empty()));
+        }
+        Err(reason) => assert!(!reason.is_empty()),
+    }
 }
 
 /// A packet from a CNI agent, with a descriptor and without.

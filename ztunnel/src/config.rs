@@ -74,6 +74,10 @@ pub struct Node {
     /// Where discovery comes from.
     #[arg(long, env = "XDS_ADDRESS", default_value = "https://control.tulle-system.svc:15012")]
     pub xds_address: String,
+    /// File that says what the mesh is, in the place of discovery: workloads, services and policies in Istio's YAML;
+    /// watched.
+    #[arg(long, env = "LOCAL_XDS_PATH")]
+    pub local_xds: Option<PathBuf>,
     /// Where certificates come from.
     #[arg(long, env = "CA_ADDRESS", default_value = "https://control.tulle-system.svc:15012")]
     pub ca_address: String,

@@ -41,6 +41,11 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         "pods" => texts(&[
             r#"[{"uid":"u-1","name":"cart-0","namespace":"shop","serviceAccount":"cart","netns":"/run/netns/cart-0","ips":["10.0.0.1","fd00::1"],"enrolled":true,"probePorts":[8080]}]"#,
         ]),
+        "local" => texts(&[
+            "workloads: [{name: cart, namespace: shop, workloadIps: [10.0.0.2], protocol: HBONE, services: {shop/cart: {80: 8080}}}]",
+            "services: [{name: cart, namespace: shop, hostname: cart, vips: [/10.96.0.1], ports: {80: 8080}, waypoint: {destination: /10.0.9.9, hboneMtlsPort: 15008}}]",
+            "policies: [{name: p, namespace: shop, scope: Global, action: Deny, rules: [[[{principals: [{Prefix: a}, {Presence: []}]}]]]}]",
+        ]),
         "zds" => vec![
             b"\x0a\x18\x0a\x03u-1\x12\x11\x0a\x03web\x12\x04shop\x1a\x04cart".to_vec(),
             b"\x12\x05\x12\x03u-1".to_vec(),

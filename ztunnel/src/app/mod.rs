@@ -161,7 +161,11 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
         tokio::spawn(revocation::watch(path, trust.revoked, identities.clone(), stopping.clone()));
     }
     tokio::spawn(identities.run(reached(stopping.clone(), Phase::Forced)));
-    tokio::spawn(xds::run(xds_config(&config), writer, monitor, reached(stopping.clone(), Phase::Forced)));
+    let end = reached(stopping.clone(), Phase::Forced);
+    match config.local_xds.clone() {
+        Some(path) => drop(tokio::spawn(xds::local::run(path, writer, monitor, end))),
+        None => drop(tokio::spawn(xds::run(xds_config(&config), writer, monitor, end))),
+    }
     tokio::spawn(watch_node_addresses(reader.clone()));
     let counted = pods.clone();
     tokio::spawn(memory::give_back_after_peaks(move || {
@@ -192,7 +196,9 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
         }
         (None, ..) => {}
     }
-    answer_control(&config, answers, was_replaced);
+    if config.local_xds.is_none() {
+        answer_control(&config, answers, was_replaced);
+    }
     tracing::info!(node = %config.node_name, workers = count, version = VERSION, "started");
 
     wait_for_stop(&stopping).await?;

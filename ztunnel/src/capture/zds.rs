@@ -245,7 +245,7 @@ mod tests {
         let uids = |handed: &Handed| handed.list().pods.into_iter().map(|pod| pod.uid).collect::<Vec<_>>();
         let mut handed = Handed::default();
         handed.connected();
-        ["a", "b", "c"].map(|uid| handed.add(pod(uid, &own)));
+        ["a", "b", "c"].into_iter().for_each(|uid| handed.add(pod(uid, &own)));
         assert!(!handed.list().complete, "the snapshot is not over");
         handed.snapshot_sent().unwrap();
         handed.del("c");

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use crate::lb::{self, Chance, NoChoice};
 use crate::outbound::decide::{Hbone, Plan, may_go_to, may_leave};
 use crate::outcome::{Code, Outcome};
-use crate::state::{EgressMode, GatewayAddress, GatewayTarget, IpFamily, Mode, Service, Snapshot, Transport, Workload};
+use crate::state::{EgressMode, GatewayAddress, GatewayTarget, IpFamily, Mode, Service, Snapshot, Workload};
 
 /// Who asks, and for what.
 pub(super) struct Asked<'a> {
