@@ -5,6 +5,7 @@
 
 mod agent;
 pub mod answers;
+mod dump;
 mod explain;
 pub mod handover;
 pub mod pods;
