@@ -5,7 +5,7 @@
 
 use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri};
 use tulle_certs::{Issued, Roots, SpiffeId, Usage};
-use ztunnel::capture::zds::{PACKET_MAX, Request};
+use ztunnel::capture::zds::{self, PACKET_MAX};
 use ztunnel::dns::wire;
 use ztunnel::hbone::headers::{self, Authority, Baggage, Forwarded, TraceId};
 use ztunnel::xds::decode::{self, Strings};
@@ -21,7 +21,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("traceparent", traceparent),
     ("denial", denial),
     ("pods", pods),
-    ("zds", zds),
+    ("zds", handed),
     ("local", local),
     ("address", address),
     ("authorization", authorization),
@@ -110,16 +110,16 @@ pub fn local(data: &[u8]) {
 }
 
 /// A packet from a CNI agent, with a descriptor and without.
-pub fn zds(data: &[u8]) {
+pub fn handed(data: &[u8]) {
     for fds in 0..3 {
-        match ztunnel::capture::zds::request(data, fds, false) {
-            Ok(Request::Add(added)) => {
+        match zds::request(data, fds, false) {
+            Ok(zds::Request::Add(added)) => {
                 assert_eq!(fds, 1, "an addition without its one namespace");
                 let fields = [&added.uid, &added.name, &added.namespace, &added.service_account];
                 assert!(fields.iter().all(|field| !field.is_empty() && field.len() <= 253));
             }
-            Ok(Request::Keep(_) | Request::Del(_) | Request::SnapshotSent) => assert_eq!(fds, 0),
-            Err(reason) => assert!(ztunnel::capture::zds::answer(Err(reason)).len() <= PACKET_MAX),
+            Ok(zds::Request::Keep(_) | zds::Request::Del(_) | zds::Request::SnapshotSent) => assert_eq!(fds, 0),
+            Err(reason) => assert!(zds::answer(Err(reason)).len() <= PACKET_MAX),
         }
     }
 }

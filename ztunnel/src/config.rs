@@ -3,6 +3,8 @@
 //!
 //! The only reader of the environment. Modules get their part by value and never import this one.
 
+pub mod istio;
+
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;

@@ -71,10 +71,12 @@ const GOODBYE: Duration = Duration::from_secs(5);
 /// # Errors
 /// What keeps it from starting, with the setting to change.
 pub fn run(config: Node) -> anyhow::Result<()> {
+    let (config, told) = config.with_environment().map_err(anyhow::Error::msg)?;
     // Only the first one counts; a test may have installed it already.
     let _ = (*crate::tls::provider()).clone().install_default();
     raise_file_limit();
     let (level, dropped, _writer) = logging(&config)?;
+    told.iter().for_each(|what| tracing::warn!("{what}"));
     let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     memory::tame(config.workers(cores).map_err(anyhow::Error::msg)? + 1);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -390,14 +392,10 @@ fn control(config: &Node, ca: bool) -> Control {
 }
 
 fn xds_config(config: &Node) -> xds::Config {
-    let mut metadata: std::collections::BTreeMap<String, String> = config
-        .metadata()
-        .into_iter()
-        .map(|(key, value)| (key, value.as_str().map_or_else(|| value.to_string(), str::to_owned)))
-        .collect();
-    metadata.insert(names::METADATA_TULLE_VERSION.to_owned(), VERSION.to_owned());
+    let mut metadata = config.metadata();
+    metadata.insert(names::METADATA_TULLE_VERSION.to_owned(), VERSION.into());
     if config.network_policy == Switch::On {
-        metadata.insert(names::METADATA_TULLE_TYPES.to_owned(), names::TYPE_NETWORK_POLICY.to_owned());
+        metadata.insert(names::METADATA_TULLE_TYPES.to_owned(), names::TYPE_NETWORK_POLICY.into());
     }
     xds::Config {
         control: control(config, false),

@@ -139,6 +139,8 @@ fn describe(source: &Workload, plan: &Hbone, record: &ConnRecord, trace: TraceId
         workload: text(&source.workload_name),
         service: text(&source.canonical_name),
         version: text(&source.canonical_revision),
+        region: text(&source.locality.region),
+        zone: text(&source.locality.zone),
     };
     let forwarded = Forwarded {
         client: record.source.addr,
