@@ -195,14 +195,7 @@ impl Code {
             Self::NoEndpoint => {
                 row("NO_ENDPOINT", "CONNECT", 503, F::Destination, R::Later, "the service has no usable endpoint")
             }
-            Self::NoWaypoint => row(
-                "NO_WAYPOINT",
-                "CONNECT",
-                503,
-                F::Destination,
-                R::Later,
-                "the destination is reached through a waypoint only, and that cannot be used",
-            ),
+            Self::NoWaypoint => row("NO_WAYPOINT", "CONNECT", 503, F::Destination, R::Later, "no usable waypoint"),
             Self::ConnectFailed => {
                 row("CONNECT_FAILED", "CONNECT", 503, F::Destination, R::Yes, "the next hop refused or is unreachable")
             }

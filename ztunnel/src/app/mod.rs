@@ -164,11 +164,7 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
         tokio::spawn(revocation::watch(path, trust.revoked, identities.clone(), stopping.clone()));
     }
     tokio::spawn(identities.run(reached(stopping.clone(), Phase::Forced)));
-    let end = reached(stopping.clone(), Phase::Forced);
-    match config.local_xds.clone() {
-        Some(path) => drop(tokio::spawn(xds::local::run(path, writer, monitor, end))),
-        None => drop(tokio::spawn(xds::run(xds_config(&config), writer, monitor, end))),
-    }
+    discover(&config, writer, monitor, stopping.clone());
     tokio::spawn(watch_node_addresses(reader.clone()));
     let counted = pods.clone();
     tokio::spawn(memory::give_back_after_peaks(move || {
@@ -199,9 +195,7 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
         }
         (None, ..) => {}
     }
-    if config.local_xds.is_none() {
-        answer_control(&config, answers, was_replaced);
-    }
+    answer_control(&config, answers, was_replaced);
     tracing::info!(node = %config.node_name, workers = count, version = VERSION, "started");
 
     wait_for_stop(&stopping).await?;
@@ -216,8 +210,21 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     Ok(())
 }
 
+/// Learns what the mesh is, from control or from a file in its place.
+fn discover(config: &Node, writer: state::Writer, monitor: xds::Monitor, stopping: Drained) {
+    let end = reached(stopping, Phase::Forced);
+    match config.local_xds.clone() {
+        Some(path) => drop(tokio::spawn(xds::local::run(path, writer, monitor, end))),
+        None => drop(tokio::spawn(xds::run(xds_config(config), writer, monitor, end))),
+    }
+}
+
 /// Answers control's questions while this process is the one that serves.
 fn answer_control(config: &Node, answers: Answers, replaced: Drained) {
+    // With a file in the place of discovery nobody may be there to ask.
+    if config.local_xds.is_some() {
+        return;
+    }
     let service = xds::NodeConfig {
         control: control(config, false),
         node_name: config.node_name.clone(),

@@ -44,7 +44,10 @@ pub(super) fn of_service(service: &Service, random: u64) -> Option<&GatewayAddre
         found
     });
     // Weights of nothing do not take the waypoint away.
-    drawn.map(|(gateway, _)| gateway).or(service.waypoint.as_ref()).or(weighted.first().map(|(gateway, _)| gateway))
+    drawn
+        .map(|(gateway, _)| gateway)
+        .or(service.waypoint.as_ref())
+        .or_else(|| weighted.first().map(|(gateway, _)| gateway))
 }
 
 /// The way through `gateway`. `None`: the source is that waypoint itself.

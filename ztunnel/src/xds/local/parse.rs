@@ -506,7 +506,7 @@ fn texts(of: Vec<Text>) -> Vec<policy::StringMatch> {
         Text::Exact(text) => MatchType::Exact(text),
         Text::Prefix(text) => MatchType::Prefix(text),
         Text::Suffix(text) => MatchType::Suffix(text),
-        Text::Presence(_) => MatchType::Presence(Default::default()),
+        Text::Presence(_) => MatchType::Presence(()),
     };
     of.into_iter().map(|text| policy::StringMatch { match_type: Some(one(text)) }).collect()
 }
