@@ -151,7 +151,7 @@ impl Answers {
             (pod.uid.clone(), dump::state(&pod, workload.map(|workload| &**workload)))
         };
         json!({
-            "workloads": snapshot.workloads().map(|workload| dump::workload(workload)).collect::<Vec<_>>(),
+            "workloads": snapshot.workloads().map(|workload| dump::workload(&workload)).collect::<Vec<_>>(),
             "services": snapshot.services().map(|service| dump::service(service)).collect::<Vec<_>>(),
             "policies": snapshot.policies().map(|policy| dump::policy(policy)).collect::<Vec<_>>(),
             "networkPolicies": snapshot.network_policies().map(|policy| json!({

@@ -107,8 +107,9 @@ pub(super) fn service(of: &Service) -> Value {
         .all
         .iter()
         .map(|endpoint| {
-            let own = endpoint.workload.services.get(&of.key()).unwrap_or_default();
-            (endpoint.workload.uid.to_string(), json!({ "workloadUid": &*endpoint.workload.uid, "port": ports(own) }))
+            let workload = endpoint.workload();
+            let own = workload.services.get(&of.key()).unwrap_or_default();
+            (workload.uid.to_string(), json!({ "workloadUid": &*workload.uid, "port": ports(own) }))
         })
         .collect();
     let families = match of.ip_families {
@@ -341,7 +342,7 @@ mod tests {
         let own = json!({ "name": "p", "namespace": "shop", "scope": "Namespace", "action": "Deny", "dryRun": false,
             "rules": rules });
         let text = json!({
-            "workloads": before.workloads().map(|one| without_own(workload(one))).collect::<Vec<_>>(),
+            "workloads": before.workloads().map(|one| without_own(workload(&one))).collect::<Vec<_>>(),
             "services": before.services().map(|one| without_own(service(one))).collect::<Vec<_>>(),
             "policies": [own],
         });
@@ -351,7 +352,7 @@ mod tests {
         writer.apply(changes, 1);
         let after = reader.load();
         let again = json!({
-            "workloads": after.workloads().map(|one| without_own(workload(one))).collect::<Vec<_>>(),
+            "workloads": after.workloads().map(|one| without_own(workload(&one))).collect::<Vec<_>>(),
             "services": after.services().map(|one| without_own(service(one))).collect::<Vec<_>>(),
             "policies": after.policies().map(|one| without_own(policy(one))).collect::<Vec<_>>(),
         });
@@ -363,7 +364,7 @@ mod tests {
         let pod = behind(a_workload("shop", "cart", "10.0.0.1"), "shop", "cart");
         let snapshot =
             snapshot([Change::Service(a_service("shop", "cart", "10.96.0.1").into()), Change::Workload(pod.into())]);
-        let one = workload(snapshot.workloads().next().unwrap());
+        let one = workload(&snapshot.workloads().next().unwrap());
         for key in [
             "uid",
             "workloadIps",

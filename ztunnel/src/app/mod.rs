@@ -7,6 +7,7 @@ mod agent;
 pub mod answers;
 mod dump;
 mod explain;
+pub mod federation;
 pub mod handover;
 pub mod pods;
 pub mod resolver;
@@ -30,6 +31,7 @@ use tokio::time::{Instant, sleep};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, reload};
+use tulle_certs::Aliases;
 use tulle_proto::names;
 
 use crate::admin::{self, Page, Routes};
@@ -53,7 +55,7 @@ use crate::identity::{self, Control, RootCa, TokenSource};
 use crate::relay;
 use crate::state;
 use crate::telemetry::metrics::Metrics;
-use crate::tls::{Aliases, Trust};
+use crate::tls::{Federated, Trust};
 use crate::xds;
 
 /// Log lines that may wait for the writer. At 300 bytes each it is 20 MB; then lines are dropped and counted.
@@ -115,10 +117,7 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let (writer, reader) = state::store();
-    let trust = Trust {
-        aliases: Aliases::new(config.trust_domain_aliases.iter().cloned()),
-        revoked: revocation::load(config.crl_path.as_deref())?,
-    };
+    let trust = trust(&config, &reader)?;
     let identities = identity::identities(control(&config, true), config.secret_ttl, trust.clone());
     let shared = Shared {
         reader: reader.clone(),
@@ -165,6 +164,7 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     }
     tokio::spawn(identities.run(reached(stopping.clone(), Phase::Forced)));
     discover(&config, writer, monitor, stopping.clone());
+    tokio::spawn(federation::watch(reader.clone(), trust.federated));
     tokio::spawn(watch_node_addresses(reader.clone()));
     let counted = pods.clone();
     tokio::spawn(memory::give_back_after_peaks(move || {
@@ -217,6 +217,14 @@ fn discover(config: &Node, writer: state::Writer, monitor: xds::Monitor, stoppin
         Some(path) => drop(tokio::spawn(xds::local::run(path, writer, monitor, end))),
         None => drop(tokio::spawn(xds::run(xds_config(config), writer, monitor, end))),
     }
+}
+
+/// Whom this node believes from the start; the roots of other trust domains follow from control.
+fn trust(config: &Node, reader: &state::Reader) -> anyhow::Result<Trust> {
+    let aliases = Aliases::new(config.trust_domain_aliases.iter().cloned());
+    reader.set_aliases(aliases.clone());
+    let revoked = revocation::load(config.crl_path.as_deref())?;
+    Ok(Trust { aliases, revoked, federated: Federated::default() })
 }
 
 /// Answers control's questions while this process is the one that serves.
@@ -401,9 +409,11 @@ fn control(config: &Node, ca: bool) -> Control {
 fn xds_config(config: &Node) -> xds::Config {
     let mut metadata = config.metadata();
     metadata.insert(names::METADATA_TULLE_VERSION.to_owned(), VERSION.into());
+    let mut types = vec![names::TYPE_TRUST_BUNDLE];
     if config.network_policy == Switch::On {
-        metadata.insert(names::METADATA_TULLE_TYPES.to_owned(), names::TYPE_NETWORK_POLICY.into());
+        types.push(names::TYPE_NETWORK_POLICY);
     }
+    metadata.insert(names::METADATA_TULLE_TYPES.to_owned(), types.join(",").into());
     xds::Config {
         control: control(config, false),
         node_name: config.node_name.clone(),
@@ -412,7 +422,7 @@ fn xds_config(config: &Node) -> xds::Config {
         pod_namespace: config.pod_namespace.clone(),
         metadata,
         network_policy: config.network_policy == Switch::On,
-        on_demand: false,
+        on_demand: config.xds_on_demand,
     }
 }
 

@@ -115,7 +115,7 @@ fn stays_inside(source: &Workload, service: Option<&Service>, destination: Socke
     let endpoints = &service.endpoints.all;
     let is_inside = service.lb.mode != Mode::Passthrough
         && !endpoints.is_empty()
-        && endpoints.iter().all(|endpoint| endpoint.workload.is_pod());
+        && endpoints.iter().all(|endpoint| endpoint.workload().is_pod());
     if is_inside { Ok(()) } else { may_leave(source, destination) }
 }
 

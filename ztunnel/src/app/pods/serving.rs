@@ -1,4 +1,5 @@
-//! A pod that is being served: its listeners, opened or taken over, what ends them, and the last part of a release.
+//! A pod that is being served: its listeners, opened or taken over, what ends them, and the last part of a release. What
+//! ends is told apart (connections, tunnels, names), because a released pod keeps its tunnels for a while.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
