@@ -8,7 +8,7 @@
 pub mod ca;
 mod crl;
 mod issued;
-mod pem;
+pub mod pem;
 mod request;
 mod roots;
 mod spiffe;

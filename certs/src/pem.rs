@@ -3,6 +3,16 @@
 
 const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
+/// A certificate as PEM.
+pub fn certificate(der: &[u8]) -> String {
+    encode("CERTIFICATE", der)
+}
+
+/// Base64 with padding (RFC 4648 §4).
+pub fn base64(bytes: &[u8]) -> String {
+    bytes.chunks(3).flat_map(quad).collect()
+}
+
 /// One PEM block with a final newline.
 pub(crate) fn encode(label: &str, der: &[u8]) -> String {
     let mut out = format!("-----BEGIN {label}-----\n");

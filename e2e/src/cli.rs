@@ -17,6 +17,7 @@ use crate::demo;
 use crate::dial;
 use crate::exec;
 use crate::impostor;
+use crate::interop;
 use crate::lab::Lab;
 use crate::lab::LabConfig;
 use crate::netns::NetNs;
@@ -159,6 +160,8 @@ enum Command {
     Impostor(impostor::Options),
     /// Show what the mesh does, step by step, and prove each.
     Demo(demo::Options),
+    /// Run our proxies and another ztunnel in one mesh, and prove what each does with the other.
+    Interop(interop::Options),
     /// Capture a link until standard input ends, and say what was seen.
     #[command(hide = true)]
     Sniff(sniff::Options),
@@ -282,6 +285,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Demo(options) => Ok(if demo::main(&options)? { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
+        Command::Interop(options) => Ok(if interop::main(&options)? { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
         Command::Sniff(options) => {
             sniff::main(&options)?;
             Ok(ExitCode::SUCCESS)

@@ -45,4 +45,6 @@ pub mod soak;
 
 pub mod demo;
 
+pub mod interop;
+
 pub mod cli;

@@ -200,7 +200,12 @@ pub struct Held {
 
 /// A connection to cart with a line back and forth every 50 ms; returns once it is open.
 pub fn hold(lab: &Lab, from: &str) -> anyhow::Result<Held> {
-    let mut running = lab.spawn(from, &["shop", "tcp", "cart.shop:9000", "--hold-ms", "50"])?;
+    hold_to(lab, from, "cart.shop:9000")
+}
+
+/// The same to another raw server.
+pub fn hold_to(lab: &Lab, from: &str, target: &str) -> anyhow::Result<Held> {
+    let mut running = lab.spawn(from, &["shop", "tcp", target, "--hold-ms", "50"])?;
     let stdout = running.child().and_then(|child| child.stdout.take()).context("no output")?;
     let mut held = Held { running, lines: BufReader::new(stdout) };
     let opened = held.report()?;

@@ -9,6 +9,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri};
 use prost::Message as _;
 use tulle_certs::{Issued, Roots, SpiffeId, Usage};
 use tulle_proto::workload::address::Type;
+use ztunnel::capture::zds::{self, PACKET_MAX};
 use ztunnel::dns::wire;
 use ztunnel::hbone::headers::{self, Authority, Baggage, Forwarded, TraceId};
 use ztunnel::policy::jwt::by_rules;
@@ -28,6 +29,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("traceparent", traceparent),
     ("denial", denial),
     ("pods", pods),
+    ("zds", handed),
+    ("local", local),
     ("address", address),
     ("authorization", authorization),
     ("network-policy", network_policy),
@@ -107,6 +110,33 @@ pub fn denial(data: &[u8]) {
     // It goes on to the next proxy as it came.
     let again = headers::refused(&headers::refusal(&outcome));
     assert_eq!(again.code, outcome.code);
+}
+
+/// The mesh as a file.
+pub fn local(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    match ztunnel::xds::local::parse(text) {
+        Ok(document) => {
+            let (_, errors) = ztunnel::xds::local::Local::default().changes(document);
+            assert!(errors.iter().all(|error| !error.is_empty()));
+        }
+        Err(reason) => assert!(!reason.is_empty()),
+    }
+}
+
+/// A packet from a CNI agent, with a descriptor and without.
+pub fn handed(data: &[u8]) {
+    for fds in 0..3 {
+        match zds::request(data, fds, false) {
+            Ok(zds::Request::Add(added)) => {
+                assert_eq!(fds, 1, "an addition without its one namespace");
+                let fields = [&added.uid, &added.name, &added.namespace, &added.service_account];
+                assert!(fields.iter().all(|field| !field.is_empty() && field.len() <= 253));
+            }
+            Ok(zds::Request::Keep(_) | zds::Request::Del(_) | zds::Request::SnapshotSent) => assert_eq!(fds, 0),
+            Err(reason) => assert!(zds::answer(Err(reason)).len() <= PACKET_MAX),
+        }
+    }
 }
 
 /// The list of the node's pods.

@@ -3,6 +3,8 @@
 //!
 //! The only reader of the environment. Modules get their part by value and never import this one.
 
+pub mod istio;
+
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
@@ -74,6 +76,10 @@ pub struct Node {
     /// Where discovery comes from.
     #[arg(long, env = "XDS_ADDRESS", default_value = "https://control.tulle-system.svc:15012")]
     pub xds_address: String,
+    /// File that says what the mesh is, in the place of discovery: workloads, services and policies in Istio's YAML;
+    /// watched.
+    #[arg(long, env = "LOCAL_XDS_PATH")]
+    pub local_xds: Option<PathBuf>,
     /// Where certificates come from.
     #[arg(long, env = "CA_ADDRESS", default_value = "https://control.tulle-system.svc:15012")]
     pub ca_address: String,
@@ -98,6 +104,10 @@ pub struct Node {
     /// File that lists the node's pods; replaced by rename, watched.
     #[arg(long, env = "TULLE_PODS")]
     pub pods: Option<PathBuf>,
+    /// Socket of the CNI agent that hands the node's pods over (ZDS) and installs the redirect rules, in the place of a
+    /// list.
+    #[arg(long, env = "INPOD_UDS")]
+    pub inpod_uds: Option<PathBuf>,
     /// Connections from before capture: keep or reset.
     #[arg(long, env = "TULLE_PREEXISTING", default_value = "keep")]
     pub preexisting: Preexisting,

@@ -35,6 +35,8 @@ pub enum Code {
     NoEndpoint,
     /// A route says that the request goes nowhere: none matches, or its backend is invalid.
     NoRoute,
+    /// The destination is reached through a waypoint only, and that cannot be used.
+    NoWaypoint,
     /// The next hop refused or could not be reached.
     ConnectFailed,
     /// The next hop did not answer in time.
@@ -202,6 +204,7 @@ impl Code {
         Self::EgressDenied,
         Self::NoEndpoint,
         Self::NoRoute,
+        Self::NoWaypoint,
         Self::ConnectFailed,
         Self::ConnectTimeout,
         Self::TlsFailed,
@@ -259,6 +262,7 @@ impl Code {
                 row("NO_ENDPOINT", "CONNECT", 503, F::Destination, R::Later, "the service has no usable endpoint")
             }
             Self::NoRoute => NO_ROUTE,
+            Self::NoWaypoint => row("NO_WAYPOINT", "CONNECT", 503, F::Destination, R::Later, "no usable waypoint"),
             Self::ConnectFailed => {
                 row("CONNECT_FAILED", "CONNECT", 503, F::Destination, R::Yes, "the next hop refused or is unreachable")
             }

@@ -51,6 +51,17 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         "token" => texts(&[
             "eyJhbGciOiJFUzI1NiIsImtpZCI6ImEifQ.eyJpc3MiOiJqb2UiLCJzdWIiOiJhbm4iLCJleHAiOjE5MDAwMDAwMDB9.DtEhU3ljbEg8L38VWAfUAqOyKAM6-Xx-F4GawxaepmXFCgfTjDxw5djxLa8ISlSApmWQxfKTUJqPP3-Kg6NU1Q",
         ]),
+        "local" => texts(&[
+            "workloads: [{name: cart, namespace: shop, workloadIps: [10.0.0.2], protocol: HBONE, services: {shop/cart: {80: 8080}}}]",
+            "services: [{name: cart, namespace: shop, hostname: cart, vips: [/10.96.0.1], ports: {80: 8080}, waypoint: {destination: /10.0.9.9, hboneMtlsPort: 15008}}]",
+            "policies: [{name: p, namespace: shop, scope: Global, action: Deny, rules: [[[{principals: [{Prefix: a}, {Presence: []}]}]]]}]",
+        ]),
+        "zds" => vec![
+            b"\x0a\x18\x0a\x03u-1\x12\x11\x0a\x03web\x12\x04shop\x1a\x04cart".to_vec(),
+            b"\x12\x05\x12\x03u-1".to_vec(),
+            b"\x1a\x00".to_vec(),
+            b"\x2a\x05\x0a\x03u-1".to_vec(),
+        ],
         "duration" => texts(&["1h30m", "250ms"]),
         "spiffe" => texts(&["spiffe://cluster.local/ns/shop/sa/cart"]),
         "address" => vec![workload().encode_to_vec(), service().encode_to_vec()],

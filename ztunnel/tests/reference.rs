@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use clap::{Args as _, Command};
 use prometheus_client::registry::Registry;
 use ztunnel::config::Node;
+use ztunnel::config::istio::{NOT_FOLLOWED, Variable};
 use ztunnel::outcome::{Code, Fault, Outcome, Retry};
 use ztunnel::telemetry::dns::{DnsAnswerLabels, DnsLabels};
 use ztunnel::telemetry::metrics::{ElsewhereLabels, Metrics};
@@ -53,6 +54,17 @@ fn settings_in_the_reference_are_those_of_the_code() {
         let _ = writeln!(table, "| `--{flag}` | {variable} | {default} | {help} |");
     }
     check("ztunnel-settings", &table);
+}
+
+#[test]
+fn variables_that_are_not_followed_are_those_of_the_code() {
+    let mut table = "| Variable | Another value than | Does | Instead |\n|---|---|---|---|\n".to_owned();
+    for Variable { name, usual, refused, instead } in NOT_FOLLOWED {
+        let does = if *refused { "keeps the proxy from starting" } else { "is told in the log" };
+        let usual = usual.iter().map(|value| format!("`{value}`")).collect::<Vec<_>>().join(", ");
+        let _ = writeln!(table, "| `{name}` | {usual} | {does} | {instead} |");
+    }
+    check("istio-variables", &table);
 }
 
 #[test]

@@ -9,13 +9,12 @@ use tulle_proto::node::node_message::Answer;
 use tulle_proto::node::node_question::Question;
 use tulle_proto::node::{CertificateStatus, NodeMessage, NodeQuestion, NodeStatus, PodStatus, TrustAnswer};
 
-use crate::app::explain;
 use crate::app::handover::successor::Taken;
 use crate::app::pods::Pods;
 use crate::app::view::Status;
+use crate::app::{dump, explain};
 use crate::flow::Shared;
 use crate::identity::CertStatus;
-use crate::state::{Protocol, Service, Workload};
 use crate::xds::Monitor;
 
 /// Version of this program.
@@ -147,31 +146,21 @@ impl Answers {
     /// What the node knows, with the keys that Istio's command line reads.
     pub fn config_dump(&self) -> Value {
         let snapshot = self.shared.reader.load();
+        let state = |pod: Status| {
+            let workload = snapshot.workload_by_pod(&pod.namespace, &pod.name);
+            (pod.uid.clone(), dump::state(&pod, workload.map(|workload| &**workload)))
+        };
         json!({
-            "workloads": snapshot.workloads().map(|workload| workload_json(&workload)).collect::<Vec<_>>(),
-            "services": snapshot.services().map(|service| service_json(service)).collect::<Vec<_>>(),
-            "policies": snapshot.policies().map(|policy| json!({
-                "name": &*policy.id,
-                "version": &*policy.version,
-                "detail": format!("{policy:?}"),
-            })).collect::<Vec<_>>(),
+            "workloads": snapshot.workloads().map(|workload| dump::workload(&workload)).collect::<Vec<_>>(),
+            "services": snapshot.services().map(|service| dump::service(service)).collect::<Vec<_>>(),
+            "policies": snapshot.policies().map(|policy| dump::policy(policy)).collect::<Vec<_>>(),
             "networkPolicies": snapshot.network_policies().map(|policy| json!({
                 "name": &*policy.id,
                 "version": &*policy.version,
                 "detail": format!("{policy:?}"),
             })).collect::<Vec<_>>(),
-            "certificates": self.shared.identities.status().iter().map(|cert| json!({
-                "identity": cert.identity.to_string(),
-                "state": cert.state,
-                "notAfter": cert.not_after,
-                "serialNumber": cert.certificate.as_ref().map(|cert| cert.issued.serial.clone()),
-            })).collect::<Vec<_>>(),
-            "workloadState": self.pods.status().into_iter()
-                .map(|pod| (pod.uid.clone(), json!({
-                    "state": if pod.capture == "Captured" { "Up" } else { "Pending" },
-                    "info": { "name": pod.name, "namespace": pod.namespace },
-                })))
-                .collect::<serde_json::Map<_, _>>(),
+            "certificates": self.shared.identities.status().iter().map(dump::certificate).collect::<Vec<_>>(),
+            "workloadState": self.pods.status().into_iter().map(state).collect::<serde_json::Map<_, _>>(),
             "version": { "version": VERSION, "cryptoProvider": "aws-lc-rs" },
         })
     }
@@ -206,42 +195,4 @@ fn pod_status(pod: Status) -> PodStatus {
         outbound_connections: pod.outbound_connections as u64,
         addresses: pod.addresses.iter().map(ToString::to_string).collect(),
     }
-}
-
-fn workload_json(workload: &Workload) -> Value {
-    json!({
-        "uid": &*workload.uid,
-        "name": &*workload.name,
-        "namespace": &*workload.namespace,
-        "workloadIps": workload.addresses,
-        "protocol": if workload.protocol == Protocol::Hbone { "HBONE" } else { "TCP" },
-        "trustDomain": workload.identity.trust_domain(),
-        "serviceAccount": workload.identity.service_account(),
-        "node": &*workload.node,
-        "status": if workload.healthy { "Healthy" } else { "Unhealthy" },
-        "workloadName": &*workload.workload_name,
-        "workloadType": workload.workload_type.as_str(),
-        "canonicalName": &*workload.canonical_name,
-        "canonicalRevision": &*workload.canonical_revision,
-        "clusterId": &*workload.cluster,
-        "services": workload.services.keys().map(|key| &**key).collect::<Vec<_>>(),
-        "authorizationPolicies": workload.policies.iter().map(|name| &**name).collect::<Vec<_>>(),
-        "networkPolicies": workload.network_policies.iter().map(|name| &**name).collect::<Vec<_>>(),
-        "policiesPending": workload.policies_pending,
-        "capacity": workload.capacity,
-        "version": &*workload.version,
-    })
-}
-
-fn service_json(service: &Service) -> Value {
-    json!({
-        "name": &*service.name,
-        "namespace": &*service.namespace,
-        "hostname": &*service.hostname,
-        "vips": service.vips.iter().map(|(network, net)| format!("{network}/{}", net.addr())).collect::<Vec<_>>(),
-        "ports": service.ports.iter()
-            .map(|port| (port.service_port.to_string(), port.target_port.into()))
-            .collect::<serde_json::Map<String, Value>>(),
-        "version": &*service.version,
-    })
 }

@@ -68,10 +68,16 @@ fn stream(snapshot: &Snapshot, network: &str, source: &Workload, destination: So
     answer.service = plan.service().map(|service| service.key()).unwrap_or_default();
     answer.endpoints = endpoints(snapshot, source, &plan, destination);
     match plan {
-        Plan::Hbone(_) => {
+        Plan::Hbone(plan) => {
             answer.plan = "hbone".to_owned();
             answer.source_identity = source.identity.to_string();
-            answer.text = "through a mutual TLS tunnel".to_owned();
+            answer.text = match plan.through {
+                false => "through a mutual TLS tunnel".to_owned(),
+                true => {
+                    let waypoint = &plan.destination;
+                    format!("through a mutual TLS tunnel to the waypoint {}/{}", waypoint.namespace, waypoint.name)
+                }
+            };
         }
         Plan::Plain(plan) => {
             answer.text = match &plan.destination {

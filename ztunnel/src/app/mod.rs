@@ -3,7 +3,9 @@
 //! Two kinds of threads: this runtime (discovery, certificates, pods, admin) and the workers (all traffic). They meet in
 //! the snapshot, the certificates and a queue a worker, so that no slow page and no reconnect ever delays a byte.
 
+mod agent;
 pub mod answers;
+mod dump;
 mod explain;
 pub mod federation;
 pub mod handover;
@@ -24,6 +26,7 @@ use anyhow::Context as _;
 use http::{Method, StatusCode};
 use prometheus_client::registry::Registry;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -32,6 +35,7 @@ use tulle_certs::Aliases;
 use tulle_proto::names;
 
 use crate::admin::{self, Page, Routes};
+use crate::app::agent::Agent;
 use crate::app::answers::{Answers, VERSION};
 use crate::app::handover::Giver;
 use crate::app::handover::successor::{Taken, Taking, take};
@@ -43,6 +47,7 @@ use crate::base::memory;
 use crate::base::netns::{NetnsThread, local_addresses};
 use crate::base::sockets::Options;
 use crate::base::workers::Workers;
+use crate::capture::pods::{ListFile, Pods as List, Source, watch_directory};
 use crate::config::{LogFormat, Node, Switch};
 use crate::flow::{GateLimits, Limits, Shared};
 use crate::hbone;
@@ -68,10 +73,12 @@ const GOODBYE: Duration = Duration::from_secs(5);
 /// # Errors
 /// What keeps it from starting, with the setting to change.
 pub fn run(config: Node) -> anyhow::Result<()> {
+    let (config, told) = config.with_environment().map_err(anyhow::Error::msg)?;
     // Only the first one counts; a test may have installed it already.
     let _ = (*crate::tls::provider()).clone().install_default();
     raise_file_limit();
     let (level, dropped, _writer) = logging(&config)?;
+    told.iter().for_each(|what| tracing::warn!("{what}"));
     let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     memory::tame(config.workers(cores).map_err(anyhow::Error::msg)? + 1);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -156,7 +163,7 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
         tokio::spawn(revocation::watch(path, trust.revoked, identities.clone(), stopping.clone()));
     }
     tokio::spawn(identities.run(reached(stopping.clone(), Phase::Forced)));
-    tokio::spawn(xds::run(xds_config(&config), writer, monitor, reached(stopping.clone(), Phase::Forced)));
+    discover(&config, writer, monitor, stopping.clone());
     tokio::spawn(federation::watch(reader.clone(), trust.federated));
     tokio::spawn(watch_node_addresses(reader.clone()));
     let counted = pods.clone();
@@ -203,6 +210,15 @@ async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()
     Ok(())
 }
 
+/// Learns what the mesh is, from control or from a file in its place.
+fn discover(config: &Node, writer: state::Writer, monitor: xds::Monitor, stopping: Drained) {
+    let end = reached(stopping, Phase::Forced);
+    match config.local_xds.clone() {
+        Some(path) => drop(tokio::spawn(xds::local::run(path, writer, monitor, end))),
+        None => drop(tokio::spawn(xds::run(xds_config(config), writer, monitor, end))),
+    }
+}
+
 /// Whom this node believes from the start; the roots of other trust domains follow from control.
 fn trust(config: &Node, reader: &state::Reader) -> anyhow::Result<Trust> {
     let aliases = Aliases::new(config.trust_domain_aliases.iter().cloned());
@@ -213,6 +229,10 @@ fn trust(config: &Node, reader: &state::Reader) -> anyhow::Result<Trust> {
 
 /// Answers control's questions while this process is the one that serves.
 fn answer_control(config: &Node, answers: Answers, replaced: Drained) {
+    // With a file in the place of discovery nobody may be there to ask.
+    if config.local_xds.is_some() {
+        return;
+    }
     let service = xds::NodeConfig {
         control: control(config, false),
         node_name: config.node_name.clone(),
@@ -230,8 +250,21 @@ fn start_pods(
     stop: Drain,
     (taken, replaced): (Arc<Taken>, Drained),
 ) -> anyhow::Result<Arc<Drain>> {
-    let Some(path) = config.pods.clone() else {
-        anyhow::bail!("there is no list of pods; set TULLE_PODS to the file that lists the node's pods");
+    let changed = Arc::new(Notify::new());
+    let (source, watcher, agent) = match (&config.pods, &config.inpod_uds) {
+        (Some(path), None) => (Source::File(ListFile::new(path.clone())), watch_directory(path, changed.clone()), None),
+        (None, Some(path)) => {
+            let (list, watch) = watch::channel(List::default());
+            let (pods, changed) = (pods.clone(), changed.clone());
+            (Source::Agent(watch), None, Some(Agent { path: path.clone(), pods, list, changed }))
+        }
+        (None, None) => anyhow::bail!(
+            "there is no list of pods; set TULLE_PODS to the file that lists the node's pods, or INPOD_UDS to the socket \
+             of the CNI agent that hands them over"
+        ),
+        (Some(_), Some(_)) => {
+            anyhow::bail!("TULLE_PODS and INPOD_UDS are both set, and the node has one list; unset one")
+        }
     };
     let keepalive =
         config.keepalive.then_some((config.keepalive_time, config.keepalive_interval, config.keepalive_retries));
@@ -267,7 +300,14 @@ fn start_pods(
         replaced,
     });
     let stop = Arc::new(stop);
-    tokio::spawn(pods.clone().run(environment, path, stop.clone()));
+    if let Some(agent) = agent {
+        tokio::spawn(agent.run(shared.reader.clone(), stop.watch()));
+    }
+    let pods = pods.clone().run(environment, source, changed, stop.clone());
+    tokio::spawn(async move {
+        let _watcher = watcher;
+        pods.await;
+    });
     Ok(stop)
 }
 
@@ -367,14 +407,10 @@ fn control(config: &Node, ca: bool) -> Control {
 }
 
 fn xds_config(config: &Node) -> xds::Config {
-    let mut metadata: std::collections::BTreeMap<String, String> = config
-        .metadata()
-        .into_iter()
-        .map(|(key, value)| (key, value.as_str().map_or_else(|| value.to_string(), str::to_owned)))
-        .collect();
-    metadata.insert(names::METADATA_TULLE_VERSION.to_owned(), VERSION.to_owned());
+    let mut metadata = config.metadata();
+    metadata.insert(names::METADATA_TULLE_VERSION.to_owned(), VERSION.into());
     let types: Vec<&str> = xds::own_types(config.network_policy == Switch::On).collect();
-    metadata.insert(names::METADATA_TULLE_TYPES.to_owned(), types.join(","));
+    metadata.insert(names::METADATA_TULLE_TYPES.to_owned(), types.join(",").into());
     xds::Config {
         control: control(config, false),
         node_name: config.node_name.clone(),

@@ -10,7 +10,6 @@ mod serving;
 mod task;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -29,7 +28,7 @@ use crate::base::drain::{Drain, Drained};
 use crate::base::netns::{Netns, NetnsThread};
 use crate::base::sockets::Options;
 use crate::base::workers::Workers;
-use crate::capture::pods::{Pod, Source, watch_directory};
+use crate::capture::pods::{Pod, Source};
 use crate::capture::preexisting;
 use crate::config::Preexisting;
 use crate::flow::{Limits, LocalPod, Shared, describes};
@@ -77,6 +76,8 @@ pub(super) struct Entry {
     /// Fingerprints of what is installed; none while that changes.
     pub(super) rules: Option<u64>,
     pub(super) datagrams: Option<u64>,
+    /// Its listeners are open, and what may not pass is held back.
+    pub(super) served: bool,
 }
 
 type Board = Arc<Mutex<BTreeMap<String, Entry>>>;
@@ -109,11 +110,9 @@ impl Running {
 }
 
 impl Pods {
-    /// Keeps the pods as listed in `path` until `stop` drains; then ends their flows by its phases.
-    pub async fn run(self, environment: Arc<Environment>, path: PathBuf, stop: Arc<Drain>) {
-        let changed = Arc::new(Notify::new());
-        let _watcher = watch_directory(&path, changed.clone());
-        let mut source = Source::new(path);
+    /// Keeps the pods as listed by `source` until `stop` drains; then ends their flows by its phases. `changed` says when
+    /// to look.
+    pub async fn run(self, environment: Arc<Environment>, mut source: Source, changed: Arc<Notify>, stop: Arc<Drain>) {
         let mut listed: Vec<Pod> = Vec::new();
         let mut running: HashMap<String, Running> = HashMap::new();
         let mut filters = Filters::default();
@@ -126,10 +125,12 @@ impl Pods {
                 Ok(Some(list)) => {
                     let problem = (!list.errors.is_empty()).then(|| list.errors.join("; "));
                     if let Some(problem) = &problem {
-                        tracing::error!(file = %source.path().display(), %problem, "entries of the pod list are ignored");
+                        tracing::error!(%problem, "entries of the pod list are ignored");
                     }
-                    self.set_problem(problem);
-                    self.listed.store(true, Ordering::Relaxed);
+                    if matches!(source, Source::File(_)) {
+                        self.set_problem(problem);
+                    }
+                    self.listed.fetch_or(list.complete, Ordering::Relaxed);
                     let bad = !list.errors.is_empty();
                     let before = std::mem::replace(&mut listed, list.pods);
                     if bad {
@@ -162,7 +163,7 @@ impl Pods {
         board.get(uid).is_some_and(|entry| entry.local.is_some())
     }
 
-    fn set_problem(&self, problem: Option<String>) {
+    pub(super) fn set_problem(&self, problem: Option<String>) {
         let mut current = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         if problem.is_some() && *current != problem {
             tracing::error!(problem = problem.as_deref().unwrap_or(""), "the list of pods has a problem");

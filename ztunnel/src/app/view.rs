@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::app::handover::{Given, Open};
 use crate::app::pods::{Entry, Pods};
 use crate::base::netns::Netns;
+use crate::capture::pods::Pod;
 use crate::capture::preexisting;
 use crate::flow::LocalPod;
 use crate::telemetry::metrics::Metrics;
@@ -79,10 +80,32 @@ impl Pods {
         }
         pending.extend(self.problem.lock().unwrap_or_else(PoisonError::into_inner).clone());
         let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
-        for entry in board.values().filter(|entry| matches!(entry.state, "Pending" | "Failed")) {
+        // A CNI agent's rules are its own business: a served pod waits for nothing of ours.
+        let waits = |entry: &&Entry| match entry.state {
+            "Pending" => !entry.served,
+            state => state == "Failed",
+        };
+        for entry in board.values().filter(waits) {
             pending.push(format!("capture of {}/{}: {}", entry.pod.namespace, entry.pod.name, entry.reason));
         }
         pending
+    }
+
+    /// Whether `pod`, as it is listed, is served.
+    ///
+    /// # Errors
+    /// Why not yet.
+    pub(super) fn serves(&self, pod: &Pod) -> Result<(), String> {
+        // A successor does.
+        if self.frozen.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+        match board.get(&pod.uid).filter(|entry| entry.pod == *pod) {
+            Some(entry) if entry.served => Ok(()),
+            Some(entry) => Err(format!("{} {}", entry.state, entry.reason)),
+            None => Err("it has not begun".to_owned()),
+        }
     }
 
     /// Live connections of all pods: inbound and outbound.

@@ -6,22 +6,19 @@
 //! packet has at most [`LARGEST`] bytes and [`MOST_FDS`] descriptors.
 
 use std::fs;
-use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
-use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, getsockopt, recvmsg, sendmsg, sockopt,
-};
-use socket2::{Domain, SockAddr, Socket, Type};
+use nix::sys::socket::{getsockopt, sockopt};
+use socket2::{SockAddr, Socket};
+
+use crate::base::packets::{self, MOST_FDS};
 
 /// Largest packet, bytes. The kernel's own limit for this kind of socket is about 200 KB.
 pub const LARGEST: usize = 128 * 1024;
-
-/// Most descriptors of a packet.
-pub const MOST_FDS: usize = 8;
 
 /// How long the other side may take for one packet.
 pub const PATIENCE: Duration = Duration::from_secs(5);
@@ -43,7 +40,7 @@ impl Desk {
         let mut fresh = path.as_os_str().to_owned();
         fresh.push(".new");
         let _ = fs::remove_file(&fresh);
-        let socket = packets()?;
+        let socket = packets::socket()?;
         socket.bind(&SockAddr::unix(&fresh)?)?;
         fs::set_permissions(&fresh, fs::Permissions::from_mode(0o600))?;
         socket.listen(1)?;
@@ -67,7 +64,7 @@ impl Channel {
     /// # Errors
     /// What the system says, or that it is another user's process.
     pub fn connect(path: &Path) -> io::Result<Option<Self>> {
-        let socket = packets()?;
+        let socket = packets::socket()?;
         // Bounds the wait in its queue, too.
         socket.set_write_timeout(Some(PATIENCE))?;
         match socket.connect(&SockAddr::unix(path)?) {
@@ -105,12 +102,7 @@ impl Channel {
         if body.is_empty() || body.len() > LARGEST || fds.len() > MOST_FDS {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "a packet that is empty or too large"));
         }
-        let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let rights = [ControlMessage::ScmRights(&raw)];
-        let rights = if raw.is_empty() { &[][..] } else { &rights[..] };
-        let flags = MsgFlags::MSG_NOSIGNAL;
-        sendmsg::<UnixAddr>(self.0.as_raw_fd(), &[IoSlice::new(body)], rights, flags, None)?;
-        Ok(())
+        packets::send(&self.0, body, fds)
     }
 
     /// Waits for a packet. `None`: the other side is gone.
@@ -118,34 +110,14 @@ impl Channel {
     /// # Errors
     /// What the system says; a packet that is too large.
     pub fn receive(&self) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
-        let mut body = vec![0; LARGEST];
-        let mut room = nix::cmsg_space!([RawFd; MOST_FDS]);
-        let mut into = [IoSliceMut::new(&mut body)];
-        let message = recvmsg::<UnixAddr>(self.0.as_raw_fd(), &mut into, Some(&mut room), MsgFlags::MSG_CMSG_CLOEXEC)?;
-        let mut fds = Vec::new();
-        for part in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(raw) = part {
-                fds.extend(raw.into_iter().map(own));
+        match packets::receive(&self.0, LARGEST)? {
+            None => Ok(None),
+            Some(packet) if packet.cut => {
+                Err(io::Error::new(io::ErrorKind::InvalidData, "a packet with more bytes or sockets than allowed"))
             }
+            Some(packet) => Ok(Some((packet.body, packet.fds))),
         }
-        let (bytes, cut) = (message.bytes, message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC));
-        if cut {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "a packet with more bytes or sockets than allowed"));
-        }
-        body.truncate(bytes);
-        Ok((bytes > 0).then_some((body, fds)))
     }
-}
-
-fn packets() -> io::Result<Socket> {
-    Socket::new(Domain::UNIX, Type::SEQPACKET, None)
-}
-
-/// A descriptor that the kernel has just made for us.
-#[allow(unsafe_code)]
-fn own(fd: RawFd) -> OwnedFd {
-    // SAFETY: recvmsg has installed this descriptor in our table for this message alone; nobody else knows its number.
-    unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
 #[cfg(test)]
@@ -154,7 +126,8 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
     use std::os::fd::AsFd;
 
-    use super::{Channel, Desk, MOST_FDS};
+    use super::{Channel, Desk};
+    use crate::base::packets::MOST_FDS;
 
     #[test]
     fn a_listener_that_is_passed_on_loses_nobody_from_its_queue() {

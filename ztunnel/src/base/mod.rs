@@ -11,6 +11,7 @@ pub mod handover;
 pub mod memory;
 pub mod netns;
 pub mod pace;
+pub mod packets;
 pub mod sockets;
 pub mod window;
 pub mod workers;

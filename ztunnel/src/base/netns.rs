@@ -44,7 +44,15 @@ impl Netns {
     /// # Errors
     /// If the file cannot be opened. Whether it is a network namespace shows when it is entered.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
+        Self::of(File::open(path)?.into())
+    }
+
+    /// The namespace that a descriptor stands for.
+    ///
+    /// # Errors
+    /// If the system does not say which file it is. Whether it is a network namespace shows when it is entered.
+    pub fn of(descriptor: OwnedFd) -> io::Result<Self> {
+        let file = File::from(descriptor);
         let meta = file.metadata()?;
         Ok(Self { file: Arc::new(OwnedFd::from(file)), device: meta.dev(), inode: meta.ino() })
     }

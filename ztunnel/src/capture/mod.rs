@@ -13,6 +13,7 @@ pub mod pods;
 pub mod preexisting;
 pub mod probe;
 pub mod rules;
+pub mod zds;
 
 use std::io::{self, Write as _};
 use std::process::{Command, Stdio};

@@ -1,4 +1,4 @@
-//! The node's pods, as `TULLE_PODS` lists them.
+//! The node's pods, as `TULLE_PODS` lists them or a CNI agent has handed them over ([`crate::capture::zds`]).
 //!
 //! The file is YAML or JSON and is replaced by rename. A list that cannot be read changes nothing: the pods in force stay,
 //! and the error says where it is wrong. One bad entry rejects itself only; what it said before stays in force, because a
@@ -13,7 +13,10 @@ use std::time::SystemTime;
 
 use notify::Watcher as _;
 use serde::Deserialize;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
+
+use crate::base::netns::Netns;
+use crate::capture::zds::Added;
 
 /// Largest list that is read: some 300 bytes a pod, and a node has a few hundred.
 const LARGEST: u64 = 16 << 20;
@@ -46,6 +49,41 @@ pub struct Pod {
     /// asked.
     #[serde(default)]
     pub resolv_conf: Option<PathBuf>,
+    /// Its network namespace as the CNI agent handed it over, instead of a path. Then the agent installs the redirect
+    /// rules.
+    #[serde(skip)]
+    pub handle: Option<Netns>,
+}
+
+impl Pod {
+    /// A pod as an agent hands it over: it is to be served at once.
+    pub fn handed(added: Added, handle: Netns, ips: Vec<IpAddr>) -> Self {
+        let Added { uid, name, namespace, service_account } = added;
+        Self {
+            uid,
+            name,
+            namespace,
+            service_account,
+            netns: PathBuf::new(),
+            ips,
+            enrolled: Some(true),
+            probe_ports: Vec::new(),
+            resolv_conf: None,
+            handle: Some(handle),
+        }
+    }
+
+    /// Its network namespace.
+    ///
+    /// # Errors
+    /// That it cannot be opened, and why.
+    pub fn open(&self) -> Result<Netns, String> {
+        match &self.handle {
+            Some(handle) => Ok(handle.clone()),
+            None => Netns::open(&self.netns)
+                .map_err(|error| format!("cannot open the network namespace {}: {error}", self.netns.display())),
+        }
+    }
 }
 
 /// A list, and what was wrong with single entries.
@@ -55,6 +93,8 @@ pub struct Pods {
     pub pods: Vec<Pod>,
     /// One sentence for each bad one.
     pub errors: Vec<String>,
+    /// These are all: who is not among them is gone, or is a bad entry.
+    pub complete: bool,
 }
 
 /// Reads a list.
@@ -66,7 +106,7 @@ pub fn parse(text: &str) -> Result<Pods, String> {
         return Err("the file is empty; a node without pods is written as []".to_owned());
     }
     let entries: Vec<serde_json::Value> = serde_saphyr::from_str(text).map_err(|error| error.to_string())?;
-    let mut pods = Pods::default();
+    let mut pods = Pods { complete: true, ..Pods::default() };
     let mut seen = HashSet::new();
     for (index, entry) in entries.into_iter().enumerate() {
         let pod = serde_json::from_value::<Pod>(entry).map_err(|error| error.to_string()).and_then(check);
@@ -83,9 +123,7 @@ pub fn parse(text: &str) -> Result<Pods, String> {
 
 fn check(mut pod: Pod) -> Result<Pod, String> {
     for (field, value) in [("uid", &pod.uid), ("name", &pod.name), ("namespace", &pod.namespace)] {
-        if value.is_empty() || value.len() > 253 || value.chars().any(|c| c.is_whitespace() || c.is_control()) {
-            return Err(format!("{field} {value:?} is not a Kubernetes name"));
-        }
+        check_name(field, value)?;
     }
     if pod.enrolled != Some(false) && pod.ips.is_empty() {
         return Err(format!("pod {}/{} has no ips; give status.podIPs", pod.namespace, pod.name));
@@ -97,22 +135,50 @@ fn check(mut pod: Pod) -> Result<Pod, String> {
     Ok(pod)
 }
 
+/// Whether `value` may be a name of Kubernetes, which is enough for it to be compared and printed.
+///
+/// # Errors
+/// That it is not.
+pub fn check_name(field: &str, value: &str) -> Result<(), String> {
+    if value.is_empty() || value.len() > 253 || value.chars().any(|c| c.is_whitespace() || c.is_control()) {
+        return Err(format!("{field} {value:?} is not a Kubernetes name"));
+    }
+    Ok(())
+}
+
+/// Where the list comes from.
+#[derive(Debug)]
+pub enum Source {
+    /// A file.
+    File(ListFile),
+    /// A CNI agent.
+    Agent(watch::Receiver<Pods>),
+}
+
+impl Source {
+    /// The list, if it changed since the last call.
+    ///
+    /// # Errors
+    /// If it cannot be read or understood; the next call tries again.
+    pub fn changed(&mut self) -> Result<Option<Pods>, String> {
+        match self {
+            Self::File(file) => file.changed(),
+            Self::Agent(list) => Ok(list.has_changed().unwrap_or(false).then(|| list.borrow_and_update().clone())),
+        }
+    }
+}
+
 /// The file, and the state in which it was last read.
 #[derive(Debug)]
-pub struct Source {
+pub struct ListFile {
     path: PathBuf,
     last: Option<(u64, SystemTime, u64)>,
 }
 
-impl Source {
+impl ListFile {
     /// Nothing read yet.
     pub fn new(path: PathBuf) -> Self {
         Self { path, last: None }
-    }
-
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 
     /// The list, if it changed since the last call.

@@ -2,8 +2,8 @@
 //!
 //! Outbound: from inside the pod, to an address nobody has, with a hop limit of one so that a packet that is not
 //! redirected dies at the first router. Inbound: from the proxy's own namespace to a port of the pod that nobody
-//! listens on; where the proxy has no route to the pod, the kernel's copy of the rules is read instead. The listeners
-//! answer a probe with [`TOKEN`].
+//! listens on; where the proxy has no route to the pod, the kernel's copy of the rules is read instead, if they are ours.
+//! The listeners answer a probe with [`TOKEN`].
 
 use std::io::{self, Read as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
@@ -33,11 +33,11 @@ pub fn is_outbound_probe(destination: SocketAddr) -> bool {
         && (destination.ip() == IpAddr::V4(OUTBOUND_V4) || destination.ip() == IpAddr::V6(OUTBOUND_V6))
 }
 
-/// Proves that connections of the pod arrive at the proxy.
+/// Proves that connections of the pod arrive at the proxy. `by_agent`: the rules are somebody else's, in words of theirs.
 ///
 /// # Errors
 /// Which direction and family is not redirected, and what was seen instead.
-pub async fn verify(netns: &Netns, addresses: &[IpAddr]) -> Result<(), String> {
+pub async fn verify(netns: &Netns, addresses: &[IpAddr], by_agent: bool) -> Result<(), String> {
     let families: Vec<IpAddr> = [IpAddr::V4(OUTBOUND_V4), IpAddr::V6(OUTBOUND_V6)]
         .into_iter()
         .filter(|probe| addresses.iter().any(|ip| ip.is_ipv4() == probe.is_ipv4()))
@@ -58,6 +58,11 @@ pub async fn verify(netns: &Netns, addresses: &[IpAddr]) -> Result<(), String> {
             })
             .map_err(|error| format!("no thread for a probe: {error}"))?;
         let Err(error) = answer.await.unwrap_or_else(|_| Err(io::Error::other("the probe was lost"))) else { continue };
+        if by_agent {
+            return Err(format!(
+                "an inbound probe of {address} was not redirected to port {PORT_INBOUND_PLAINTEXT}: {error}"
+            ));
+        }
         // No route from here to the pod: what remains is to read the rules back.
         let rules = installed(netns).await.map_err(|error| error.to_string())?;
         if !rules.contains(&format!("redirect to :{PORT_INBOUND_PLAINTEXT}")) {

@@ -47,30 +47,49 @@ pub struct Rules {
     /// The pod is being released: nothing new is redirected, but connections that the proxy carries go on, and their
     /// replies still need the marks.
     pub released: bool,
+    /// A CNI agent installs the redirects and their routes: what remains here is what may not pass.
+    pub by_agent: bool,
 }
 
 impl Rules {
     /// Families that need policy routing.
     pub fn families(&self) -> impl Iterator<Item = Family> + use<> {
-        [Some(Family::V4), self.v6.then_some(Family::V6)].into_iter().flatten()
+        let own = !self.by_agent;
+        [own.then_some(Family::V4), (own && self.v6).then_some(Family::V6)].into_iter().flatten()
+    }
+
+    /// Whether nothing has to be installed.
+    pub fn is_nothing(&self) -> bool {
+        self.by_agent && self.reset.is_empty() && !self.tcp_only
     }
 
     /// The transaction that replaces whatever is installed.
     pub fn render(&self) -> String {
         let mut text = String::from(REMOVE);
+        if self.is_nothing() {
+            return text;
+        }
         text.push_str("table inet tulle {\n");
         self.reset_sets(&mut text);
+        if self.by_agent {
+            self.filters(&mut text);
+        } else {
+            self.redirects(&mut text);
+        }
+        text.push_str("}\n");
+        text
+    }
+
+    fn redirects(&self, text: &mut String) {
         text.push_str(&marks());
         if !self.released {
-            self.prerouting(&mut text);
-            self.output(&mut text);
-            self.filters(&mut text);
+            self.prerouting(text);
+            self.output(text);
+            self.filters(text);
         }
         if self.dns.is_some() {
             text.push_str(&dns_zones());
         }
-        text.push_str("}\n");
-        text
     }
 
     fn prerouting(&self, text: &mut String) {
@@ -279,6 +298,8 @@ mod tests {
         );
         golden("dns.nft", &Rules { v6: true, dns: Some(15053), ..Rules::default() });
         golden("released.nft", &Rules { released: true, ..Rules::default() });
+        golden("by-agent.nft", &Rules { v6: true, tcp_only: true, by_agent: true, ..Rules::default() });
+        golden("by-agent-nothing.nft", &Rules { by_agent: true, dns: Some(15053), ..Rules::default() });
         golden("tcp-only.nft", &Rules { v6: true, tcp_only: true, ..Rules::default() });
         golden("tcp-only-dns.nft", &Rules { v6: true, tcp_only: true, dns: Some(15053), ..Rules::default() });
     }

@@ -85,6 +85,10 @@ pub struct Baggage {
     pub service: Option<String>,
     /// `service.version`.
     pub version: Option<String>,
+    /// `cloud.region`.
+    pub region: Option<String>,
+    /// `cloud.availability_zone`.
+    pub zone: Option<String>,
 }
 
 impl Baggage {
@@ -98,6 +102,8 @@ impl Baggage {
             (workload_key.as_str(), &self.workload),
             ("service.name", &self.service),
             ("service.version", &self.version),
+            ("cloud.region", &self.region),
+            ("cloud.availability_zone", &self.zone),
         ];
         for (key, value) in entries {
             let Some(value) = value.as_deref().filter(|value| !value.is_empty()) else { continue };
@@ -126,6 +132,8 @@ impl Baggage {
                 "k8s.deployment.name" | "k8s.cronjob.name" | "k8s.pod.name" | "k8s.job.name" => &mut baggage.workload,
                 "service.name" => &mut baggage.service,
                 "service.version" => &mut baggage.version,
+                "cloud.region" => &mut baggage.region,
+                "cloud.availability_zone" => &mut baggage.zone,
                 _ => continue,
             };
             *slot = Some(value.to_owned());
@@ -378,6 +386,8 @@ mod tests {
             workload: Some("cart".into()),
             service: None,
             version: Some("v1".into()),
+            region: Some("r1".into()),
+            zone: None,
         };
         let header = baggage.to_header("deployment").unwrap();
         assert_eq!(Baggage::parse(header.to_str().unwrap()), baggage);

@@ -230,6 +230,8 @@ async fn carry(
         workload: text(&workload.workload_name),
         service: text(&workload.canonical_name),
         version: text(&workload.canonical_revision),
+        region: text(&workload.locality.region),
+        zone: text(&workload.locality.zone),
     };
     if let Some(value) = baggage.to_header(workload.workload_type.as_str()) {
         answer.headers_mut().insert(headers::BAGGAGE, value);

@@ -168,6 +168,7 @@ impl Attempts<'_> {
         }
         if let (Some(service), Some(endpoint)) = (plan.service(), plan.destination())
             && let Some(timeout) = service.lb.affinity
+            && !matches!(plan, Plan::Hbone(plan) if plan.through)
         {
             let mut bound = self.pod.bound.lock().unwrap_or_else(PoisonError::into_inner);
             bound.bind(&service.key(), port, endpoint.uid.clone(), timeout, Instant::now());

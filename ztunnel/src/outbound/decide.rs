@@ -10,6 +10,7 @@ use tulle_certs::SpiffeId;
 use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
 use crate::lb::{self, Chance, Choice, NoChoice};
+use crate::outbound::waypoint::{self, Asked};
 use crate::outcome::{Code, Outcome};
 use crate::policy::network;
 use crate::state::{EgressMode, Protocol, Service, Snapshot, Transport, Workload};
@@ -28,7 +29,7 @@ pub enum Plan {
 pub struct Hbone {
     /// Where the tunnel goes.
     pub address: SocketAddr,
-    /// What it is asked for.
+    /// What it is asked for: the endpoint, or what the client dialled.
     pub authority: SocketAddr,
     /// Who may be there.
     pub expected: Arc<[SpiffeId]>,
@@ -38,6 +39,8 @@ pub struct Hbone {
     pub service: Option<Arc<Service>>,
     /// The service has endpoints besides that were not tried.
     pub others: bool,
+    /// The endpoint is a waypoint, which decides for itself where to go on.
+    pub through: bool,
 }
 
 /// Plain TCP.
@@ -62,9 +65,10 @@ impl Plan {
         }
     }
 
-    /// Address and port of the application.
+    /// Address and port of the application, or of the waypoint.
     pub fn endpoint(&self) -> SocketAddr {
         match self {
+            Self::Hbone(plan) if plan.through => plan.address,
             Self::Hbone(plan) => plan.authority,
             Self::Plain(plan) => plan.address,
         }
@@ -131,8 +135,11 @@ pub fn choose(
         return to_service(snapshot, source, service, destination, chance);
     }
     if let Some(workload) = snapshot.workload_by_ip(network, destination.ip()) {
-        if workload.waypoint.is_some() {
-            return Err(waypoint(&workload.uid));
+        if let Some(gateway) = &workload.waypoint {
+            let asked = Asked { snapshot, source, destination, service: None, chance };
+            if let Some(plan) = waypoint::plan(&asked, gateway)? {
+                return Ok(plan);
+            }
         }
         if !workload.is_pod() {
             may_leave(source, destination)?;
@@ -155,8 +162,11 @@ pub fn to_service(
     destination: SocketAddr,
     chance: &Chance<'_>,
 ) -> Result<Plan, Outcome> {
-    if service.waypoint.is_some() || !service.weighted_waypoints.is_empty() {
-        return Err(waypoint(&service.hostname));
+    if let Some(gateway) = waypoint::of_service(service, chance.random) {
+        let asked = Asked { snapshot, source, destination, service: Some(service), chance };
+        if let Some(plan) = waypoint::plan(&asked, gateway)? {
+            return Ok(plan);
+        }
     }
     match lb::pick(snapshot, service, destination.port(), source, destination.ip(), chance) {
         Ok(Choice { workload, ip, port, others }) => {
@@ -182,7 +192,7 @@ pub fn may_go_to(source: &Workload, service: &Service, endpoint: &Workload, at: 
 
 /// Whether a connection may leave the cluster. What is no pod is outside, also behind a Service: otherwise a Service of
 /// any namespace could lead there.
-fn may_leave(source: &Workload, destination: SocketAddr) -> Result<(), Outcome> {
+pub(super) fn may_leave(source: &Workload, destination: SocketAddr) -> Result<(), Outcome> {
     if source.egress != EgressMode::Deny {
         return Ok(());
     }
@@ -213,15 +223,10 @@ fn to_workload(workload: Arc<Workload>, target: SocketAddr, service: Option<Arc<
                 destination: workload,
                 service,
                 others,
+                through: false,
             })
         }
     }
-}
-
-/// Going past a waypoint would go past its policy.
-fn waypoint(of: &str) -> Outcome {
-    let text = format!("{of} has a waypoint, which this version cannot use; remove it or the pod's enrolment");
-    Outcome::new(Code::NoEndpoint, text)
 }
 
 fn is_own_port(port: u16) -> bool {

@@ -145,6 +145,8 @@ fn describe(source: &Workload, plan: &Hbone, client: Option<SocketAddr>, trace: 
         workload: text(&source.workload_name),
         service: text(&source.canonical_name),
         version: text(&source.canonical_revision),
+        region: text(&source.locality.region),
+        zone: text(&source.locality.zone),
     };
     let forwarded = Forwarded { client, host: plan.service.as_ref().map(|service| service.hostname.to_string()) };
     let mut map = HeaderMap::with_capacity(3);

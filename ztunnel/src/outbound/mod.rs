@@ -12,6 +12,7 @@ mod exchange;
 mod forward;
 pub mod recheck;
 mod requests;
+mod waypoint;
 
 use std::cell::RefCell;
 use std::collections::HashMap;

@@ -10,7 +10,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use prost_types::value::Kind;
-use prost_types::{Struct, Value};
+use prost_types::{ListValue, Struct, Value};
 use tokio::sync::mpsc;
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep_until};
@@ -60,8 +60,8 @@ pub struct Config {
     pub pod_name: String,
     /// POD_NAMESPACE.
     pub pod_namespace: String,
-    /// Metadata besides: TULLE_VERSION, `ISTIO_META_*`.
-    pub metadata: BTreeMap<String, String>,
+    /// Metadata besides: TULLE_VERSION, `ISTIO_META_*`, `ISTIO_METAJSON_*`.
+    pub metadata: BTreeMap<String, serde_json::Value>,
     /// Whether NetworkPolicies are enforced here, where control offers them.
     pub network_policy: bool,
     /// Workloads and services only as they are asked for, besides those of the node.
@@ -74,7 +74,7 @@ impl Config {
         let Self { instance_ip, pod_name, pod_namespace, .. } = self;
         let text = |value: &str| Value { kind: Some(Kind::StringValue(value.to_owned())) };
         let mut fields: BTreeMap<String, Value> =
-            self.metadata.iter().map(|(key, value)| (key.clone(), text(value))).collect();
+            self.metadata.iter().map(|(name, from)| (name.clone(), value(from))).collect();
         let own = [
             ("NAME", pod_name),
             ("NAMESPACE", pod_namespace),
@@ -88,6 +88,22 @@ impl Config {
             metadata: Some(Struct { fields }),
         }
     }
+}
+
+/// JSON as protobuf has it.
+fn value(from: &serde_json::Value) -> Value {
+    use serde_json::Value as Json;
+    let kind = match from {
+        Json::Null => Kind::NullValue(0),
+        Json::Bool(flag) => Kind::BoolValue(*flag),
+        Json::Number(number) => Kind::NumberValue(number.as_f64().unwrap_or_default()),
+        Json::String(text) => Kind::StringValue(text.clone()),
+        Json::Array(list) => Kind::ListValue(ListValue { values: list.iter().map(value).collect() }),
+        Json::Object(map) => {
+            Kind::StructValue(Struct { fields: map.iter().map(|(name, from)| (name.clone(), value(from))).collect() })
+        }
+    };
+    Value { kind: Some(kind) }
 }
 
 /// How one stream ended.

@@ -6,6 +6,7 @@
 
 mod client;
 pub mod decode;
+pub mod local;
 mod monitor;
 mod node;
 mod session;

@@ -39,7 +39,7 @@ fn config(control: Control) -> Config {
         instance_ip: "10.0.0.1".to_owned(),
         pod_name: "ztunnel-abc".to_owned(),
         pod_namespace: "tulle-system".to_owned(),
-        metadata: BTreeMap::from([("TULLE_VERSION".to_owned(), "0".to_owned())]),
+        metadata: BTreeMap::from([("TULLE_VERSION".to_owned(), "0".into())]),
         network_policy: true,
         on_demand: false,
     }

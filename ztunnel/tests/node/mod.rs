@@ -29,6 +29,7 @@ use ztunnel::base::drain::{Drain, Phase, drain};
 use ztunnel::base::netns::NetnsThread;
 use ztunnel::base::sockets::Options;
 use ztunnel::base::workers::Workers;
+use ztunnel::capture::pods::{ListFile, Source};
 use ztunnel::config::Preexisting;
 use ztunnel::flow::{Limits, Shared};
 use ztunnel::identity::Identities;
@@ -226,7 +227,8 @@ impl Node {
         let stop = Arc::new(drain().0);
         runtime.spawn(identities.run(std::future::pending()));
         runtime.spawn(federation::watch(environment.shared.reader.clone(), trust.federated));
-        runtime.spawn(pods.clone().run(Arc::new(environment), path, stop.clone()));
+        let source = Source::File(ListFile::new(path));
+        runtime.spawn(pods.clone().run(Arc::new(environment), source, Arc::default(), stop.clone()));
         Self { pods, workers, writer, stop, runtime, foreign }
     }
 

@@ -47,6 +47,7 @@ impl PodTask {
             dns: self.environment.names.as_ref().map(Names::port),
             tcp_only: wanted.tcp_only.unwrap_or(false),
             released: false,
+            by_agent: self.is_by_agent(),
         }
     }
 
@@ -57,7 +58,12 @@ impl PodTask {
         }
         *installed = None;
         self.post(|entry| entry.rules = None);
-        capture::apply(netns, rules.clone()).await.map_err(|error| error.to_string())?;
+        if let Err(error) = capture::apply(netns, rules.clone()).await {
+            if !rules.is_nothing() {
+                return Err(error.to_string());
+            }
+            tracing::debug!(pod = %self.name(), %error, "what an earlier proxy may have installed was not looked for");
+        }
         self.post(|entry| entry.rules = Some(fingerprint(&rules.render())));
         *installed = Some(rules);
         Ok(())
@@ -78,7 +84,7 @@ impl PodTask {
     }
 
     /// Brings the rules of a served pod up to date.
-    pub(super) async fn adjust(&self, serving: &Serving, wanted: &Wanted) -> Result<(), String> {
+    pub(super) async fn adjust(&self, serving: &mut Serving, wanted: &Wanted) -> Result<(), String> {
         let mut old = BTreeSet::new();
         self.post(|entry| old.clone_from(&entry.old));
         let mut rules = self.rules(wanted, &old);
@@ -87,7 +93,11 @@ impl PodTask {
         }
         self.install(&serving.netns, rules).await?;
         self.filter(&serving.netns, wanted.datagrams.clone()).await?;
-        self.state("Captured", String::new());
+        self.post(|entry| entry.served = true);
+        match if serving.proven { Ok(()) } else { self.prove(serving).await } {
+            Ok(()) => self.state("Captured", String::new()),
+            Err(reason) => self.state("Pending", format!("it is served, but by the CNI agent's rules {reason}")),
+        }
         Ok(())
     }
 }

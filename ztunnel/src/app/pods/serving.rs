@@ -38,6 +38,8 @@ pub(super) struct Serving {
     pub(super) open: Vec<Open>,
     /// What the process before this one said of the pod: connections from before capture, and fingerprints.
     pub(super) inherited: Option<Inherited>,
+    /// A probe went through the rules.
+    pub(super) proven: bool,
 }
 
 pub(super) struct Inherited {
@@ -111,7 +113,17 @@ impl PodTask {
             entry.local = Some(local.clone());
             entry.open = vec![open.clone()];
         });
-        Ok(Serving { netns, local, captured, tunnels, flows, names: names_end, open: vec![open], inherited })
+        Ok(Serving {
+            netns,
+            local,
+            captured,
+            tunnels,
+            flows,
+            names: names_end,
+            open: vec![open],
+            inherited,
+            proven: false,
+        })
     }
 
     /// Serves the pod at `listeners`, and its names; `ends` are those of redirected connections, tunnels and datagrams.

@@ -22,6 +22,9 @@ use crate::capture::rules::{Rules, rules_are_broken};
 use crate::capture::{self, preexisting, probe};
 use crate::policy::datagrams::Filter;
 
+/// How soon the redirects of a CNI agent are probed again that did not lead here: it installs them about when it hands
+/// the pod over.
+const PROVE: Duration = Duration::from_secs(1);
 /// Pause after a failed capture, growing.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
@@ -63,9 +66,9 @@ impl PodTask {
             let Some(wanted) = desired else { break };
             let done = match (serving.take(), wanted.capture) {
                 (None, true) => match self.start(&wanted).await {
-                    Ok(started) => {
+                    Ok(mut started) => {
                         // Only now are the connections from before known, which may have to end.
-                        let adjusted = self.adjust(&started, &wanted).await;
+                        let adjusted = self.adjust(&mut started, &wanted).await;
                         serving = Some(started);
                         adjusted
                     }
@@ -74,7 +77,7 @@ impl PodTask {
                 (Some(released), false) => self.release(released).await,
                 (Some(mut running), true) => {
                     self.serve_more(&mut running).await;
-                    let adjusted = self.adjust(&running, &wanted).await;
+                    let adjusted = self.adjust(&mut running, &wanted).await;
                     serving = Some(running);
                     adjusted
                 }
@@ -93,6 +96,7 @@ impl PodTask {
                 }
             };
             let draining = self.draining();
+            let unproven = serving.as_ref().is_some_and(|serving| !serving.proven);
             let cleans_later = serving.is_none() && !self.cleaned && !taken.is_alone();
             tokio::select! {
                 changed = self.desired.changed() => if changed.is_err() { break },
@@ -100,6 +104,7 @@ impl PodTask {
                 _ = more.changed(), if serving.is_some() => {}
                 () = taken.alone(), if cleans_later => {}
                 () = sleep(again.unwrap_or_default()), if again.is_some() => {}
+                () = sleep(PROVE), if unproven => {}
                 () = draining => break,
             }
         }
@@ -116,7 +121,7 @@ impl PodTask {
         // Rules that a draining process still needs for its connections stay, too.
         if !self.cleaned && self.lingering.is_none() && self.environment.taken.is_alone() {
             let _slot = self.slots.acquire().await.map_err(|error| error.to_string())?;
-            if let Ok(netns) = Netns::open(&self.pod.netns)
+            if let Ok(netns) = self.pod.open()
                 && capture::installed(&netns).await.is_ok()
             {
                 capture::remove(&netns).await.map_err(|error| format!("rules of an earlier capture stay: {error}"))?;
@@ -148,6 +153,7 @@ impl PodTask {
             open: Vec::new(),
             rules: None,
             datagrams: None,
+            served: false,
         });
         change(entry);
     }
@@ -166,11 +172,10 @@ impl PodTask {
             lingering.advance(Phase::Draining);
         }
         let _slot = self.slots.acquire().await.map_err(|error| error.to_string())?;
-        let netns = Netns::open(&self.pod.netns)
-            .map_err(|error| format!("cannot open the network namespace {}: {error}", self.pod.netns.display()))?;
+        let netns = self.pod.open()?;
         self.check_owner(&netns).await?;
         self.cleaned = false;
-        let serving = self.listen(netns).await?;
+        let mut serving = self.listen(netns).await?;
         let inherited = serving.inherited.as_ref();
         let mut rules = self.rules(wanted, inherited.map_or(&BTreeSet::new(), |it| &it.old));
         if wanted.tcp_only.is_none() {
@@ -181,24 +186,39 @@ impl PodTask {
         self.inherit(inherited, &rules, wanted.datagrams.as_ref()).await;
         self.install(&serving.netns, rules).await?;
         self.filter(&serving.netns, wanted.datagrams.clone()).await?;
-        // A sabotaged build skips the proof, which would find the sabotage out.
-        let proven = if rules_are_broken() { Ok(()) } else { probe::verify(&serving.netns, &self.pod.ips).await };
-        if let Err(reason) = proven {
+        if !self.is_by_agent()
+            && let Err(reason) = self.prove(&mut serving).await
+        {
             end(&serving);
             return Err(reason);
         }
-        let old = match inherited {
+        let old = match &serving.inherited {
             // The tunnels of the process before this one would look like strangers.
             Some(inherited) => inherited.old.clone(),
             None => preexisting::list(&serving.netns).await.map_err(|error| error.to_string())?,
         };
-        tracing::info!(pod = %self.name(), preexisting = old.len(), "captured");
+        tracing::info!(pod = %self.name(), preexisting = old.len(), by_agent = self.is_by_agent(), "captured");
         self.post(|entry| {
-            entry.state = "Captured";
+            entry.state = if serving.proven { "Captured" } else { "Pending" };
             entry.reason = String::new();
             entry.old = old;
         });
         Ok(serving)
+    }
+
+    /// Whether redirects are not ours to install.
+    pub(super) fn is_by_agent(&self) -> bool {
+        self.pod.handle.is_some()
+    }
+
+    /// Proves that the rules bring the pod's connections here.
+    pub(super) async fn prove(&self, serving: &mut Serving) -> Result<(), String> {
+        // A sabotaged build skips the proof, which would find the sabotage out.
+        if !rules_are_broken() {
+            probe::verify(&serving.netns, &self.pod.ips, self.is_by_agent()).await?;
+        }
+        serving.proven = true;
+        Ok(())
     }
 
     /// A path may lead to another pod's namespace by now; its traffic must not get this pod's identity.
@@ -238,6 +258,12 @@ impl PodTask {
         if !stop.is_draining() {
             if let Some(serving) = serving {
                 end(&serving);
+                if self.is_by_agent() {
+                    // The agent takes its own rules back; the pod may go on outside the mesh.
+                    let nothing = Rules { by_agent: true, ..Rules::default() };
+                    let _ = self.install(&serving.netns, nothing).await;
+                    let _ = self.filter(&serving.netns, Some(None)).await;
+                }
                 let pod = self.pod.uid.clone();
                 self.environment.workers.run_all(move |worker| worker.out.pool.forget(&pod));
             }

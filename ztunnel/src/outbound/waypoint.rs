@@ -1,0 +1,300 @@
+//! Traffic to a destination that has a waypoint: an L7 proxy that decides in the destination's place. Pure.
+//!
+//! Such a connection goes through a tunnel to the waypoint, which is asked for the very address that the client dialled
+//! and goes on from there by itself. Going past it would go past its policy: one that is not known, has no endpoint or
+//! is in another network ends the connection with `NO_WAYPOINT`, and a tunnel that fails is never replaced by another
+//! way. What NetworkPolicies of the source judge is the waypoint, because that is where the connection goes. A waypoint's
+//! own connections go to the destination directly. Limits: a waypoint that is named by the host name of a single workload
+//! and not of a Service is not known, and none is reached through a gateway to another network.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use crate::lb::{self, Chance, NoChoice};
+use crate::outbound::decide::{Hbone, Plan, may_go_to, may_leave};
+use crate::outcome::{Code, Outcome};
+use crate::state::{EgressMode, GatewayAddress, GatewayTarget, IpFamily, Mode, Service, Snapshot, Workload};
+
+/// Who asks, and for what.
+pub(super) struct Asked<'a> {
+    pub(super) snapshot: &'a Snapshot,
+    pub(super) source: &'a Workload,
+    /// What the client dialled.
+    pub(super) destination: SocketAddr,
+    /// The service that this means.
+    pub(super) service: Option<&'a Arc<Service>>,
+    pub(super) chance: &'a Chance<'a>,
+}
+
+/// What a waypoint's address stands for.
+enum Found<'a> {
+    Service(&'a Arc<Service>),
+    Workload(&'a Arc<Workload>),
+}
+
+/// The waypoint of `service` for one connection: of several, by weight.
+pub(super) fn of_service(service: &Service, random: u64) -> Option<&GatewayAddress> {
+    let weighted = &service.weighted_waypoints;
+    let total: u64 = weighted.iter().map(|(_, weight)| u64::from(*weight)).sum();
+    // Other bits than those that choose among its endpoints.
+    let mut left = ((u128::from(random.rotate_left(32)) * u128::from(total)) >> 64) as u64;
+    let drawn = weighted.iter().find(|(_, weight)| {
+        let found = left < u64::from(*weight);
+        left = left.saturating_sub(u64::from(*weight));
+        found
+    });
+    // Weights of nothing do not take the waypoint away.
+    drawn
+        .map(|(gateway, _)| gateway)
+        .or(service.waypoint.as_ref())
+        .or_else(|| weighted.first().map(|(gateway, _)| gateway))
+}
+
+/// The way through `gateway`. `None`: the source is that waypoint itself.
+///
+/// # Errors
+/// Why it cannot be taken.
+pub(super) fn plan(asked: &Asked<'_>, gateway: &GatewayAddress) -> Result<Option<Plan>, Outcome> {
+    let Asked { snapshot, source, destination, service, chance } = *asked;
+    let found = find(snapshot, source, gateway).ok_or_else(|| unusable(asked, gateway, "it is not known"))?;
+    let (workload, address, names, others) = match found {
+        Found::Service(waypoint) => {
+            if source.services.contains_key(&waypoint.key()) {
+                return Ok(None);
+            }
+            let picked = lb::pick(snapshot, waypoint, gateway.hbone_port, source, destination.ip(), chance);
+            let picked = picked.map_err(|none| match none {
+                NoChoice::Passthrough => unusable(asked, gateway, "it is a service that is not balanced"),
+                none => unusable(asked, gateway, &none.to_string()),
+            })?;
+            let address = SocketAddr::new(picked.ip, picked.port);
+            may_go_to(source, waypoint, &picked.workload, address)?;
+            (picked.workload, address, &waypoint.subject_alt_names[..], picked.others)
+        }
+        Found::Workload(workload) if workload.uid == source.uid => return Ok(None),
+        Found::Workload(workload) => {
+            let ip = workload.address(IpFamily::of(destination.ip()));
+            let ip = ip.ok_or_else(|| unusable(asked, gateway, "it has no address"))?;
+            let address = SocketAddr::new(ip, gateway.hbone_port);
+            if !workload.is_pod() {
+                may_leave(source, address)?;
+            }
+            (workload.clone(), address, &[][..], false)
+        }
+    };
+    if workload.network != source.network {
+        return Err(unusable(asked, gateway, "it is in another network"));
+    }
+    stays_inside(source, service.map(|service| &**service), destination)?;
+    let also = names.iter().filter(|name| **name != workload.identity);
+    let expected = std::iter::once(&workload.identity).chain(also).cloned().collect();
+    Ok(Some(Plan::Hbone(Hbone {
+        address,
+        authority: destination,
+        expected,
+        destination: workload,
+        service: service.cloned(),
+        others,
+        through: true,
+    })))
+}
+
+fn find<'a>(snapshot: &'a Snapshot, source: &Workload, gateway: &GatewayAddress) -> Option<Found<'a>> {
+    match &gateway.target {
+        GatewayTarget::Hostname { namespace, hostname } => snapshot.service(namespace, hostname).map(Found::Service),
+        GatewayTarget::Address { network, ip } => match snapshot.service_by_vip(network, *ip, &source.namespace) {
+            Some(service) => Some(Found::Service(service)),
+            None => snapshot.workload_by_ip(network, *ip).map(Found::Workload),
+        },
+    }
+}
+
+/// A waypoint is inside the cluster and may lead out of it: what must not leave must not leave through it either.
+fn stays_inside(source: &Workload, service: Option<&Service>, destination: SocketAddr) -> Result<(), Outcome> {
+    let Some(service) = service.filter(|_| source.egress == EgressMode::Deny) else { return Ok(()) };
+    let endpoints = &service.endpoints.all;
+    let is_inside = service.lb.mode != Mode::Passthrough
+        && !endpoints.is_empty()
+        && endpoints.iter().all(|endpoint| endpoint.workload().is_pod());
+    if is_inside { Ok(()) } else { may_leave(source, destination) }
+}
+
+fn unusable(asked: &Asked<'_>, gateway: &GatewayAddress, why: &str) -> Outcome {
+    let of = match asked.service {
+        Some(service) => service.key(),
+        None => asked.destination.ip().to_string(),
+    };
+    let name = match &gateway.target {
+        GatewayTarget::Hostname { namespace, hostname } => format!("{namespace}/{hostname}"),
+        GatewayTarget::Address { network, ip } => format!("{network}/{ip}"),
+    };
+    let text = format!(
+        "{of} is reached through its waypoint {name} only, which cannot be used: {why}; start the waypoint, or take \
+         istio.io/use-waypoint away"
+    );
+    Outcome::new(Code::NoWaypoint, text)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+    use std::sync::Arc;
+
+    use super::of_service;
+    use crate::lb::Chance;
+    use crate::outbound::decide::{Plan, decide};
+    use crate::outcome::Code;
+    use crate::state::fixtures::{behind, identity, service, snapshot, with_ports, workload};
+    use crate::state::fixtures::{key, port};
+    use crate::state::{Change, EgressMode, GatewayAddress, GatewayTarget, ServiceSpec, Workload};
+
+    fn named(name: &str) -> GatewayAddress {
+        let hostname = format!("{name}.infra.svc.cluster.local").into();
+        GatewayAddress { target: GatewayTarget::Hostname { namespace: "infra".into(), hostname }, hbone_port: 15008 }
+    }
+
+    fn at(ip: &str) -> GatewayAddress {
+        let target = GatewayTarget::Address { network: "".into(), ip: ip.parse().unwrap() };
+        GatewayAddress { target, hbone_port: 15008 }
+    }
+
+    /// Waypoint `way` with one pod, whose service knows a second identity.
+    fn way(name: &str, ip: &str, vip: &str) -> Vec<Change> {
+        let pod = with_ports(workload("infra", &format!("{name}-0"), ip), key("infra", name), vec![port(15008, 15008)]);
+        let spec = ServiceSpec {
+            ports: vec![port(15008, 15008)],
+            subject_alt_names: vec![identity("infra", "any-waypoint")],
+            ..service("infra", name, vip)
+        };
+        vec![Change::Workload(pod.into()), Change::Service(spec.into())]
+    }
+
+    fn plan(changes: Vec<Change>, source: &Workload, to: &str) -> Result<String, Code> {
+        let cart = behind(workload("shop", "cart", "10.0.0.1"), "shop", "cart");
+        let changes = changes.into_iter().chain([Change::Workload(cart.into())]);
+        let snapshot = snapshot(changes);
+        match decide(&snapshot, source, "", to.parse().unwrap(), &Chance::of(7)) {
+            Ok(Plan::Hbone(plan)) => {
+                let expected: Vec<_> = plan.expected.iter().map(|id| id.service_account().to_owned()).collect();
+                Ok(format!("{} over {} as {}", plan.authority, plan.address, expected.join("+")))
+            }
+            Ok(Plan::Plain(plan)) => Ok(format!("{} plain", plan.address)),
+            Err(outcome) => Err(outcome.code),
+        }
+    }
+
+    fn cart(waypoint: Option<GatewayAddress>) -> ServiceSpec {
+        ServiceSpec { waypoint, ..service("shop", "cart", "10.96.0.1") }
+    }
+
+    #[test]
+    fn a_destination_with_a_waypoint_is_reached_through_it_or_not_at_all() {
+        let client = workload("shop", "client", "10.0.0.99");
+        let fenced = Workload { egress: EgressMode::Deny, ..client.clone() };
+        let service = |spec: ServiceSpec| vec![Change::Service(spec.into())];
+        let with = |mut changes: Vec<Change>, more: Vec<Change>| {
+            changes.extend(more);
+            changes
+        };
+        let ready = || way("way", "10.0.9.1", "10.96.9.1");
+        let pod = |gateway| {
+            let pod = Workload { waypoint: Some(Box::new(gateway)), ..workload("shop", "db", "10.0.0.2") };
+            vec![Change::Workload(pod.into())]
+        };
+        let far = |mut changes: Vec<Change>| {
+            for change in &mut changes {
+                if let Change::Workload(pod) = change {
+                    Arc::make_mut(pod).network = "far".into();
+                }
+            }
+            changes
+        };
+        let outside = || ServiceSpec { ports: vec![port(443, 443)], ..cart(Some(named("way"))) };
+        let through = "10.96.0.1:80 over 10.0.9.1:15008 as way-0+any-waypoint";
+        let db = "10.0.0.2:5432 over 10.0.9.1:15008 as way-0+any-waypoint";
+        let no = Err(Code::NoWaypoint);
+        type Case<'a> = (&'a str, Vec<Change>, &'a Workload, &'a str, Result<&'a str, Code>);
+        let cases: Vec<Case<'_>> = vec![
+            ("none", service(cart(None)), &client, "10.96.0.1:80", Ok("10.0.0.1:8080 over 10.0.0.1:15008 as cart")),
+            ("by name", with(ready(), service(cart(Some(named("way"))))), &client, "10.96.0.1:80", Ok(through)),
+            ("by address", with(ready(), service(cart(Some(at("10.96.9.1"))))), &client, "10.96.0.1:80", Ok(through)),
+            (
+                "by a pod's address",
+                with(ready(), service(cart(Some(at("10.0.9.1"))))),
+                &client,
+                "10.96.0.1:80",
+                Ok("10.96.0.1:80 over 10.0.9.1:15008 as way-0"),
+            ),
+            (
+                "on any port",
+                with(ready(), service(cart(Some(named("way"))))),
+                &client,
+                "10.96.0.1:99",
+                Ok("10.96.0.1:99 over 10.0.9.1:15008 as way-0+any-waypoint"),
+            ),
+            ("not known", service(cart(Some(named("way")))), &client, "10.96.0.1:80", no),
+            ("no such address", service(cart(Some(at("10.0.9.1")))), &client, "10.96.0.1:80", no),
+            ("no endpoint", with(ready().split_off(1), service(cart(Some(named("way"))))), &client, "10.96.0.1:80", no),
+            ("another network", with(far(ready()), service(cart(Some(named("way"))))), &client, "10.96.0.1:80", no),
+            ("of a pod", with(ready(), pod(named("way"))), &client, "10.0.0.2:5432", Ok(db)),
+            ("of a pod, not known", pod(named("way")), &client, "10.0.0.2:5432", no),
+            (
+                "a pod's does not count for its service",
+                with(ready(), with(pod(named("way")), service(cart(None)))),
+                &client,
+                "10.96.0.1:80",
+                Ok("10.0.0.1:8080 over 10.0.0.1:15008 as cart"),
+            ),
+            (
+                "may not leave, nor need to",
+                with(ready(), service(cart(Some(named("way"))))),
+                &fenced,
+                "10.96.0.1:80",
+                Ok(through),
+            ),
+            (
+                "must not leave through it",
+                with(ready(), service(ServiceSpec { hostname: "example.com".into(), ..outside() })),
+                &fenced,
+                "10.96.0.1:443",
+                Err(Code::EgressDenied),
+            ),
+        ];
+        for (name, changes, source, to, expected) in cases {
+            assert_eq!(plan(changes, source, to), expected.map(str::to_owned), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_waypoint_s_own_connections_are_direct() {
+        let own = with_ports(workload("infra", "way-0", "10.0.9.1"), key("infra", "way"), vec![port(15008, 15008)]);
+        for gateway in [named("way"), at("10.0.9.1")] {
+            let mut changes = way("way", "10.0.9.1", "10.96.9.1");
+            changes.push(Change::Service(cart(Some(gateway)).into()));
+            let direct = Ok("10.0.0.1:8080 over 10.0.0.1:15008 as cart".to_owned());
+            assert_eq!(plan(changes, &own, "10.96.0.1:80"), direct);
+        }
+    }
+
+    #[test]
+    fn of_several_waypoints_each_gets_its_share() {
+        let weighted = |weights: [u32; 3]| ServiceSpec {
+            weighted_waypoints: ["a", "b", "c"].map(named).into_iter().zip(weights).collect(),
+            ..cart(Some(named("last")))
+        };
+        let client = workload("shop", "client", "10.0.0.99");
+        let snapshot = snapshot([Change::Service(weighted([1, 0, 3]).into()), Change::Workload(client.into())]);
+        let to: SocketAddr = "10.96.0.1:80".parse().unwrap();
+        let service = snapshot.service_at("", to, "shop").unwrap();
+        let mut counts = [0; 3];
+        for step in 0..4000u64 {
+            let random = step.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            let drawn = of_service(service, random).unwrap();
+            counts[["a", "b", "c"].iter().position(|name| *drawn == named(name)).unwrap()] += 1;
+        }
+        assert_eq!(counts[1], 0, "{counts:?}");
+        assert!((900..1100).contains(&counts[0]), "{counts:?}");
+        let none = crate::state::fixtures::snapshot([Change::Service(weighted([0; 3]).into())]);
+        assert_eq!(of_service(none.service_at("", to, "shop").unwrap(), 5), Some(&named("last")));
+    }
+}
