@@ -63,13 +63,15 @@ pub fn serve_pod(
     captured: &Drained,
     tunnels: &Drained,
 ) -> std::io::Result<[Listening; 3]> {
+    let shared = Arc::new(shared.clone());
     let outgoing: Accepted<Worker> = {
         let (shared, pod) = (shared.clone(), pod.clone());
         Arc::new(move |worker, tcp, load| {
-            let (pool, failing, left) = (worker.pool.clone(), worker.failing.clone(), worker.left.clone());
-            let flow = outbound::serve(shared.clone(), pool, failing, left, pod.clone(), tcp);
+            let (shared, pod) = (shared.clone(), pod.clone());
+            // Made within the task: a future that is moved into another one is there twice.
             spawn(async move {
-                flow.await;
+                let (pool, failing, left) = (worker.pool.clone(), worker.failing.clone(), worker.left.clone());
+                outbound::serve(shared, pool, failing, left, pod, tcp).await;
                 drop(load);
             });
         })
@@ -77,9 +79,9 @@ pub fn serve_pod(
     let plaintext: Accepted<Worker> = {
         let (shared, pod) = (shared.clone(), pod.clone());
         Arc::new(move |worker, tcp, load| {
-            let flow = inbound::serve_plaintext(shared.clone(), worker.entered.clone(), pod.clone(), tcp);
+            let (shared, pod) = (shared.clone(), pod.clone());
             spawn(async move {
-                flow.await;
+                inbound::serve_plaintext(shared, worker.entered.clone(), pod, tcp).await;
                 drop(load);
             });
         })
@@ -87,9 +89,9 @@ pub fn serve_pod(
     let hbone: Accepted<Worker> = {
         let (shared, pod) = (shared.clone(), pod.clone());
         Arc::new(move |worker, tcp, load| {
-            let flow = inbound::serve_tunnel(shared.clone(), worker.entered.clone(), pod.clone(), tcp);
+            let (shared, pod) = (shared.clone(), pod.clone());
             spawn(async move {
-                flow.await;
+                inbound::serve_tunnel(shared, worker.entered.clone(), pod, tcp).await;
                 drop(load);
             });
         })

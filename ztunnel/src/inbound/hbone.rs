@@ -5,6 +5,7 @@
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -42,7 +43,7 @@ const FIRST_BYTE: Duration = Duration::from_secs(5);
 
 /// What a tunnel proved, shared by its streams.
 struct Tunnel {
-    shared: Shared,
+    shared: Arc<Shared>,
     live: Rc<Live>,
     pod: Arc<LocalPod>,
     peer: SocketAddr,
@@ -55,7 +56,7 @@ struct Tunnel {
 }
 
 /// Serves one tunnel to its end.
-pub async fn serve(shared: Shared, live: Rc<Live>, pod: Arc<LocalPod>, tcp: TcpStream) {
+pub async fn serve(shared: Arc<Shared>, live: Rc<Live>, pod: Arc<LocalPod>, tcp: TcpStream) {
     let (Ok(peer), Ok(local)) = (tcp.peer_addr(), tcp.local_addr()) else { return reset(tcp) };
     let (peer, local) = (canonical(peer), canonical(local));
     let metrics = shared.metrics.clone();
@@ -79,7 +80,7 @@ pub async fn serve(shared: Shared, live: Rc<Live>, pod: Arc<LocalPod>, tcp: TcpS
 }
 
 async fn tunnel(
-    shared: Shared,
+    shared: Arc<Shared>,
     live: Rc<Live>,
     pod: &Arc<LocalPod>,
     tcp: TcpStream,
@@ -246,12 +247,12 @@ async fn carry(
     let counts = record.counts.clone();
     let recv = async { Ok(request.into_body()) };
     // A stop resets the stream, so the other side cannot take it for an end.
-    let stop = async {
+    let stop = pin!(async {
         tokio::select! {
             outcome = stopped(&pod.drained, &registration) => outcome,
             outcome = tunnel.cut.ordered() => outcome,
         }
-    };
+    });
     let terms = Terms { counts: &counts, limits: shared.relay, budget: &pod.buffers };
     relay::tunnel(tcp, send, recv, TcpSide::Server, terms, &window, stop).await
 }

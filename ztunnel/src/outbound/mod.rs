@@ -31,7 +31,7 @@ use crate::telemetry::{ConnRecord, Direction};
 
 /// Serves one captured connection to its end.
 pub async fn serve(
-    shared: Shared,
+    shared: Arc<Shared>,
     pool: Rc<Pool>,
     failing: Rc<RefCell<Failing>>,
     live: Rc<Live>,

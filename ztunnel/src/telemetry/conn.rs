@@ -53,7 +53,7 @@ pub struct Peer {
 
 /// See the module's header.
 pub struct ConnRecord {
-    metrics: Metrics,
+    metrics: Arc<Metrics>,
     direction: Direction,
     started: Instant,
     /// The client.
@@ -78,7 +78,7 @@ pub struct ConnRecord {
 
 impl ConnRecord {
     /// Opens a record at accept.
-    pub fn new(metrics: Metrics, direction: Direction, source: SocketAddr, destination: SocketAddr) -> Self {
+    pub fn new(metrics: Arc<Metrics>, direction: Direction, source: SocketAddr, destination: SocketAddr) -> Self {
         let live = if direction == Direction::Inbound { &metrics.inbound } else { &metrics.outbound };
         live.inc();
         Self {
@@ -262,7 +262,7 @@ impl WorkloadLabels {
             canonical: text(workload.map(|w| &w.canonical_name)),
             revision: text(workload.map(|w| &w.canonical_revision)),
             namespace: text(workload.map(|w| &w.namespace)),
-            principal: peer.identity.as_ref().map_or_else(unknown, |identity| Arc::from(identity.to_string())),
+            principal: peer.identity.as_ref().map_or_else(unknown, SpiffeId::shared),
             cluster: text(workload.map(|w| &w.cluster)),
         }
     }

@@ -6,6 +6,7 @@
 
 mod conn;
 pub mod dns;
+pub mod lines;
 pub mod metrics;
 
 pub use conn::{ConnRecord, Direction, Peer};
