@@ -119,7 +119,8 @@ async fn carry(
     match next {
         Next::Tunnel(next) => dial::relay_tunnel(shared, pod, tcp, next, &registration, counts).await,
         Next::Plain { server, outside } => {
-            dial::relay_plain(shared, pod, tcp, server, outside, &registration, counts).await
+            // Boxed: tunnels are not to make room for it.
+            Box::pin(dial::relay_plain(shared, pod, tcp, server, outside, &registration, counts)).await
         }
     }
 }
