@@ -311,11 +311,21 @@ fn service_port(
 
 #[cfg(test)]
 mod tests {
-    use super::service_port;
+    use super::{service_port, stream};
     use crate::outcome::Code;
     use crate::state::fixtures::{behind, service, snapshot, workload};
     use crate::state::{Change, Visibility};
     use std::sync::Arc;
+
+    fn size<A, B, C, R>(_: impl Fn(A, B, C) -> R) -> usize {
+        size_of::<R>()
+    }
+
+    #[test]
+    fn an_idle_connection_is_small() {
+        let size = size(stream);
+        assert!(size <= 3 * 1024, "{size} bytes: is a future passed on by value, or kept that only opening needs?");
+    }
 
     #[test]
     fn a_service_that_is_hidden_from_the_clients_namespace_cannot_be_asked_for() {

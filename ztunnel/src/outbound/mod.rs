@@ -124,3 +124,18 @@ async fn carry(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::serve;
+
+    fn size<A, B, C, D, E, F, R>(_: impl Fn(A, B, C, D, E, F) -> R) -> usize {
+        size_of::<R>()
+    }
+
+    #[test]
+    fn an_idle_connection_is_small() {
+        let size = size(serve);
+        assert!(size <= 3 * 1024, "{size} bytes: is a future passed on by value, or kept that only opening needs?");
+    }
+}
