@@ -12,11 +12,13 @@ mod pem;
 mod request;
 mod roots;
 mod spiffe;
+mod trust;
 mod verify;
 
 pub use crl::{CrlError, Crls, MAX_CRL_BYTES};
 pub use issued::{Issued, IssuedError, not_after};
 pub use request::{CsrError, MAX_CSR_BYTES, ParsedCsr, Request, RequestError, parse_csr, request};
 pub use roots::{MAX_ROOTS, Roots, RootsError, fingerprint};
-pub use spiffe::{SpiffeId, SpiffeIdError};
+pub use spiffe::{SpiffeId, SpiffeIdError, trust_domain};
+pub use trust::{Aliases, Bundles, Trusted, verify_peer};
 pub use verify::{Usage, VerifyError, leaf_identity, verify_chain};

@@ -25,6 +25,16 @@ pub struct Roots(Arc<Inner>);
 struct Inner {
     certificates: Vec<CertificateDer<'static>>,
     anchors: Vec<TrustAnchor<'static>>,
+    facts: Vec<Facts>,
+}
+
+/// What a root says of itself.
+#[derive(Clone, Copy)]
+struct Facts {
+    /// Start and end of its validity, seconds since the Unix epoch.
+    validity: (i64, i64),
+    /// It may sign certificates.
+    is_ca: bool,
 }
 
 /// Why a bundle cannot be used.
@@ -52,6 +62,12 @@ pub enum RootsError {
         /// What webpki says.
         reason: webpki::Error,
     },
+    /// A certificate is of somebody who may not sign others.
+    #[error("certificate {index} of the root bundle is not a certificate authority's; put its root there")]
+    NotAuthority {
+        /// Counted from 1.
+        index: usize,
+    },
 }
 
 impl Roots {
@@ -77,12 +93,38 @@ impl Roots {
             return Err(RootsError::TooMany);
         }
         let mut anchors = Vec::with_capacity(certificates.len());
+        let mut facts = Vec::with_capacity(certificates.len());
         for (index, certificate) in certificates.iter().enumerate() {
             let anchor = webpki::anchor_from_trusted_cert(certificate)
                 .map_err(|reason| RootsError::Anchor { index: index + 1, reason })?;
             anchors.push(anchor.to_owned());
+            facts.push(self::facts(certificate));
         }
-        Ok(Self(Arc::new(Inner { certificates, anchors })))
+        Ok(Self(Arc::new(Inner { certificates, anchors, facts })))
+    }
+
+    /// The same for a bundle that somebody else wrote: every certificate must be an authority's, since one that is not
+    /// would be trusted to sign all the same.
+    pub fn of_authorities(self) -> Result<Self, RootsError> {
+        match self.0.facts.iter().position(|facts| !facts.is_ca) {
+            Some(index) => Err(RootsError::NotAuthority { index: index + 1 }),
+            None => Ok(self),
+        }
+    }
+
+    /// The roots that are valid at `now` (Unix seconds); `None`: there are none.
+    pub fn valid_at(&self, now: i64) -> Option<Self> {
+        let valid = |facts: &Facts| (facts.validity.0..=facts.validity.1).contains(&now);
+        if self.0.facts.iter().all(valid) {
+            return Some(self.clone());
+        }
+        let left = self.certificates().iter().zip(&self.0.facts).filter(|(_, facts)| valid(facts));
+        Self::from_der(left.map(|(certificate, _)| certificate.clone()).collect()).ok()
+    }
+
+    /// End of each root's validity, Unix seconds, in order.
+    pub fn ends(&self) -> impl Iterator<Item = i64> {
+        self.0.facts.iter().map(|facts| facts.validity.1)
     }
 
     /// SHA-256 of each certificate, lower-case hex, in order.
@@ -111,6 +153,15 @@ impl Roots {
     pub fn anchors(&self) -> &[TrustAnchor<'static>] {
         &self.0.anchors
     }
+}
+
+/// What cannot be read is never valid, and no authority's.
+fn facts(certificate: &[u8]) -> Facts {
+    let Ok((_, parsed)) = X509Certificate::from_der(certificate) else {
+        return Facts { validity: (i64::MAX, i64::MIN), is_ca: false };
+    };
+    let validity = parsed.validity();
+    Facts { validity: (validity.not_before.timestamp(), validity.not_after.timestamp()), is_ca: parsed.is_ca() }
 }
 
 /// SHA-256 of a certificate in DER, lower-case hex: what people compare (`openssl x509 -fingerprint -sha256`).

@@ -65,7 +65,7 @@ pub enum SpiffeIdError {
 impl SpiffeId {
     /// Joins the parts. Fails if one is empty, too long, or has a character that SPIFFE does not allow.
     pub fn new(trust_domain: &str, namespace: &str, service_account: &str) -> Result<Self, SpiffeIdError> {
-        check_trust_domain(trust_domain)?;
+        self::trust_domain(trust_domain)?;
         check_segment("namespace", namespace, MAX_NAMESPACE)?;
         check_segment("service account", service_account, MAX_SERVICE_ACCOUNT)?;
         let uri = format!("{SCHEME}{trust_domain}/ns/{namespace}/sa/{service_account}");
@@ -139,7 +139,11 @@ impl fmt::Debug for SpiffeId {
     }
 }
 
-fn check_trust_domain(text: &str) -> Result<(), SpiffeIdError> {
+/// Whether a text can be a trust domain.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn trust_domain(text: &str) -> Result<(), SpiffeIdError> {
     let part = "trust domain";
     check_length(part, text, MAX_TRUST_DOMAIN)?;
     check_characters(part, text, "lower-case letters, digits, '.', '-' and '_'", |c| {

@@ -60,6 +60,23 @@ pub enum VerifyError {
     /// The leaf names several URIs.
     #[error("the peer's certificate names {0} URIs; exactly one is allowed")]
     SeveralIdentities(usize),
+    /// It names a trust domain that nobody vouches for.
+    #[error(
+        "the peer's certificate names {identity}, and there are no roots for the trust domain {}: add a \
+         ClusterTrustBundle labelled tulle.dev/trust-domain: {} if its identities are to be believed",
+        identity.trust_domain(),
+        identity.trust_domain()
+    )]
+    UntrustedDomain {
+        /// What it says; nothing is proven.
+        identity: SpiffeId,
+    },
+    /// It names a federated trust domain whose roots have all ended.
+    #[error("every root in the bundle of the trust domain {trust_domain} has expired or is not valid yet; renew it")]
+    ExpiredRoots {
+        /// The domain.
+        trust_domain: String,
+    },
     /// The URI is not a SPIFFE id of a service account.
     #[error("the peer's certificate names no usable identity: {0}")]
     BadIdentity(#[from] crate::SpiffeIdError),

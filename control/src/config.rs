@@ -96,6 +96,7 @@ impl Serve {
             trust_domain_aliases: self.trust_domain_aliases.clone(),
             root_namespace: self.root_namespace.clone(),
             istio_root_namespace: self.istio_root_namespace.clone(),
+            now: 0,
         }
     }
 

@@ -35,6 +35,8 @@ use tulle_certs::request;
 
 /// Time for the whole attempt.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// The same for one that is held.
+const HELD: Duration = Duration::from_secs(120);
 
 /// Arguments of `lab dial`.
 #[derive(Debug, clap::Args)]
@@ -68,6 +70,9 @@ pub struct Options {
     /// Bytes to send in the tunnel once it is open; what comes back first is reported.
     #[arg(long)]
     send: Option<String>,
+    /// Then report at once, keep the tunnel open, and report again when it has ended.
+    #[arg(long)]
+    hold: bool,
 }
 
 /// Dials and prints one JSON line: `tls`, `status`, `answer`, `error`. Succeeds whatever the peer does.
@@ -75,7 +80,7 @@ pub fn main(options: &Options) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut report = json!({});
     let result = runtime.block_on(async {
-        tokio::time::timeout(TIMEOUT, attempt(options, &mut report))
+        tokio::time::timeout(if options.hold { HELD } else { TIMEOUT }, attempt(options, &mut report))
             .await
             .unwrap_or_else(|_| Err(anyhow::anyhow!("timeout")))
     });
@@ -125,6 +130,17 @@ async fn attempt(options: &Options, report: &mut serde_json::Value) -> anyhow::R
         let mut body = response.into_body();
         if let Some(data) = body.data().await {
             report["answer"] = String::from_utf8_lossy(&data?).into_owned().into();
+        }
+        if options.hold {
+            println!("{report}");
+            report["ended"] = loop {
+                match body.data().await {
+                    Some(Ok(_)) => {}
+                    Some(Err(error)) => break error.to_string(),
+                    None => break "closed".to_owned(),
+                }
+            }
+            .into();
         }
     }
     driver.abort();

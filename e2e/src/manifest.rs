@@ -16,7 +16,8 @@ use serde_json::Value;
 const FILE_LIMIT: u64 = 16 << 20;
 
 /// Kinds without a namespace that people put beside a shop; anything else belongs to one.
-const CLUSTER_KINDS: [&str; 8] = [
+const CLUSTER_KINDS: [&str; 9] = [
+    "ClusterTrustBundle",
     "Namespace",
     "Node",
     "GatewayClass",

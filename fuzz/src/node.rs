@@ -23,6 +23,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("address", address),
     ("authorization", authorization),
     ("network-policy", network_policy),
+    ("trust-bundle", trust_bundle),
     ("duration", duration),
     ("spiffe", spiffe),
     ("csr", csr),
@@ -114,6 +115,17 @@ pub fn authorization(data: &[u8]) {
     match decode::authorization(data, "shop/policy", "1") {
         Ok(policy) => assert_eq!(&*policy.id, "shop/policy"),
         Err(error) => assert!(!error.reason.is_empty()),
+    }
+}
+
+/// The roots of another trust domain, from control.
+pub fn trust_bundle(data: &[u8]) {
+    match decode::trust_bundle(data, "TrustBundle/b.example", "1") {
+        Ok(bundle) => {
+            assert_eq!(&*bundle.trust_domain, "b.example");
+            assert!(!bundle.roots.certificates().is_empty(), "a bundle that vouches for nobody");
+        }
+        Err(reason) => assert!(!reason.is_empty()),
     }
 }
 

@@ -37,6 +37,10 @@ pub const TYPE_ADDRESS: &str = "type.googleapis.com/istio.workload.Address";
 pub const TYPE_AUTHORIZATION: &str = "type.googleapis.com/istio.security.Authorization";
 /// Type URL of [`crate::mesh::NetworkPolicy`].
 pub const TYPE_NETWORK_POLICY: &str = "type.googleapis.com/tulle.mesh.v1alpha1.NetworkPolicy";
+/// Type URL of [`crate::mesh::TrustBundle`].
+pub const TYPE_TRUST_BUNDLE: &str = "type.googleapis.com/tulle.mesh.v1alpha1.TrustBundle";
+/// Beginning of the resource names of TrustBundles; the trust domain follows.
+pub const TRUST_BUNDLE: &str = "TrustBundle/";
 /// Beginning of the names of Authorizations that stand in for NetworkPolicies, for proxies that do not take those.
 pub const NETWORK_STAND_IN: &str = "tulle_network_";
 /// Type URL of [`crate::tulle_workload::WorkloadInfo`].
@@ -74,6 +78,8 @@ pub const LABEL_MESH: &str = "tulle.dev/mesh";
 pub const LABEL_ISTIO_MESH: &str = "istio.io/dataplane-mode";
 /// Label of namespaces: `deny`, `audit` or `allow`.
 pub const LABEL_EGRESS: &str = "tulle.dev/egress";
+/// Label of ClusterTrustBundles: the trust domain whose roots they hold.
+pub const LABEL_TRUST_DOMAIN: &str = "tulle.dev/trust-domain";
 /// Annotation with the pod's actual capture state: `enabled` or `pending`.
 pub const ANNOTATION_REDIRECTION: &str = "ambient.istio.io/redirection";
 /// Token claim with the caller's node.
@@ -90,3 +96,9 @@ pub const DEFAULT_CLUSTER: &str = "Kubernetes";
 pub const DEFAULT_ROOT_NAMESPACE: &str = "tulle-system";
 /// Service account of the node proxy in the root namespace.
 pub const NODE_SERVICE_ACCOUNT: &str = "ztunnel";
+
+/// Before the name of a node, in an on-demand subscription: everything on that node. Ours; others answer that there is no
+/// such resource (istiod sends what is on the node by itself).
+pub const ALL_OF_NODE: &str = "node/";
+/// Before 16 hexadecimal digits, in an on-demand subscription: everything in that group of NetworkPolicies. Ours.
+pub const ALL_OF_GROUP: &str = "group/";

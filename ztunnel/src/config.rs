@@ -101,6 +101,9 @@ pub struct Node {
     /// Connections from before capture: keep or reset.
     #[arg(long, env = "TULLE_PREEXISTING", default_value = "keep")]
     pub preexisting: Preexisting,
+    /// Learn workloads and services when a pod of this node first needs them, instead of all: true or false.
+    #[arg(long, env = "XDS_ON_DEMAND", default_value = "false", value_parser = clap::builder::BoolishValueParser::new(), action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    pub xds_on_demand: bool,
     /// Enforce NetworkPolicies, if control offers them; off where the cluster's network does it.
     #[arg(long, env = "TULLE_NETWORK_POLICY", default_value = "on")]
     pub network_policy: Switch,

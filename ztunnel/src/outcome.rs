@@ -41,6 +41,8 @@ pub enum Code {
     WrongIdentity,
     /// The peer's certificate is in a revocation list.
     CertRevoked,
+    /// The peer is of a trust domain whose roots are not known here, or not any more.
+    UntrustedDomain,
     /// The HTTP/2 tunnel failed.
     TunnelFailed,
     /// The destination's proxy answered CONNECT with an error.
@@ -140,6 +142,7 @@ impl Code {
         Self::TlsFailed,
         Self::WrongIdentity,
         Self::CertRevoked,
+        Self::UntrustedDomain,
         Self::TunnelFailed,
         Self::TunnelRefused,
         Self::NoCertificate,
@@ -175,14 +178,9 @@ impl Code {
             Self::NetworkPolicyEgress => {
                 row("NETWORK_POLICY_EGRESS", "DENY", 403, F::Policy, R::No, "no NetworkPolicy lets it out")
             }
-            Self::PolicyPending => row(
-                "POLICY_PENDING",
-                "DENY",
-                503,
-                F::Mesh,
-                R::Later,
-                "a policy that the destination names has not reached its node",
-            ),
+            Self::PolicyPending => {
+                row("POLICY_PENDING", "DENY", 503, F::Mesh, R::Later, "a policy that is named has not reached the node")
+            }
             Self::PolicyChanged => {
                 row("POLICY_CHANGED", "DENY", 401, F::Policy, R::No, "a policy change forbade the live connection")
             }
@@ -216,6 +214,9 @@ impl Code {
             ),
             Self::CertRevoked => {
                 row("CERT_REVOKED", "CERT_REVOKED", 401, F::Policy, R::Later, "the peer's certificate was taken back")
+            }
+            Self::UntrustedDomain => {
+                row("UNTRUSTED_DOMAIN", "IDENTITY_ERROR", 401, F::Policy, R::No, "its trust domain is not believed")
             }
             Self::TunnelFailed => {
                 row("TUNNEL_FAILED", "H2_HANDSHAKE_FAILURE", 503, F::Destination, R::Yes, "the HTTP/2 tunnel failed")

@@ -47,6 +47,7 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         "authorization" => vec![policy().encode_to_vec()],
         "dns" => messages(),
         "network-policy" => vec![network_policy().encode_to_vec()],
+        "trust-bundle" => vec![trust_bundle().encode_to_vec()],
         "csr" | "roots" | "issued" | "certificate" => certificates(target),
         "crl" => revocation_lists(),
         other => panic!("{other} has no seed; add one"),
@@ -113,6 +114,12 @@ fn policy() -> Authorization {
         rules: vec![Rule { clauses: vec![Clause { matches: vec![only] }] }],
         ..Default::default()
     }
+}
+
+fn trust_bundle() -> mesh::TrustBundle {
+    let authority = Authority::open(tempfile::tempdir().unwrap().path(), NOW).unwrap();
+    let root = authority.roots().certificates()[0].to_vec();
+    mesh::TrustBundle { trust_domain: "b.example".to_owned(), roots: vec![root.into()] }
 }
 
 fn network_policy() -> mesh::NetworkPolicy {

@@ -135,11 +135,11 @@ struct OfType {
 
 fn resources(state: &State, query: &OfType) -> (StatusCode, Json<Value>) {
     let kinds: Vec<Kind> = match query.r#type.as_deref() {
-        None => vec![Kind::Address, Kind::Authorization, Kind::NetworkPolicy],
+        None => vec![Kind::Address, Kind::Authorization, Kind::NetworkPolicy, Kind::TrustBundle],
         Some(name) => match Kind::ALL.into_iter().find(|kind| kind.short() == name) {
             Some(kind) => vec![kind],
             None => {
-                let error = format!("`{name}` is none of Address, Authorization, NetworkPolicy");
+                let error = format!("`{name}` is none of Address, Authorization, NetworkPolicy, TrustBundle");
                 return (StatusCode::BAD_REQUEST, Json(json!({"error": error})));
             }
         },

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use crate::admin::View;
-use crate::base::Stop;
+use crate::base::{Stop, unix_now};
 use crate::ca::grant::Accounts;
 use crate::source::Loaded;
 use crate::translate;
@@ -79,6 +79,7 @@ impl Engine {
             self.view.send_replace(Arc::new(View { loaded, waiting, ..View::default() }));
             return;
         }
+        self.settings.now = unix_now();
         let translation = translate::translate(&loaded.world, &self.settings, &mut self.memory);
         let next = previous.next(translation.resources);
         let generation = next.generation;

@@ -1,12 +1,16 @@
-//! What std or tokio could have shipped: the wall clock in one place, and the order to stop.
+//! What std or tokio could have shipped: the wall clock in one place, the order to stop, and a map that is cheap to copy.
 //!
 //! Everything that decides takes the time as an argument; only the outermost callers read it here. Nothing in this
 //! module knows what a mesh is.
+
+mod shared;
 
 use std::time::SystemTime;
 use std::time::UNIX_EPOCH;
 
 use tokio::sync::watch;
+
+pub use shared::{Change, SharedMap};
 
 /// Now, seconds since the Unix epoch. A clock before 1970 counts as 1970.
 pub fn unix_now() -> i64 {

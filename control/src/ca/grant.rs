@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use tulle_certs::SpiffeId;
 use tulle_proto::names;
@@ -13,7 +14,7 @@ use tulle_proto::names;
 use crate::authn::Caller;
 
 /// (namespace, account) of the unfinished pods of each node.
-pub type Accounts = BTreeMap<String, BTreeSet<(String, String)>>;
+pub type Accounts = BTreeMap<String, Arc<BTreeSet<(String, String)>>>;
 
 /// What must be known to decide.
 pub struct Facts<'a> {
@@ -117,8 +118,8 @@ mod tests {
             (node("node-1"), Some("spiffe://cluster.local/ns/shop/sa/web"), cart, "no unfinished pod"),
         ];
         let mut accounts = Accounts::new();
-        accounts.insert("node-1".into(), BTreeSet::from([("shop".into(), "cart".into())]));
-        accounts.insert("node-2".into(), BTreeSet::from([("shop".into(), "web".into())]));
+        accounts.insert("node-1".into(), BTreeSet::from([("shop".into(), "cart".into())]).into());
+        accounts.insert("node-2".into(), BTreeSet::from([("shop".into(), "web".into())]).into());
         for ((namespace, account, node), impersonated, csr, expected) in cases {
             let caller =
                 Caller { namespace: namespace.into(), service_account: account.into(), node: node.map(str::to_owned) };

@@ -7,8 +7,8 @@ use std::path::Path;
 use serde_json::Value;
 use serde_json::json;
 
+use crate::base::unix_now;
 use crate::cli::Failure;
-use crate::resource::ResourceSet;
 use crate::resource::{Kind, view};
 use crate::source::Loaded;
 use crate::source::files::watch::Folder;
@@ -17,16 +17,17 @@ use crate::translate::{Memory, Settings, Translation, translate};
 fn load(dir: &Path) -> Result<(Loaded, Translation), Failure> {
     let cannot = |error: String| Failure::wrong(format!("cannot read {}: {error}", dir.display()));
     let loaded = Folder::new(dir.to_owned()).look().map_err(|error| cannot(error.to_string()))?.unwrap_or_default();
-    let translation = translate(&loaded.world, &Settings::default(), &mut Memory::default());
+    let settings = Settings { now: unix_now(), ..Settings::default() };
+    let translation = translate(&loaded.world, &settings, &mut Memory::default());
     Ok((loaded, translation))
 }
 
 /// What control would publish.
 pub(super) fn resources(dir: &Path) -> Result<Value, Failure> {
     let (_, translation) = load(dir)?;
-    let set = ResourceSet::new(translation.resources, &ResourceSet::default());
-    let all =
-        [Kind::Address, Kind::Authorization, Kind::NetworkPolicy].into_iter().flat_map(|kind| set.of(kind).values());
+    let all = [Kind::Address, Kind::Authorization, Kind::NetworkPolicy, Kind::TrustBundle]
+        .into_iter()
+        .flat_map(|kind| translation.resources.of(kind).values());
     Ok(all.map(|resource| view::resource(resource)).collect())
 }
 

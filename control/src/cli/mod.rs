@@ -111,6 +111,7 @@ enum Kind {
     Services,
     Policies,
     NetworkPolicies,
+    TrustBundles,
     Nodes,
     Conditions,
     Certificates,
@@ -237,6 +238,7 @@ fn get(cli: &Cli, kind: Kind, namespace: Option<&str>) -> Result<Value, Failure>
         Kind::Services => item["resource"]["service"].is_object(),
         Kind::Policies => item["type"] == "Authorization",
         Kind::NetworkPolicies => item["type"] == "NetworkPolicy",
+        Kind::TrustBundles => item["type"] == "TrustBundle",
         _ => true,
     };
     let here = |item: &Value| {
@@ -272,6 +274,7 @@ fn table_of(kind: Kind) -> fn(&Value) -> String {
         Kind::Services => render::services,
         Kind::Policies => render::policies,
         Kind::NetworkPolicies => render::network_policies,
+        Kind::TrustBundles => render::trust_bundles,
         Kind::Nodes => render::nodes,
         Kind::Conditions => render::conditions,
         Kind::Certificates => render::certificates,

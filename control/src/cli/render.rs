@@ -112,6 +112,15 @@ pub(super) fn network_policies(value: &Value) -> String {
     )
 }
 
+pub(super) fn trust_bundles(value: &Value) -> String {
+    let header = ["TRUST DOMAIN", "ROOT (SHA-256)", "VERSION"];
+    let roots = |item: &Value| item["resource"]["roots"].as_array().cloned().unwrap_or_default();
+    let row =
+        |item: &Value, root: &Value| vec![cell(&item["resource"]["trustDomain"]), cell(root), cell(&item["version"])];
+    let all = value.as_array().into_iter().flatten();
+    table(&header, all.flat_map(|item| roots(item).iter().map(|root| row(item, root)).collect::<Vec<_>>()).collect())
+}
+
 pub(super) fn nodes(value: &Value) -> String {
     let header = ["NODE", "CONNECTED", "ACKED", "ATTACHED", "VERSION", "REJECTED"];
     let rows = entries(value).map(|(name, node)| {

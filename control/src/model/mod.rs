@@ -9,6 +9,7 @@ mod meta;
 mod network;
 mod policy;
 mod service;
+mod trust;
 mod workload;
 mod world;
 
@@ -23,5 +24,6 @@ pub use service::{
     Endpoint, EndpointSlice, Hints, LegacyEndpoints, NamedPort, Service, ServiceNames, ServicePort, SlicePort,
     TargetPort, TrafficScope, Transport,
 };
+pub use trust::TrustBundle;
 pub use workload::{ContainerPort, Namespace, Node, Phase, Pod, ServiceAccount};
-pub use world::{Object, World};
+pub use world::{ByKey, Key, Object, ObjectChange, World, in_namespace};

@@ -1,21 +1,25 @@
 //! All objects of one moment, indexed the way translation asks for them.
 //!
-//! Maps are ordered, so that whatever is computed from a world comes out in the same order in every process. A world
-//! is built whole by the source and never changed afterwards.
+//! Maps are ordered, so that whatever is computed from a world comes out in the same order in every process. They share
+//! with the world of the moment before what did not change: a copy is cheap, and so is the difference of the two.
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
+use crate::base::{Change, SharedMap};
 use crate::model::condition::ObjectKey;
 use crate::model::meta::Meta;
 use crate::model::network::NetworkPolicy;
 use crate::model::policy::{AuthorizationPolicy, PeerAuthentication, Unenforced};
 use crate::model::service::{EndpointSlice, LegacyEndpoints, Service};
+use crate::model::trust::TrustBundle;
 use crate::model::workload::{Namespace, Node, Pod, ServiceAccount};
 
 /// (namespace, name).
-pub(super) type Key = (String, String);
+pub type Key = (String, String);
+/// Objects of one kind by namespace and name.
+pub type ByKey<T> = SharedMap<Key, Arc<T>>;
+/// What happened to an object: its key, before and after.
+pub type ObjectChange<'a, T> = Change<'a, Key, Arc<T>>;
 
 /// One object of any kind that is read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,6 +44,8 @@ pub enum Object {
     PeerAuthentication(Arc<PeerAuthentication>),
     /// networking.k8s.io NetworkPolicy.
     NetworkPolicy(Arc<NetworkPolicy>),
+    /// certificates.k8s.io ClusterTrustBundle with a trust domain.
+    TrustBundle(Arc<TrustBundle>),
     /// A kind without effect yet.
     Unenforced(Arc<Unenforced>),
 }
@@ -58,6 +64,7 @@ impl Object {
             Self::AuthorizationPolicy(_) => "AuthorizationPolicy",
             Self::PeerAuthentication(_) => "PeerAuthentication",
             Self::NetworkPolicy(_) => "NetworkPolicy",
+            Self::TrustBundle(_) => "ClusterTrustBundle",
             Self::Unenforced(object) => object.kind,
         }
     }
@@ -75,6 +82,7 @@ impl Object {
             Self::AuthorizationPolicy(object) => &object.meta,
             Self::PeerAuthentication(object) => &object.meta,
             Self::NetworkPolicy(object) => &object.meta,
+            Self::TrustBundle(object) => &object.meta,
             Self::Unenforced(object) => &object.meta,
         }
     }
@@ -93,27 +101,29 @@ impl Object {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct World {
     /// By name.
-    pub namespaces: BTreeMap<String, Arc<Namespace>>,
+    pub namespaces: SharedMap<String, Arc<Namespace>>,
     /// By name.
-    pub nodes: BTreeMap<String, Arc<Node>>,
+    pub nodes: SharedMap<String, Arc<Node>>,
     /// By namespace and name.
-    pub service_accounts: BTreeMap<Key, Arc<ServiceAccount>>,
+    pub service_accounts: ByKey<ServiceAccount>,
     /// By namespace and name.
-    pub pods: BTreeMap<Key, Arc<Pod>>,
+    pub pods: ByKey<Pod>,
     /// By namespace and name.
-    pub services: BTreeMap<Key, Arc<Service>>,
+    pub services: ByKey<Service>,
     /// By namespace and name.
-    pub slices: BTreeMap<Key, Arc<EndpointSlice>>,
+    pub slices: ByKey<EndpointSlice>,
     /// By namespace and name.
-    pub endpoints: BTreeMap<Key, Arc<LegacyEndpoints>>,
+    pub endpoints: ByKey<LegacyEndpoints>,
     /// By namespace and name.
-    pub authorization_policies: BTreeMap<Key, Arc<AuthorizationPolicy>>,
+    pub authorization_policies: ByKey<AuthorizationPolicy>,
     /// By namespace and name.
-    pub peer_authentications: BTreeMap<Key, Arc<PeerAuthentication>>,
+    pub peer_authentications: ByKey<PeerAuthentication>,
     /// By namespace and name.
-    pub network_policies: BTreeMap<Key, Arc<NetworkPolicy>>,
+    pub network_policies: ByKey<NetworkPolicy>,
+    /// By name.
+    pub trust_bundles: SharedMap<String, Arc<TrustBundle>>,
     /// By kind, namespace and name.
-    pub unenforced: BTreeMap<(&'static str, String, String), Arc<Unenforced>>,
+    pub unenforced: SharedMap<(&'static str, String, String), Arc<Unenforced>>,
 }
 
 impl World {
@@ -122,32 +132,47 @@ impl World {
         self.nodes.get(node).and_then(|node| node.meta.label("topology.kubernetes.io/zone")).unwrap_or_default()
     }
 
-    /// Adds an object unless there is one of the same kind and name; says whether it did.
-    pub fn insert_new(&mut self, object: Object) -> bool {
+    /// Puts an object in the place of the one of its kind and name.
+    pub fn put(&mut self, object: Object) {
+        self.change(object, true);
+    }
+
+    /// Takes the object of this kind and name out.
+    pub fn remove(&mut self, object: Object) {
+        self.change(object, false);
+    }
+
+    fn change(&mut self, object: Object, there: bool) {
         let meta = object.meta();
         let key = (meta.namespace.clone(), meta.name.clone());
         match object {
-            Object::Namespace(o) => vacant(&mut self.namespaces, key.1, o),
-            Object::Node(o) => vacant(&mut self.nodes, key.1, o),
-            Object::ServiceAccount(o) => vacant(&mut self.service_accounts, key, o),
-            Object::Pod(o) => vacant(&mut self.pods, key, o),
-            Object::Service(o) => vacant(&mut self.services, key, o),
-            Object::EndpointSlice(o) => vacant(&mut self.slices, key, o),
-            Object::Endpoints(o) => vacant(&mut self.endpoints, key, o),
-            Object::AuthorizationPolicy(o) => vacant(&mut self.authorization_policies, key, o),
-            Object::PeerAuthentication(o) => vacant(&mut self.peer_authentications, key, o),
-            Object::NetworkPolicy(o) => vacant(&mut self.network_policies, key, o),
-            Object::Unenforced(o) => vacant(&mut self.unenforced, (o.kind, key.0, key.1), o),
+            Object::Namespace(o) => change(&mut self.namespaces, key.1, o, there),
+            Object::Node(o) => change(&mut self.nodes, key.1, o, there),
+            Object::ServiceAccount(o) => change(&mut self.service_accounts, key, o, there),
+            Object::Pod(o) => change(&mut self.pods, key, o, there),
+            Object::Service(o) => change(&mut self.services, key, o, there),
+            Object::EndpointSlice(o) => change(&mut self.slices, key, o, there),
+            Object::Endpoints(o) => change(&mut self.endpoints, key, o, there),
+            Object::AuthorizationPolicy(o) => change(&mut self.authorization_policies, key, o, there),
+            Object::PeerAuthentication(o) => change(&mut self.peer_authentications, key, o, there),
+            Object::NetworkPolicy(o) => change(&mut self.network_policies, key, o, there),
+            Object::TrustBundle(o) => change(&mut self.trust_bundles, key.1, o, there),
+            Object::Unenforced(o) => change(&mut self.unenforced, (o.kind, key.0, key.1), o, there),
         }
     }
 }
 
-fn vacant<K: Ord, V>(map: &mut BTreeMap<K, V>, key: K, value: V) -> bool {
-    match map.entry(key) {
-        Entry::Vacant(entry) => {
-            entry.insert(value);
-            true
-        }
-        Entry::Occupied(_) => false,
+/// The objects of one namespace.
+pub fn in_namespace<'a, T>(objects: &'a ByKey<T>, namespace: &'a str) -> impl Iterator<Item = &'a Arc<T>> {
+    let first = (namespace.to_owned(), String::new());
+    objects.range_from(&first).take_while(move |((of, _), _)| of == namespace).map(|(_, object)| object)
+}
+
+/// An equal object stays the one that it was, so that nothing is done for it.
+fn change<K: Ord + Clone, V: PartialEq + Clone>(map: &mut SharedMap<K, V>, key: K, value: V, there: bool) {
+    if !there {
+        map.remove(&key);
+    } else if map.get(&key) != Some(&value) {
+        map.insert(key, value);
     }
 }

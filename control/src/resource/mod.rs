@@ -6,7 +6,7 @@
 mod set;
 pub mod view;
 
-pub use set::{Changes, ResourceSet};
+pub use set::{ByName, Changes, ResourceSet};
 
 use std::sync::Arc;
 
@@ -15,10 +15,16 @@ use prost::bytes::Bytes;
 use sha2::Digest;
 use sha2::Sha256;
 use tulle_proto::names;
+use tulle_proto::tulle_workload::WorkloadInfo;
+use tulle_proto::workload::Address;
+use tulle_proto::workload::address::Type;
 
-/// The types that are served. In the order in which they must reach a node: a policy before a workload that names it.
+/// The types that are served. In the order in which they must reach a node: who is believed before all
+/// else, and a policy before a workload that names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
+    /// `tulle.mesh.v1alpha1.TrustBundle`.
+    TrustBundle,
     /// `istio.security.Authorization`.
     Authorization,
     /// `tulle.mesh.v1alpha1.NetworkPolicy`.
@@ -29,15 +35,16 @@ pub enum Kind {
 
 impl Kind {
     /// All of them, in sending order.
-    pub const ALL: [Self; 3] = [Self::Authorization, Self::NetworkPolicy, Self::Address];
+    pub const ALL: [Self; 4] = [Self::TrustBundle, Self::Authorization, Self::NetworkPolicy, Self::Address];
     /// Those that every proxy of Istio's kind subscribes to.
     pub const BASIC: [Self; 2] = [Self::Authorization, Self::Address];
     /// Our own, which a proxy subscribes to only where they are advertised.
-    pub const OWN: [Self; 1] = [Self::NetworkPolicy];
+    pub const OWN: [Self; 2] = [Self::TrustBundle, Self::NetworkPolicy];
 
     /// Type URL.
     pub fn type_url(self) -> &'static str {
         match self {
+            Self::TrustBundle => names::TYPE_TRUST_BUNDLE,
             Self::Authorization => names::TYPE_AUTHORIZATION,
             Self::NetworkPolicy => names::TYPE_NETWORK_POLICY,
             Self::Address => names::TYPE_ADDRESS,
@@ -47,6 +54,7 @@ impl Kind {
     /// Short name, as `/debug/resources?type=` takes it.
     pub fn short(self) -> &'static str {
         match self {
+            Self::TrustBundle => "TrustBundle",
             Self::Authorization => "Authorization",
             Self::NetworkPolicy => "NetworkPolicy",
             Self::Address => "Address",
@@ -102,5 +110,18 @@ impl Resource {
             aliases,
             audience: Audience::Everyone,
         }
+    }
+
+    /// What a workload is part of: names of its Services, its node, its groups. Empty for everything else. Read from the
+    /// encoded message, because only proxies that do not take everything ask.
+    pub fn part_of(&self) -> Vec<String> {
+        let decoded = (self.kind == Kind::Address).then(|| Address::decode(self.body.clone()).ok()).flatten();
+        let Some(Type::Workload(workload)) = decoded.and_then(|address| address.r#type) else { return Vec::new() };
+        let info = workload.extensions.iter().find(|extension| extension.name == names::EXTENSION_WORKLOAD);
+        let info = info.and_then(|extension| extension.config.as_ref());
+        let info = info.and_then(|config| WorkloadInfo::decode(&*config.value).ok()).unwrap_or_default();
+        let groups = info.groups.iter().map(|group| format!("{}{group:016x}", names::ALL_OF_GROUP));
+        let node = (!workload.node.is_empty()).then(|| format!("{}{}", names::ALL_OF_NODE, workload.node));
+        groups.chain(node).chain(workload.services.into_keys()).collect()
     }
 }

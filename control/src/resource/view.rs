@@ -23,6 +23,12 @@ pub fn resource(resource: &Resource) -> Value {
             None => Value::Null,
         }),
         Kind::Authorization => security::Authorization::decode(resource.body.clone()).map(|a| authorization(&a)),
+        Kind::TrustBundle => mesh::TrustBundle::decode(resource.body.clone()).map(|bundle| {
+            json!({
+                "trustDomain": bundle.trust_domain,
+                "roots": bundle.roots.iter().map(|root| tulle_certs::fingerprint(root)).collect::<Vec<_>>(),
+            })
+        }),
         Kind::NetworkPolicy => mesh::NetworkPolicy::decode(resource.body.clone()).map(|p| network_policy(&p)),
     };
     json!({

@@ -7,10 +7,11 @@ pub mod decode;
 pub mod files;
 pub mod tree;
 
-use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde::Serialize;
 
+use crate::base::SharedMap;
 use crate::model::World;
 
 /// What a source knows at one moment.
@@ -19,7 +20,7 @@ pub struct Loaded {
     /// All objects.
     pub world: World,
     /// Files read, path relative to the folder, with the SHA-256 of their content in hex.
-    pub files: BTreeMap<String, String>,
+    pub files: SharedMap<Arc<str>, Arc<str>>,
     /// What could not be read or used.
     pub problems: Vec<Problem>,
     /// Files of which nothing is known because they never could be read. Not empty at start: not ready.

@@ -13,7 +13,6 @@ use crate::model::{
     Source, Spec, Target, TextMatch, World,
 };
 use crate::resource::{Audience, Kind, Resource};
-use crate::translate::Selecting;
 use crate::translate::Settings;
 use crate::translate::aliases;
 use crate::translate::denial;
@@ -21,42 +20,31 @@ use crate::translate::endpoints::Endpoints;
 use crate::translate::service::octets;
 
 /// What became of one policy.
-pub(super) struct Translated<'a> {
+pub(super) struct Translated {
     pub(super) resource: Option<Resource>,
-    pub(super) selecting: Option<Selecting<'a>>,
+    /// Chooses the workloads that must name it; `None`: none must.
+    pub(super) selects: Option<Target>,
     pub(super) conditions: Vec<Condition>,
 }
 
-pub(super) fn translate<'a>(
-    policy: &'a AuthorizationPolicy,
-    world: &'a World,
-    endpoints: &'a Endpoints,
-    settings: &'a Settings,
-) -> Translated<'a> {
+pub(super) fn translate(policy: &AuthorizationPolicy, settings: &Settings) -> Translated {
     match &policy.spec {
         Spec::Unreadable { target, reason } => {
             let everything = Target::Everything;
             let target = target.as_ref().unwrap_or(&everything);
-            unreadable(policy, target, reason, world, endpoints, settings)
+            unreadable(policy, target, reason, settings)
         }
-        Spec::Good(spec) => readable(policy, spec, world, endpoints, settings),
+        Spec::Good(spec) => readable(policy, spec, settings),
     }
 }
 
-fn unreadable<'a>(
-    policy: &'a AuthorizationPolicy,
-    target: &Target,
-    reason: &str,
-    world: &'a World,
-    endpoints: &'a Endpoints,
-    settings: &'a Settings,
-) -> Translated<'a> {
+fn unreadable(policy: &AuthorizationPolicy, target: &Target, reason: &str, settings: &Settings) -> Translated {
     let meta = &policy.meta;
     if meta.annotation("istio.io/dry-run") == Some("true") {
         let message = format!("The spec cannot be read; a dry run denies nothing: {reason}");
         return Translated {
             resource: None,
-            selecting: None,
+            selects: None,
             conditions: vec![Condition::failing("Accepted", "Invalid", message)],
         };
     }
@@ -68,18 +56,12 @@ fn unreadable<'a>(
     let message = format!("The spec cannot be read, so {applies} is denied: {reason}");
     Translated {
         resource: scope.map(|scope| denial(&meta.namespace, &meta.name, scope)),
-        selecting: selecting(policy, target.clone(), world, endpoints, settings),
+        selects: selects(target),
         conditions: vec![Condition::failing("Accepted", "Invalid", message)],
     }
 }
 
-fn readable<'a>(
-    policy: &'a AuthorizationPolicy,
-    spec: &AuthorizationSpec,
-    world: &'a World,
-    endpoints: &'a Endpoints,
-    settings: &'a Settings,
-) -> Translated<'a> {
+fn readable(policy: &AuthorizationPolicy, spec: &AuthorizationSpec, settings: &Settings) -> Translated {
     let mut conditions = Vec::new();
     let scope = scope(policy, &spec.target, settings);
     let (Some(scope), Some(action)) = (scope, action(spec.action)) else {
@@ -89,7 +71,7 @@ fn readable<'a>(
             ("UnsupportedAction", "AUDIT never changes a verdict and is not reported yet")
         };
         conditions.push(Condition::failing("Enforced", reason, message.into()));
-        return Translated { resource: None, selecting: None, conditions };
+        return Translated { resource: None, selects: None, conditions };
     };
     let mut closed = Vec::new();
     let rules = aliases::expand(&spec.rules, settings);
@@ -125,11 +107,7 @@ fn readable<'a>(
     if spec.dry_run {
         resource.audience = Audience::KnowsDryRun;
     }
-    Translated {
-        resource: Some(resource),
-        selecting: selecting(policy, spec.target.clone(), world, endpoints, settings),
-        conditions,
-    }
+    Translated { resource: Some(resource), selects: selects(&spec.target), conditions }
 }
 
 /// The conditions of a policy that is enforced at least in part.
@@ -188,36 +166,38 @@ fn scope(policy: &AuthorizationPolicy, target: &Target, settings: &Settings) -> 
     }
 }
 
-fn selecting<'a>(
-    policy: &'a AuthorizationPolicy,
-    target: Target,
-    world: &'a World,
-    endpoints: &'a Endpoints,
-    settings: &'a Settings,
-) -> Option<Selecting<'a>> {
-    let meta = &policy.meta;
-    let everywhere = settings.is_root(&meta.namespace);
-    let applies: Box<dyn Fn(&Pod) -> bool + 'a> = match target {
-        Target::Everything | Target::Nothing => return None,
-        Target::Pods(selector) => Box::new(move |pod| {
-            (everywhere || pod.meta.namespace == meta.namespace) && selector.matches(&pod.meta.labels)
-        }),
-        Target::Services(names) => Box::new(move |pod| {
-            pod.meta.namespace == meta.namespace
-                && names.iter().any(|name| behind(pod, meta, name, world, endpoints, settings))
-        }),
-    };
-    Some(Selecting { name: meta.path(), applies })
+/// Other policies need not be named: everybody in their scope has them.
+fn selects(target: &Target) -> Option<Target> {
+    match target {
+        Target::Everything | Target::Nothing => None,
+        Target::Pods(_) | Target::Services(_) => Some(target.clone()),
+    }
+}
+
+/// Whether the policy with such a target is one that a pod must name.
+pub(super) fn applies(
+    policy: &Meta,
+    target: &Target,
+    pod: &Pod,
+    world: &World,
+    endpoints: &Endpoints,
+    settings: &Settings,
+) -> bool {
+    let same = pod.meta.namespace == policy.namespace;
+    match target {
+        Target::Everything | Target::Nothing => false,
+        Target::Pods(selector) => (same || settings.is_root(&policy.namespace)) && selector.matches(&pod.meta.labels),
+        Target::Services(names) => same && names.iter().any(|name| behind(pod, policy, name, world, endpoints)),
+    }
 }
 
 /// True for a pod that the service selects, or that serves it by an endpoint slice.
-fn behind(pod: &Pod, policy: &Meta, service: &str, world: &World, endpoints: &Endpoints, settings: &Settings) -> bool {
+fn behind(pod: &Pod, policy: &Meta, service: &str, world: &World, endpoints: &Endpoints) -> bool {
     let key = (policy.namespace.clone(), service.to_owned());
     world.services.get(&key).is_some_and(|service| {
         let selector = &service.selector;
         let selected = !selector.is_empty() && selector.iter().all(|(k, v)| pod.meta.labels.get(k) == Some(v));
-        let name = format!("{}/{}", policy.namespace, settings.hostname(&service.meta));
-        selected || endpoints.serves(pod, &name)
+        selected || endpoints.serves(pod, &key)
     })
 }
 

@@ -4,91 +4,37 @@
 //! node must know which endpoints a virtual address stands for. They are sent only where some policy isolates egress:
 //! nobody else looks at them, and they change with every endpoint.
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use tulle_proto::tulle_workload::{DatagramEndpoint, DatagramPort, TransportProtocol};
 
-use crate::model::{EndpointSlice, NamedPort, Service, TargetPort, Transport, World};
+use crate::model::{EndpointSlice, NamedPort, Service, TargetPort, Transport, World, in_namespace};
 use crate::translate::service::octets;
 
-/// Endpoint slices by service, if anybody needs them.
-pub(super) struct Datagrams<'a> {
-    world: &'a World,
-    slices: Option<BTreeMap<(&'a str, &'a str), Vec<&'a EndpointSlice>>>,
+/// Whether anybody needs them.
+pub(super) fn needed(world: &World) -> bool {
+    world.network_policies.values().any(|policy| policy.egress.is_some())
 }
 
-impl<'a> Datagrams<'a> {
-    pub(super) fn new(world: &'a World) -> Self {
-        let needed = world.network_policies.values().any(|policy| policy.egress.is_some());
-        let slices = needed.then(|| {
-            let mut slices: BTreeMap<(&str, &str), Vec<&EndpointSlice>> = BTreeMap::new();
-            for slice in world.slices.values() {
-                let key = (slice.meta.namespace.as_str(), slice.service.as_str());
-                slices.entry(key).or_default().push(slice);
+/// The ports of one service that are not TCP; `slices`: its endpoint slices, if there are any.
+pub(super) fn of(service: &Service, slices: Option<&[&EndpointSlice]>, world: &World) -> Vec<DatagramPort> {
+    let ports = service.names.ports.iter().filter(|port| port.transport != Transport::Tcp);
+    ports
+        .map(|port| {
+            let endpoints = behind(service, slices, port, world);
+            let endpoint =
+                |at: SocketAddr| DatagramEndpoint { address: octets(&at.ip()).into(), port: at.port().into() };
+            DatagramPort {
+                protocol: match port.transport {
+                    Transport::Tcp => TransportProtocol::TransportTcp.into(),
+                    Transport::Udp => TransportProtocol::TransportUdp.into(),
+                    Transport::Sctp => TransportProtocol::TransportSctp.into(),
+                },
+                number: port.number.into(),
+                endpoints: endpoints.into_iter().map(endpoint).collect(),
             }
-            slices
-        });
-        Self { world, slices }
-    }
-
-    /// The ports of one service that are not TCP.
-    pub(super) fn of(&self, service: &Service) -> Vec<DatagramPort> {
-        let Some(slices) = &self.slices else { return Vec::new() };
-        let slices = slices.get(&(service.meta.namespace.as_str(), service.meta.name.as_str()));
-        let ports = service.names.ports.iter().filter(|port| port.transport != Transport::Tcp);
-        ports
-            .map(|port| {
-                let endpoints = self.behind(service, slices.map(Vec::as_slice), port);
-                let endpoint =
-                    |at: SocketAddr| DatagramEndpoint { address: octets(&at.ip()).into(), port: at.port().into() };
-                DatagramPort {
-                    protocol: match port.transport {
-                        Transport::Tcp => TransportProtocol::TransportTcp.into(),
-                        Transport::Udp => TransportProtocol::TransportUdp.into(),
-                        Transport::Sctp => TransportProtocol::TransportSctp.into(),
-                    },
-                    number: port.number.into(),
-                    endpoints: endpoints.into_iter().map(endpoint).collect(),
-                }
-            })
-            .collect()
-    }
-
-    fn behind(&self, service: &Service, slices: Option<&[&EndpointSlice]>, port: &NamedPort) -> Vec<SocketAddr> {
-        let mut endpoints = match slices {
-            Some(slices) => in_slices(slices, port, service.publish_not_ready),
-            None => self.selected(service, port),
-        };
-        endpoints.sort_unstable();
-        endpoints.dedup();
-        endpoints
-    }
-
-    fn selected(&self, service: &Service, port: &NamedPort) -> Vec<SocketAddr> {
-        if service.selector.is_empty() {
-            return Vec::new();
-        }
-        let namespace = &service.meta.namespace;
-        let first = (namespace.clone(), String::new());
-        let pods = self.world.pods.range(first..).take_while(|((of, _), _)| of == namespace).map(|(_, pod)| pod);
-        let serves = pods.filter(|pod| {
-            let selected = service.selector.iter().all(|(label, value)| pod.meta.labels.get(label) == Some(value));
-            selected && pod.takes_part() && (pod.ready || service.publish_not_ready)
-        });
-        serves
-            .flat_map(|pod| {
-                let target = match &port.target {
-                    TargetPort::Number(number) => Some(*number),
-                    TargetPort::Name(name) => {
-                        let named = pod.ports.iter().find(|own| own.protocol == port.transport && own.name == *name);
-                        named.map(|own| own.port)
-                    }
-                };
-                target.into_iter().flat_map(|target| pod.addresses.iter().map(move |ip| SocketAddr::new(*ip, target)))
-            })
-            .collect()
-    }
+        })
+        .collect()
 }
 
 /// Address and port of each endpoint of one port, for people who ask.
@@ -96,7 +42,39 @@ pub fn endpoints(world: &World, service: &Service, port: &NamedPort) -> Vec<Sock
     let of =
         |slice: &&EndpointSlice| slice.meta.namespace == service.meta.namespace && slice.service == service.meta.name;
     let slices: Vec<&EndpointSlice> = world.slices.values().map(|slice| &**slice).filter(of).collect();
-    Datagrams { world, slices: None }.behind(service, (!slices.is_empty()).then_some(&slices), port)
+    behind(service, (!slices.is_empty()).then_some(&slices), port, world)
+}
+
+fn behind(service: &Service, slices: Option<&[&EndpointSlice]>, port: &NamedPort, world: &World) -> Vec<SocketAddr> {
+    let mut endpoints = match slices {
+        Some(slices) => in_slices(slices, port, service.publish_not_ready),
+        None => selected(service, port, world),
+    };
+    endpoints.sort_unstable();
+    endpoints.dedup();
+    endpoints
+}
+
+fn selected(service: &Service, port: &NamedPort, world: &World) -> Vec<SocketAddr> {
+    if service.selector.is_empty() {
+        return Vec::new();
+    }
+    let serves = in_namespace(&world.pods, &service.meta.namespace).filter(|pod| {
+        let selected = service.selector.iter().all(|(label, value)| pod.meta.labels.get(label) == Some(value));
+        selected && pod.takes_part() && (pod.ready || service.publish_not_ready)
+    });
+    serves
+        .flat_map(|pod| {
+            let target = match &port.target {
+                TargetPort::Number(number) => Some(*number),
+                TargetPort::Name(name) => {
+                    let named = pod.ports.iter().find(|own| own.protocol == port.transport && own.name == *name);
+                    named.map(|own| own.port)
+                }
+            };
+            target.into_iter().flat_map(|target| pod.addresses.iter().map(move |ip| SocketAddr::new(*ip, target)))
+        })
+        .collect()
 }
 
 fn in_slices(slices: &[&EndpointSlice], port: &NamedPort, not_ready: bool) -> Vec<SocketAddr> {

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use tulle_proto::names;
 use tulle_proto::tulle_workload::EgressMode;
 
-use crate::model::{Condition, Meta, Namespace, Pod, World};
+use crate::model::{Condition, Meta, Namespace, Pod, World, in_namespace};
 use crate::translate::Settings;
 
 const NO_LABELS: &BTreeMap<String, String> = &BTreeMap::new();
@@ -101,10 +101,8 @@ pub(super) fn conditions(namespace: &Namespace, world: &World, _settings: &Setti
              privileged containers, come with egress control"
                 .into(),
         ));
-        let unfenced: Vec<&str> = world
-            .pods
-            .values()
-            .filter(|pod| pod.meta.namespace == meta.name && pod.host_network && !pod.finished())
+        let unfenced: Vec<&str> = in_namespace(&world.pods, &meta.name)
+            .filter(|pod| pod.host_network && !pod.finished())
             .map(|pod| pod.meta.name.as_str())
             .collect();
         if !unfenced.is_empty() {

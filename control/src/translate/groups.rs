@@ -7,11 +7,13 @@
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use sha2::Digest;
 use sha2::Sha256;
 
-use crate::model::{Namespace, NetworkPeer, NetworkPolicy, Operator, Pod, PortMatch, Selector, Transport, World};
+use crate::model::{NetworkPeer, NetworkPolicy, Operator, Pod, PortMatch, Selector, Transport, World};
+use crate::translate::index::Index;
 
 /// The label that the API server gives to every namespace.
 const NAME_LABEL: &str = "kubernetes.io/metadata.name";
@@ -27,13 +29,16 @@ pub(super) enum Group {
     Port(Transport, String, u16),
 }
 
+/// Most judgements that are remembered: when labels that selectors look at are new in each pod, none is of use twice.
+const JUDGED: usize = 10_000;
+
 /// Id of every group that a policy names, and who is in them.
-pub(super) struct Groups<'a> {
+#[derive(Default)]
+pub(super) struct Groups {
     ids: BTreeMap<Group, u64>,
     /// Numbers that pods give to the port names that policies use.
     numbers: BTreeMap<(Transport, String), BTreeSet<u16>>,
-    namespaces: BTreeMap<&'a str, BTreeMap<String, String>>,
-    policies: Vec<&'a NetworkPolicy>,
+    policies: Vec<Arc<NetworkPolicy>>,
     /// Label keys that any selector looks at.
     keys: Vec<String>,
     judged: BTreeMap<(String, Vec<Option<String>>), Membership>,
@@ -48,17 +53,11 @@ pub(super) struct Membership {
     pub(super) policies: Vec<usize>,
 }
 
-impl<'a> Groups<'a> {
-    pub(super) fn new(world: &'a World) -> Self {
-        let policies: Vec<&NetworkPolicy> = world.network_policies.values().map(|policy| &**policy).collect();
-        let named = port_names(&policies);
-        let mut numbers: BTreeMap<(Transport, String), BTreeSet<u16>> = BTreeMap::new();
-        for port in world.pods.values().filter(|pod| counts(pod)).flat_map(|pod| &pod.ports) {
-            let key = (port.protocol, port.name.clone());
-            if named.contains(&key) {
-                numbers.entry(key).or_default().insert(port.port);
-            }
-        }
+impl Groups {
+    pub(super) fn new(world: &World, index: &Index) -> Self {
+        let policies: Vec<Arc<NetworkPolicy>> = world.network_policies.values().cloned().collect();
+        let numbers: BTreeMap<_, _> =
+            port_names(&policies).into_iter().map(|name| (name.clone(), index.numbers(&name))).collect();
         let mut groups: BTreeSet<Group> = policies.iter().flat_map(|policy| peers(policy)).collect();
         for ((protocol, name), of_name) in &numbers {
             groups.extend(of_name.iter().map(|number| Group::Port(*protocol, name.clone(), *number)));
@@ -69,14 +68,33 @@ impl<'a> Groups<'a> {
         });
         let keys: BTreeSet<String> =
             selectors.chain(policies.iter().filter_map(|policy| policy.pods.as_ref())).flat_map(keys_of).collect();
-        Self {
-            ids: ids(groups, hash),
-            numbers,
-            namespaces: namespaces(world),
-            policies,
-            keys: keys.into_iter().collect(),
-            judged: BTreeMap::new(),
-        }
+        Self { ids: ids(groups, hash), numbers, policies, keys: keys.into_iter().collect(), judged: BTreeMap::new() }
+    }
+
+    /// Whether pods still give the same numbers to the port names that policies use.
+    pub(super) fn has_numbers_of(&self, index: &Index) -> bool {
+        self.numbers.iter().all(|(name, numbers)| index.numbers(name) == *numbers)
+    }
+
+    /// To be called when a namespace has other labels.
+    pub(super) fn forget_judgements(&mut self) {
+        self.judged.clear();
+    }
+
+    /// Where pods may be whose groups are not those that `old` said; `None`: anywhere.
+    pub(super) fn differ_in<'s>(&'s self, old: &'s Self) -> Option<BTreeSet<&'s str>> {
+        let missing = |here: &'s Self, there: &'s Self| {
+            here.ids.iter().filter(|(group, id)| there.ids.get(*group) != Some(*id)).map(|(group, _)| match group {
+                Group::InNamespace(namespace, _) => Some(namespace.as_str()),
+                Group::Across(..) | Group::Port(..) => None,
+            })
+        };
+        missing(self, old).chain(missing(old, self)).collect()
+    }
+
+    /// The policy of an index of [`Membership`].
+    pub(super) fn policy(&self, index: usize) -> Option<&NetworkPolicy> {
+        self.policies.get(index).map(|policy| &**policy)
     }
 
     /// Id of a peer's group.
@@ -92,7 +110,7 @@ impl<'a> Groups<'a> {
     }
 
     /// What `pod` belongs to, and what isolates it.
-    pub(super) fn of_pod(&mut self, pod: &Pod) -> Membership {
+    pub(super) fn of_pod(&mut self, pod: &Pod, world: &World) -> Membership {
         if self.policies.is_empty() || !counts(pod) {
             return Membership::default();
         }
@@ -102,7 +120,10 @@ impl<'a> Groups<'a> {
         let mut found = match self.judged.get(&key) {
             Some(found) => found.clone(),
             None => {
-                let found = self.judge(namespace, &pod.meta.labels);
+                let found = self.judge(namespace, &pod.meta.labels, world);
+                if self.judged.len() >= JUDGED {
+                    self.judged.clear();
+                }
                 self.judged.insert(key, found.clone());
                 found
             }
@@ -115,12 +136,13 @@ impl<'a> Groups<'a> {
         found
     }
 
-    fn judge(&self, namespace: &str, labels: &BTreeMap<String, String>) -> Membership {
-        let bare = BTreeMap::from([(NAME_LABEL.to_owned(), namespace.to_owned())]);
-        let of_namespace = self.namespaces.get(namespace).unwrap_or(&bare);
+    fn judge(&self, namespace: &str, labels: &BTreeMap<String, String>, world: &World) -> Membership {
+        let mut of_namespace = world.namespaces.get(namespace).map(|it| it.meta.labels.clone()).unwrap_or_default();
+        // The API server adds it.
+        of_namespace.insert(NAME_LABEL.to_owned(), namespace.to_owned());
         let belongs = |group: &Group| match group {
             Group::InNamespace(name, pods) => name == namespace && pods.matches(labels),
-            Group::Across(namespaces, pods) => namespaces.matches(of_namespace) && pods.matches(labels),
+            Group::Across(namespaces, pods) => namespaces.matches(&of_namespace) && pods.matches(labels),
             Group::Port(..) => false,
         };
         let selects = |policy: &NetworkPolicy| {
@@ -128,7 +150,7 @@ impl<'a> Groups<'a> {
         };
         Membership {
             groups: self.ids.iter().filter(|(group, _)| belongs(group)).map(|(_, id)| *id).collect(),
-            policies: (0..self.policies.len()).filter(|index| selects(self.policies[*index])).collect(),
+            policies: (0..self.policies.len()).filter(|index| selects(&self.policies[*index])).collect(),
         }
     }
 }
@@ -136,16 +158,6 @@ impl<'a> Groups<'a> {
 /// A pod that policies are about: others have no address of their own.
 fn counts(pod: &Pod) -> bool {
     pod.takes_part() && !pod.host_network
-}
-
-/// Labels of all namespaces, with the one that the API server adds.
-fn namespaces(world: &World) -> BTreeMap<&str, BTreeMap<String, String>> {
-    let labelled = |namespace: &Namespace| {
-        let mut labels = namespace.meta.labels.clone();
-        labels.insert(NAME_LABEL.to_owned(), namespace.meta.name.clone());
-        labels
-    };
-    world.namespaces.iter().map(|(name, namespace)| (name.as_str(), labelled(namespace))).collect()
 }
 
 fn keys_of(selector: &Selector) -> impl Iterator<Item = String> {
@@ -156,7 +168,7 @@ fn rules(policy: &NetworkPolicy) -> impl Iterator<Item = &crate::model::NetworkR
     policy.ingress.iter().chain(&policy.egress).flatten()
 }
 
-fn port_names(policies: &[&NetworkPolicy]) -> BTreeSet<(Transport, String)> {
+fn port_names(policies: &[Arc<NetworkPolicy>]) -> BTreeSet<(Transport, String)> {
     let ports = policies.iter().flat_map(|policy| rules(policy)).flat_map(|rule| &rule.ports);
     ports
         .filter_map(|port| match &port.port {

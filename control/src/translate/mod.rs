@@ -1,9 +1,8 @@
 //! From the world to what nodes are told and what users are told: pure, total and in a fixed order.
 //!
-//! Bad input gives a condition, never an error. Everything is computed from the whole world each time, and equal worlds
-//! give equal bytes, which is what makes versions hold over restarts. What is costly for each pod, encoding and hashing
-//! its workload, is remembered ([`Memory`]) with everything it was made of: of 10,000 pods only the few that changed cost
-//! that.
+//! Bad input gives a condition, never an error. The result depends on the world alone, and equal worlds give equal bytes,
+//! which is what makes versions hold over restarts. The work depends on what changed since the world before ([`Memory`]):
+//! of 10,000 pods those are translated that an object is about that is not the same as it was.
 
 mod aliases;
 mod authorization;
@@ -12,10 +11,14 @@ mod dns;
 mod endpoints;
 mod enrol;
 mod groups;
+mod index;
+mod memory;
 mod mtls;
 mod network;
 mod service;
 mod telemetry;
+mod trust;
+mod work;
 mod workload;
 
 use std::collections::BTreeMap;
@@ -25,10 +28,11 @@ use std::sync::Arc;
 use tulle_proto::names;
 
 pub use datagrams::endpoints as datagram_endpoints;
-pub use workload::Memory;
+pub use memory::Memory;
 
-use crate::model::{Condition, Meta, ObjectConditions, ObjectKey, Pod, World};
-use crate::resource::{Kind, Resource};
+use crate::model::{Condition, Meta, ObjectConditions, ObjectKey, World};
+use crate::resource::{Kind, Resource, ResourceSet};
+use crate::translate::work::{Changed, Work};
 
 /// What translation must know besides the world.
 #[derive(Debug, Clone)]
@@ -45,6 +49,8 @@ pub struct Settings {
     pub root_namespace: String,
     /// A second such namespace, for what was written for Istio; empty: none.
     pub istio_root_namespace: String,
+    /// The moment, Unix seconds, for conditions about what has expired. Resources do not depend on it.
+    pub now: i64,
 }
 
 impl Default for Settings {
@@ -56,6 +62,7 @@ impl Default for Settings {
             trust_domain_aliases: Vec::new(),
             root_namespace: names::DEFAULT_ROOT_NAMESPACE.into(),
             istio_root_namespace: "istio-system".into(),
+            now: 0,
         }
     }
 }
@@ -68,7 +75,11 @@ impl Settings {
 
     /// WDS uid of a pod.
     pub fn pod_uid(&self, meta: &Meta) -> String {
-        format!("{}//Pod/{}/{}", self.cluster_id, meta.namespace, meta.name)
+        self.uid_of(&meta.namespace, &meta.name)
+    }
+
+    fn uid_of(&self, namespace: &str, name: &str) -> String {
+        format!("{}//Pod/{namespace}/{name}", self.cluster_id)
     }
 
     /// Fully qualified name of a service.
@@ -77,15 +88,18 @@ impl Settings {
     }
 }
 
+/// (namespace, account) by node. Nodes where nothing changed are shared with the result before.
+pub type Accounts = BTreeMap<String, Arc<BTreeSet<(String, String)>>>;
+
 /// The result.
 #[derive(Debug, Default, PartialEq)]
 pub struct Translation {
     /// Everything that nodes are told.
-    pub resources: Vec<Arc<Resource>>,
+    pub resources: ResourceSet,
     /// Everything that users are told, by object.
     pub conditions: Vec<ObjectConditions>,
     /// (namespace, account) of the unfinished pods of each node: what that node may ask certificates for.
-    pub accounts: BTreeMap<String, BTreeSet<(String, String)>>,
+    pub accounts: Accounts,
     /// Nodes that run pods of the mesh.
     pub nodes: BTreeSet<String>,
 }
@@ -101,6 +115,10 @@ impl Conditions {
         list.push(condition);
     }
 
+    fn extend(&mut self, kind: &str, meta: &Meta, conditions: &[Condition]) {
+        conditions.iter().for_each(|condition| self.add(kind, meta, condition.clone()));
+    }
+
     fn finish(self) -> Vec<ObjectConditions> {
         self.0
             .into_iter()
@@ -112,89 +130,41 @@ impl Conditions {
     }
 }
 
-/// A selector policy as a workload must name it.
-struct Selecting<'a> {
-    /// Resource name, `<namespace>/<name>`.
-    name: String,
-    /// Decides whether it applies to a pod.
-    applies: Box<dyn Fn(&Pod) -> bool + 'a>,
-}
-
-/// Translates the whole world. The result does not depend on `memory`, which only saves work; it must have seen no other
+/// Translates the world. The result does not depend on `memory`, which only saves work; it must have seen no other
 /// settings.
 pub fn translate(world: &World, settings: &Settings, memory: &mut Memory) -> Translation {
+    let before = std::mem::replace(&mut memory.world, world.clone());
+    let changed = Changed::between(&before, world);
+    memory.index.update(&changed);
+    let mut work = Work::of(&changed, settings, &memory.index);
     let mut conditions = Conditions::default();
-    let endpoints = endpoints::Endpoints::new(world, settings);
-    let mut resources: Vec<Arc<Resource>> = Vec::with_capacity(world.pods.len() + world.services.len());
-    let mut remembered = Memory::default();
-    let mut selecting = Vec::new();
-    for policy in world.authorization_policies.values() {
-        let one = authorization::translate(policy, world, &endpoints, settings);
-        one.conditions.into_iter().for_each(|c| conditions.add("AuthorizationPolicy", &policy.meta, c));
-        resources.extend(one.resource.map(Arc::new));
-        selecting.extend(one.selecting);
-    }
-    let mut groups = groups::Groups::new(world);
-    let network_policies: Vec<_> = world.network_policies.values().collect();
-    for policy in &network_policies {
-        let (of_policy, condition) = network::translate(policy, &groups);
-        conditions.add("NetworkPolicy", &policy.meta, condition);
-        resources.extend(of_policy.into_iter().map(Arc::new));
-    }
+    memory.endpoints.update(&changed, world, &memory.index, settings, &mut work);
+    memory.authorizations(&changed, settings, &mut work);
+    memory.network_policies(&changed, world, &mut work);
+    memory.services(world, settings, &mut work, &mut conditions);
     let mtls = mtls::Plan::new(world, settings);
-    resources.extend(mtls.resources().into_iter().map(Arc::new));
-    mtls.conditions(&mut conditions);
+    memory.pods(world, settings, &mtls, &mut work);
+    memory.outsiders(settings, &mut work);
+    memory.conditions(&changed, world, settings, &mut conditions);
+    let whole = whole(world, settings, &mtls, &mut conditions);
+    memory.publish(("whole", <_>::default()), whole);
+    let accounts = memory.index.accounts().clone();
+    let nodes = accounts.keys().cloned().collect();
+    Translation { resources: memory.set.clone(), conditions: conditions.finish(), accounts, nodes }
+}
+
+/// Kinds of which there are few: translated whole at every change of anything, so that what they depend on needs no care.
+fn whole(world: &World, settings: &Settings, mtls: &mtls::Plan<'_>, conditions: &mut Conditions) -> Vec<Resource> {
+    mtls.conditions(conditions);
     for unenforced in world.unenforced.values() {
         let message = format!("This version reads {} objects but does not act on them yet", unenforced.kind);
         let condition = Condition::failing("Enforced", "NotEnforcedYet", message);
         conditions.add(unenforced.kind, &unenforced.meta, condition);
     }
-    for namespace in world.namespaces.values() {
-        enrol::conditions(namespace, world, settings)
-            .into_iter()
-            .for_each(|c| conditions.add("Namespace", &namespace.meta, c));
-    }
-    let datagrams = datagrams::Datagrams::new(world);
-    let claims = service::Claims::new(world);
-    for service in world.services.values().filter(|s| !s.external_name) {
-        let name = format!("{}/{}", service.meta.namespace, settings.hostname(&service.meta));
-        claims.condition(service).into_iter().for_each(|c| conditions.add("Service", &service.meta, c));
-        let other_ports = datagrams.of(service);
-        let how = endpoints.balancing(&name);
-        resources.push(Arc::new(service::translate(service, &claims, how, other_ports, settings)));
-    }
-    let aliases = world.services.values().filter(|s| s.external_name);
-    resources.extend(aliases.filter_map(|service| dns::external_name(service, settings)).map(Arc::new));
-    let mut accounts: BTreeMap<String, BTreeSet<(String, String)>> = BTreeMap::new();
-    for pod in world.pods.values() {
-        if !pod.node.is_empty() && !pod.finished() {
-            let account = (pod.meta.namespace.clone(), pod.service_account.clone());
-            match accounts.get_mut(&pod.node) {
-                Some(of_node) => drop(of_node.insert(account)),
-                None => drop(accounts.insert(pod.node.clone(), BTreeSet::from([account]))),
-            }
-        }
-        if pod.takes_part() {
-            let mut policies: Vec<String> =
-                selecting.iter().filter(|policy| (policy.applies)(pod)).map(|policy| policy.name.clone()).collect();
-            policies.extend(mtls.policy_for(pod));
-            let membership = groups.of_pod(pod);
-            let isolating = || membership.policies.iter().map(|index| network_policies[*index]);
-            policies.extend(isolating().filter_map(|policy| network::stand_in_name(policy)));
-            policies.sort();
-            let named = workload::Policies {
-                authorization: policies,
-                network: isolating().map(|policy| network::name(policy)).collect(),
-                groups: membership.groups.clone(),
-            };
-            let facts = workload::facts(pod, named, &endpoints, world, settings);
-            resources.push(remembered.take_over(memory, pod, facts, settings));
-        }
-    }
-    *memory = remembered;
-    let nodes = accounts.keys().cloned().collect();
-    resources.extend(workload::outsiders(&endpoints, settings).into_iter().map(Arc::new));
-    Translation { resources, conditions: conditions.finish(), accounts, nodes }
+    let (mut resources, of_bundles) = trust::translate(world, settings);
+    of_bundles.into_iter().for_each(|(meta, condition)| conditions.add("ClusterTrustBundle", meta, condition));
+    resources.extend(mtls.resources());
+    resources
 }
 
 /// A denial of everything in the place of what cannot be enforced.
@@ -224,3 +194,5 @@ fn age(meta: &Meta) -> (i64, &str, &str) {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod walk;

@@ -25,7 +25,7 @@ pub(super) fn stand_in_name(policy: &NetworkPolicy) -> Option<String> {
     closes.then(|| format!("{}/{}{}", policy.meta.namespace, names::NETWORK_STAND_IN, policy.meta.name))
 }
 
-pub(super) fn translate(policy: &NetworkPolicy, groups: &Groups<'_>) -> (Vec<Resource>, Condition) {
+pub(super) fn translate(policy: &NetworkPolicy, groups: &Groups) -> (Vec<Resource>, Condition) {
     let meta = &policy.meta;
     let rules = |list: &Option<Vec<NetworkRule>>| {
         list.iter().flatten().map(|one| rule(policy, one, groups)).collect::<Vec<_>>()
@@ -63,7 +63,7 @@ fn condition(policy: &NetworkPolicy) -> Condition {
     Condition::failing("Accepted", "Invalid", message)
 }
 
-fn rule(policy: &NetworkPolicy, rule: &NetworkRule, groups: &Groups<'_>) -> mesh::NetworkRule {
+fn rule(policy: &NetworkPolicy, rule: &NetworkRule, groups: &Groups) -> mesh::NetworkRule {
     let mut ports: Vec<mesh::NetworkPort> = rule.ports.iter().flat_map(|port| self::ports(port, groups)).collect();
     if ports.is_empty() && !rule.ports.is_empty() {
         // Names that no pod has: no port at all, which is not the same as no restriction.
@@ -72,7 +72,7 @@ fn rule(policy: &NetworkPolicy, rule: &NetworkRule, groups: &Groups<'_>) -> mesh
     mesh::NetworkRule { peers: rule.peers.iter().map(|one| peer(policy, one, groups)).collect(), ports }
 }
 
-fn peer(policy: &NetworkPolicy, peer: &NetworkPeer, groups: &Groups<'_>) -> mesh::NetworkPeer {
+fn peer(policy: &NetworkPolicy, peer: &NetworkPeer, groups: &Groups) -> mesh::NetworkPeer {
     use mesh::network_peer::Peer;
     let peer = match peer {
         NetworkPeer::Pods { .. } => Peer::Group(groups.id(policy, peer).unwrap_or_default()),
@@ -87,7 +87,7 @@ fn cidr(net: &ipnet::IpNet) -> mesh::Cidr {
     mesh::Cidr { address: octets(&net.network()).into(), length: net.prefix_len().into() }
 }
 
-fn ports(port: &NetworkPort, groups: &Groups<'_>) -> Vec<mesh::NetworkPort> {
+fn ports(port: &NetworkPort, groups: &Groups) -> Vec<mesh::NetworkPort> {
     let protocol = match port.protocol {
         Transport::Tcp => mesh::TransportProtocol::Tcp,
         Transport::Udp => mesh::TransportProtocol::Udp,

@@ -5,7 +5,6 @@
 //! cluster addresses or from pods.
 
 use std::collections::BTreeMap;
-use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use tulle_proto::tulle_workload::DatagramPort;
@@ -19,6 +18,7 @@ use crate::translate::Settings;
 use crate::translate::age;
 use crate::translate::dns;
 use crate::translate::endpoints::Balancing;
+use crate::translate::index::Index;
 
 /// Bytes of an address in network order.
 pub(super) fn octets(ip: &IpAddr) -> Vec<u8> {
@@ -28,28 +28,30 @@ pub(super) fn octets(ip: &IpAddr) -> Vec<u8> {
     }
 }
 
-/// Whose an external address is, port by port.
+/// Whose an external address is, port by port. Cluster addresses and pods' are never external.
 pub(super) struct Claims<'a> {
     owners: BTreeMap<(IpAddr, Transport, u16), &'a Meta>,
-    /// Cluster addresses and pods': never external.
-    taken: BTreeSet<IpAddr>,
+    index: &'a Index,
 }
 
 impl<'a> Claims<'a> {
-    pub(super) fn new(world: &'a World) -> Self {
-        let cluster = world.services.values().flat_map(|service| service.addresses.iter().copied());
-        let pods = world.pods.values().filter(|pod| pod.takes_part() && !pod.host_network);
-        let taken = cluster.chain(pods.flat_map(|pod| pod.addresses.iter().copied())).collect();
-        let mut claims = Self { owners: BTreeMap::new(), taken };
-        let mut services: Vec<&Service> = world.services.values().map(|service| &**service).collect();
+    pub(super) fn new(world: &'a World, index: &'a Index) -> Self {
+        let mut claims = Self { owners: BTreeMap::new(), index };
+        let external = index.external().iter().filter_map(|service| world.services.get(service));
+        let mut services: Vec<&Service> = external.map(|service| &**service).collect();
         services.sort_by_key(|service| age(&service.meta));
         for service in services {
-            for ip in service.external.iter().filter(|ip| claims.grants(service, **ip)).copied().collect::<Vec<_>>() {
+            for ip in claims.granted(service) {
                 let ports = service.names.ports.iter();
                 claims.owners.extend(ports.map(|port| ((ip, port.transport, port.number), &service.meta)));
             }
         }
         claims
+    }
+
+    /// The external addresses that a service has.
+    pub(super) fn granted(&self, service: &Service) -> Vec<IpAddr> {
+        service.external.iter().filter(|ip| self.grants(service, **ip)).copied().collect()
     }
 
     /// Whether the service has `ip` with all its ports, also those that are not TCP: NetworkPolicies let datagrams out to
@@ -59,7 +61,7 @@ impl<'a> Claims<'a> {
             let owner = self.owners.get(&(ip, port.transport, port.number));
             owner.is_none_or(|owner| owner.path() == service.meta.path())
         };
-        !self.taken.contains(&ip) && service.names.ports.iter().all(owns)
+        !self.index.is_inside(&ip) && service.names.ports.iter().all(owns)
     }
 
     /// What to tell about addresses that the service does not get.
@@ -86,8 +88,7 @@ pub(super) fn translate(
     settings: &Settings,
 ) -> Resource {
     let hostname = settings.hostname(&service.meta);
-    let external = service.external.iter().filter(|ip| claims.grants(service, **ip));
-    let addresses: Vec<IpAddr> = service.addresses.iter().chain(external).copied().collect();
+    let addresses: Vec<IpAddr> = service.addresses.iter().copied().chain(claims.granted(service)).collect();
     let message = workload::Service {
         name: service.meta.name.clone(),
         namespace: service.meta.namespace.clone(),

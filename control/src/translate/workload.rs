@@ -3,8 +3,7 @@
 //!
 //! Empty and default fields are left out the way Istio does it, so that its proxies read them alike.
 
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::net::IpAddr;
 
 use prost::Message;
 use tulle_proto::names;
@@ -41,53 +40,20 @@ pub(super) struct Facts {
     locality: Option<workload::Locality>,
 }
 
+/// Gathers them.
 pub(super) fn facts(pod: &Pod, policies: Policies, endpoints: &Endpoints, world: &World, settings: &Settings) -> Facts {
     Facts {
         policies,
         services: endpoints.of_pod(pod),
-        hints: endpoints.hints_of(pod).map(hints).unwrap_or_default(),
+        hints: hints(&endpoints.hints_of(pod)),
         hbone: enrol::speaks_hbone(pod, world, settings),
         egress: egress(pod, world, settings),
         locality: locality(world, &pod.node),
     }
 }
 
-/// The workloads of one translation, for the next, by the address of the pod: one that would be made of the same pod and
-/// facts is the same.
-#[derive(Debug, Default)]
-pub struct Memory(HashMap<usize, Remembered>);
-
-/// The pod is kept, so that no other can have its address.
-#[derive(Debug)]
-struct Remembered {
-    _pod: Arc<Pod>,
-    facts: Facts,
-    resource: Arc<Resource>,
-}
-
-impl Memory {
-    /// The workload of a pod, by what `before` remembers or made anew.
-    pub(super) fn take_over(
-        &mut self,
-        before: &mut Self,
-        pod: &Arc<Pod>,
-        facts: Facts,
-        settings: &Settings,
-    ) -> Arc<Resource> {
-        let known = before.0.remove(&Arc::as_ptr(pod).addr()).filter(|known| known.facts == facts);
-        let known = known.unwrap_or_else(|| Remembered {
-            _pod: Arc::clone(pod),
-            resource: Arc::new(translate(pod, &facts, settings)),
-            facts,
-        });
-        let resource = Arc::clone(&known.resource);
-        self.0.insert(Arc::as_ptr(pod).addr(), known);
-        resource
-    }
-}
-
 /// The resource of one pod.
-fn translate(pod: &Pod, facts: &Facts, settings: &Settings) -> Resource {
+pub(super) fn translate(pod: &Pod, facts: &Facts, settings: &Settings) -> Resource {
     let meta = &pod.meta;
     let uid = settings.pod_uid(meta);
     let healthy = pod.ready && !meta.deleting;
@@ -169,7 +135,8 @@ fn extension(info: &WorkloadInfo) -> Vec<workload::Extension> {
     }]
 }
 
-fn locality(world: &World, node: &str) -> Option<workload::Locality> {
+/// Where a node is, as far as its labels say.
+pub(super) fn locality(world: &World, node: &str) -> Option<workload::Locality> {
     let labels = &world.nodes.get(node)?.meta.labels;
     let label = |key: &str| labels.get(key).cloned().unwrap_or_default();
     let locality = workload::Locality {
@@ -185,37 +152,26 @@ fn resource(uid: String, message: workload::Workload, aliases: Vec<String>) -> R
     Resource::new(Kind::Address, uid, &address, aliases)
 }
 
-/// Endpoints that are no pods: plain workloads named by slice and address.
-pub(super) fn outsiders(endpoints: &Endpoints, settings: &Settings) -> Vec<Resource> {
-    endpoints
-        .outsiders()
-        .map(|(ip, outsider)| {
-            let (namespace, slice) = &outsider.slice;
-            let uid = format!("{}/discovery.k8s.io/EndpointSlice/{namespace}/{slice}/{ip}", settings.cluster_id);
-            let message = workload::Workload {
-                uid: uid.clone(),
-                name: slice.clone(),
-                namespace: namespace.clone(),
-                addresses: vec![octets(ip).into()],
-                node: outsider.node.clone(),
-                locality: (!outsider.zone.is_empty())
-                    .then(|| workload::Locality { zone: outsider.zone.clone(), ..workload::Locality::default() }),
-                cluster_id: settings.cluster_id.clone(),
-                workload_type: workload::WorkloadType::Pod.into(),
-                extensions: extension(&info(outsider)),
-                services: outsider
-                    .services
-                    .iter()
-                    .map(|(name, ports)| {
-                        let ports = ports.clone();
-                        (name.clone(), workload::PortList { ports })
-                    })
-                    .collect(),
-                ..workload::Workload::default()
-            };
-            resource(uid, message, vec![format!("/{ip}")])
-        })
-        .collect()
+/// An endpoint that is no pod: a plain workload named by slice and address.
+pub(super) fn outsider(ip: &IpAddr, outsider: &Outsider, settings: &Settings) -> Resource {
+    let (namespace, slice) = &outsider.slice;
+    let uid = format!("{}/discovery.k8s.io/EndpointSlice/{namespace}/{slice}/{ip}", settings.cluster_id);
+    let port_list = |ports: &Vec<workload::Port>| workload::PortList { ports: ports.clone() };
+    let message = workload::Workload {
+        uid: uid.clone(),
+        name: slice.clone(),
+        namespace: namespace.clone(),
+        addresses: vec![octets(ip).into()],
+        node: outsider.node.clone(),
+        locality: (!outsider.zone.is_empty())
+            .then(|| workload::Locality { zone: outsider.zone.clone(), ..workload::Locality::default() }),
+        cluster_id: settings.cluster_id.clone(),
+        workload_type: workload::WorkloadType::Pod.into(),
+        extensions: extension(&info(outsider)),
+        services: outsider.services.iter().map(|(name, ports)| (name.clone(), port_list(ports))).collect(),
+        ..workload::Workload::default()
+    };
+    resource(uid, message, vec![format!("/{ip}")])
 }
 
 fn info(outsider: &Outsider) -> WorkloadInfo {

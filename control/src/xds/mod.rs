@@ -10,7 +10,7 @@ pub mod session;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::resource::{Changes, Kind, Resource, ResourceSet};
+use crate::resource::{Changes, Kind, ResourceSet};
 
 /// What all sessions share: a generation and its resources.
 #[derive(Debug, Clone, Default)]
@@ -25,8 +25,7 @@ pub struct Published {
 
 impl Published {
     /// The next generation.
-    pub fn next(&self, resources: Vec<Arc<Resource>>) -> Self {
-        let set = ResourceSet::new(resources, &self.set);
+    pub fn next(&self, set: ResourceSet) -> Self {
         let step = Kind::ALL.into_iter().map(|kind| (kind, set.changes_since(&self.set, kind))).collect();
         Self { generation: self.generation + 1, set: Arc::new(set), step: Arc::new(step) }
     }

@@ -36,8 +36,6 @@ use crate::xds::session::{Abilities, Session};
 
 /// Responses waiting for the network, per stream. One batch is rarely more; beyond it the session waits.
 const OUTGOING: usize = 4;
-/// Own types that this version serves, by URL; more come with their features.
-const SERVED_TULLE_TYPES: &str = names::TYPE_NETWORK_POLICY;
 
 /// What is known of a node's stream, for people and for the lab.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -161,7 +159,7 @@ impl AggregatedDiscoveryService for Server {
         });
         let stream: Responses = Box::pin(ReceiverStream::new(responses));
         let mut response = Response::new(stream);
-        response.metadata_mut().insert(names::HEADER_TULLE_TYPES, MetadataValue::from_static(SERVED_TULLE_TYPES));
+        response.metadata_mut().insert(names::HEADER_TULLE_TYPES, served_types()?);
         Ok(response)
     }
 }
@@ -258,6 +256,12 @@ fn identify(caller: &authn::Caller, node: Option<&Node>) -> Result<(String, Stri
     }
     let version = metadata(node, names::METADATA_TULLE_VERSION).unwrap_or_default();
     Ok((name.to_owned(), version.chars().take(64).collect()))
+}
+
+/// Own types that this version serves, by URL, as the header lists them.
+fn served_types() -> Result<MetadataValue<tonic::metadata::Ascii>, Status> {
+    let urls: Vec<&str> = Kind::OWN.iter().map(|kind| kind.type_url()).collect();
+    MetadataValue::try_from(urls.join(",")).map_err(|error| Status::internal(error.to_string()))
 }
 
 /// The own types that the proxy will subscribe to.

@@ -74,8 +74,10 @@ impl Abilities {
 #[derive(Debug)]
 struct Subscription {
     wildcard: bool,
-    /// On-demand names with the version that was sent; empty version: told that it does not exist.
-    names: BTreeMap<String, Arc<str>>,
+    /// On-demand names.
+    names: BTreeSet<String>,
+    /// What was sent because of them, with its version.
+    told: BTreeMap<Arc<str>, Arc<str>>,
     /// Names that must be answered even if nothing changed.
     asked: BTreeSet<String>,
     /// What the node has, for a wildcard: versions it brought along, until the first batch; then the set it was sent.
@@ -200,7 +202,8 @@ impl Subscription {
         let wildcard = (subscribed.is_empty() || star(subscribed)) && !star(&request.resource_names_unsubscribe);
         let mut this = Self {
             wildcard,
-            names: BTreeMap::new(),
+            names: BTreeSet::new(),
+            told: BTreeMap::new(),
             asked: BTreeSet::new(),
             initial: Some(request.initial_resource_versions.clone()),
             sent: Arc::default(),
@@ -209,11 +212,13 @@ impl Subscription {
             nacks: Vec::new(),
         };
         if !wildcard {
-            // On demand, what the node already has is what it goes on asking for.
-            for (name, version) in &request.initial_resource_versions {
-                this.names.insert(name.clone(), Arc::from(version.as_str()));
-            }
+            let had = &request.initial_resource_versions;
+            this.told = had.iter().map(|(name, version)| (name.as_str().into(), version.as_str().into())).collect();
             this.change(request);
+            // Who says nothing else (Istio's ztunnel) goes on asking for what it has.
+            if this.names.is_empty() {
+                this.names.extend(had.keys().cloned());
+            }
         }
         this
     }
@@ -228,7 +233,7 @@ impl Subscription {
                     self.initial = Some(BTreeMap::new());
                 }
             } else if !self.wildcard {
-                self.names.entry(name.clone()).or_default();
+                self.names.insert(name.clone());
                 self.asked.insert(name.clone());
             }
         }
@@ -259,7 +264,9 @@ impl Subscription {
             changes
         } else {
             self.initial = None;
-            self.on_demand(kind, set)
+            let changes = self.on_demand(kind, set);
+            self.sent = Arc::clone(set);
+            changes
         };
         // A policy that became a dry run must not stay in force as it was.
         let hidden = changes.changed.extract_if(.., |_, resource| !abilities.is_for(resource.audience));
@@ -267,26 +274,50 @@ impl Subscription {
         changes
     }
 
-    fn on_demand(&mut self, kind: Kind, set: &ResourceSet) -> Changes {
+    /// What the names mean now, against what was told of them. A Service brings its endpoints, as with istiod.
+    fn on_demand(&mut self, kind: Kind, set: &Arc<ResourceSet>) -> Changes {
+        if Arc::ptr_eq(set, &self.sent) && self.asked.is_empty() {
+            return Changes::default();
+        }
         let mut changes = Changes::default();
-        for (name, version) in &mut self.names {
+        let mut wanted: BTreeMap<&Arc<str>, &Arc<Resource>> = BTreeMap::new();
+        let mut asked_for: BTreeSet<&Arc<str>> = BTreeSet::new();
+        for name in &self.names {
             let asked = self.asked.contains(name);
-            match set.find(kind, name) {
-                Some(resource) if asked || *version != resource.version => {
-                    *version = Arc::clone(&resource.version);
-                    changes.changed.insert(Arc::clone(&resource.name), Arc::clone(resource));
+            let found = set.find(kind, name);
+            let collection = found.map_or(name.as_str(), |resource| &resource.name);
+            let members = set.members(kind, collection);
+            if found.is_none() && asked && !is_collection(name) {
+                changes.removed.insert(Arc::from(name.as_str()));
+            }
+            for resource in found.into_iter().chain(members) {
+                wanted.insert(&resource.name, resource);
+                if asked {
+                    asked_for.insert(&resource.name);
                 }
-                Some(_) => {}
-                None if asked || !version.is_empty() => {
-                    *version = Arc::default();
-                    changes.removed.insert(Arc::from(name.as_str()));
-                }
-                None => {}
             }
         }
+        for (name, resource) in &wanted {
+            let known = self.told.get(*name) == Some(&resource.version);
+            if !known || asked_for.contains(*name) {
+                changes.changed.insert(Arc::clone(name), Arc::clone(resource));
+            }
+        }
+        changes.removed.extend(self.told.keys().filter(|name| !wanted.contains_key(*name)).cloned());
+        // The names that stand for many are answered too, so that nobody waits: they are no resources.
+        changes
+            .removed
+            .extend(self.asked.iter().filter(|name| is_collection(name)).map(|name| Arc::from(name.as_str())));
+        self.told =
+            wanted.into_iter().map(|(name, resource)| (Arc::clone(name), Arc::clone(&resource.version))).collect();
         self.asked.clear();
         changes
     }
+}
+
+/// Whether a name stands for all workloads of a node or of a group of NetworkPolicies.
+fn is_collection(name: &str) -> bool {
+    name.starts_with(names::ALL_OF_NODE) || name.starts_with(names::ALL_OF_GROUP)
 }
 
 fn check_names(request: &DeltaDiscoveryRequest) -> Result<(), Violation> {

@@ -148,7 +148,7 @@ impl Answers {
     pub fn config_dump(&self) -> Value {
         let snapshot = self.shared.reader.load();
         json!({
-            "workloads": snapshot.workloads().map(|workload| workload_json(workload)).collect::<Vec<_>>(),
+            "workloads": snapshot.workloads().map(|workload| workload_json(&workload)).collect::<Vec<_>>(),
             "services": snapshot.services().map(|service| service_json(service)).collect::<Vec<_>>(),
             "policies": snapshot.policies().map(|policy| json!({
                 "name": &*policy.id,

@@ -5,6 +5,7 @@
 
 pub mod answers;
 mod explain;
+pub mod federation;
 pub mod handover;
 pub mod pods;
 pub mod resolver;
@@ -27,6 +28,7 @@ use tokio::time::{Instant, sleep};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, reload};
+use tulle_certs::Aliases;
 use tulle_proto::names;
 
 use crate::admin::{self, Page, Routes};
@@ -49,7 +51,7 @@ use crate::relay;
 use crate::state;
 use crate::telemetry::lines::{Lines, Writer};
 use crate::telemetry::metrics::Metrics;
-use crate::tls::{Aliases, Trust};
+use crate::tls::{Federated, Trust};
 use crate::xds;
 
 /// How often something is looked at that has no signal.
@@ -102,10 +104,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     let mut registry = Registry::default();
     let metrics = Arc::new(Metrics::new(&mut registry));
     let (writer, reader) = state::store();
-    let trust = Trust {
-        aliases: Aliases::new(config.trust_domain_aliases.iter().cloned()),
-        revoked: revocation::load(config.crl_path.as_deref())?,
-    };
+    let trust = trust(&config, &reader)?;
     let identities = identity::identities(control(&config, true), config.secret_ttl, trust.clone());
     let shared = Shared {
         reader: reader.clone(),
@@ -152,6 +151,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     }
     tokio::spawn(identities.run(reached(stopping.clone(), Phase::Forced)));
     tokio::spawn(xds::run(xds_config(&config), writer, monitor, reached(stopping.clone(), Phase::Forced)));
+    tokio::spawn(federation::watch(reader.clone(), trust.federated));
     tokio::spawn(watch_node_addresses(reader.clone()));
     let counted = pods.clone();
     tokio::spawn(memory::give_back_after_peaks(move || {
@@ -195,6 +195,14 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     // Let the last records reach the log.
     sleep(Duration::from_millis(50)).await;
     Ok(())
+}
+
+/// Whom this node believes from the start; the roots of other trust domains follow from control.
+fn trust(config: &Node, reader: &state::Reader) -> anyhow::Result<Trust> {
+    let aliases = Aliases::new(config.trust_domain_aliases.iter().cloned());
+    reader.set_aliases(aliases.clone());
+    let revoked = revocation::load(config.crl_path.as_deref())?;
+    Ok(Trust { aliases, revoked, federated: Federated::default() })
 }
 
 /// Answers control's questions while this process is the one that serves.
@@ -359,9 +367,11 @@ fn xds_config(config: &Node) -> xds::Config {
         .map(|(key, value)| (key, value.as_str().map_or_else(|| value.to_string(), str::to_owned)))
         .collect();
     metadata.insert(names::METADATA_TULLE_VERSION.to_owned(), VERSION.to_owned());
+    let mut types = vec![names::TYPE_TRUST_BUNDLE];
     if config.network_policy == Switch::On {
-        metadata.insert(names::METADATA_TULLE_TYPES.to_owned(), names::TYPE_NETWORK_POLICY.to_owned());
+        types.push(names::TYPE_NETWORK_POLICY);
     }
+    metadata.insert(names::METADATA_TULLE_TYPES.to_owned(), types.join(","));
     xds::Config {
         control: control(config, false),
         node_name: config.node_name.clone(),
@@ -370,7 +380,7 @@ fn xds_config(config: &Node) -> xds::Config {
         pod_namespace: config.pod_namespace.clone(),
         metadata,
         network_policy: config.network_policy == Switch::On,
-        on_demand: false,
+        on_demand: config.xds_on_demand,
     }
 }
 

@@ -2,49 +2,43 @@
 //!
 //! One task reads the list and the snapshot and says what is wanted; one task a pod brings it about and reports the
 //! actual state. A pod is `Captured` only when its rules were proven by probing, and `Failed` says why and is tried again.
-//! On release the redirect goes first; port 15008 stays open for [`LINGER`], because peers learn of it later than we, and
+//! On release the redirect goes first; port 15008 stays open for a while, because peers learn of it later than we, and
 //! connections that are under way go on to their own end.
 
+mod rules;
+mod serving;
+mod task;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
-use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
 use crate::app::handover::Open;
 use crate::app::handover::successor::Taken;
-use crate::app::resolver::{GivenNames, Names, NamesEnd};
+use crate::app::pods::task::PodTask;
+use crate::app::resolver::Names;
 use crate::app::wanted::{Filters, Wanted, identity, wanted};
-use crate::app::worker::{Listeners, Worker, serve_pod};
-use crate::base::budget::Budget;
-use crate::base::drain::{Drain, Drained, Phase, drain};
-use crate::base::netns::{Netns, NetnsThread, local_addresses, run_blocking};
-use crate::base::sockets::{Options, PodSockets};
+use crate::app::worker::Worker;
+use crate::base::drain::{Drain, Drained};
+use crate::base::netns::{Netns, NetnsThread};
+use crate::base::sockets::Options;
 use crate::base::workers::Workers;
 use crate::capture::pods::{Pod, Source, watch_directory};
-use crate::capture::rules::{Rules, fingerprint, rules_are_broken};
-use crate::capture::{self, preexisting, probe};
+use crate::capture::preexisting;
 use crate::config::Preexisting;
-use crate::flow::{Gate, Limits, LocalPod, Shared, describes};
-use crate::policy::datagrams::Filter;
+use crate::flow::{Limits, LocalPod, Shared, describes};
 use crate::state::{Snapshot, Workload};
 
-/// How long port 15008 stays open after release.
-const LINGER: Duration = Duration::from_secs(30);
-/// How often a released pod is looked at, whether anything still flows.
-const LINGER_LOOK: Duration = Duration::from_secs(1);
 /// Captures at a time: each runs `nft` and takes some tens of milliseconds of a core.
 const AT_ONCE: usize = 8;
 /// How often the list's file is looked at, besides notifications.
 const LOOK: Duration = Duration::from_millis(250);
-/// Pause after a failed capture, growing.
-const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
 /// What pods are started with.
 pub struct Environment {
@@ -244,454 +238,10 @@ impl Pods {
         environment.shared.identities.want(&identities);
     }
 }
-
-fn filter_fingerprint(filter: Option<&Filter>) -> u64 {
-    fingerprint(&filter.map_or_else(String::new, capture::datagrams::render))
-}
-
 /// Control's description of `pod`.
 fn described<'a>(pod: &'a Pod, snapshot: &'a Snapshot, environment: &Environment) -> Option<&'a Arc<Workload>> {
     let cluster = environment.shared.cluster.clone();
     snapshot
         .workloads_by_pod(&pod.namespace, &pod.name)
         .find(|workload| describes(workload, &pod.uid, &pod.service_account, &cluster))
-}
-
-/// Brings one pod to what is wanted.
-struct PodTask {
-    environment: Arc<Environment>,
-    board: Board,
-    pod: Pod,
-    /// `None`: the pod is gone.
-    desired: watch::Receiver<Option<Wanted>>,
-    slots: Arc<Semaphore>,
-    stop: Arc<Drain>,
-    home: usize,
-    /// An earlier serving that still carries connections: `Draining` says that the pod is captured again, being dropped
-    /// that it is gone.
-    lingering: Option<Drain>,
-    /// The task that had the pod before its entry changed; nothing is touched before it has ended.
-    predecessor: Option<JoinHandle<()>>,
-    /// What is installed. Held while it changes, so that a late release cannot take away what a new capture brought.
-    rules: Arc<tokio::sync::Mutex<Option<Rules>>>,
-    /// The filter that is installed. `None`: not known.
-    datagrams: tokio::sync::Mutex<Option<Option<Arc<Filter>>>>,
-    /// Rules that an earlier proxy left behind were looked for.
-    cleaned: bool,
-}
-
-/// A pod that is being served.
-struct Serving {
-    netns: Netns,
-    local: Arc<LocalPod>,
-    captured: Drain,
-    tunnels: Drain,
-    flows: Drain,
-    names: Drain,
-    open: Vec<Open>,
-    /// What the process before this one said of the pod: connections from before capture, and fingerprints.
-    inherited: Option<Inherited>,
-}
-
-struct Inherited {
-    old: BTreeSet<preexisting::Pair>,
-    rules: Option<u64>,
-    datagrams: Option<u64>,
-}
-
-impl PodTask {
-    async fn run(mut self) {
-        if let Some(predecessor) = self.predecessor.take() {
-            let _ = predecessor.await;
-        }
-        self.post(|_| {});
-        let mut pause = RETRY.0;
-        let mut serving: Option<Serving> = None;
-        let taken = self.environment.taken.clone();
-        let mut more = taken.more();
-        loop {
-            let desired = self.desired.borrow_and_update().clone();
-            let Some(wanted) = desired else { break };
-            let done = match (serving.take(), wanted.capture) {
-                (None, true) => match self.start(&wanted).await {
-                    Ok(started) => {
-                        // Only now are the connections from before known, which may have to end.
-                        let adjusted = self.adjust(&started, &wanted).await;
-                        serving = Some(started);
-                        adjusted
-                    }
-                    Err(reason) => Err(reason),
-                },
-                (Some(released), false) => self.release(released).await,
-                (Some(mut running), true) => {
-                    self.serve_more(&mut running).await;
-                    let adjusted = self.adjust(&running, &wanted).await;
-                    serving = Some(running);
-                    adjusted
-                }
-                (None, false) => self.stay_out(&wanted).await,
-            };
-            let again = match done {
-                Ok(()) => {
-                    pause = RETRY.0;
-                    None
-                }
-                Err(reason) => {
-                    tracing::warn!(pod = %self.name(), %reason, "capture failed; trying again");
-                    self.state("Failed", reason);
-                    pause = (pause * 2).min(RETRY.1);
-                    Some(pause)
-                }
-            };
-            let draining = self.draining();
-            let cleans_later = serving.is_none() && !self.cleaned && !taken.is_alone();
-            tokio::select! {
-                changed = self.desired.changed() => if changed.is_err() { break },
-                // Sockets of this pod that the process before this one opened after all.
-                _ = more.changed(), if serving.is_some() => {}
-                () = taken.alone(), if cleans_later => {}
-                () = sleep(again.unwrap_or_default()), if again.is_some() => {}
-                () = draining => break,
-            }
-        }
-        self.finish(serving).await;
-    }
-
-    /// Not captured: makes sure that no rules are left from another time.
-    async fn stay_out(&mut self, wanted: &Wanted) -> Result<(), String> {
-        if !wanted.known {
-            // Rules that are there stay: better no traffic than traffic past the mesh.
-            self.state("Uncaptured", "control has not said yet whether the pod is in the mesh".into());
-            return Ok(());
-        }
-        // Rules that a draining process still needs for its connections stay, too.
-        if !self.cleaned && self.lingering.is_none() && self.environment.taken.is_alone() {
-            let _slot = self.slots.acquire().await.map_err(|error| error.to_string())?;
-            if let Ok(netns) = Netns::open(&self.pod.netns)
-                && capture::installed(&netns).await.is_ok()
-            {
-                capture::remove(&netns).await.map_err(|error| format!("rules of an earlier capture stay: {error}"))?;
-            }
-            self.cleaned = true;
-        }
-        self.state("Uncaptured", String::new());
-        Ok(())
-    }
-
-    fn name(&self) -> String {
-        format!("{}/{}", self.pod.namespace, self.pod.name)
-    }
-
-    fn draining(&self) -> impl Future<Output = ()> + use<> {
-        let stop = self.stop.watch();
-        async move { stop.draining().await }
-    }
-
-    fn post(&self, change: impl FnOnce(&mut Entry)) {
-        let mut board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
-        let entry = board.entry(self.pod.uid.clone()).or_insert_with(|| Entry {
-            pod: self.pod.clone(),
-            state: "Uncaptured",
-            reason: String::new(),
-            old: BTreeSet::new(),
-            netns: None,
-            local: None,
-            open: Vec::new(),
-            rules: None,
-            datagrams: None,
-        });
-        change(entry);
-    }
-
-    fn state(&self, state: &'static str, reason: String) {
-        self.post(|entry| {
-            entry.state = state;
-            entry.reason = reason;
-        });
-    }
-
-    /// Listeners, rules, proof; in this order, so that nothing is redirected to nowhere.
-    async fn start(&mut self, wanted: &Wanted) -> Result<Serving, String> {
-        self.state("Pending", "installing".into());
-        if let Some(lingering) = &self.lingering {
-            lingering.advance(Phase::Draining);
-        }
-        let _slot = self.slots.acquire().await.map_err(|error| error.to_string())?;
-        let netns = Netns::open(&self.pod.netns)
-            .map_err(|error| format!("cannot open the network namespace {}: {error}", self.pod.netns.display()))?;
-        self.check_owner(&netns).await?;
-        self.cleaned = false;
-        let serving = self.listen(netns).await?;
-        let inherited = serving.inherited.as_ref();
-        let mut rules = self.rules(wanted, inherited.map_or(&BTreeSet::new(), |it| &it.old));
-        if wanted.tcp_only.is_none() {
-            // Control has not said; what an earlier proxy installed stays until it does.
-            rules.tcp_only =
-                capture::installed(&serving.netns).await.is_ok_and(|table| table.contains("filter_output"));
-        }
-        self.inherit(inherited, &rules, wanted.datagrams.as_ref()).await;
-        self.install(&serving.netns, rules).await?;
-        self.filter(&serving.netns, wanted.datagrams.clone()).await?;
-        // A sabotaged build skips the proof, which would find the sabotage out.
-        let proven = if rules_are_broken() { Ok(()) } else { probe::verify(&serving.netns, &self.pod.ips).await };
-        if let Err(reason) = proven {
-            end(&serving);
-            return Err(reason);
-        }
-        let old = match inherited {
-            // The tunnels of the process before this one would look like strangers.
-            Some(inherited) => inherited.old.clone(),
-            None => preexisting::list(&serving.netns).await.map_err(|error| error.to_string())?,
-        };
-        tracing::info!(pod = %self.name(), preexisting = old.len(), "captured");
-        self.post(|entry| {
-            entry.state = "Captured";
-            entry.reason = String::new();
-            entry.old = old;
-        });
-        Ok(serving)
-    }
-
-    /// What the process before this one installed is not installed again.
-    async fn inherit(&self, inherited: Option<&Inherited>, rules: &Rules, wanted: Option<&Option<Arc<Filter>>>) {
-        let Some(inherited) = inherited else { return };
-        if inherited.rules == Some(fingerprint(&rules.render())) {
-            *self.rules.lock().await = Some(rules.clone());
-        }
-        if let Some(wanted) = wanted.filter(|wanted| inherited.datagrams == Some(filter_fingerprint(wanted.as_deref())))
-        {
-            *self.datagrams.lock().await = Some(wanted.clone());
-        }
-        self.post(|entry| (entry.rules, entry.datagrams) = (inherited.rules, inherited.datagrams));
-    }
-
-    /// Serves sockets of this pod that came late, besides its own: clients may stand in their queues.
-    async fn serve_more(&self, serving: &mut Serving) {
-        while let Some(claim) = self.environment.taken.claim(&self.pod.uid, serving.netns.id()) {
-            let (listeners, names) = (claim.listeners, Some(claim.names));
-            match self
-                .serve(&serving.local, listeners, names, [&serving.captured, &serving.tunnels, &serving.names])
-                .await
-            {
-                Ok(open) => serving.open.push(open),
-                Err(reason) => tracing::warn!(pod = %self.name(), %reason, "late sockets are not served"),
-            }
-        }
-        self.post(|entry| entry.open.clone_from(&serving.open));
-    }
-
-    /// A path may lead to another pod's namespace by now; its traffic must not get this pod's identity.
-    async fn check_owner(&self, netns: &Netns) -> Result<(), String> {
-        let has = run_blocking(netns, local_addresses).await.map_err(|error| error.to_string())?;
-        match self.pod.ips.iter().find(|ip| !has.contains(ip)) {
-            None => Ok(()),
-            Some(ip) => Err(format!(
-                "the network namespace {} does not own the pod's address {ip}; is it another pod's?",
-                self.pod.netns.display()
-            )),
-        }
-    }
-
-    async fn listen(&self, netns: Netns) -> Result<Serving, String> {
-        let env = &self.environment;
-        let sockets = Arc::new(PodSockets::new(netns.clone(), env.netns.clone(), env.options.clone()));
-        let claim = env.taken.claim(&self.pod.uid, netns.id());
-        let (listeners, names, inherited) = match claim {
-            Some(claim) => {
-                let adopt =
-                    |one| sockets.adopt(one).map_err(|error| format!("a listener cannot be taken over: {error}"));
-                let Listeners { outbound, plaintext, hbone } = &claim.listeners;
-                [outbound, plaintext, hbone].into_iter().try_for_each(adopt)?;
-                let inherited = Inherited { old: claim.old, rules: claim.rules, datagrams: claim.datagrams };
-                (claim.listeners, Some(claim.names), Some(inherited))
-            }
-            None => {
-                let port = async |port: u16| {
-                    let failed = |error| format!("cannot listen on port {port} in the pod: {error}");
-                    sockets.listen(port).await.map_err(failed)
-                };
-                let (outbound, plaintext) = (port(PORT_OUTBOUND).await?, port(PORT_INBOUND_PLAINTEXT).await?);
-                (Listeners { outbound, plaintext, hbone: port(PORT_HBONE).await? }, None, None)
-            }
-        };
-        let [captured, tunnels, names_end] = [(); 3].map(|()| drain().0);
-        let (flows, flows_watch) = drain();
-        let local = Arc::new(LocalPod {
-            uid: self.pod.uid.as_str().into(),
-            name: self.pod.name.as_str().into(),
-            namespace: self.pod.namespace.as_str().into(),
-            addresses: self.pod.ips.clone(),
-            sockets,
-            drained: flows_watch,
-            limits: env.limits,
-            inbound: Arc::default(),
-            outbound: Arc::default(),
-            questions: Arc::default(),
-            gate: Gate::new(env.limits.gate),
-            buffers: Budget::new(env.limits.buffer),
-            service_account: self.pod.service_account.as_str().into(),
-            cluster: env.shared.cluster.clone(),
-            refused: AtomicU64::new(0),
-            bound: Mutex::default(),
-        });
-        let open = self.serve(&local, listeners, names, [&captured, &tunnels, &names_end]).await?;
-        // From here on a successor can have them.
-        self.post(|entry| {
-            entry.netns = Some(netns.clone());
-            entry.local = Some(local.clone());
-            entry.open = vec![open.clone()];
-        });
-        Ok(Serving { netns, local, captured, tunnels, flows, names: names_end, open: vec![open], inherited })
-    }
-
-    /// Serves the pod at `listeners`, and its names; `ends` are those of redirected connections, tunnels and datagrams.
-    async fn serve(
-        &self,
-        local: &Arc<LocalPod>,
-        listeners: Listeners,
-        names: Option<GivenNames>,
-        ends: [&Drain; 3],
-    ) -> Result<Open, String> {
-        let env = &self.environment;
-        let [captured, tunnels, datagrams] = ends.map(Drain::watch);
-        let served = serve_pod(&env.workers, self.home, &env.shared, local, listeners, &captured, &tunnels);
-        let mut sockets = served.map_err(|error| error.to_string())?.to_vec();
-        if let Some(resolver) = &env.names {
-            let ends = NamesEnd { streams: &captured, datagrams: &datagrams };
-            sockets.extend(resolver.serve(env, self.home, &self.pod, local, names, ends).await?);
-        }
-        Ok(Open::new(sockets))
-    }
-
-    fn rules(&self, wanted: &Wanted, old: &BTreeSet<preexisting::Pair>) -> Rules {
-        Rules {
-            v6: self.pod.ips.iter().any(IpAddr::is_ipv6),
-            probe_ports: self.pod.probe_ports.clone(),
-            reset: if wanted.reset { old.iter().copied().collect() } else { Vec::new() },
-            dns: self.environment.names.as_ref().map(Names::port),
-            tcp_only: wanted.tcp_only.unwrap_or(false),
-            released: false,
-        }
-    }
-
-    async fn install(&self, netns: &Netns, rules: Rules) -> Result<(), String> {
-        let mut installed = self.rules.lock().await;
-        if installed.as_ref() == Some(&rules) {
-            return Ok(());
-        }
-        *installed = None;
-        self.post(|entry| entry.rules = None);
-        capture::apply(netns, rules.clone()).await.map_err(|error| error.to_string())?;
-        self.post(|entry| entry.rules = Some(fingerprint(&rules.render())));
-        *installed = Some(rules);
-        Ok(())
-    }
-
-    /// Brings the filter of UDP and SCTP up to date. What an earlier proxy left stays until control has said.
-    async fn filter(&self, netns: &Netns, wanted: Option<Option<Arc<Filter>>>) -> Result<(), String> {
-        let Some(wanted) = wanted else { return Ok(()) };
-        let mut installed = self.datagrams.lock().await;
-        if installed.as_ref() != Some(&wanted) {
-            *installed = None;
-            self.post(|entry| entry.datagrams = None);
-            capture::datagrams::apply(netns, wanted.as_deref()).await.map_err(|error| error.to_string())?;
-            self.post(|entry| entry.datagrams = Some(filter_fingerprint(wanted.as_deref())));
-            *installed = Some(wanted);
-        }
-        Ok(())
-    }
-
-    /// Brings the rules of a served pod up to date.
-    async fn adjust(&self, serving: &Serving, wanted: &Wanted) -> Result<(), String> {
-        let mut old = BTreeSet::new();
-        self.post(|entry| old.clone_from(&entry.old));
-        let mut rules = self.rules(wanted, &old);
-        if wanted.tcp_only.is_none() {
-            rules.tcp_only = self.rules.lock().await.as_ref().is_some_and(|installed| installed.tcp_only);
-        }
-        self.install(&serving.netns, rules).await?;
-        self.filter(&serving.netns, wanted.datagrams.clone()).await?;
-        self.state("Captured", String::new());
-        Ok(())
-    }
-
-    /// Back to plain networking. What flows goes on; tunnels that peers still open are served for a while.
-    async fn release(&mut self, serving: Serving) -> Result<(), String> {
-        let rules = Rules { released: true, v6: self.pod.ips.iter().any(IpAddr::is_ipv6), ..Rules::default() };
-        // A failure is told and tried again by `stay_out`, which finds the table.
-        let released = self.install(&serving.netns, rules).await;
-        let released = released.and(self.filter(&serving.netns, Some(None)).await);
-        serving.captured.advance(Phase::Draining);
-        tracing::info!(pod = %self.name(), "released");
-        let (again, watch) = drain();
-        let taken = self.environment.taken.clone();
-        tokio::spawn(linger(serving, watch, self.stop.watch(), self.rules.clone(), taken));
-        if released.is_ok() {
-            self.lingering = Some(again);
-            self.state("Uncaptured", String::new());
-        }
-        released
-    }
-
-    /// The pod is gone, or the proxy stops. The rules stay either way: a namespace that is still there although the pod
-    /// is not listed any more fails closed.
-    async fn finish(self, serving: Option<Serving>) {
-        let stop = self.stop.watch();
-        if !stop.is_draining() {
-            if let Some(serving) = serving {
-                end(&serving);
-                let pod = self.pod.uid.clone();
-                self.environment.workers.run_all(move |worker| worker.pool.forget(&pod));
-            }
-            self.board.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.pod.uid);
-            return;
-        }
-        if let Some(serving) = serving {
-            // A successor accepts from the very same sockets: what is in their queues is its own now.
-            let listeners = if self.environment.replaced.is_draining() { Phase::Forced } else { Phase::Draining };
-            serving.captured.advance(listeners);
-            serving.tunnels.advance(listeners);
-            if listeners == Phase::Forced {
-                serving.names.advance(listeners);
-            }
-            serving.flows.advance(Phase::Draining);
-            stop.forced().await;
-            end(&serving);
-        }
-    }
-}
-
-/// The last part of a release: until nothing flows any more, the pod is captured `again`, it is gone (then `again` is
-/// forced), or the proxy stops.
-async fn linger(
-    serving: Serving,
-    again: Drained,
-    stop: Drained,
-    rules: Arc<tokio::sync::Mutex<Option<Rules>>>,
-    taken: Arc<Taken>,
-) {
-    tokio::select! { () = sleep(LINGER) => {}, () = again.draining() => {}, () = stop.draining() => {} }
-    serving.tunnels.advance(Phase::Draining);
-    serving.flows.advance(Phase::Draining);
-    let live = || serving.local.inbound.load(Ordering::Relaxed) + serving.local.outbound.load(Ordering::Relaxed);
-    while live() > 0 {
-        tokio::select! { () = sleep(LINGER_LOOK) => {}, () = again.forced() => break, () = stop.forced() => break }
-    }
-    end(&serving);
-    // A process from before may still have connections of this pod, which need the rules.
-    tokio::select! { () = taken.alone() => {}, () = again.draining() => {}, () = stop.forced() => {} }
-    // Under the lock, so that a new capture is either seen here or installs after us.
-    let mut installed = rules.lock().await;
-    if !again.is_draining() && !stop.is_draining() {
-        *installed = None;
-        if let Err(error) = capture::remove(&serving.netns).await {
-            tracing::warn!(%error, "the rules of a released pod could not be removed");
-        }
-    }
-}
-
-fn end(serving: &Serving) {
-    for drain in [&serving.captured, &serving.tunnels, &serving.flows, &serving.names] {
-        drain.advance(Phase::Forced);
-    }
 }

@@ -46,8 +46,9 @@ pub async fn give_back_after_peaks(load: impl Fn() -> usize) {
     }
 }
 
+/// Gives free pages of all heaps back now.
 #[allow(unsafe_code)]
-fn give_back() {
+pub fn give_back() {
     #[cfg(target_env = "gnu")]
     // SAFETY: takes a number and touches only the allocator's own free memory, under its locks.
     unsafe {

@@ -89,12 +89,30 @@ impl PodDns {
             tracing::debug!(target: "dns", pod = %self.name(), text);
             return Step::Done(failure(message.as_ref(), bytes, (id, flags), SERVFAIL, EDE_OTHER, text));
         };
+        if let Some(name) = message.as_ref().and_then(|message| message.name.as_deref()) {
+            self.prefetch(name);
+        }
         let known = snapshot.synced().then(|| self.pod.workload(&snapshot)).flatten();
         let judged = known.is_some();
         let asked = Asked { bytes: bytes.to_vec(), message, upstream, stream, since: Instant::now(), labels, judged };
         match known.and_then(|workload| self.at_once(&snapshot, workload, &asked)) {
             Some(answer) => Step::Done(answer),
             None => Step::Later(Box::new(asked)),
+        }
+    }
+
+    /// Asks control for the Service of a name before the pod connects to it, where not everything is known. Without room
+    /// the connection asks.
+    fn prefetch(&self, name: &str) {
+        let demands = self.shared.reader.demands();
+        if !demands.enabled() {
+            return;
+        }
+        let below = name.strip_suffix(&*self.node.domain).and_then(|rest| rest.strip_suffix(".svc."));
+        let mut labels = below.unwrap_or_default().rsplit('.');
+        if let (Some(namespace), Some(service)) = (labels.next(), labels.next()) {
+            let key = format!("{namespace}/{service}.{namespace}.svc.{}", self.node.domain);
+            demands.want(&key, &self.pod.uid, Instant::now());
         }
     }
 

@@ -95,9 +95,9 @@ impl PodDns {
         let network = &*self.shared.network;
         let pod = snapshot.workload_by_ip(network, upstream.ip());
         let service = snapshot.service_at(network, upstream, &self.pod.namespace);
-        let mut behind = service.iter().flat_map(|service| &service.endpoints.all).map(|endpoint| &endpoint.workload);
-        let in_mesh = |workload: &crate::state::Workload| workload.protocol == Protocol::Hbone;
-        if pod.is_some_and(|workload| in_mesh(workload)) || behind.any(|workload| in_mesh(workload)) {
+        let mut behind = service.iter().flat_map(|service| &service.endpoints.all);
+        let in_mesh = pod.is_some_and(|workload| workload.protocol == Protocol::Hbone);
+        if in_mesh || behind.any(|endpoint| endpoint.protocol() == Protocol::Hbone) {
             return None;
         }
         let mut start = [0; 512];

@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use tulle_proto::names::EXTERNAL_NAME_PREFIX;
 
-use crate::state::{Endpoint, Port, Service, Snapshot, Transport, Workload};
+use crate::state::{Port, Record, Service, Snapshot, Transport};
 
 /// Who asks.
 #[derive(Clone, Copy, Debug)]
@@ -176,15 +176,14 @@ impl Zone<'_> {
     }
 
     /// Endpoints that may be dialled, once for each address.
-    fn endpoints<'s>(&'s self, service: &'s Service) -> impl Iterator<Item = (&'s Endpoint, IpAddr)> {
-        let usable = service
-            .endpoints
-            .all
-            .iter()
-            .filter(|endpoint| endpoint.admitted && *endpoint.workload.network == *self.client.network);
+    fn endpoints<'s>(&'s self, service: &'s Service) -> impl Iterator<Item = (&'s Record, IpAddr)> {
+        let usable =
+            service.endpoints.all.iter().filter(|endpoint| {
+                service.endpoints.admits(endpoint) && *endpoint.place().network == *self.client.network
+            });
         usable.flat_map(|endpoint| {
-            let addresses = endpoint.workload.addresses.iter().copied();
-            addresses.filter(|ip| service.ip_families.allow(*ip)).map(move |ip| (endpoint, ip))
+            let addresses = endpoint.addresses().filter(|ip| service.ip_families.allow(*ip));
+            addresses.map(move |ip| (&**endpoint, ip))
         })
     }
 
@@ -200,7 +199,7 @@ impl Zone<'_> {
         }
         let named: Vec<IpAddr> = self
             .endpoints(service)
-            .filter(|(found, ip)| endpoint_name(service, &found.workload, *ip) == endpoint)
+            .filter(|(found, ip)| endpoint_name(service, found, *ip) == endpoint)
             .map(|(_, ip)| ip)
             .collect();
         (!named.is_empty()).then(|| Found::of(of_family(named.into_iter(), kind)))
@@ -261,9 +260,8 @@ impl Zone<'_> {
             }
             let key = service.key();
             for (endpoint, ip) in self.endpoints(service) {
-                let target = format!("{}.{}", endpoint_name(service, &endpoint.workload, ip), service.hostname);
-                let numbers =
-                    ports.iter().filter_map(|port| endpoint_port(service, &endpoint.workload, &key, port.number));
+                let target = format!("{}.{}", endpoint_name(service, endpoint, ip), service.hostname);
+                let numbers = ports.iter().filter_map(|port| endpoint_port(service, endpoint, &key, port.number));
                 servers.extend(numbers.map(|number| (number, target.clone(), ip)));
             }
         }
@@ -318,18 +316,18 @@ fn records_of(servers: Vec<(u16, String, IpAddr)>) -> Found {
 }
 
 /// The label of an endpoint below its Service.
-fn endpoint_name(service: &Service, workload: &Workload, ip: IpAddr) -> String {
-    let own = workload.dns_name.as_ref();
-    match own.filter(|name| *name.subdomain == *service.name && workload.namespace == service.namespace) {
-        Some(name) => name.hostname.to_string(),
+fn endpoint_name(service: &Service, endpoint: &Record, ip: IpAddr) -> String {
+    let own = endpoint.dns_name();
+    match own.filter(|(_, subdomain)| ***subdomain == *service.name && *endpoint.namespace() == service.namespace) {
+        Some((hostname, _)) => hostname,
         None => ip.to_string().replace(['.', ':'], "-"),
     }
 }
 
 /// Where `workload` serves a port of the service; its own mapping comes first, then the service's.
-fn endpoint_port(service: &Service, workload: &Workload, key: &str, number: u16) -> Option<u16> {
+fn endpoint_port(service: &Service, endpoint: &Record, key: &str, number: u16) -> Option<u16> {
     let of = |ports: &[Port]| ports.iter().find(|port| port.service_port == number).map(|p| p.target_port);
-    let own = workload.services.get(key).and_then(of)?;
+    let own = endpoint.services().get(key).and_then(of)?;
     Some(own).filter(|port| *port != 0).or_else(|| of(&service.ports).filter(|port| *port != 0))
 }
 

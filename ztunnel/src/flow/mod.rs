@@ -24,7 +24,7 @@ use crate::identity::Identities;
 use crate::lb::Bound;
 use crate::outcome::{Code, Outcome};
 use crate::relay;
-use crate::state::{Reader, Snapshot, Workload};
+use crate::state::{Lease, Reader, Snapshot, Workload, address_name};
 use crate::telemetry::metrics::Metrics;
 use crate::tls::WorkloadCert;
 
@@ -211,6 +211,58 @@ impl Shared {
             );
             Outcome::new(Code::UnknownWorkload, text)
         })
+    }
+
+    /// Asks control who has `ip`, where not everything is known. `None`: everything is.
+    ///
+    /// # Errors
+    /// `OverBudget` if more is asked for than this node remembers.
+    pub fn ask(&self, pod: &LocalPod, ip: IpAddr) -> Result<Option<Lease>, Outcome> {
+        let demands = self.reader.demands();
+        if !demands.enabled() || ip.is_loopback() {
+            return Ok(None);
+        }
+        let lease = demands.want(&address_name(&self.network, ip), &pod.uid, std::time::Instant::now());
+        lease.map(Some).ok_or_else(|| {
+            let text = format!(
+                "control was not asked who has {ip}: the pod, or all pods of the node, use as many addresses as the node \
+                 remembers (XDS_ON_DEMAND); retry in 10 s, or let the node know everything"
+            );
+            Outcome::new(Code::OverBudget, text)
+        })
+    }
+
+    /// Waits until control has said who has an address: before, it could be anybody's, and nothing may be decided.
+    ///
+    /// # Errors
+    /// `UnknownWorkload` if that was not said in time.
+    pub async fn answered(&self, pod: &LocalPod, lease: Option<&Lease>, ip: IpAddr) -> Result<(), Outcome> {
+        let Some(lease) = lease else { return Ok(()) };
+        let demands = self.reader.demands();
+        let mut answers = demands.answers();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if demands.is_answered(lease) || self.is_known(pod, ip) {
+                return Ok(());
+            }
+            // Subscribed first, looked second: no answer can slip between.
+            if timeout_at(deadline, answers.changed()).await.is_err() {
+                let text = format!(
+                    "control has not said within {} s who has {ip}, and this node knows only what it asks for \
+                     (XDS_ON_DEMAND); is control reachable? Retry",
+                    PATIENCE.as_secs()
+                );
+                return Err(Outcome::new(Code::UnknownWorkload, text));
+            }
+        }
+    }
+
+    /// Whether an address is known because something else was asked for: a service by its name, or one behind which it is.
+    fn is_known(&self, pod: &LocalPod, ip: IpAddr) -> bool {
+        let snapshot = self.reader.load();
+        snapshot.workload_by_ip(&self.network, ip).is_some()
+            || snapshot.service_by_vip(&self.network, ip, &pod.namespace).is_some()
+            || snapshot.is_own_node(ip)
     }
 
     /// The certificate of `workload`.

@@ -180,13 +180,13 @@ async fn handshake(
     let (sizes, cert, cut) = (window.clone(), dialer.cert.clone(), Rc::<Cut<Outcome>>::default());
     let order = cut.clone();
     workers::spawn(async move {
-        let revoked = async {
-            let outcome = cert.revoked(&shown, Usage::Server).await;
+        let distrusted = async {
+            let outcome = cert.distrusted(&shown, Usage::Server).await;
             tracing::warn!(%address, reason = %outcome, "tunnel is cut");
             flag.set(true);
             order.order(outcome);
         };
-        if let Err(error) = io.drive(drive(connection, &sizes, revoked)).await {
+        if let Err(error) = io.drive(drive(connection, &sizes, distrusted)).await {
             tracing::debug!(%address, %error, "tunnel ended");
         }
         flag.set(true);
@@ -203,22 +203,22 @@ async fn handshake(
     })
 }
 
-/// Keeps the tunnel going until it ends, and its receive window as large as it should be. `revoked` ends its streams and
+/// Keeps the tunnel going until it ends, and its receive window as large as it should be. `distrusted` ends its streams and
 /// then it, by what it does when it completes.
 async fn drive<T>(
     mut connection: h2::client::Connection<T, Bytes>,
     window: &Window,
-    revoked: impl Future<Output = ()>,
+    distrusted: impl Future<Output = ()>,
 ) -> Result<(), h2::Error>
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
-    tokio::pin!(revoked);
+    tokio::pin!(distrusted);
     let mut over = false;
     loop {
         tokio::select! {
             ended = &mut connection => return ended,
-            () = &mut revoked, if !over => over = true,
+            () = &mut distrusted, if !over => over = true,
             size = window.changed() => connection.set_target_window_size(size),
         }
     }

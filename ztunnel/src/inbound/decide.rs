@@ -36,6 +36,7 @@ pub fn decide(
         destination: workload,
         destination_ip: target.ip(),
         destination_port: target.port(),
+        foreign: identity.is_some_and(|identity| snapshot.is_foreign(workload, identity)),
     };
     let verdict = policy::evaluate(snapshot, &facts);
     if verdict.allowed || authorization_is_broken() {

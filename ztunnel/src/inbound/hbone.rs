@@ -51,7 +51,7 @@ struct Tunnel {
     source_identity: SpiffeId,
     own_identity: SpiffeId,
     window: Rc<Window>,
-    /// The peer's certificate was taken back: streams end.
+    /// The peer's certificate was taken back, or its trust domain is not believed any more: streams end.
     cut: Cut<Outcome>,
 }
 
@@ -126,8 +126,8 @@ async fn tunnel(
         window: window.clone(),
         cut: Cut::default(),
     });
-    let revoked = async {
-        let outcome = cert.revoked(&shown, Usage::Client).await;
+    let distrusted = async {
+        let outcome = cert.distrusted(&shown, Usage::Client).await;
         tracing::warn!(%peer, reason = %outcome, "tunnel is cut");
         context.cut.order(outcome);
     };
@@ -143,7 +143,7 @@ async fn tunnel(
     // Watched as long as anything flows, and looked at first: lists may have changed during the handshake.
     let result = tokio::select! {
         biased;
-        () = revoked => served.await,
+        () = distrusted => served.await,
         result = &mut served => result,
     };
     gauge.dec();
@@ -284,7 +284,11 @@ fn target<B>(tunnel: &Tunnel, request: &http::Request<B>) -> Result<SocketAddr, 
         Authority::Host(host, port) => {
             let snapshot = tunnel.shared.reader.load();
             let pod = tunnel.pod.workload(&snapshot);
-            let port = service_port(&snapshot, pod, tunnel.source_identity.namespace(), &host, port)?;
+            let source = &tunnel.source_identity;
+            // A foreign domain's namespace is none of ours, so nothing is open to it alone.
+            let foreign = pod.is_none_or(|pod| snapshot.is_foreign(pod, source));
+            let namespace = if foreign { "" } else { source.namespace() };
+            let port = service_port(&snapshot, pod, namespace, &host, port)?;
             Ok(SocketAddr::new(tunnel.local.ip(), port))
         }
     }

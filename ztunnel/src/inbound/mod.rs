@@ -54,7 +54,12 @@ async fn admit(
     record: &mut ConnRecord,
 ) -> Result<(TcpStream, Registration, Arc<Workload>), Outcome> {
     let (identity, source, target) = (request.identity.clone(), request.source, request.target);
-    let registration = live.register(Admitted { pod: pod.clone(), identity, source, target });
+    let isolated = pod.workload(&shared.reader.load()).is_none_or(|workload| !workload.network_policies.is_empty());
+    // Only a NetworkPolicy asks which workload the client is; others go by its identity.
+    let lease = if isolated { shared.ask(pod, source)? } else { None };
+    let asked = lease.clone();
+    let registration = live.register(Admitted { pod: pod.clone(), identity, source, target, lease });
+    shared.answered(pod, asked.as_ref(), source).await?;
     let (_, workload) = shared.known(pod).await?;
     // Wait for policies that are on their way; anything else is decided at once.
     let decided = shared.wait_for(|snapshot| {

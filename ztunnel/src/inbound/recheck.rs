@@ -12,7 +12,7 @@ use crate::flow::LocalPod;
 use crate::flow::recheck;
 use crate::inbound::decide::decide;
 use crate::outcome::Outcome;
-use crate::state::Snapshot;
+use crate::state::{Lease, Snapshot};
 
 /// What the admission of a connection depends on.
 pub struct Admitted {
@@ -24,6 +24,8 @@ pub struct Admitted {
     pub source: IpAddr,
     /// The application's address.
     pub target: SocketAddr,
+    /// Keeps the client's workload known, where not everything is.
+    pub lease: Option<Lease>,
 }
 
 /// The table of a worker.

@@ -8,11 +8,12 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::state::{EndpointHints, Endpoints, LocalityScope, Mode, PortTable, Service, Workload};
+use crate::state::{EndpointHints, Endpoints, LocalityScope, Mode, PortTable, Record, Service, Workload};
 
 /// Whether client and endpoint are in the same place in this scope. Two unknown places are the same place, as for the
 /// peer: a cluster without zones behaves as one zone.
-fn same(scope: LocalityScope, client: &Workload, endpoint: &Workload) -> bool {
+fn same(scope: LocalityScope, client: &Workload, endpoint: &Record) -> bool {
+    let endpoint = endpoint.place();
     let (client, endpoint) = match scope {
         LocalityScope::Region => (&client.locality.region, &endpoint.locality.region),
         LocalityScope::Zone => (&client.locality.zone, &endpoint.locality.zone),
@@ -25,7 +26,7 @@ fn same(scope: LocalityScope, client: &Workload, endpoint: &Workload) -> bool {
 }
 
 /// How many scopes match, from the first.
-pub(super) fn rank(preference: &[LocalityScope], client: &Workload, endpoint: &Workload) -> usize {
+pub(super) fn rank(preference: &[LocalityScope], client: &Workload, endpoint: &Record) -> usize {
     let matching = |scopes: &[LocalityScope]| scopes.iter().take_while(|scope| same(**scope, client, endpoint)).count();
     match preference {
         // Any endpoint of the same network is nearer than any other, and among the others the rest still counts.
@@ -46,13 +47,13 @@ pub(super) fn tiers(service: &Service, table: &PortTable, client: &Workload) -> 
     for row in &table.candidates {
         let Some(endpoint) = service.endpoints.all.get(row.endpoint as usize) else { continue };
         // Another network is reached through its gateway only, which is not spoken yet.
-        if endpoint.workload.network != client.network {
+        if endpoint.place().network != client.network {
             continue;
         }
         let rank = match service.lb.mode {
-            Mode::All | Mode::Passthrough => hints.rank(service, client, &endpoint.workload),
-            Mode::Failover => rank(preference, client, &endpoint.workload),
-            Mode::Strict if rank(preference, client, &endpoint.workload) == full_rank(preference) => 0,
+            Mode::All | Mode::Passthrough => hints.rank(service, client, endpoint),
+            Mode::Failover => rank(preference, client, endpoint),
+            Mode::Strict if rank(preference, client, endpoint) == full_rank(preference) => 0,
             Mode::Strict => continue,
         };
         by_rank.entry(Reverse(rank)).or_default().push((row.endpoint, row.target_port, row.weight));
@@ -76,7 +77,7 @@ impl Hinted {
         let key = service.key();
         let all = &service.endpoints.all;
         let rows = || table.candidates.iter().filter_map(|row| all.get(row.endpoint as usize));
-        let hints = || rows().map(|endpoint| endpoint.workload.hints_for(&key));
+        let hints = || rows().map(|endpoint| endpoint.hints_for(&key));
         let counts = |of: Of, place: &Arc<str>| {
             hints().all(|hints| hints.is_some_and(|hints| !of(hints).is_empty()))
                 && hints().flatten().any(|hints| of(hints).contains(place))
@@ -91,7 +92,7 @@ impl Hinted {
     }
 
     /// 1: meant for this client.
-    fn rank(self, service: &Service, client: &Workload, endpoint: &Workload) -> usize {
+    fn rank(self, service: &Service, client: &Workload, endpoint: &Record) -> usize {
         let hints = if self == Self::No { None } else { endpoint.hints_for(&service.key()) };
         let meant = hints.is_some_and(|hints| match self {
             Self::No => false,
@@ -116,7 +117,7 @@ fn full_rank(preference: &[LocalityScope]) -> usize {
 /// Whether every client sees the whole table.
 pub(super) fn is_the_same_for_all(service: &Service, endpoints: &Endpoints, client: &Workload) -> bool {
     let narrows = matches!(service.lb.mode, Mode::Failover | Mode::Strict);
-    let same_network = endpoints.all.first().is_none_or(|first| first.workload.network == client.network);
+    let same_network = endpoints.all.first().is_none_or(|first| first.place().network == client.network);
     !narrows && !endpoints.hinted && endpoints.one_network && same_network
 }
 

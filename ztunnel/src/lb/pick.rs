@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use crate::lb::{Bound, locality, work};
-use crate::state::{Candidate, IpFamilies, IpFamily, Mode, PortTable, Service, Snapshot, Workload};
+use crate::state::{Candidate, IpFamilies, IpFamily, Mode, PortTable, Record, Service, Snapshot, Workload};
 
 /// Where a connection goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -180,7 +180,7 @@ fn with_tiers<T>(
         return Ok(then(std::slice::from_ref(table)));
     }
     let place = locality::place(client);
-    let (of, kept) = table.tiers.get_or_init(|| (place.clone(), locality::tiers(service, table, client)));
+    let (of, kept) = &**table.tiers.get_or_init(|| Box::new((place.clone(), locality::tiers(service, table, client))));
     if *of == place { Ok(then(kept)) } else { Ok(then(&locality::tiers(service, table, client))) }
 }
 
@@ -195,14 +195,14 @@ fn draw<'a>(
 ) -> Option<(usize, &'a PortTable)> {
     let all = &service.endpoints.all;
     let address = |row: &Candidate| {
-        let ip = address(&all.get(row.endpoint as usize)?.workload, service.ip_families, prefer)?;
+        let ip = address(all.get(row.endpoint as usize)?, service.ip_families, prefer)?;
         Some(SocketAddr::new(ip, row.target_port))
     };
     let untried = |row: &Candidate| address(row).is_some_and(|address| !chance.tried.contains(&address));
     let well = |row: &Candidate| {
         address(row).is_some_and(|address| !chance.tried.contains(&address) && !(chance.failing)(address))
     };
-    let bound = bound.and_then(|uid| all.binary_search_by(|endpoint| (*endpoint.workload.uid).cmp(uid)).ok());
+    let bound = bound.and_then(|uid| all.binary_search_by(|endpoint| endpoint.cmp_uid_with(uid)).ok());
     let bound = bound.and_then(|index| u32::try_from(index).ok());
     let of_tier = |tier: &'a PortTable, usable: &dyn Fn(&Candidate) -> bool| {
         let kept = bound.and_then(|endpoint| tier.row_of(endpoint)).filter(|row| usable(&tier.candidates[*row]));
@@ -249,14 +249,14 @@ fn mix(random: u64) -> u64 {
 }
 
 fn choice(service: &Service, row: &Candidate, prefer: IpFamily, others: bool) -> Option<Choice> {
-    let workload = &service.endpoints.all.get(row.endpoint as usize)?.workload;
-    let ip = address(workload, service.ip_families, prefer)?;
-    Some(Choice { workload: workload.clone(), ip, port: row.target_port, others })
+    let endpoint = service.endpoints.all.get(row.endpoint as usize)?;
+    let ip = address(endpoint, service.ip_families, prefer)?;
+    Some(Choice { workload: endpoint.workload().clone(), ip, port: row.target_port, others })
 }
 
 /// The first address of an allowed family, the preferred family first.
-fn address(workload: &Workload, families: IpFamilies, prefer: IpFamily) -> Option<IpAddr> {
-    let mut allowed = workload.addresses.iter().copied().filter(|ip| families.allow(*ip));
+fn address(endpoint: &Record, families: IpFamilies, prefer: IpFamily) -> Option<IpAddr> {
+    let mut allowed = endpoint.addresses().filter(|ip| families.allow(*ip));
     let preferred = allowed.clone().find(|ip| IpFamily::of(*ip) == prefer);
     preferred.or_else(|| allowed.next())
 }
@@ -267,7 +267,7 @@ fn no_endpoint(service: &Service, port: u16) -> NoChoice {
         service: service.key(),
         port,
         known: all.len(),
-        healthy: all.iter().filter(|endpoint| endpoint.admitted).count(),
+        healthy: all.iter().filter(|endpoint| service.endpoints.admits(endpoint)).count(),
         candidates: service.endpoints.ports.get(&port).map_or(0, |tables| tables.all.candidates.len()),
         mode: service.lb.mode,
     }

@@ -98,11 +98,13 @@ async fn carry(
     // Boxed: what it takes to open a connection must not weigh on it while it is idle.
     let opened = Box::pin(async {
         let permit = pod.connection(&pod.outbound)?;
+        let lease = shared.ask(pod, destination.ip())?;
+        shared.answered(pod, lease.as_ref(), destination.ip()).await?;
         let (snapshot, source) = shared.known(pod).await?;
         record.source.workload = Some(source.clone());
         let (next, target) = attempts.reach(&snapshot, &source, destination, &tcp, record).await?;
         record.opened();
-        let registration = live.register_decided(Left { pod: pod.clone(), target }, &shared.reader);
+        let registration = live.register_decided(Left { pod: pod.clone(), target, lease }, &shared.reader);
         Ok((permit, next, registration))
     });
     let opened = tokio::select! {

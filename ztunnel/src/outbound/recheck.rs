@@ -10,7 +10,7 @@ use crate::flow::LocalPod;
 use crate::flow::recheck;
 use crate::outcome::Outcome;
 use crate::policy::network;
-use crate::state::{Snapshot, Transport};
+use crate::state::{Lease, Snapshot, Transport};
 
 /// What the leave of a connection depends on.
 pub struct Left {
@@ -18,6 +18,8 @@ pub struct Left {
     pub pod: Arc<LocalPod>,
     /// The endpoint.
     pub target: SocketAddr,
+    /// What was asked for to decide, and is asked again.
+    pub lease: Option<Lease>,
 }
 
 /// The table of a worker.

@@ -66,10 +66,10 @@ impl Members {
             }
         }
         if !groups.is_empty() {
-            for workload in snapshot.workloads().filter(|workload| !workload.host_network) {
-                for group in &workload.groups {
+            for record in snapshot.records().filter(|record| !record.host_network()) {
+                for group in record.groups() {
                     if let Some(members) = groups.get_mut(group) {
-                        members.extend(&workload.addresses);
+                        members.extend(record.addresses());
                     }
                 }
             }

@@ -29,6 +29,8 @@ pub struct Facts<'a> {
     pub destination_ip: IpAddr,
     /// Port of the application.
     pub destination_port: u16,
+    /// `source_identity` is of another trust domain: its namespace and account are not ones of this mesh.
+    pub foreign: bool,
 }
 
 /// Decides.
@@ -132,6 +134,10 @@ fn match_holds(only: &Match, action: Action, facts: &Facts<'_>) -> bool {
     let identity = facts.source_identity;
     let namespace = identity.map_or("", SpiffeId::namespace);
     let principal = identity.map_or("", SpiffeId::principal);
+    // What a foreign domain calls a namespace is none of ours, so a positive match must not let it in; but what its name
+    // would keep out stays out. Either way the reading that denies more.
+    let positive = !facts.foreign || action == Action::Deny;
+    let negative = !facts.foreign || action == Action::Allow;
     let by_namespace = |wanted: &StringMatch| wanted.matches(namespace);
     // Without a proven identity no principal matches, not even a prefix of nothing.
     let by_principal = |wanted: &StringMatch| identity.is_some() && wanted.matches(principal);
@@ -146,8 +152,10 @@ fn match_holds(only: &Match, action: Action, facts: &Facts<'_>) -> bool {
         && group(&only.destination_ports, &only.not_destination_ports, port)
         && group(&only.source_ips, &only.not_source_ips, net(source))
         && group(&only.destination_ips, &only.not_destination_ips, net(destination))
-        && group(&only.namespaces, &only.not_namespaces, by_namespace)
-        && group(&only.service_accounts, &only.not_service_accounts, by_account)
+        && group(&only.namespaces, &[], |wanted| positive && by_namespace(wanted))
+        && group(&[], &only.not_namespaces, |wanted| negative && by_namespace(wanted))
+        && group(&only.service_accounts, &[], |wanted| positive && by_account(wanted))
+        && group(&[], &only.not_service_accounts, |wanted| negative && by_account(wanted))
         && group(&only.principals, &only.not_principals, by_principal)
 }
 

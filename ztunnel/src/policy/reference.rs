@@ -77,10 +77,16 @@ fn match_holds(only: &Match, action: Action, facts: &Facts<'_>) -> bool {
         })
     };
     let namespace = who.map(|id| id.namespace().to_owned()).unwrap_or_default();
+    // Of a foreign identity: a name of ours is no reason to let it in, and no reason to spare it a denial.
+    let (lets_in, spares) = match (facts.foreign, action) {
+        (false, _) => (true, true),
+        (true, Action::Allow) => (false, true),
+        (true, Action::Deny) => (true, false),
+    };
     rows.push((
         !only.namespaces.is_empty(),
-        text(&only.namespaces, &namespace),
-        text(&only.not_namespaces, &namespace),
+        lets_in && text(&only.namespaces, &namespace),
+        spares && text(&only.not_namespaces, &namespace),
     ));
     let principal = |list: &[StringMatch]| who.is_some_and(|id| text(list, &id.to_string()["spiffe://".len()..]));
     rows.push((!only.principals.is_empty(), principal(&only.principals), principal(&only.not_principals)));
@@ -89,8 +95,8 @@ fn match_holds(only: &Match, action: Action, facts: &Facts<'_>) -> bool {
     };
     rows.push((
         !only.service_accounts.is_empty(),
-        account(&only.service_accounts),
-        account(&only.not_service_accounts),
+        lets_in && account(&only.service_accounts),
+        spares && account(&only.not_service_accounts),
     ));
     let net = |list: &[IpNet], ip: IpAddr| {
         list.iter().any(|net| match (net.network(), net.broadcast(), ip) {
@@ -258,6 +264,7 @@ proptest! {
         source in prop::sample::select(vec!["10.0.0.1", "10.1.2.3", "192.168.1.1", "2001:db8::1", "fd00::1"]),
         destination_ip in prop::sample::select(vec!["10.0.0.1", "172.16.0.1", "2001:db8::2"]),
         destination_port in prop::sample::select(vec![80u16, 8080, 9999]),
+        foreign in prop::bool::weighted(0.3),
     ) {
         let mut destination: Workload = fixtures::workload("shop", "cart-0", "10.0.0.9");
         for index in named {
@@ -274,6 +281,7 @@ proptest! {
             destination: &destination,
             destination_ip: destination_ip.parse().unwrap(),
             destination_port,
+            foreign: foreign && identity.is_some(),
         };
         let verdict = evaluate(&snapshot, &facts);
         prop_assert_eq!((verdict.allowed, verdict.code), expected(&policies, &facts));

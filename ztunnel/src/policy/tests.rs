@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::policy::{Code, Facts, WouldBe, evaluate, evaluated};
 use crate::state::fixtures::{identity, policy, snapshot, workload};
-use crate::state::{Action, Change, Clause, Match, Policy, Rule, Scope, StringMatch, Workload, store};
+use crate::state::{Action, Change, Clause, Match, Policy, Rule, Scope, ServiceAccount, StringMatch, Workload, store};
 
 /// Evaluates plaintext or `spiffe://cluster.local/ns/shop/sa/<account>` to cart-0, port 8080, under `policies`.
 fn verdict(policies: Vec<Policy>, destination: &Workload, account: Option<&str>) -> crate::policy::Verdict {
@@ -22,6 +22,7 @@ fn facts<'a>(destination: &'a Workload, source: Option<&'a tulle_certs::SpiffeId
         destination,
         destination_ip: "10.0.0.9".parse().unwrap(),
         destination_port: 8080,
+        foreign: source.is_some_and(|id| id.trust_domain() != destination.identity.trust_domain()),
     }
 }
 
@@ -193,4 +194,45 @@ fn what_is_evaluated_is_listed_with_versions() {
     let names: Vec<_> =
         evaluated(&snapshot, &destination).into_iter().map(|(id, version)| format!("{id}@{version}")).collect();
     assert_eq!(names, ["tulle-system/mesh@v1", "shop/ns@v1", "shop/named@v1"]);
+}
+
+#[test]
+fn a_foreign_domains_namespace_lets_nobody_in_and_keeps_out_whom_it_names() {
+    use Action::{Allow, Deny};
+    let text = |text: &str| vec![StringMatch::Exact(text.into())];
+    let account = || vec![ServiceAccount { namespace: "shop".into(), name: "web".into() }];
+    let namespaces = || Match { namespaces: text("shop"), ..Match::default() };
+    let any_namespace = || Match { namespaces: vec![StringMatch::Presence], ..Match::default() };
+    let not_namespaces = |name: &str| Match { not_namespaces: text(name), ..Match::default() };
+    let accounts = || Match { service_accounts: account(), ..Match::default() };
+    let not_accounts = || Match { not_service_accounts: account(), ..Match::default() };
+    let principals = |id: &str| Match { principals: text(id), ..Match::default() };
+    let suffix = || Match { principals: vec![StringMatch::Suffix("/sa/web".into())], ..Match::default() };
+    // What is said of spiffe://cluster.local/ns/shop/sa/web, and of the same name in other.example.
+    let table = [
+        ("namespaces", Allow, namespaces(), true, false),
+        ("any namespace", Allow, any_namespace(), true, false),
+        ("namespaces", Deny, namespaces(), false, false),
+        ("notNamespaces", Allow, not_namespaces("shop"), false, false),
+        ("other notNamespaces", Allow, not_namespaces("bank"), true, true),
+        ("notNamespaces", Deny, not_namespaces("shop"), true, false),
+        ("serviceAccounts", Allow, accounts(), true, false),
+        ("serviceAccounts", Deny, accounts(), false, false),
+        ("notServiceAccounts", Allow, not_accounts(), false, false),
+        ("notServiceAccounts", Deny, not_accounts(), true, false),
+        ("our principal", Allow, principals("cluster.local/ns/shop/sa/web"), true, false),
+        ("their principal", Allow, principals("other.example/ns/shop/sa/web"), false, true),
+        ("their principal", Deny, principals("other.example/ns/shop/sa/web"), true, false),
+        ("a principal of any domain", Allow, suffix(), true, true),
+    ];
+    let cart = cart();
+    let ours = identity("shop", "web");
+    let theirs: tulle_certs::SpiffeId = "spiffe://other.example/ns/shop/sa/web".parse().unwrap();
+    for (what, action, only, of_ours, of_theirs) in table {
+        let snapshot = snapshot([Change::Policy(Arc::new(namespaced("p", action, only)))]);
+        for (source, allowed) in [(&ours, of_ours), (&theirs, of_theirs)] {
+            let verdict = evaluate(&snapshot, &facts(&cart, Some(source)));
+            assert_eq!(verdict.allowed, allowed, "{what} {action:?} {source}: {verdict}");
+        }
+    }
 }

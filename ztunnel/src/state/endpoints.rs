@@ -8,19 +8,9 @@
 //! network) is a list of nearer and farther tables: clients of one node are in one place, so each table keeps the list of
 //! the first place that asked, and others compute theirs.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
-use crate::state::{HealthPolicy, IpFamily, Port, ServiceSpec, Workload};
-
-/// A workload behind a service.
-#[derive(Clone, Debug)]
-pub struct Endpoint {
-    /// The workload.
-    pub workload: Arc<Workload>,
-    /// Whether the service's health policy admits it.
-    pub admitted: bool,
-}
+use crate::state::{HealthPolicy, IpFamily, Port, Record, ServiceSpec};
 
 /// One row of a [`PortTable`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +30,9 @@ struct Column {
     alias: u32,
 }
 
+/// A place, and tables by nearness to it.
+pub type Tiers = (String, Arc<[PortTable]>);
+
 /// Candidates to draw from.
 #[derive(Debug, Default)]
 pub struct PortTable {
@@ -50,7 +43,7 @@ pub struct PortTable {
     columns: Option<Box<[Column]>>,
     /// The rows by nearness to the first place that asked, nearest first: `lb` makes it, and says by the key which place
     /// that was.
-    pub tiers: OnceLock<(String, Arc<[Self]>)>,
+    pub tiers: OnceLock<Box<Tiers>>,
 }
 
 impl PortTable {
@@ -122,9 +115,9 @@ pub struct PortTables {
     /// Every candidate.
     pub all: PortTable,
     /// Those with an IPv4 address, if there are others too.
-    v4: Option<PortTable>,
+    v4: Option<Box<PortTable>>,
     /// Those with an IPv6 address, if there are others too.
-    v6: Option<PortTable>,
+    v6: Option<Box<PortTable>>,
 }
 
 impl PortTables {
@@ -134,7 +127,29 @@ impl PortTables {
             IpFamily::V4 => &self.v4,
             IpFamily::V6 => &self.v6,
         };
-        own.as_ref().unwrap_or(&self.all)
+        own.as_deref().unwrap_or(&self.all)
+    }
+}
+
+/// Tables by service port. A sorted list and not a map: there are one or two, in each of thousands of Services.
+#[derive(Debug, Default)]
+pub struct Ports(Box<[(u16, PortTables)]>);
+
+impl Ports {
+    /// The tables of a port. `None`: the service does not have it.
+    pub fn get(&self, port: &u16) -> Option<&PortTables> {
+        let index = self.0.binary_search_by_key(port, |(own, _)| *own).ok()?;
+        self.0.get(index).map(|(_, tables)| tables)
+    }
+
+    /// The ports, in order.
+    pub fn keys(&self) -> impl Iterator<Item = &u16> {
+        self.0.iter().map(|(port, _)| port)
+    }
+
+    /// The ports with their tables, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&u16, &PortTables)> {
+        self.0.iter().map(|(port, tables)| (port, tables))
     }
 }
 
@@ -142,61 +157,64 @@ impl PortTables {
 #[derive(Debug, Default)]
 pub struct Endpoints {
     /// Every endpoint, also those that are no candidates, in the order of their uids.
-    pub all: Vec<Endpoint>,
+    pub all: Box<[Arc<Record>]>,
     /// Candidates by service port.
-    pub ports: BTreeMap<u16, PortTables>,
+    pub ports: Ports,
     /// All endpoints are in one network.
     pub one_network: bool,
     /// Some say for whom they are.
     pub hinted: bool,
+    takes_all: bool,
 }
 
 impl Endpoints {
-    /// Prepares `workloads`, which must be sorted by uid.
-    pub(super) fn build(spec: &ServiceSpec, key: &str, workloads: Vec<Arc<Workload>>) -> Self {
-        let all: Vec<Endpoint> = workloads
-            .into_iter()
-            .map(|workload| {
-                let admitted = workload.healthy || spec.lb.health_policy == HealthPolicy::AllowAll;
-                Endpoint { workload, admitted }
-            })
-            .collect();
-        let ports = spec.ports.iter().map(|port| (port.service_port, tables(spec, key, &all, port))).collect();
-        let one_network = all.windows(2).all(|pair| pair[0].workload.network == pair[1].workload.network);
-        let hinted = all.iter().any(|endpoint| endpoint.workload.hints_for(key).is_some());
-        Self { all, ports, one_network, hinted }
+    /// Prepares `all`, which must be sorted by uid.
+    pub(super) fn build(spec: &ServiceSpec, key: &str, all: Vec<Arc<Record>>) -> Self {
+        let takes_all = spec.lb.health_policy == HealthPolicy::AllowAll;
+        let mut ports: Vec<(u16, PortTables)> =
+            spec.ports.iter().map(|port| (port.service_port, tables(spec, key, &all, port, takes_all))).collect();
+        // Of equal ones the last counts, as in a map.
+        ports.reverse();
+        ports.sort_by_key(|(port, _)| *port);
+        ports.dedup_by_key(|(port, _)| *port);
+        let one_network = all.windows(2).all(|pair| pair[0].place().network == pair[1].place().network);
+        let hinted = all.iter().any(|endpoint| endpoint.hints_for(key).is_some());
+        Self { all: all.into(), ports: Ports(ports.into()), one_network, hinted, takes_all }
+    }
+
+    /// Whether the service's health policy admits an endpoint.
+    pub fn admits(&self, endpoint: &Record) -> bool {
+        self.takes_all || endpoint.healthy()
     }
 }
 
-fn tables(spec: &ServiceSpec, key: &str, all: &[Endpoint], port: &Port) -> PortTables {
+fn tables(spec: &ServiceSpec, key: &str, all: &[Arc<Record>], port: &Port, takes_all: bool) -> PortTables {
     // Row, and whether it has an address of each family.
     let rows: Vec<((u32, u16, u32), [bool; 2])> = all
         .iter()
         .enumerate()
         .filter_map(|(index, endpoint)| {
-            let workload = &endpoint.workload;
-            let has =
-                |family| workload.addresses.iter().any(|ip| IpFamily::of(*ip) == family && spec.ip_families.allow(*ip));
+            let has = |family| endpoint.addresses().any(|ip| IpFamily::of(ip) == family && spec.ip_families.allow(ip));
             let families = [has(IpFamily::V4), has(IpFamily::V6)];
-            if !endpoint.admitted || families == [false; 2] {
+            if !(takes_all || endpoint.healthy()) || families == [false; 2] {
                 return None;
             }
-            let target_port = target_port(workload, key, port)?;
-            Some(((u32::try_from(index).ok()?, target_port, workload.capacity), families))
+            let target_port = target_port(endpoint, key, port)?;
+            Some(((u32::try_from(index).ok()?, target_port, endpoint.capacity()), families))
         })
         .filter(|((_, _, weight), _)| *weight > 0)
         .collect();
     let narrowed = |family: usize| {
         let with = rows.iter().filter(|(_, families)| families[family]).count();
         let own = rows.iter().filter(|(_, families)| families[family]).map(|(row, _)| *row);
-        (with > 0 && with < rows.len()).then(|| PortTable::new(own))
+        (with > 0 && with < rows.len()).then(|| Box::new(PortTable::new(own)))
     };
     PortTables { all: PortTable::new(rows.iter().map(|(row, _)| *row)), v4: narrowed(0), v6: narrowed(1) }
 }
 
 /// The endpoint's own mapping comes first, then the service's. `None`: the endpoint does not have the port.
-fn target_port(workload: &Workload, key: &str, port: &Port) -> Option<u16> {
-    let own = workload.services.get(key)?.iter().find(|own| own.service_port == port.service_port);
+fn target_port(endpoint: &Record, key: &str, port: &Port) -> Option<u16> {
+    let own = endpoint.services().get(key)?.iter().find(|own| own.service_port == port.service_port);
     match own {
         Some(own) if own.target_port != 0 => Some(own.target_port),
         _ if port.target_port != 0 => Some(port.target_port),

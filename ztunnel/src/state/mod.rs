@@ -3,7 +3,8 @@
 //! [`store`] gives two halves. The [`Writer`] cannot be cloned: one task (xDS) applies [`Change`]s to it. Any number of
 //! [`Reader`]s load the newest [`Snapshot`] without a lock, keep it for the length of one decision, and never see half
 //! an update. Building happens off the readers' path and shares everything that did not change, so an update costs what
-//! it touches and not what is known. Not here: protobuf (`xds::decode`), verdicts (`policy`), choice of an endpoint (`lb`).
+//! it touches and not what is known. Workloads are kept packed ([`Record`]), since a node knows all and talks to few. Not
+//! here: protobuf (`xds::decode`), verdicts (`policy`), choice of an endpoint (`lb`).
 //!
 //! Policy never fails open, and the store is where that is held:
 //! * a workload that names a policy which is not here is **staged**: its version in force stays, and with none in force it
@@ -12,30 +13,40 @@
 //! * a rejected policy leaves its last good version in force, or, if it never had one, a stand-in that denies.
 
 mod cow;
+mod demand;
 mod endpoints;
 #[cfg(test)]
 pub mod fixtures;
+mod index;
+mod known;
+mod members;
 mod narrowed;
 mod network;
+mod pack;
 mod policy;
+mod record;
 mod service;
 mod snapshot;
 mod store;
 #[cfg(test)]
 mod tests;
+mod trust;
 mod versions;
 mod workload;
 
-pub use endpoints::{Candidate, Endpoint, Endpoints, PortTable, PortTables};
+pub use demand::{Demands, Lease, address_name};
+pub use endpoints::{Candidate, Endpoints, PortTable, PortTables, Ports, Tiers};
 pub use network::{IpBlock, NETWORK_POLICY, NetworkPeers, NetworkPolicy, NetworkPort, NetworkRule, Way};
 pub use policy::{Action, Clause, Match, Policy, Rule, Scope, ServiceAccount, StringMatch};
+pub use record::{Place, Record, Shapes};
 pub use service::{
     DatagramPort, HealthPolicy, IpFamilies, IpFamily, LoadBalancing, LocalityScope, Mode, NamedPort, Service,
     ServiceInfo, ServiceSpec, Transport, Visibility,
 };
 pub use snapshot::Snapshot;
 pub use store::{Applied, Change, Reader, Writer, store};
-pub use versions::{LogEntry, LogName, VersionLog};
+pub use trust::TrustBundle;
+pub use versions::{LogEntry, LogName};
 pub use workload::{
     AppProtocol, ApplicationTunnel, DnsName, EgressMode, EndpointHints, GatewayAddress, GatewayTarget, Locality,
     Memberships, Port, Protocol, Workload, WorkloadType,

@@ -248,6 +248,11 @@ impl Service {
         Self { spec, endpoints: Arc::new(endpoints) }
     }
 
+    /// The same endpoints behind another spec.
+    pub(super) fn respecified(&self, spec: Arc<ServiceSpec>) -> Self {
+        Self { spec, endpoints: self.endpoints.clone() }
+    }
+
     /// What control says, shared.
     pub fn spec(&self) -> &Arc<ServiceSpec> {
         &self.spec

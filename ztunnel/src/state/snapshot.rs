@@ -4,15 +4,16 @@
 //! that all callers agree: which service owns an address for a client, and which of several workloads with one address.
 
 use std::cmp::Reverse;
-use std::hash::BuildHasher;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use tulle_certs::{Aliases, Bundles, SpiffeId};
 use tulle_proto::names::{PROBE_V4, PROBE_V6};
 
 use crate::state::cow::{CowMap, Groups};
-use crate::state::{NetworkPolicy, Policy, Scope, Service, Workload};
+use crate::state::known::Workloads;
+use crate::state::{NetworkPolicy, Policy, Record, Scope, Service, Workload};
 
 /// See the module's header. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -20,12 +21,8 @@ pub struct Snapshot {
     pub(super) generation: u64,
     pub(super) addresses_synced: bool,
     pub(super) policies_synced: bool,
-    pub(super) workloads: CowMap<Arc<str>, Arc<Workload>>,
-    /// Keyed by a hash of (namespace, name), so that a look-up needs no allocated key; groups hold the collisions.
-    pub(super) pods: Groups<u64, Workload>,
-    pub(super) pod_hasher: std::hash::RandomState,
-    /// All networks together; groups are ordered by preference.
-    pub(super) ips: Groups<IpAddr, Workload>,
+    /// All networks together.
+    pub(super) workloads: Workloads,
     /// By host name; groups hold the namespaces.
     pub(super) services: Groups<Arc<str>, Service>,
     pub(super) service_count: usize,
@@ -43,6 +40,12 @@ pub struct Snapshot {
     pub(super) network_policies: CowMap<Arc<str>, Arc<NetworkPolicy>>,
     /// Addresses of this node itself.
     pub(super) node: Arc<[IpAddr]>,
+    /// Control offers TrustBundles.
+    pub(super) trust_expected: bool,
+    pub(super) trust_synced: bool,
+    pub(super) trust: Bundles,
+    /// Other names of this node's trust domain.
+    pub(super) aliases: Aliases,
 }
 
 /// A network, a range of virtual addresses in it, and whose it is.
@@ -54,10 +57,7 @@ impl Snapshot {
             generation: 0,
             addresses_synced: false,
             policies_synced: false,
-            workloads: CowMap::new(),
-            pods: CowMap::new(),
-            pod_hasher: std::hash::RandomState::new(),
-            ips: CowMap::new(),
+            workloads: Workloads::new(),
             services: CowMap::new(),
             service_count: 0,
             vips: CowMap::new(),
@@ -70,6 +70,10 @@ impl Snapshot {
             network_synced: false,
             network_policies: CowMap::new(),
             node: Arc::from([]),
+            trust_expected: false,
+            trust_synced: false,
+            trust: Bundles::default(),
+            aliases: Aliases::default(),
         }
     }
 
@@ -80,7 +84,9 @@ impl Snapshot {
 
     /// The first response of every type was applied: what is not here does not exist.
     pub fn synced(&self) -> bool {
-        self.addresses_synced && self.policies_synced && (self.network_synced || !self.network_expected)
+        let network = self.network_synced || !self.network_expected;
+        let trust = self.trust_synced || !self.trust_expected;
+        self.addresses_synced && self.policies_synced && network && trust
     }
 
     /// The first response with policies was applied. Before, no verdict is possible.
@@ -90,13 +96,12 @@ impl Snapshot {
 
     /// A workload by its WDS uid.
     pub fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
-        self.workloads.get(uid)
+        self.workloads.by_uid(uid).map(|record| record.workload())
     }
 
-    /// A pod by its name. If several clusters have one of that name, the first uid.
-    pub fn workload_by_pod(&self, namespace: &str, name: &str) -> Option<&Arc<Workload>> {
-        let group = self.pods.group(&self.pod_key(namespace, name));
-        group.iter().find(|workload| *workload.name == *name && *workload.namespace == *namespace)
+    /// A pod by its name. If several clusters have one of that name, HBONE first, then the first uid.
+    pub fn workload_by_pod<'a>(&'a self, namespace: &'a str, name: &'a str) -> Option<&'a Arc<Workload>> {
+        self.workloads_by_pod(namespace, name).next()
     }
 
     /// Every workload that a pod of this name may be: several clusters may have one.
@@ -105,17 +110,12 @@ impl Snapshot {
         namespace: &'a str,
         name: &'a str,
     ) -> impl Iterator<Item = &'a Arc<Workload>> {
-        let group = self.pods.group(&self.pod_key(namespace, name));
-        group.iter().filter(move |workload| *workload.name == *name && *workload.namespace == *namespace)
-    }
-
-    pub(super) fn pod_key(&self, namespace: &str, name: &str) -> u64 {
-        self.pod_hasher.hash_one((namespace, name))
+        self.workloads.by_pod(namespace, name).map(|record| record.workload())
     }
 
     /// The workload that owns an address; never one of the host's network. Of several, pods come first, then HBONE.
     pub fn workload_by_ip(&self, network: &str, ip: IpAddr) -> Option<&Arc<Workload>> {
-        self.ips.group(&ip.to_canonical()).iter().find(|workload| *workload.network == *network)
+        self.workloads.by_ip(network, ip.to_canonical()).map(|record| record.workload())
     }
 
     /// The service that owns a virtual address, as a client of `client_namespace` sees it: its own namespace first,
@@ -172,9 +172,15 @@ impl Snapshot {
         best_for(client_namespace, self.services.group(hostname).iter())
     }
 
-    /// Every workload, in no order.
-    pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
-        self.workloads.values()
+    /// Every workload, in no order, taken apart one after the other; who needs a few fields of all uses
+    /// [`Self::records`].
+    pub fn workloads(&self) -> impl Iterator<Item = Arc<Workload>> {
+        self.workloads.iter().map(|record| record.peek())
+    }
+
+    /// Every workload, in no order, as it is kept.
+    pub fn records(&self) -> impl Iterator<Item = &Arc<Record>> {
+        self.workloads.iter()
     }
 
     /// Every service, in no order.
@@ -236,6 +242,17 @@ impl Snapshot {
         ip == IpAddr::V4(PROBE_V4) || ip == IpAddr::V6(PROBE_V6) || self.node.contains(&ip)
     }
 
+    /// The roots of federated trust domains.
+    pub fn trust(&self) -> &Bundles {
+        &self.trust
+    }
+
+    /// Whether `identity` is of another trust domain than `workload`, by every name that the latter's has. Then it has no
+    /// namespace and no account of this mesh, whatever they are called.
+    pub fn is_foreign(&self, workload: &Workload, identity: &SpiffeId) -> bool {
+        !self.aliases.covers(workload.identity.trust_domain(), identity.trust_domain())
+    }
+
     /// Addresses of the node itself.
     pub fn node_addresses(&self) -> &Arc<[IpAddr]> {
         &self.node
@@ -252,9 +269,4 @@ fn best_for<'a>(client_namespace: &str, services: impl Iterator<Item = &'a Arc<S
 /// Whether `net` is the single address `ip`.
 pub(super) fn is_host(net: &IpNet, ip: IpAddr) -> bool {
     net.prefix_len() == net.max_prefix_len() && net.addr() == ip
-}
-
-/// Order of workloads with one address or name: pods, then HBONE, then by uid so that all nodes agree.
-pub(super) fn workload_order(workload: &Workload) -> (bool, bool, Arc<str>) {
-    (!workload.is_pod(), workload.protocol != crate::state::Protocol::Hbone, workload.uid.clone())
 }

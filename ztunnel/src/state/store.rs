@@ -10,18 +10,28 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
+use tulle_certs::Aliases;
+use tulle_proto::names::TRUST_BUNDLE;
 
+use crate::state::known::Free;
+use crate::state::members::Delta;
 use crate::state::narrowed::Narrowed;
-use crate::state::snapshot::workload_order;
+use crate::state::versions::{Kept, Logged, VersionLog};
 use crate::state::{
-    Endpoints, LogEntry, LogName, NetworkPolicy, Policy, Scope, Service, ServiceSpec, Snapshot, VersionLog, Workload,
+    Demands, Endpoints, LogEntry, LogName, NetworkPolicy, Policy, Record, Scope, Service, ServiceSpec, Shapes,
+    Snapshot, TrustBundle, Workload,
 };
+
+/// Services whose endpoints are prepared in one step of [`Writer::prepare`]: a few milliseconds.
+const STEP: usize = 256;
 
 /// One thing that control said.
 #[derive(Clone, Debug)]
 pub enum Change {
     /// A workload is so.
     Workload(Arc<Workload>),
+    /// The same, packed already.
+    Record(Arc<Record>),
     /// A service is so.
     Service(Arc<ServiceSpec>),
     /// A policy is so.
@@ -40,6 +50,14 @@ pub enum Change {
     NetworkPolicyRemoved(Arc<str>),
     /// Control offers NetworkPolicies, so nothing is complete without them.
     NetworkPoliciesExpected,
+    /// The bundle of a trust domain is so.
+    TrustBundle(Arc<TrustBundle>),
+    /// The TrustBundle of this resource name is gone.
+    TrustBundleRemoved(Arc<str>),
+    /// Control offers TrustBundles, so nothing is complete without them.
+    TrustBundlesExpected,
+    /// The first response with TrustBundles is complete.
+    TrustBundlesSynced,
     /// The first response with workloads and services is complete.
     AddressesSynced,
     /// The first response with policies is complete.
@@ -69,17 +87,21 @@ pub fn store() -> (Writer, Reader) {
         current: ArcSwap::from_pointee(next.clone()),
         generation,
         log: Mutex::new(VersionLog::default()),
+        demands: Demands::new(),
     });
     let writer = Writer {
         next,
-        members: HashMap::new(),
+        free: Free::new(),
+        shapes: Shapes::default(),
+        orphans: HashMap::new(),
         staged: BTreeMap::new(),
         users: HashMap::new(),
         rejected: HashMap::new(),
         zombies: BTreeSet::new(),
         narrowed: Narrowed::default(),
-        touched: BTreeSet::new(),
-        log: BTreeMap::new(),
+        touched: BTreeMap::new(),
+        log: Vec::new(),
+        shown: [false; 6],
         shared: shared.clone(),
     };
     (writer, Reader { shared })
@@ -90,6 +112,7 @@ struct Shared {
     current: ArcSwap<Snapshot>,
     generation: watch::Sender<u64>,
     log: Mutex<VersionLog>,
+    demands: Demands,
 }
 
 /// Loads snapshots. Cheap to clone.
@@ -121,9 +144,23 @@ impl Reader {
         }
     }
 
+    /// What was asked for, where not everything is known.
+    pub fn demands(&self) -> &Demands {
+        &self.shared.demands
+    }
+
+    /// Says which other names the node's trust domain has; they do not come from control either.
+    pub fn set_aliases(&self, aliases: Aliases) {
+        let _writing = self.shared.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = Snapshot { aliases, ..Snapshot::clone(&self.shared.current.load_full()) };
+        self.shared.current.store(Arc::new(next));
+        self.shared.generation.send_modify(|_| {});
+    }
+
     /// What took effect when, oldest first.
     pub fn versions(&self) -> Vec<Arc<LogEntry>> {
-        self.shared.log.lock().unwrap_or_else(PoisonError::into_inner).entries()
+        let kept = self.shared.log.lock().unwrap_or_else(PoisonError::into_inner).entries();
+        kept.iter().map(|entry| Arc::new(entry.entry())).collect()
     }
 }
 
@@ -131,12 +168,15 @@ impl Reader {
 #[derive(Debug)]
 pub struct Writer {
     next: Snapshot,
-    /// Service name to the uids of its endpoints, also for services that are not known yet.
-    members: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
-    /// Newest version of the workloads that wait for a policy.
-    staged: BTreeMap<Arc<str>, Arc<Workload>>,
-    /// Policy name to the uids of the workloads, in force or staged, that name it.
-    users: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
+    free: Free,
+    /// For workloads that come unpacked.
+    shapes: Shapes,
+    /// Service name to its endpoints, for services that are not known; those of others are in the service.
+    orphans: HashMap<Arc<str>, Vec<Arc<Record>>>,
+    /// Newest version of the workloads that wait for a policy, by uid.
+    staged: BTreeMap<Arc<str>, Arc<Record>>,
+    /// Policy name to how many workloads name it, counted in force and staged.
+    users: HashMap<Arc<str>, usize>,
     /// Versions of policies that could not be read: a workload that wants one of them gets what is in force.
     rejected: HashMap<Arc<str>, Arc<str>>,
     /// Removed policies that workloads still name.
@@ -144,20 +184,32 @@ pub struct Writer {
     /// Old versions that hold a little longer.
     narrowed: Narrowed,
     /// Services whose endpoints must be prepared again before the next publication.
-    touched: BTreeSet<Arc<str>>,
+    touched: BTreeMap<Arc<str>, Delta>,
     /// What the next publication changes.
-    log: BTreeMap<LogName, Option<Arc<str>>>,
+    log: Vec<Logged>,
+    /// What was said completely when the last snapshot was published.
+    shown: [bool; 6],
     shared: Arc<Shared>,
 }
 
 impl Writer {
     /// Applies `changes` as one update: readers see all of them or none.
     pub fn apply(&mut self, changes: impl IntoIterator<Item = Change>, now_unix_us: u64) -> Applied {
-        let was_synced = self.progress();
+        self.take(changes, now_unix_us);
+        while self.prepare() {}
+        self.finish(now_unix_us)
+    }
+
+    /// The first part of an update that is applied in steps: readers see it with [`Self::finish`].
+    pub fn take(&mut self, changes: impl IntoIterator<Item = Change>, now_unix_us: u64) {
         let mut policies_changed = false;
         for change in changes {
             match change {
-                Change::Workload(workload) => self.offer(workload),
+                Change::Workload(workload) => {
+                    let record = Record::pack(&workload, &mut self.shapes);
+                    self.offer(record.into());
+                }
+                Change::Record(record) => self.offer(record),
                 Change::Service(spec) => self.put_service(spec),
                 Change::Policy(policy) => {
                     self.put_policy(policy, now_unix_us);
@@ -181,6 +233,10 @@ impl Writer {
                         self.zombies.insert(id);
                     }
                 }
+                Change::TrustBundle(bundle) => self.put_bundle(&bundle),
+                Change::TrustBundleRemoved(id) => self.remove_bundle(id),
+                Change::TrustBundlesExpected => self.next.trust_expected = true,
+                Change::TrustBundlesSynced => self.next.trust_synced = true,
                 Change::AddressRemoved(name) => self.remove_address(&name),
                 Change::PolicyRemoved(id) => self.remove_policy(&id),
                 Change::AddressesSynced => self.next.addresses_synced = true,
@@ -194,8 +250,20 @@ impl Writer {
         }
         self.bury_zombies();
         self.expire_narrowed(now_unix_us);
-        self.rebuild_touched();
-        let published = !self.log.is_empty() || self.progress() != was_synced;
+    }
+
+    /// The second part: prepares the endpoints of some services. Whether more are left.
+    pub fn prepare(&mut self) -> bool {
+        for _ in 0..STEP {
+            let Some((key, delta)) = self.touched.pop_first() else { return false };
+            self.rebuild(&key, delta);
+        }
+        !self.touched.is_empty()
+    }
+
+    /// The last part of an update: readers see it, if it changed anything.
+    pub fn finish(&mut self, now_unix_us: u64) -> Applied {
+        let published = self.progress() != self.shown || !self.log.is_empty();
         if published {
             self.publish(now_unix_us);
         }
@@ -204,9 +272,25 @@ impl Writer {
     }
 
     /// What has been said completely.
-    fn progress(&self) -> [bool; 4] {
+    fn progress(&self) -> [bool; 6] {
         let Snapshot { addresses_synced, policies_synced, network_expected, network_synced, .. } = self.next;
-        [addresses_synced, policies_synced, network_expected, network_synced]
+        let Snapshot { trust_expected, trust_synced, .. } = self.next;
+        [addresses_synced, policies_synced, network_expected, network_synced, trust_expected, trust_synced]
+    }
+
+    fn put_bundle(&mut self, bundle: &TrustBundle) {
+        if self.next.trust.get(&bundle.trust_domain) != Some(&bundle.roots) {
+            self.note(LogName::TrustBundle(bundle.id.clone()), Some(bundle.version.clone()));
+            self.next.trust = self.next.trust.with(&bundle.trust_domain, bundle.roots.clone());
+        }
+    }
+
+    fn remove_bundle(&mut self, id: Arc<str>) {
+        let domain = id.strip_prefix(TRUST_BUNDLE).unwrap_or_default();
+        if self.next.trust.get(domain).is_some() {
+            self.next.trust = self.next.trust.without(domain);
+            self.note(LogName::TrustBundle(id), None);
+        }
     }
 
     /// Nothing is left to do between updates.
@@ -217,115 +301,133 @@ impl Writer {
 
     fn publish(&mut self, now_unix_us: u64) {
         self.next.generation += 1;
-        let entry = LogEntry {
+        self.shown = self.progress();
+        let entry = Kept {
             generation: self.next.generation,
             applied_unix_us: now_unix_us,
-            resources: std::mem::take(&mut self.log),
+            items: std::mem::take(&mut self.log).into(),
         };
+        self.show(Some(entry));
+        self.shared.generation.send_replace(self.next.generation);
+    }
+
+    /// Makes the working copy the one in force.
+    fn show(&mut self, entry: Option<Kept>) {
         // Held while the snapshot is replaced, so that addresses of the node that change meanwhile are not lost.
         let mut log = self.shared.log.lock().unwrap_or_else(PoisonError::into_inner);
-        log.push(entry);
-        self.next.node = self.shared.current.load().node.clone();
+        if let Some(entry) = entry {
+            log.push(entry);
+        }
+        let current = self.shared.current.load();
+        (self.next.node, self.next.aliases) = (current.node.clone(), current.aliases.clone());
         self.shared.current.store(Arc::new(self.next.clone()));
-        drop(log);
-        self.shared.generation.send_replace(self.next.generation);
+    }
+
+    /// What was asked for, where not everything is known.
+    pub fn demands(&self) -> &Demands {
+        &self.shared.demands
+    }
+
+    /// The working copy, which is the snapshot in force between two updates.
+    pub fn current(&self) -> &Snapshot {
+        &self.next
+    }
+
+    /// Names and newest versions of all workloads and services.
+    pub fn addresses(&self) -> impl Iterator<Item = (String, String)> {
+        let newest = |record: &Arc<Record>| {
+            let uid = record.uid();
+            let staged = if self.staged.is_empty() { None } else { self.staged.get(&*uid) };
+            let version = staged.unwrap_or(record).version();
+            (uid, version)
+        };
+        let services = self.next.services().map(|service| (service.key(), service.version.to_string()));
+        self.next.records().map(newest).chain(services)
+    }
+
+    /// Packs some workloads again that somebody asked for once and nobody uses, if there are more than `keep`. Nothing
+    /// changes for readers. How many.
+    pub fn forget(&mut self, keep: usize) -> usize {
+        let idle: Vec<Arc<Record>> = self.next.records().filter(|record| record.is_idle()).cloned().collect();
+        let over = idle.len().saturating_sub(keep).min(4 * STEP);
+        let mut others = HashMap::with_capacity(over);
+        for old in &idle[..over] {
+            let new = Arc::new(old.packed_again());
+            self.next.workloads.put(new.clone(), &mut self.free);
+            self.index_services(Some(old), Some(&new));
+            others.insert(Arc::as_ptr(old), new);
+        }
+        while self.prepare() {}
+        if over > 0 {
+            self.shared.log.lock().unwrap_or_else(PoisonError::into_inner).exchange(&others);
+            self.show(None);
+        }
+        over
     }
 
     // Workloads.
 
     /// Takes a workload into force, or stages it.
-    fn offer(&mut self, workload: Arc<Workload>) {
-        let uid = workload.uid.clone();
+    fn offer(&mut self, record: Arc<Record>) {
+        let uid: Arc<str> = record.uid().into();
         let named_before = self.named_by(&uid);
         self.staged.remove(&uid);
-        if self.is_complete(&workload) {
-            self.put_workload(workload);
+        if self.is_complete(&record) {
+            self.put_workload(record);
         } else {
-            let in_force = self.next.workloads.get(&uid);
+            let in_force = self.next.workloads.by_uid(&uid);
             // A version in force that was complete stays, if it is of the same pod.
-            let stays = in_force.is_some_and(|old| !old.policies_pending && old.pod_uid == workload.pod_uid);
-            self.staged.insert(uid.clone(), workload.clone());
+            let stays = in_force.is_some_and(|old| !old.policies_pending() && old.pod_uid() == record.pod_uid());
+            self.staged.insert(uid.clone(), record.clone());
             if !stays {
-                let mut pending = Arc::unwrap_or_clone(workload);
-                pending.policies_pending = true;
-                self.put_workload(Arc::new(pending));
+                self.put_workload(record.pending().into());
             }
         }
-        self.index_users(&uid, &named_before);
+        self.count_users(&uid, &named_before);
     }
 
     /// Whether every policy that the workload names is here, in the version that it names or another that is as good.
-    fn is_complete(&self, workload: &Workload) -> bool {
-        if workload.network_policies.iter().any(|id| self.next.network_policies.get(id).is_none()) {
+    fn is_complete(&self, record: &Record) -> bool {
+        if record.network_policies().iter().any(|id| self.next.network_policies.get(id).is_none()) {
             return false;
         }
-        workload.policies.iter().all(|id| {
+        record.policies().all(|(id, wanted)| {
             let Some(held) = self.next.policies.get(id) else { return false };
-            let Some(wanted) = workload.policy_versions.get(id) else { return true };
+            let Some(wanted) = wanted else { return true };
             held.version == *wanted || self.rejected.get(id) == Some(wanted)
         })
     }
 
-    fn put_workload(&mut self, workload: Arc<Workload>) {
-        let old = self.next.workloads.get(&workload.uid).cloned();
-        if old.as_ref() == Some(&workload) {
+    fn put_workload(&mut self, record: Arc<Record>) {
+        if self.next.workloads.by_uid(&record.uid()) == Some(&record) {
             return;
         }
-        self.index_workload(old.as_deref(), Some(&workload));
-        self.log.insert(LogName::Address(workload.uid.clone()), Some(workload.version.clone()));
-        self.next.workloads.insert(workload.uid.clone(), workload);
+        let old = self.next.workloads.put(record.clone(), &mut self.free);
+        self.index_services(old.as_ref(), Some(&record));
+        self.log.push(Logged::Workload(record));
     }
 
-    fn remove_workload(&mut self, uid: &str) -> bool {
+    fn remove_workload(&mut self, uid: &Arc<str>) -> bool {
         let named_before = self.named_by(uid);
         self.staged.remove(uid);
-        let Some(old) = self.next.workloads.remove(uid) else { return false };
-        self.index_workload(Some(&old), None);
-        self.log.insert(LogName::Address(old.uid.clone()), None);
-        self.index_users(&old.uid, &named_before);
+        let Some(old) = self.next.workloads.remove(uid, &mut self.free) else { return false };
+        self.index_services(Some(&old), None);
+        self.log.push(Logged::Gone(old));
+        self.count_users(uid, &named_before);
         true
     }
 
-    /// Brings every index from `old` to `new` of one workload.
-    fn index_workload(&mut self, old: Option<&Workload>, new: Option<&Arc<Workload>>) {
-        let Some(uid) = old.map(|old| &old.uid).or_else(|| new.map(|new| &new.uid)) else { return };
-        let is_old = |workload: &Workload| workload.uid == *uid;
-        let ips_of = |workload: &Workload| match workload.host_network {
-            true => Vec::new(),
-            false => workload.addresses.clone(),
-        };
-        let new_ips = new.map(|new| ips_of(new)).unwrap_or_default();
-        let old_ips = old.map(ips_of).unwrap_or_default();
-        for ip in old_ips.iter().filter(|ip| !new_ips.contains(ip)) {
-            self.next.ips.regroup(ip, is_old, None, workload_order);
-        }
-        for ip in &new_ips {
-            self.next.ips.regroup(ip, is_old, new, workload_order);
-        }
-        let pod_key = |next: &Snapshot, workload: &Workload| next.pod_key(&workload.namespace, &workload.name);
+    /// Takes note of the services that `old` or `new` of one workload is behind.
+    fn index_services(&mut self, old: Option<&Arc<Record>>, new: Option<&Arc<Record>>) {
         if let Some(old) = old {
-            let key = pod_key(&self.next, old);
-            self.next.pods.regroup(&key, is_old, None, workload_order);
-        }
-        if let Some(new) = new.filter(|new| new.is_pod()) {
-            let key = pod_key(&self.next, new);
-            self.next.pods.regroup(&key, is_old, Some(new), workload_order);
-        }
-        for service in old.iter().flat_map(|old| old.services.keys()) {
-            if new.is_some_and(|new| new.services.contains_key(service)) {
-                continue;
+            for service in old.services().keys() {
+                self.touched.entry(service.clone()).or_default().gone(old);
             }
-            if let Some(members) = self.members.get_mut(service) {
-                members.remove(uid);
-                if members.is_empty() {
-                    self.members.remove(service);
-                }
-            }
-            self.touched.insert(service.clone());
         }
-        for service in new.iter().flat_map(|new| new.services.keys()) {
-            self.members.entry(service.clone()).or_default().insert(uid.clone());
-            self.touched.insert(service.clone());
+        if let Some(new) = new {
+            for service in new.services().keys() {
+                self.touched.entry(service.clone()).or_default().come(new);
+            }
         }
     }
 
@@ -337,8 +439,10 @@ impl Writer {
             && let Some(old) = self.next.service(namespace, hostname).cloned()
         {
             self.index_service(Some(&old), None);
-            self.touched.remove(name);
-            self.log.insert(LogName::Address(name.clone()), None);
+            if !old.endpoints.all.is_empty() {
+                self.orphans.insert(name.clone(), old.endpoints.all.to_vec());
+            }
+            self.note(LogName::Address(name.clone()), None);
         }
     }
 
@@ -348,11 +452,18 @@ impl Writer {
             return;
         }
         let key: Arc<str> = spec.key().into();
-        self.log.insert(LogName::Address(key.clone()), Some(spec.version.clone()));
+        self.note(LogName::Address(key.clone()), Some(spec.version.clone()));
         // The endpoints follow at the end of the update, once for all its changes.
-        let new = Arc::new(Service::new(spec, Endpoints::default()));
-        self.index_service(old.as_ref(), Some(&new));
-        self.touched.insert(key);
+        let new = match &old {
+            Some(old) => old.respecified(spec),
+            None => Service::new(spec, Endpoints::default()),
+        };
+        self.index_service(old.as_ref(), Some(&Arc::new(new)));
+        self.touched.entry(key).or_default();
+    }
+
+    fn note(&mut self, name: LogName, version: Option<Arc<str>>) {
+        self.log.push(Logged::Other(Box::new((name, version))));
     }
 
     /// Brings every index from `old` to `new` of one service.
@@ -381,16 +492,20 @@ impl Writer {
         self.next.service_count -= usize::from(old.is_some());
     }
 
-    fn rebuild_touched(&mut self) {
-        for key in std::mem::take(&mut self.touched) {
-            let Some((namespace, hostname)) = key.split_once('/') else { continue };
-            let Some(old) = self.next.service(namespace, hostname).cloned() else { continue };
-            let uids = self.members.get(&key).into_iter().flatten();
-            let workloads = uids.filter_map(|uid| self.next.workloads.get(uid)).cloned().collect();
-            let endpoints = Endpoints::build(old.spec(), &key, workloads);
-            let new = Arc::new(Service::new(old.spec().clone(), endpoints));
-            self.index_service(Some(&old), Some(&new));
-        }
+    /// Prepares the endpoints of a service, of which `delta` came and went.
+    fn rebuild(&mut self, key: &Arc<str>, delta: Delta) {
+        let orphans = self.orphans.remove(key).unwrap_or_default();
+        let known = key.split_once('/').and_then(|(namespace, hostname)| self.next.service(namespace, hostname));
+        let Some(old) = known.cloned() else {
+            let orphans = delta.applied(orphans.into_iter());
+            if !orphans.is_empty() {
+                self.orphans.insert(key.clone(), orphans);
+            }
+            return;
+        };
+        let all = delta.applied(old.endpoints.all.iter().cloned().chain(orphans));
+        let new = Service::new(old.spec().clone(), Endpoints::build(old.spec(), key, all));
+        self.index_service(Some(&old), Some(&Arc::new(new)));
     }
 
     // Policies.
@@ -436,7 +551,7 @@ impl Writer {
         self.next.narrowed = self.narrowed.list();
         for id in ids {
             let left = self.next.policies.get(&id).map(|policy| policy.version.clone());
-            self.log.insert(LogName::Authorization(id), left);
+            self.note(LogName::Authorization(id), left);
         }
     }
 
@@ -445,7 +560,7 @@ impl Writer {
         if old.as_ref() == Some(&policy) {
             return;
         }
-        self.log.insert(LogName::Authorization(policy.id.clone()), Some(policy.version.clone()));
+        self.note(LogName::Authorization(policy.id.clone()), Some(policy.version.clone()));
         self.next.policies.insert(policy.id.clone(), policy.clone());
         if self.narrowed.replaced(old.as_ref(), &policy, now_us) {
             self.next.narrowed = self.narrowed.list();
@@ -457,7 +572,7 @@ impl Writer {
         if self.next.network_policies.get(&policy.id) == Some(&policy) {
             return;
         }
-        self.log.insert(LogName::NetworkPolicy(policy.id.clone()), Some(policy.version.clone()));
+        self.note(LogName::NetworkPolicy(policy.id.clone()), Some(policy.version.clone()));
         self.next.network_policies.insert(policy.id.clone(), policy);
     }
 
@@ -506,36 +621,32 @@ impl Writer {
             self.zombies.remove(&id);
             if let Some(old) = self.next.policies.remove(&id) {
                 self.index_policy(Some(&old), None);
-                self.log.insert(LogName::Authorization(id.clone()), None);
+                self.note(LogName::Authorization(id.clone()), None);
             }
             if self.next.network_policies.remove(&id).is_some() {
-                self.log.insert(LogName::NetworkPolicy(id), None);
+                self.note(LogName::NetworkPolicy(id), None);
             }
         }
     }
 
-    /// Policies that a workload names, its versions in force and staged together.
-    fn named_by(&self, uid: &str) -> BTreeSet<Arc<str>> {
-        let versions = [self.next.workloads.get(uid), self.staged.get(uid)];
-        let named = |workload: &Arc<Workload>| {
-            workload.policies.iter().chain(&workload.network_policies).cloned().collect::<Vec<_>>()
-        };
-        versions.into_iter().flatten().flat_map(named).collect()
+    /// Policies that a workload names, of its versions in force and staged; those of both twice.
+    fn named_by(&self, uid: &str) -> Vec<Arc<str>> {
+        let versions = [self.next.workloads.by_uid(uid), self.staged.get(uid)];
+        versions.into_iter().flatten().flat_map(|record| record.named().cloned()).collect()
     }
 
     /// Brings `users` up to date for one workload that named `before`.
-    fn index_users(&mut self, uid: &Arc<str>, before: &BTreeSet<Arc<str>>) {
-        let now = self.named_by(uid);
-        for id in before.difference(&now) {
+    fn count_users(&mut self, uid: &str, before: &[Arc<str>]) {
+        for id in self.named_by(uid) {
+            *self.users.entry(id).or_default() += 1;
+        }
+        for id in before {
             if let Some(users) = self.users.get_mut(id) {
-                users.remove(uid);
-                if users.is_empty() {
+                *users -= 1;
+                if *users == 0 {
                     self.users.remove(id);
                 }
             }
-        }
-        for id in now.difference(before) {
-            self.users.entry(id.clone()).or_default().insert(uid.clone());
         }
     }
 }

@@ -55,7 +55,7 @@ fn cart(reader: &Reader) -> Arc<Workload> {
 
 fn endpoint_names(snapshot: &Snapshot, name: &str) -> Vec<String> {
     let service = snapshot.service("shop", &format!("{name}.shop.svc.cluster.local")).unwrap();
-    service.endpoints.all.iter().map(|endpoint| endpoint.workload.name.to_string()).collect()
+    service.endpoints.all.iter().map(|endpoint| endpoint.name()).collect()
 }
 
 #[test]
@@ -122,9 +122,8 @@ fn only_candidates_are_in_a_port_table() {
         writer.apply(endpoints.iter().cloned().map(put), 2);
         let snapshot = reader.load();
         let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
-        let table = &service.endpoints.ports[&80];
-        let name =
-            |row: &crate::state::Candidate| service.endpoints.all[row.endpoint as usize].workload.name.to_string();
+        let table = &service.endpoints.ports.get(&80).unwrap();
+        let name = |row: &crate::state::Candidate| service.endpoints.all[row.endpoint as usize].name();
         table.all.candidates.iter().map(name).collect::<Vec<_>>()
     };
     assert_eq!(names(HealthPolicy::OnlyHealthy), ["ready"]);
@@ -140,7 +139,7 @@ fn a_change_of_health_policy_brings_endpoints_back_at_once() {
     writer.apply([serve(ServiceSpec { lb, ..service("shop", "cart", "10.96.0.1") })], 2);
     let snapshot = reader.load();
     let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
-    assert_eq!(service.endpoints.ports[&80].all.total(), 1);
+    assert_eq!(service.endpoints.ports.get(&80).unwrap().all.total(), 1);
 }
 
 #[test]
@@ -153,8 +152,9 @@ fn an_endpoints_own_port_comes_before_the_services() {
     writer.apply([serve(spec), put(named), put(silent)], 1);
     let snapshot = reader.load();
     let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
-    let targets =
-        |port: u16| service.endpoints.ports[&port].all.candidates.iter().map(|row| row.target_port).collect::<Vec<_>>();
+    let targets = |port: u16| {
+        service.endpoints.ports.get(&port).unwrap().all.candidates.iter().map(|row| row.target_port).collect::<Vec<_>>()
+    };
     assert_eq!(targets(80), [9000], "a named port is only where the endpoint has it");
     assert_eq!(targets(81), [8081, 8081]);
 }
@@ -501,12 +501,12 @@ fn shown(snapshot: &Snapshot) -> BTreeSet<String> {
     let mut lines = BTreeSet::new();
     for workload in snapshot.workloads() {
         lines.insert(format!("{workload:?}"));
-        assert_eq!(snapshot.workload_by_pod(&workload.namespace, &workload.name), Some(workload));
-        let policies: Vec<_> = snapshot.policies_for(workload).map(|policy| &policy.id).collect();
+        assert_eq!(snapshot.workload_by_pod(&workload.namespace, &workload.name), Some(&workload));
+        let policies: Vec<_> = snapshot.policies_for(&workload).map(|policy| &policy.id).collect();
         lines.insert(format!("{} has {policies:?}", workload.uid));
     }
     for service in snapshot.services() {
-        let all: Vec<_> = service.endpoints.all.iter().map(|endpoint| &endpoint.workload).collect();
+        let all: Vec<_> = service.endpoints.all.iter().map(|endpoint| endpoint.peek()).collect();
         let tables: Vec<_> =
             service.endpoints.ports.iter().map(|(port, table)| (port, &table.all.candidates)).collect();
         lines.insert(format!("{:?} {all:?} {tables:?}", service.spec()));
@@ -529,7 +529,7 @@ fn shown(snapshot: &Snapshot) -> BTreeSet<String> {
 /// What the writer must hold after every update.
 fn check_invariants(writer: &Writer, snapshot: &Snapshot) {
     for workload in snapshot.workloads().filter(|workload| !workload.policies_pending) {
-        let missing = snapshot.missing_policy(workload);
+        let missing = snapshot.missing_policy(&workload);
         assert!(missing.is_none(), "{} is in force and {missing:?} is not here", workload.uid);
     }
     let counted = (snapshot.workloads().count(), snapshot.services().count(), snapshot.policies().count());
@@ -557,7 +557,7 @@ proptest! {
         rebuilt.apply(kept.policies().cloned().map(Change::Policy), 1);
         rebuilt.apply(kept.services().map(|service| Change::Service(service.spec().clone())), 2);
         rebuilt.apply(kept.workloads().map(|workload| {
-            put(Workload { policies_pending: false, ..Workload::clone(workload) })
+            put(Workload { policies_pending: false, ..Workload::clone(&workload) })
         }), 3);
         prop_assert_eq!(shown(&again.load()), shown(&kept));
     }

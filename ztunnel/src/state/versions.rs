@@ -3,14 +3,16 @@
 //! It records what took effect, not what arrived: a staged workload appears when it takes force, and a removed policy when
 //! its last user is gone. Bounded twice, by entries and by names, because one entry of a first sync names everything.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::sync::Arc;
 
+use crate::state::Record;
+
 /// At ten changes a second, about seven minutes.
 const MAX_ENTRIES: usize = 4096;
-/// Names of all entries together, about 8 MB at most: one first sync of 50,000 resources and what follows it.
-const MAX_NAMES: usize = 65_536;
+/// Names of all entries together: 16 bytes each, and 160 where the entry is the last that knows the version.
+const MAX_NAMES: usize = 32_768;
 
 /// Names a resource in the log: `<type>/<resource name>`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -21,6 +23,8 @@ pub enum LogName {
     Authorization(Arc<str>),
     /// A NetworkPolicy; its resource name begins with the type.
     NetworkPolicy(Arc<str>),
+    /// A TrustBundle; its resource name begins with the type.
+    TrustBundle(Arc<str>),
 }
 
 impl fmt::Display for LogName {
@@ -28,7 +32,7 @@ impl fmt::Display for LogName {
         match self {
             Self::Address(name) => write!(f, "Address/{name}"),
             Self::Authorization(name) => write!(f, "Authorization/{name}"),
-            Self::NetworkPolicy(name) => f.write_str(name),
+            Self::NetworkPolicy(name) | Self::TrustBundle(name) => f.write_str(name),
         }
     }
 }
@@ -44,25 +48,69 @@ pub struct LogEntry {
     pub resources: BTreeMap<LogName, Option<Arc<str>>>,
 }
 
+/// One name of an entry as it is kept: a workload by its record, which the store has too.
+#[derive(Debug)]
+pub(super) enum Logged {
+    /// A workload is so.
+    Workload(Arc<Record>),
+    /// A workload that was so is gone.
+    Gone(Arc<Record>),
+    /// Another resource, and the version in force.
+    Other(Box<(LogName, Option<Arc<str>>)>),
+}
+
+/// An entry as it is kept. Of several items of one name the last counts.
+#[derive(Debug)]
+pub(super) struct Kept {
+    pub(super) generation: u64,
+    pub(super) applied_unix_us: u64,
+    pub(super) items: Box<[Logged]>,
+}
+
+impl Kept {
+    /// The entry as it is shown.
+    pub(super) fn entry(&self) -> LogEntry {
+        let shown = |item: &Logged| match item {
+            Logged::Workload(record) => (LogName::Address(record.uid().into()), Some(record.version().into())),
+            Logged::Gone(record) => (LogName::Address(record.uid().into()), None),
+            Logged::Other(item) => (**item).clone(),
+        };
+        let Self { generation, applied_unix_us, .. } = *self;
+        LogEntry { generation, applied_unix_us, resources: self.items.iter().map(shown).collect() }
+    }
+}
+
 /// See the module's header.
 #[derive(Debug, Default)]
-pub struct VersionLog {
-    entries: VecDeque<Arc<LogEntry>>,
+pub(super) struct VersionLog {
+    entries: VecDeque<Arc<Kept>>,
     names: usize,
 }
 
 impl VersionLog {
-    pub(super) fn push(&mut self, entry: LogEntry) {
-        self.names += entry.resources.len();
+    pub(super) fn push(&mut self, entry: Kept) {
+        self.names += entry.items.len();
         self.entries.push_back(Arc::new(entry));
         // The newest entry stays, however large it is.
         while self.entries.len() > 1 && (self.entries.len() > MAX_ENTRIES || self.names > MAX_NAMES) {
-            self.names -= self.entries.pop_front().map_or(0, |oldest| oldest.resources.len());
+            self.names -= self.entries.pop_front().map_or(0, |oldest| oldest.items.len());
+        }
+    }
+
+    /// Replaces records by others of the same content. An entry that is being read keeps its own a little longer.
+    pub(super) fn exchange(&mut self, others: &HashMap<*const Record, Arc<Record>>) {
+        let items = self.entries.iter_mut().filter_map(Arc::get_mut).flat_map(|entry| &mut entry.items);
+        for item in items {
+            if let Logged::Workload(record) | Logged::Gone(record) = item
+                && let Some(other) = others.get(&Arc::as_ptr(record))
+            {
+                *record = other.clone();
+            }
         }
     }
 
     /// The entries kept, oldest first.
-    pub fn entries(&self) -> Vec<Arc<LogEntry>> {
+    pub(super) fn entries(&self) -> Vec<Arc<Kept>> {
         self.entries.iter().cloned().collect()
     }
 }

@@ -12,7 +12,7 @@ use tulle_certs::SpiffeId;
 use crate::state::IpFamily;
 
 /// How a workload is reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Protocol {
     /// Plain TCP to its port.
     Plain,
@@ -21,7 +21,7 @@ pub enum Protocol {
 }
 
 /// Declared application protocol of a port.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum AppProtocol {
     /// Not declared.
     #[default]
@@ -39,7 +39,7 @@ pub enum AppProtocol {
 }
 
 /// One port of a service, or of an endpoint of a service.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Port {
     /// Port that clients of the service dial.
     pub service_port: u16,
@@ -50,7 +50,7 @@ pub struct Port {
 }
 
 /// Where a workload runs. Empty: unknown.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Locality {
     /// Region.
     pub region: Arc<str>,
@@ -61,7 +61,7 @@ pub struct Locality {
 }
 
 /// Kind of the workload's owner, for telemetry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum WorkloadType {
     /// Deployment.
     Deployment,
@@ -86,7 +86,7 @@ impl WorkloadType {
 }
 
 /// What may leave the cluster.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum EgressMode {
     /// Everything.
     #[default]
@@ -98,7 +98,7 @@ pub enum EgressMode {
 }
 
 /// A gateway or waypoint.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct GatewayAddress {
     /// Which one.
     pub target: GatewayTarget,
@@ -107,7 +107,7 @@ pub struct GatewayAddress {
 }
 
 /// How a gateway is named.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum GatewayTarget {
     /// A service or workload by host name.
     Hostname {
@@ -126,7 +126,7 @@ pub enum GatewayTarget {
 }
 
 /// An application behind the proxy that wants the tunnel's metadata.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ApplicationTunnel {
     /// PROXY protocol version 2 in front of the bytes.
     pub proxy_protocol: bool,
@@ -138,7 +138,7 @@ pub struct ApplicationTunnel {
 ///
 /// A sorted list and not a map: there are one or two, in each of thousands of workloads, and a tree node has room for
 /// eleven.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Memberships(Box<[Membership]>);
 
 type Membership = (Arc<str>, Box<[Port]>);
@@ -179,7 +179,7 @@ pub struct DnsName {
 }
 
 /// Clients that a workload is meant for as an endpoint of one service.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct EndpointHints {
     /// The service, `<namespace>/<hostname>`.
     pub service: Arc<str>,

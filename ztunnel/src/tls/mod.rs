@@ -6,6 +6,7 @@
 //! expectation of the caller, and gives every refusal a sentence that names both identities.
 
 mod revoked;
+mod trust;
 mod verify;
 
 use std::sync::{Arc, OnceLock};
@@ -17,9 +18,10 @@ use rustls::{ClientConfig, ServerConfig};
 use tulle_certs::{Issued, SpiffeId, Usage, fingerprint};
 
 pub use revoked::Revoked;
+pub use trust::{Federated, Trust};
 pub use verify::{WrongIdentity, peer_identity, refusal};
 
-use crate::outcome::{Code, Outcome};
+use crate::outcome::Outcome;
 
 /// Why a TLS configuration could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -72,42 +74,6 @@ pub struct WorkloadCert {
     client: ClientConfig,
     roots: tulle_certs::Roots,
     trust: Trust,
-}
-
-/// Whom a node believes, besides the roots that come with each certificate. Cheap to clone.
-#[derive(Clone, Debug, Default)]
-pub struct Trust {
-    /// Other names of the trust domain.
-    pub aliases: Aliases,
-    /// Certificates that were taken back.
-    pub revoked: Revoked,
-}
-
-/// Other names of the mesh's trust domain, as while it is renamed: who proves an identity there is who has that
-/// namespace and account here. Both ends of a connection use them; policies that name a domain do so in control.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Aliases(Arc<[String]>);
-
-impl Aliases {
-    /// `names` are trust domains; empty ones are left out.
-    pub fn new(names: impl IntoIterator<Item = String>) -> Self {
-        Self(names.into_iter().map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect())
-    }
-
-    /// Whether a peer of `domain` counts as one of `own`.
-    fn covers(&self, own: &str, domain: &str) -> bool {
-        own == domain || self.0.iter().any(|alias| alias == domain)
-    }
-
-    /// Whether `proven` is `expected`, by name or by alias. `own` is the verifier's trust domain: an alias stands for
-    /// that one only, never for a third.
-    fn same(&self, own: &str, expected: &SpiffeId, proven: &SpiffeId) -> bool {
-        expected == proven
-            || (expected.namespace() == proven.namespace()
-                && expected.service_account() == proven.service_account()
-                && self.covers(own, expected.trust_domain())
-                && self.covers(own, proven.trust_domain()))
-    }
 }
 
 impl std::fmt::Debug for WorkloadCert {
@@ -175,7 +141,7 @@ impl WorkloadCert {
         })
     }
 
-    /// Configuration of the HBONE server: a client certificate of our trust domain is mandatory.
+    /// Configuration of the HBONE server: a client certificate of our trust domain or a federated one is mandatory.
     pub fn server_config(&self) -> Arc<ServerConfig> {
         self.server.clone()
     }
@@ -192,9 +158,10 @@ impl WorkloadCert {
         Arc::new(config)
     }
 
-    /// Completes once the certificate of a peer that was verified as `usage` is in a revocation list.
-    pub async fn revoked(&self, chain: &[CertificateDer<'_>], usage: Usage) -> Outcome {
-        Outcome::new(Code::CertRevoked, self.trust.revoked.hit(chain, &self.roots, usage).await.to_string())
+    /// Completes once the chain of a peer that was verified as `usage` is no longer believed: a revocation list names it,
+    /// or the roots of its foreign trust domain have changed.
+    pub async fn distrusted(&self, chain: &[CertificateDer<'_>], usage: Usage) -> Outcome {
+        self.trust.distrusted(self.identity.trust_domain(), &self.roots, chain, usage).await
     }
 
     /// Whether this certificate itself is in a revocation list, so that peers will refuse it.
@@ -205,33 +172,5 @@ impl WorkloadCert {
     /// Whether the certificate can still be shown, `now` in Unix seconds.
     pub fn is_valid(&self, now: i64) -> bool {
         now < self.not_after
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_alias_stands_for_the_own_domain_and_for_no_other() {
-        let id = |domain: &str, account: &str| SpiffeId::new(domain, "shop", account).unwrap();
-        let aliases = Aliases::new(["old.example".to_owned(), " ".to_owned()]);
-        let cases = [
-            ("own.example", "own.example", "cart", true),
-            ("own.example", "old.example", "cart", true),
-            ("old.example", "own.example", "cart", true),
-            ("own.example", "old.example", "admin", false),
-            ("own.example", "else.example", "cart", false),
-            ("else.example", "own.example", "cart", false),
-            ("else.example", "old.example", "cart", false),
-            // Another mesh's endpoint is who it is.
-            ("else.example", "else.example", "cart", true),
-        ];
-        for (expected, proven, account, same) in cases {
-            let got = aliases.same("own.example", &id(expected, "cart"), &id(proven, account));
-            assert_eq!(got, same, "{expected} {proven}/{account}");
-        }
-        assert!(!Aliases::default().same("own.example", &id("own.example", "cart"), &id("old.example", "cart")));
-        assert!(!aliases.covers("own.example", ""));
     }
 }

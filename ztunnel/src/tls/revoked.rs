@@ -4,14 +4,13 @@
 //! store in a node, handed to every certificate's configuration.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use rustls::pki_types::{CertificateDer, UnixTime};
+use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
 use tulle_certs::{Crls, Roots, Usage, VerifyError, verify_chain};
 
-use crate::base::unix_now;
+use crate::tls::trust::in_force;
 
 /// The lists. Cheap to clone; all clones are one store.
 #[derive(Clone, Debug)]
@@ -53,20 +52,22 @@ impl Revoked {
         if crls.is_empty() {
             return None;
         }
-        // Streams go on past the end of the certificate that opened them: it is asked about as it was in force.
-        let end = chain.first().and_then(tulle_certs::not_after).map_or(0, i64::unsigned_abs);
-        let now = UnixTime::since_unix_epoch(Duration::from_secs(end.min(unix_now().unsigned_abs())));
-        match verify_chain(chain, roots, &crls, usage, now) {
+        match verify_chain(chain, roots, &crls, usage, in_force(chain)) {
             Err(error @ VerifyError::Revoked { .. }) => Some(error),
             // Ends by itself are others' business; a chain that was verified once needs no second opinion.
             Ok(_) | Err(_) => None,
         }
     }
 
+    /// Tells of every change of the lists.
+    pub(super) fn changes(&self) -> watch::Receiver<()> {
+        self.shared.changes.subscribe()
+    }
+
     /// Completes once a list names the chain.
     pub(super) async fn hit(&self, chain: &[CertificateDer<'_>], roots: &Roots, usage: Usage) -> VerifyError {
         // Subscribed before the first look, so that no change falls between.
-        let mut changes = self.shared.changes.subscribe();
+        let mut changes = self.changes();
         loop {
             if let Some(error) = self.look(chain, roots, usage) {
                 return error;

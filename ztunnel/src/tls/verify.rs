@@ -1,4 +1,4 @@
-//! rustls' verifier traits on top of `tulle_certs::verify_chain`.
+//! rustls' verifier traits on top of `tulle_certs::verify_peer`.
 //!
 //! Names in certificates are never looked at, and SNI is not sent: the only identity is the SPIFFE id, which must be
 //! the single URI of the leaf, so that the identity that is checked is the identity that policy sees.
@@ -14,7 +14,7 @@ use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, PeerIncompatible, SignatureScheme,
 };
-use tulle_certs::{Crls, Roots, SpiffeId, Usage, VerifyError, leaf_identity, verify_chain};
+use tulle_certs::{Roots, SpiffeId, Usage, VerifyError, leaf_identity};
 
 use crate::outcome::{Code, Outcome, chain};
 use crate::tls::Trust;
@@ -24,7 +24,7 @@ use crate::tls::Trust;
 pub struct WrongIdentity {
     /// Who it is.
     pub proven: SpiffeId,
-    /// Who was expected: identities for a server, `trust domain …` for a client.
+    /// Who was expected.
     pub expected: String,
 }
 
@@ -47,6 +47,9 @@ pub fn refusal(error: &io::Error, place: &str) -> Outcome {
     }
     match ours.and_then(|inner| inner.downcast_ref::<VerifyError>()) {
         Some(revoked @ VerifyError::Revoked { .. }) => Outcome::new(Code::CertRevoked, format!("{place}{revoked}")),
+        Some(foreign @ (VerifyError::UntrustedDomain { .. } | VerifyError::ExpiredRoots { .. })) => {
+            Outcome::new(Code::UntrustedDomain, format!("{place}{foreign}"))
+        }
         _ => Outcome::new(Code::TlsFailed, format!("{place}{}", chain(error))),
     }
 }
@@ -72,18 +75,6 @@ fn chain_of<'a>(
     chain.push(end_entity.clone());
     chain.extend_from_slice(intermediates);
     chain
-}
-
-fn verify(
-    end_entity: &CertificateDer<'_>,
-    intermediates: &[CertificateDer<'_>],
-    roots: &Roots,
-    crls: &Crls,
-    usage: Usage,
-    now: UnixTime,
-) -> Result<SpiffeId, Error> {
-    verify_chain(&chain_of(end_entity, intermediates), roots, crls, usage, now)
-        .map_err(|error: VerifyError| refuse(error))
 }
 
 /// Accepts servers with one of the expected identities.
@@ -122,7 +113,9 @@ impl ServerCertVerifier for ServerVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let proven = verify(end_entity, intermediates, &self.roots, &self.trust.revoked.lists(), Usage::Server, now)?;
+        let chain = chain_of(end_entity, intermediates);
+        let verified = self.trust.verify(&self.trust_domain, &self.roots, &chain, Usage::Server, now);
+        let proven = verified.map_err(refuse)?;
         let fits = |expected: &SpiffeId| self.trust.aliases.same(&self.trust_domain, expected, &proven);
         if self.expected.iter().any(fits) || identity_check_is_broken() {
             return Ok(ServerCertVerified::assertion());
@@ -155,7 +148,7 @@ impl ServerCertVerifier for ServerVerifier {
     }
 }
 
-/// Accepts clients of the own trust domain and its aliases.
+/// Accepts clients of the own trust domain, its aliases, and federated domains.
 #[derive(Debug)]
 pub(super) struct ClientVerifier {
     roots: Roots,
@@ -182,11 +175,9 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let proven = verify(end_entity, intermediates, &self.roots, &self.trust.revoked.lists(), Usage::Client, now)?;
-        if self.trust.aliases.covers(&self.trust_domain, proven.trust_domain()) {
-            return Ok(ClientCertVerified::assertion());
-        }
-        Err(refuse(WrongIdentity { proven, expected: format!("trust domain {}", self.trust_domain) }))
+        let chain = chain_of(end_entity, intermediates);
+        let verified = self.trust.verify(&self.trust_domain, &self.roots, &chain, Usage::Client, now);
+        verified.map(|_| ClientCertVerified::assertion()).map_err(refuse)
     }
 
     fn verify_tls12_signature(

@@ -1,7 +1,8 @@
 //! The discovery stream itself: connects, feeds the session, applies its changes, and reconnects for ever.
 //!
 //! One task owns the session and the store's writer. Responses are applied in order and acknowledged after they are in
-//! force, so that an ACK means effect. Limits: a response has at most 200 MiB (istiod's own limit is its cluster), and at
+//! force, so that an ACK means effect. A large one is taken apart and applied in steps, between which other tasks of the
+//! thread have their turn, and comes into force at once. Limits: a response has at most 200 MiB (istiod's own limit is its cluster), and at
 //! most [`REQUESTS`] requests wait to be sent.
 
 use std::collections::BTreeMap;
@@ -11,6 +12,7 @@ use std::time::Duration;
 use prost_types::value::Kind;
 use prost_types::{Struct, Value};
 use tokio::sync::mpsc;
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep_until};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request};
@@ -18,11 +20,11 @@ use tulle_proto::discovery::aggregated_discovery_service_client::AggregatedDisco
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use tulle_proto::names::HEADER_TULLE_TYPES;
 
-use crate::base::unix_now_us;
+use crate::base::{memory, unix_now_us};
 use crate::identity::{Control, ControlError, backoff, status_text};
-use crate::state::{Applied, Writer};
+use crate::state::{Applied, Change, Demands, Writer};
 use crate::xds::monitor::{Monitor, Termination};
-use crate::xds::session::Session;
+use crate::xds::session::{Session, demand, in_steps};
 
 /// Istio's value: every workload of a large cluster in one response.
 const MAX_RESPONSE_BYTES: usize = 200 << 20;
@@ -32,6 +34,16 @@ const REQUESTS: usize = 16;
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// Headers come with the first response at the latest, and control answers a first request at once.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
+/// Resources that are taken apart in one step: some milliseconds.
+const STEP: usize = 256;
+/// Workloads that are kept whole although nobody uses them, 1.5 KB each; looked at this often, because the walk takes
+/// some milliseconds.
+const IDLE: usize = 2048;
+const LOOK_FOR_IDLE: Duration = Duration::from_secs(60);
+/// How often names are given up that nobody uses; an answer that crossed the giving up is dropped then too.
+const LOOK_FOR_UNUSED: Duration = Duration::from_secs(15);
+/// After a response of so many resources the allocator gives back what taking it apart has left.
+const LARGE: usize = 2048;
 const FIRST_RETRY: Duration = Duration::from_millis(10);
 const LAST_RETRY: Duration = Duration::from_secs(15);
 
@@ -52,7 +64,7 @@ pub struct Config {
     pub metadata: BTreeMap<String, String>,
     /// Whether NetworkPolicies are enforced here, where control offers them.
     pub network_policy: bool,
-    /// Workloads and services only as they are asked for. Experimental: nothing asks yet, so only those of the node come.
+    /// Workloads and services only as they are asked for, besides those of the node.
     pub on_demand: bool,
 }
 
@@ -89,6 +101,9 @@ struct Ended {
 /// Keeps the store as control says, until `shutdown` completes. There is no error that ends it.
 pub async fn run(config: Config, mut writer: Writer, monitor: Monitor, shutdown: impl Future<Output = ()>) {
     tokio::pin!(shutdown);
+    if config.on_demand {
+        writer.demands().enable(&config.node_name);
+    }
     let mut session = Session::new(config.node(), config.on_demand, config.network_policy);
     let mut failures = 0u32;
     loop {
@@ -124,7 +139,7 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
         Err(error) => return connection(error),
     };
     let (requests, queue) = mpsc::channel(REQUESTS);
-    for first in session.open() {
+    for first in session.open(writer.addresses(), &writer.demands().all()) {
         // The queue is new and larger than what a session opens with.
         let _ = requests.try_send(first);
     }
@@ -142,9 +157,9 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
     let offered = response.metadata().get(HEADER_TULLE_TYPES).and_then(|value| value.to_str().ok()).unwrap_or("");
     let offered: Vec<String> =
         offered.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
-    let (expected, subscription) = session.offered(&offered);
+    let (expected, subscriptions) = session.offered(&offered);
     writer.apply(expected, unix_now_us());
-    if let Some(subscription) = subscription {
+    for subscription in subscriptions {
         // There is room: the queue holds the first requests and nothing was answered yet.
         let _ = requests.try_send(subscription);
     }
@@ -153,6 +168,10 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
     let mut responses = response.into_inner();
     let mut useful = false;
     let mut again: Option<Instant> = None;
+    let mut look = Instant::now() + LOOK_FOR_IDLE;
+    let demands = writer.demands().clone();
+    let on_demand = demands.enabled();
+    let mut look_for_unused = Instant::now() + LOOK_FOR_UNUSED;
     loop {
         let message = tokio::select! {
             message = responses.message() => message,
@@ -161,17 +180,38 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
                 again = due(writer.apply([], unix_now_us()).again_us);
                 continue;
             }
+            () = sleep_until(look) => {
+                writer.forget(IDLE);
+                look = Instant::now() + LOOK_FOR_IDLE;
+                continue;
+            }
+            () = sleep_until(look_for_unused), if on_demand && !session.is_partial() => {
+                demands.expire(std::time::Instant::now());
+                forget_unwanted(writer);
+                look_for_unused = Instant::now() + LOOK_FOR_UNUSED;
+                if !ask(&demands, writer, &requests).await {
+                    return deaf(useful);
+                }
+                continue;
+            }
+            () = demands.work(), if on_demand && !session.is_partial() => {
+                if !ask(&demands, writer, &requests).await {
+                    return deaf(useful);
+                }
+                continue;
+            }
         };
         match message {
             Ok(Some(response)) => {
-                let (answer, applied) = take(session, writer, monitor, response);
-                again = due(applied.again_us);
+                let (answer, applied) = take(session, writer, monitor, response).await;
+                if let Some(applied) = applied {
+                    again = due(applied.again_us);
+                }
                 useful = true;
                 if let Some(answer) = answer
                     && requests.send_timeout(answer, SEND_TIMEOUT).await.is_err()
                 {
-                    let error = "control does not read this node's acknowledgements".to_owned();
-                    return Ended { reason: Termination::Error, error, useful };
+                    return deaf(useful);
                 }
             }
             Ok(None) => {
@@ -183,28 +223,75 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
     }
 }
 
-/// Applies a response and gives what to answer.
-fn take(
+fn deaf(useful: bool) -> Ended {
+    let error = "control does not read this node's requests and acknowledgements".to_owned();
+    Ended { reason: Termination::Error, error, useful }
+}
+
+/// Sends what is asked for since the last time. Whether control reads it.
+async fn ask(demands: &Demands, writer: &mut Writer, requests: &mpsc::Sender<DeltaDiscoveryRequest>) -> bool {
+    let (subscribe, unsubscribe) = demands.changes();
+    if subscribe.is_empty() && unsubscribe.is_empty() {
+        return true;
+    }
+    if !unsubscribe.is_empty() {
+        // At once: from here on control does not say what becomes of it.
+        forget_unwanted(writer);
+    }
+    requests.send_timeout(demand(&subscribe, &unsubscribe), SEND_TIMEOUT).await.is_ok()
+}
+
+/// Drops what nobody asks for any more.
+fn forget_unwanted(writer: &mut Writer) {
+    let unwanted = writer.demands().unwanted(writer.current());
+    if !unwanted.is_empty() {
+        writer.apply(unwanted.into_iter().map(Change::AddressRemoved), unix_now_us());
+    }
+}
+
+/// Applies a response and gives what to answer. `None`: it takes effect with the next one.
+async fn take(
     session: &mut Session,
     writer: &mut Writer,
     monitor: &Monitor,
     response: DeltaDiscoveryResponse,
-) -> (Option<DeltaDiscoveryRequest>, Applied) {
+) -> (Option<DeltaDiscoveryRequest>, Option<Applied>) {
     let bytes = response.resources.iter().map(|resource| prost::Message::encoded_len(resource) as u64).sum();
     monitor.message(&response.type_url, bytes);
-    let type_url = response.type_url.clone();
-    let outcome = session.respond(response);
-    let resources = outcome.changes.len();
-    for one in &outcome.rejected {
+    let (type_url, resources) = (response.type_url.clone(), response.resources.len());
+    let was_synced = session.synced();
+    let (mut rejected, mut answered, mut answer) = (Vec::new(), Vec::new(), None);
+    for part in in_steps(response, STEP) {
+        let outcome = session.respond(part);
+        rejected.extend(outcome.rejected);
+        answered.extend(outcome.answered);
+        answer = outcome.answer;
+        writer.take(outcome.changes, unix_now_us());
+        yield_now().await;
+    }
+    while writer.prepare() {
+        yield_now().await;
+    }
+    for one in &rejected {
         tracing::warn!(resource = %one.name, reason = one.reason, "control sent a resource that cannot be used");
     }
-    if !outcome.rejected.is_empty() {
-        monitor.rejections(&outcome.rejected);
+    if !rejected.is_empty() {
+        monitor.rejections(&rejected);
     }
-    let applied = writer.apply(outcome.changes, unix_now_us());
+    if session.is_partial() {
+        return (answer, None);
+    }
+    let applied = writer.finish(unix_now_us());
+    if writer.demands().enabled() {
+        writer.demands().pin_own(writer.current());
+        writer.demands().answered(answered.iter().map(String::as_str));
+    }
+    if resources >= LARGE || session.synced() != was_synced {
+        memory::give_back();
+    }
     let generation = applied.generation;
     tracing::debug!(type_url, resources, generation, staged = applied.staged, "applied a response");
-    (outcome.answer, applied)
+    (answer, Some(applied))
 }
 
 /// The moment of a time of the wall clock.

@@ -6,7 +6,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tulle_proto::names::{TYPE_ADDRESS, TYPE_NETWORK_POLICY};
+use tulle_proto::names::{TYPE_ADDRESS, TYPE_NETWORK_POLICY, TYPE_TRUST_BUNDLE};
 
 /// Why a stream ended. The names are the `reason` label of `istio_xds_connection_terminations`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,8 +69,8 @@ pub struct Monitor {
 #[derive(Debug, Default)]
 struct Inner {
     terminations: [AtomicU64; 4],
-    messages: [AtomicU64; 3],
-    bytes: [AtomicU64; 3],
+    messages: [AtomicU64; 4],
+    bytes: [AtomicU64; 4],
     rejected: AtomicU64,
     status: Mutex<Status>,
 }
@@ -84,7 +84,7 @@ impl Monitor {
     /// What arrived of a type, by its URL; one that is not known counts as authorization policies.
     pub fn received(&self, type_url: &str) -> Received {
         let index = index(type_url);
-        let load = |counters: &[AtomicU64; 3]| counters[index].load(Ordering::Relaxed);
+        let load = |counters: &[AtomicU64; 4]| counters[index].load(Ordering::Relaxed);
         Received { messages: load(&self.inner.messages), bytes: load(&self.inner.bytes) }
     }
 
@@ -140,6 +140,7 @@ fn index(type_url: &str) -> usize {
     match type_url {
         TYPE_ADDRESS => 0,
         TYPE_NETWORK_POLICY => 2,
+        TYPE_TRUST_BUNDLE => 3,
         _ => 1,
     }
 }

@@ -15,12 +15,13 @@ use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
+use tulle_certs::ca::Authority;
 use tulle_proto::discovery::aggregated_discovery_service_server::{
     AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
 };
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use tulle_proto::mesh;
-use tulle_proto::names::{TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY};
+use tulle_proto::names::{TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY, TYPE_TRUST_BUNDLE};
 use tulle_proto::security as sec;
 use tulle_proto::workload as wds;
 use tulle_proto::workload::address::Type;
@@ -28,6 +29,7 @@ use tulle_proto::workload::address::Type;
 use crate::identity::{Control, RootCa, TokenSource};
 use crate::state::{Change, Reader, Writer, store};
 use crate::tls;
+use crate::xds::session::in_steps;
 use crate::xds::{Config, Monitor, Session, Termination, run};
 
 fn config(control: Control) -> Config {
@@ -106,7 +108,7 @@ fn response(type_url: &str, nonce: &str, resources: Vec<Resource>, removed: &[&s
 
 #[test]
 fn the_first_requests_subscribe_to_everything_and_say_who_asks() {
-    let requests = session(false).open();
+    let requests = session(false).open([], &[]);
     let types: Vec<_> = requests.iter().map(|request| request.type_url.as_str()).collect();
     assert_eq!(types, [TYPE_AUTHORIZATION, TYPE_ADDRESS]);
     assert!(requests.iter().all(|request| request.resource_names_subscribe.is_empty()));
@@ -117,14 +119,14 @@ fn the_first_requests_subscribe_to_everything_and_say_who_asks() {
 }
 
 #[test]
-fn on_demand_begins_with_nothing_and_asks_once() {
+fn on_demand_begins_with_what_is_asked_for_and_hears_what_was_answered() {
     let mut session = session(true);
-    let address = |session: &mut Session| session.open().pop().unwrap();
-    assert_eq!(address(&mut session).resource_names_subscribe, ["*"]);
-    assert_eq!(address(&mut session).resource_names_unsubscribe, ["*"]);
-    assert_eq!(session.demand("/10.0.0.1").unwrap().resource_names_subscribe, ["/10.0.0.1"]);
-    assert!(session.demand("/10.0.0.1").is_none());
-    assert_eq!(address(&mut session).resource_names_subscribe, ["*", "/10.0.0.1"], "a new stream is told again");
+    let first = session.open([], &["/10.0.0.1".into()]).pop().unwrap();
+    assert_eq!(first.resource_names_subscribe, ["*", "/10.0.0.1"]);
+    assert_eq!(first.resource_names_unsubscribe, ["*"]);
+    let found = Resource { aliases: vec!["/10.0.0.1".to_owned()], ..pod("a", "1", &[]) };
+    let outcome = session.respond(response(TYPE_ADDRESS, "n", vec![found], &["/10.0.0.9"]));
+    assert_eq!(outcome.answered, ["/10.0.0.1", "Kubernetes//Pod/shop/a", "/10.0.0.9"], "an absence is an answer");
 }
 
 #[test]
@@ -133,11 +135,13 @@ fn good_resources_of_a_bad_response_are_applied_and_the_bad_ones_are_named() {
     let resources = vec![pod("a", "1", &[]), broken(pod("b", "1", &[])), pod("c", "1", &[])];
     let outcome = session.respond(response(TYPE_ADDRESS, "n1", resources, &[]));
     assert_eq!(outcome.changes.len(), 3, "two workloads and the end of the first response");
+    let (mut writer, _) = store();
+    writer.apply(outcome.changes, 1);
     let nack = outcome.answer.unwrap();
     assert_eq!(nack.response_nonce, "n1");
     let text = nack.error_detail.unwrap().message;
     assert!(text.starts_with("Kubernetes//Pod/shop/b: it is no istio.workload.Address"), "{text}");
-    let told = session.open().pop().unwrap().initial_resource_versions;
+    let told = session.open(writer.addresses(), &[]).pop().unwrap().initial_resource_versions;
     let versions: Vec<_> = told.iter().map(|(name, version)| format!("{}={version}", &name[21..])).collect();
     assert_eq!(versions, ["a=1", "b=", "c=1"], "a rejected one is asked for again");
 }
@@ -148,6 +152,33 @@ fn a_nack_has_a_bounded_length() {
     let outcome = session(false).respond(response(TYPE_ADDRESS, "n", resources, &[]));
     let text = outcome.answer.unwrap().error_detail.unwrap().message;
     assert!(text.len() < 5000 && text.contains("; and 9"), "{text}");
+}
+
+#[test]
+fn a_large_response_in_steps_is_one_response() {
+    let pods = |range: std::ops::Range<usize>| range.map(|index| pod(&format!("p{index}"), "1", &[]));
+    for (version, steps) in [("7", ["7+", "7+", "7"]), ("7&", ["7+&", "7+&", "7&"]), ("7+", ["7++", "7++", "7+"])] {
+        let mut resources: Vec<_> = pods(0..25).collect();
+        resources[3] = broken(resources[3].clone());
+        let whole = DeltaDiscoveryResponse {
+            system_version_info: version.to_owned(),
+            ..response(TYPE_ADDRESS, "n1", resources, &["gone"])
+        };
+        let parts: Vec<_> = in_steps(whole, 10).collect();
+        assert_eq!(parts.iter().map(|part| part.resources.len()).collect::<Vec<_>>(), [10, 10, 5]);
+        assert_eq!(parts.iter().map(|part| &*part.system_version_info).collect::<Vec<_>>(), steps);
+        assert_eq!(parts.iter().map(|part| part.removed_resources.len()).collect::<Vec<_>>(), [1, 0, 0]);
+        let mut session = session(false);
+        let outcomes: Vec<_> = parts.into_iter().map(|part| session.respond(part)).collect();
+        let answers: Vec<_> = outcomes.iter().map(|outcome| outcome.answer.is_some()).collect();
+        assert_eq!(answers, [false, false, true]);
+        let nack = outcomes[2].answer.as_ref().unwrap();
+        assert!(nack.response_nonce == "n1" && nack.error_detail.as_ref().unwrap().message.contains("p3:"), "{nack:?}");
+        let complete = outcomes[2].changes.iter().any(|change| matches!(change, Change::AddressesSynced));
+        assert_eq!(complete, version != "7+");
+    }
+    let empty: Vec<_> = in_steps(response(TYPE_ADDRESS, "n", vec![], &[]), 10).collect();
+    assert_eq!(empty.len(), 1, "an empty one is answered too");
 }
 
 #[test]
@@ -177,23 +208,24 @@ fn network_policy(name: &str, version: &str) -> Resource {
 /// A session to which NetworkPolicies were offered.
 fn with_network_policies() -> Session {
     let mut session = session(false);
-    session.open();
+    session.open([], &[]);
     let (expected, asked) = session.offered(&["other".to_owned(), TYPE_NETWORK_POLICY.to_owned()]);
-    assert!(matches!(expected, Some(Change::NetworkPoliciesExpected)));
-    assert_eq!(asked.unwrap().type_url, TYPE_NETWORK_POLICY);
+    assert!(matches!(expected[..], [Change::NetworkPoliciesExpected]));
+    assert_eq!(asked[0].type_url, TYPE_NETWORK_POLICY);
     session
 }
 
 #[test]
 fn own_types_are_asked_for_where_they_are_offered_and_once() {
     let mut session = session(false);
-    assert_eq!(session.open().len(), 2);
-    assert!(session.offered(&["type.googleapis.com/other".to_owned()]).1.is_none());
-    assert!(session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.is_some());
-    assert!(session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.is_none());
+    assert_eq!(session.open([], &[]).len(), 2);
+    assert!(session.offered(&["type.googleapis.com/other".to_owned()]).1.is_empty());
+    assert_eq!(session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.len(), 1);
+    assert!(session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.is_empty());
+    assert_eq!(session.offered(&[TYPE_NETWORK_POLICY.to_owned(), TYPE_TRUST_BUNDLE.to_owned()]).1.len(), 1);
     session.respond(response(TYPE_NETWORK_POLICY, "n", vec![network_policy("a", "1")], &[]));
-    assert_eq!(session.open().len(), 2, "a new stream asks for them when they are offered again");
-    let again = session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.unwrap();
+    assert_eq!(session.open([], &[]).len(), 2, "a new stream asks for them when they are offered again");
+    let again = session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.remove(0);
     assert_eq!(again.initial_resource_versions["NetworkPolicy/shop/a"], "1");
 }
 
@@ -210,33 +242,58 @@ fn nothing_is_complete_before_the_network_policies_that_are_offered() {
 }
 
 #[test]
+fn a_trust_domain_is_believed_as_long_as_its_bundle_is_there() {
+    let mut session = session(false);
+    session.open([], &[]);
+    let (mut writer, reader) = store();
+    let (expected, _) = session.offered(&[TYPE_TRUST_BUNDLE.to_owned()]);
+    writer.apply(expected, 1);
+    for type_url in [TYPE_AUTHORIZATION, TYPE_ADDRESS] {
+        writer.apply(session.respond(response(type_url, "n", vec![], &[])).changes, 1);
+    }
+    assert!(!reader.load().synced(), "who is believed is part of what must be known");
+    let authority = Authority::open(tempfile::tempdir().unwrap().path(), 1_800_000_000).unwrap();
+    let bundle = |domain: &str, roots: Vec<Vec<u8>>| {
+        let roots = roots.into_iter().map(Into::into).collect();
+        let bundle = mesh::TrustBundle { trust_domain: domain.to_owned(), roots };
+        resource(TYPE_TRUST_BUNDLE, &format!("TrustBundle/{domain}"), "1", bundle.encode_to_vec())
+    };
+    let good = bundle("b.example", vec![authority.roots().certificates()[0].to_vec()]);
+    writer.apply(session.respond(response(TYPE_TRUST_BUNDLE, "n", vec![good], &[])).changes, 1);
+    assert!(reader.load().synced());
+    assert_eq!(reader.load().trust().get("b.example"), Some(authority.roots()));
+    let outcome = session.respond(response(TYPE_TRUST_BUNDLE, "n", vec![bundle("b.example", vec![])], &[]));
+    assert_eq!(outcome.rejected.len(), 1);
+    writer.apply(outcome.changes, 2);
+    assert!(reader.load().trust().get("b.example").is_some(), "what cannot be read changes nothing");
+    writer.apply(session.respond(response(TYPE_TRUST_BUNDLE, "n", vec![], &["TrustBundle/b.example"])).changes, 3);
+    assert!(reader.load().trust().get("b.example").is_none());
+    let names: Vec<String> =
+        reader.versions().iter().flat_map(|entry| entry.resources.keys().map(ToString::to_string)).collect();
+    assert_eq!(names, ["TrustBundle/b.example", "TrustBundle/b.example"]);
+}
+
+#[test]
 fn policies_and_the_groups_that_they_name_change_in_one_step() {
     let part = |version: &str, type_url: &str, resources| DeltaDiscoveryResponse {
         system_version_info: version.to_owned(),
         ..response(type_url, "n", resources, &[])
     };
     let mut session = with_network_policies();
+    let early = session.respond(part("6&", TYPE_NETWORK_POLICY, vec![network_policy("a", "1")]));
+    assert_eq!(early.changes.len(), 2, "before the first state is complete nothing is decided");
+    session.respond(part("6", TYPE_ADDRESS, vec![]));
     let held = session.respond(part("7&", TYPE_NETWORK_POLICY, vec![network_policy("a", "2")]));
     assert!(held.changes.is_empty() && held.answer.is_some(), "taken, and not in force before its workloads");
     let more = session.respond(part("7+", TYPE_ADDRESS, vec![pod("w", "2", &[])]));
     assert!(more.changes.is_empty());
     let last = session.respond(part("7", TYPE_ADDRESS, vec![pod("v", "2", &[])]));
-    assert!(matches!(
-        last.changes[..],
-        [
-            Change::NetworkPolicy(_),
-            Change::NetworkPoliciesSynced,
-            Change::Workload(_),
-            Change::Workload(_),
-            Change::AddressesSynced
-        ]
-    ));
+    assert!(matches!(last.changes[..], [Change::NetworkPolicy(_), Change::Record(_), Change::Record(_)]));
     assert_eq!(session.respond(part("8", TYPE_NETWORK_POLICY, vec![network_policy("a", "3")])).changes.len(), 1);
 
     session.respond(part("9&", TYPE_NETWORK_POLICY, vec![network_policy("a", "4"), broken(network_policy("b", "4"))]));
-    let address = session.open().pop().unwrap();
-    assert_eq!(address.initial_resource_versions.len(), 2);
-    let told = session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.unwrap().initial_resource_versions;
+    session.open([], &[]);
+    let told = session.offered(&[TYPE_NETWORK_POLICY.to_owned()]).1.remove(0).initial_resource_versions;
     assert_eq!(told["NetworkPolicy/shop/a"], "", "what was held when the stream broke must come again");
 }
 
@@ -328,7 +385,7 @@ fn simulate(seed: u64) -> (Model, Reader) {
     let mut model = Model::default();
     let mut session = session(false);
     let (mut writer, reader) = store();
-    model.open(session.open());
+    model.open(session.open(writer.addresses(), &[]));
     for step in 0..300u32 {
         let name = numbers.below(6);
         let version = step.to_string();
@@ -348,7 +405,7 @@ fn simulate(seed: u64) -> (Model, Reader) {
                 model.push(TYPE_ADDRESS, false);
                 model.push(TYPE_AUTHORIZATION, false);
             }
-            9 => model.open(session.open()),
+            9 => model.open(session.open(writer.addresses(), &[])),
             _ => {
                 deliver(&mut model, &mut session, &mut writer);
             }

@@ -14,11 +14,12 @@ use nix::sched::{CloneFlags, setns};
 use prost::Message as _;
 use prost_types::Any;
 use tulle_certs::ca::Authority;
-use tulle_certs::{Issued, SpiffeId, request};
+use tulle_certs::{Issued, Roots, SpiffeId, request};
 use tulle_proto::names;
 use tulle_proto::tulle_workload::{EgressMode, WorkloadInfo};
 use tulle_proto::workload::address::Type;
 use tulle_proto::workload::{Address, Extension, TunnelProtocol, Workload};
+use ztunnel::app::federation;
 use ztunnel::app::pods::{Environment, Pods};
 use ztunnel::app::resolver::Names;
 use ztunnel::app::worker::Worker;
@@ -29,7 +30,7 @@ use ztunnel::base::workers::Workers;
 use ztunnel::config::Preexisting;
 use ztunnel::flow::{Limits, Shared};
 use ztunnel::identity::Identities;
-use ztunnel::state::{Change, Writer, store};
+use ztunnel::state::{Change, TrustBundle, Writer, store};
 use ztunnel::telemetry::metrics::Metrics;
 use ztunnel::tls::{Trust, WorkloadCert};
 use ztunnel::{hbone, relay, xds};
@@ -140,6 +141,13 @@ pub struct Node {
     writer: Writer,
     stop: Arc<Drain>,
     pub runtime: tokio::runtime::Runtime,
+    foreign: Vec<(&'static str, &'static str)>,
+}
+
+/// The authority of a trust domain.
+pub fn authority(dir: &Path, domain: &str) -> Authority {
+    let name = if domain == "cluster.local" { "ca".to_owned() } else { format!("ca-{domain}") };
+    Authority::open(&dir.join(name), now()).unwrap()
 }
 
 fn now() -> i64 {
@@ -153,6 +161,8 @@ pub struct Setup {
     pub relay: relay::Limits,
     /// How names are answered; not at all.
     pub names: Option<Names>,
+    /// Pods of other trust domains than cluster.local, and theirs.
+    pub foreign: Vec<(&'static str, &'static str)>,
 }
 
 impl Node {
@@ -162,19 +172,20 @@ impl Node {
 
     /// The same with other settings; the CA lies in `dir`.
     pub fn start_with(dir: &Path, path: PathBuf, setup: Setup) -> Self {
-        let Setup { hbone, relay, names } = setup;
+        let Setup { hbone, relay, names, foreign } = setup;
         let _ = (*ztunnel::tls::provider()).clone().install_default();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let (writer, reader) = store();
-        let authority = Arc::new(Authority::open(&dir.join("ca"), now()).unwrap());
+        let (trust, place) = (Trust::default(), dir.to_owned());
+        let believed = trust.clone();
         let fetch: ztunnel::identity::Fetch = Arc::new(move |id: SpiffeId| {
-            let authority = authority.clone();
+            let (authority, believed) = (authority(&place, id.trust_domain()), believed.clone());
             Box::pin(async move {
                 let asked = request(&id).map_err(|error| error.to_string())?;
                 let csr = tulle_certs::parse_csr(&asked.csr_pem).map_err(|error| error.to_string())?;
                 let chain = authority.sign(&csr, &id, 3600, now()).map_err(|error| error.to_string())?;
                 let issued = Issued::parse(&chain, &id).map_err(|error| error.to_string())?;
-                WorkloadCert::new(issued, asked.key, &Trust::default()).map_err(|error| error.to_string())
+                WorkloadCert::new(issued, asked.key, &believed).map_err(|error| error.to_string())
             })
         });
         let identities = Identities::new(fetch, Arc::new(|| now() * 1000));
@@ -211,8 +222,9 @@ impl Node {
         let workers = environment.workers.clone();
         let stop = Arc::new(drain().0);
         runtime.spawn(identities.run(std::future::pending()));
+        runtime.spawn(federation::watch(environment.shared.reader.clone(), trust.federated));
         runtime.spawn(pods.clone().run(Arc::new(environment), path, stop.clone()));
-        Self { pods, workers, writer, stop, runtime }
+        Self { pods, workers, writer, stop, runtime, foreign }
     }
 
     pub fn describe(&mut self, hbone: &[&str]) {
@@ -234,6 +246,12 @@ impl Node {
                     name: (*pod).to_owned(),
                     namespace: "shop".to_owned(),
                     service_account: (*pod).to_owned(),
+                    trust_domain: self
+                        .foreign
+                        .iter()
+                        .find(|(of, _)| of == pod)
+                        .map(|(_, domain)| (*domain).to_owned())
+                        .unwrap_or_default(),
                     addresses: [format!("10.99.0.{n}"), format!("fd99::{n}")]
                         .map(|ip| octets(ip.parse().unwrap()))
                         .to_vec(),
@@ -279,6 +297,19 @@ impl Node {
         let synced = [Change::AddressesSynced, Change::PoliciesSynced];
         let changes: Vec<Change> = come.chain(gone).chain(synced).collect();
         self.writer.apply(changes, 0);
+    }
+
+    /// Who signs for a trust domain as control says it; `None`: nobody any more.
+    pub fn bundle(&mut self, domain: &str, roots: Option<Roots>) {
+        let id: Arc<str> = format!("{}{domain}", names::TRUST_BUNDLE).into();
+        let change = match roots {
+            None => Change::TrustBundleRemoved(id),
+            Some(roots) => {
+                let (version, trust_domain) = ("v".into(), domain.into());
+                Change::TrustBundle(Arc::new(TrustBundle { id, version, trust_domain, roots }))
+            }
+        };
+        self.writer.apply([change], 0);
     }
 
     /// Denies everybody who is `account`.

@@ -7,6 +7,7 @@
 mod core;
 mod network;
 mod policy;
+mod trust;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -81,7 +82,10 @@ fn object(at: &Cursor<'_>, decoded: &mut Decoded) {
         decoded.unknown.push(if group.is_empty() { kind.to_owned() } else { format!("{kind} of {group}") });
         return;
     };
-    let namespaced = !matches!(kind, "Namespace" | "Node");
+    if kind == "ClusterTrustBundle" && !trust::is_labelled(at) {
+        return;
+    }
+    let namespaced = !matches!(kind, "Namespace" | "Node" | "ClusterTrustBundle");
     let (namespace, name) = match name_of(at, namespaced) {
         Ok(found) => found,
         Err(error) => return fail(None, error),
@@ -122,6 +126,7 @@ fn decoder(group: &str, kind: &str) -> Option<Decode> {
         ("security.istio.io", "AuthorizationPolicy") => policy::authorization,
         ("security.istio.io", "PeerAuthentication") => policy::peer_authentication,
         ("networking.k8s.io", "NetworkPolicy") => network::network,
+        ("certificates.k8s.io", "ClusterTrustBundle") => trust::bundle,
         ("gateway.networking.k8s.io", "HTTPRoute") => |_, m, e| unenforced("HTTPRoute", m, e),
         ("gateway.networking.k8s.io", "GRPCRoute") => |_, m, e| unenforced("GRPCRoute", m, e),
         ("networking.istio.io", "DestinationRule") => |_, m, e| unenforced("DestinationRule", m, e),

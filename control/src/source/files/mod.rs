@@ -8,11 +8,14 @@ pub mod watch;
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
+use std::collections::HashMap;
+use std::sync::Arc;
 
 use sha2::Digest;
 use sha2::Sha256;
 
-use crate::model::{Object, ObjectKey};
+use crate::base::SharedMap;
+use crate::model::{Object, ObjectKey, World};
 use crate::source::Loaded;
 use crate::source::Problem;
 use crate::source::decode;
@@ -108,54 +111,108 @@ struct Known {
     never_read: bool,
 }
 
-/// The folder's memory.
+/// Where an object is defined: path, and place among the file's objects.
+type Place = (Arc<str>, usize);
+
+/// The folder's memory. What it gives out is kept and changed by what a look found, so a look costs what it found.
 #[derive(Default)]
 pub struct Files {
-    known: BTreeMap<String, Known>,
+    known: BTreeMap<Arc<str>, Known>,
+    /// Every definition of every object, in order of paths: the first one holds.
+    definitions: HashMap<ObjectKey, Vec<Place>>,
+    /// Objects that are defined more than once.
+    repeated: BTreeSet<ObjectKey>,
+    world: World,
+    digests: SharedMap<Arc<str>, Arc<str>>,
 }
 
 impl Files {
     /// Takes over changed files and forgets removed ones. Unchanged files need not be given; `present` lists all.
     pub fn update(&mut self, present: &BTreeSet<String>, changed: Vec<(String, Content)>) -> Loaded {
-        self.known.retain(|path, _| present.contains(path));
-        for (path, content) in changed {
+        let gone: Vec<Arc<str>> = self.known.keys().filter(|path| !present.contains(&***path)).cloned().collect();
+        for path in gone {
+            self.digests.remove(&path);
             let before = self.known.remove(&path);
+            self.redefine(&path, before.map_or_else(Vec::new, |known| known.objects));
+        }
+        for (path, content) in changed {
+            let path: Arc<str> = path.into();
+            let before = self.known.remove(&path);
+            let old = before.as_ref().map_or_else(Vec::new, |known| known.objects.clone());
             let now = read(&path, content, before);
-            self.known.insert(path, now);
+            self.digests.insert(Arc::clone(&path), now.sha256.as_str().into());
+            self.known.insert(Arc::clone(&path), now);
+            self.redefine(&path, old);
         }
         self.loaded()
     }
 
-    fn loaded(&self) -> Loaded {
-        let mut loaded = Loaded::default();
-        for (path, known) in &self.known {
-            loaded.files.insert(path.clone(), known.sha256.clone());
-            loaded.problems.extend(known.problems.iter().cloned());
-            if known.never_read {
-                loaded.never_read.push(path.clone());
+    /// Brings the world to what the file says now. `old`: what it said before.
+    fn redefine(&mut self, path: &Arc<str>, old: Vec<(Object, u64, bool)>) {
+        let mut touched = BTreeMap::new();
+        for (object, ..) in old {
+            let key = object.key();
+            if let Some(places) = self.definitions.get_mut(&key) {
+                places.retain(|(of, _)| of != path);
             }
-            for (object, line, _) in &known.objects {
-                if !loaded.world.insert_new(object.clone()) {
-                    let key = object.key();
-                    let first = self.first_with(&key).unwrap_or(path);
-                    loaded.problems.push(Problem {
-                        file: path.clone(),
-                        line: *line,
-                        object: show(&key.kind, &key.namespace, &key.name),
-                        field: String::new(),
-                        message: format!("is defined a second time; the definition in {first} holds"),
-                        error: true,
-                    });
+            touched.insert(key, object);
+        }
+        for (index, (object, ..)) in self.known.get(path).iter().flat_map(|known| &known.objects).enumerate() {
+            let key = object.key();
+            let places = self.definitions.entry(key.clone()).or_default();
+            places.push((Arc::clone(path), index));
+            places.sort_unstable();
+            touched.insert(key, object.clone());
+        }
+        for (key, object) in touched {
+            let places = self.definitions.get(&key).map_or(0, Vec::len);
+            match self.first_with(&key).cloned() {
+                Some(first) => self.world.put(first),
+                None => {
+                    self.definitions.remove(&key);
+                    self.world.remove(object);
                 }
             }
+            if places > 1 {
+                self.repeated.insert(key);
+            } else {
+                self.repeated.remove(&key);
+            }
         }
-        loaded
     }
 
-    /// The first file that has an object of this name.
-    fn first_with(&self, key: &ObjectKey) -> Option<&str> {
-        let has = |known: &Known| known.objects.iter().any(|(object, ..)| object.key() == *key);
-        self.known.iter().find(|(_, known)| has(known)).map(|(path, _)| path.as_str())
+    /// The definition that holds.
+    fn first_with(&self, key: &ObjectKey) -> Option<&Object> {
+        let (path, index) = self.definitions.get(key)?.first()?;
+        self.known.get(path)?.objects.get(*index).map(|(object, ..)| object)
+    }
+
+    fn loaded(&self) -> Loaded {
+        let mut problems: Vec<Problem> = self.known.values().flat_map(|known| &known.problems).cloned().collect();
+        let mut repeated: Vec<(&Place, &ObjectKey, &str)> = Vec::new();
+        for key in &self.repeated {
+            if let Some(((first, _), others)) = self.definitions.get(key).and_then(|places| places.split_first()) {
+                repeated.extend(others.iter().map(|place| (place, key, &**first)));
+            }
+        }
+        repeated.sort_unstable();
+        problems.extend(repeated.into_iter().map(|((path, index), key, first)| Problem {
+            file: path.to_string(),
+            line: self.known.get(path).and_then(|known| known.objects.get(*index)).map_or(0, |(_, line, _)| *line),
+            object: show(&key.kind, &key.namespace, &key.name),
+            field: String::new(),
+            message: format!("is defined a second time; the definition in {first} holds"),
+            error: true,
+        }));
+        // Stable: a file's own errors stay before its repetitions.
+        problems.sort_by(|a, b| a.file.cmp(&b.file));
+        let never_read = self.known.iter().filter(|(_, known)| known.never_read);
+        Loaded {
+            world: self.world.clone(),
+            files: self.digests.clone(),
+            problems,
+            never_read: never_read.map(|(path, _)| path.to_string()).collect(),
+        }
     }
 }
 
@@ -209,18 +266,23 @@ fn merge(
     let mut kept = Kept::new();
     let mut merged: Vec<(Object, u64, bool)> = Vec::with_capacity(new.len());
     let mut present = BTreeSet::new();
+    let known: HashMap<ObjectKey, &(Object, u64, bool)> =
+        old.iter().rev().map(|entry| (entry.0.key(), entry)).collect();
     for object in new {
         let key = object.key();
-        present.insert(key.clone());
         let line = bad.get(&key).copied();
-        match old.iter().find(|(o, _, good)| line.is_some() && *good && o.key() == key) {
-            Some(good) => {
-                kept.insert(key);
-                merged.push(good.clone());
+        match known.get(&key) {
+            Some(entry) if line.is_some() && entry.2 => {
+                kept.insert(key.clone());
+                merged.push((*entry).clone());
             }
-            None => merged.push((object, line.unwrap_or(0), line.is_none())),
+            // What did not change stays the object that others have, too.
+            Some((same, ..)) if line.is_none() && *same == object => merged.push((same.clone(), 0, true)),
+            _ => merged.push((object, line.unwrap_or(0), line.is_none())),
         }
+        present.insert(key);
     }
+    drop(known);
     for entry in old {
         let key = entry.0.key();
         if !present.contains(&key) && (keep_all || bad.contains_key(&key)) {
@@ -237,7 +299,10 @@ fn problem(path: &str, error: &decode::DecodeError, kept: &Kept, never_read: boo
         None => (String::new(), "; the file's earlier objects stay in force"),
         Some((kind, namespace, name)) => {
             let key = ObjectKey { kind: kind.clone(), namespace: namespace.clone(), name: name.clone() };
-            let policy = matches!(kind.as_str(), "AuthorizationPolicy" | "PeerAuthentication" | "NetworkPolicy");
+            let policy = matches!(
+                kind.as_str(),
+                "AuthorizationPolicy" | "PeerAuthentication" | "NetworkPolicy" | "ClusterTrustBundle"
+            );
             let consequence = if kept.contains(&key) {
                 "; its last good version stays in force"
             } else if policy {

@@ -334,7 +334,7 @@ fn bad_metadata_of_a_policy_fails_closed_and_of_a_pod_leaves_it_out() {
         let loaded = update(&mut Files::default(), &[("p.yaml", &pod), ("q.yaml", &policy)]);
         assert_eq!(loaded.problems.len(), 2, "{rest}: {:?}", loaded.problems);
         assert!(loaded.world.pods.is_empty());
-        let policy = &loaded.world.authorization_policies[&("shop".into(), "x".into())];
+        let policy = loaded.world.authorization_policies.get(&("shop".into(), "x".into())).expect("it fails closed");
         assert!(matches!(policy.spec, Spec::Unreadable { .. }), "{rest}");
     }
 }
@@ -370,7 +370,7 @@ fn policy_that_never_was_good_fails_closed_until_it_is() {
     let bad = with_head("AuthorizationPolicy", "spec: {selector: {matchLabels: {app: a}}, action: NO}");
     for _ in 0..2 {
         let loaded = update(&mut files, &[("a.yaml", &bad)]);
-        let policy = &loaded.world.authorization_policies[&("shop".into(), "x".into())];
+        let policy = loaded.world.authorization_policies.get(&("shop".into(), "x".into())).expect("it fails closed");
         assert!(matches!(&policy.spec, Spec::Unreadable { target: Some(crate::model::Target::Pods(_)), .. }));
     }
     let good = with_head("AuthorizationPolicy", "spec: {action: DENY}");
@@ -426,7 +426,7 @@ proptest! {
         text.insert_str(at, &insert);
         for object in parse(text.as_bytes()).objects {
             prop_assert!(matches!(object, Object::Pod(_) | Object::Service(_) | Object::EndpointSlice(_) | Object::Endpoints(_)
-                | Object::AuthorizationPolicy(_) | Object::PeerAuthentication(_) | Object::NetworkPolicy(_)
+                | Object::AuthorizationPolicy(_) | Object::PeerAuthentication(_) | Object::NetworkPolicy(_) | Object::TrustBundle(_)
                 | Object::Namespace(_) | Object::Node(_) | Object::ServiceAccount(_) | Object::Unenforced(_)));
         }
     }

@@ -19,7 +19,7 @@ fn resource(kind: Kind, name: &str, content: &str) -> Resource {
 }
 
 fn published(generation: u64, resources: Vec<Resource>) -> Published {
-    let set = Arc::new(ResourceSet::new(resources, &ResourceSet::default()));
+    let set = Arc::new(resources.into_iter().collect::<ResourceSet>());
     Published { generation, set, ..Published::default() }
 }
 
@@ -219,7 +219,7 @@ proptest! {
         let mut last = Published::default();
         for (content, what) in steps {
             let resources = content.iter().flat_map(|(name, version)| Kind::ALL.map(|kind| {
-                Arc::new(resource(kind, &format!("r{name}"), &format!("{version}")))
+                resource(kind, &format!("r{name}"), &format!("{version}"))
             }));
             last = last.next(resources.collect());
             let batch = session.poll_batch(&last);

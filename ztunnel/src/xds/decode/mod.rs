@@ -3,23 +3,25 @@
 //! Everything that control sends passes here once; nothing behind it parses. Functions are pure and total: any bytes give
 //! a value or a sentence, never a panic, and each resource is judged alone. A resource with a value that this program
 //! does not know (an enum of a later version) is rejected rather than guessed at, with the exceptions that the .proto
-//! files name. [`address`], [`authorization`] and [`network_policy`] are the fuzz targets.
+//! files name. [`address`], [`authorization`], [`network_policy`] and
+//! [`trust_bundle`] are the fuzz targets.
 
 mod field;
 mod network;
 mod policy;
 mod service;
+mod trust;
 mod workload;
 
 use std::sync::Arc;
 
 use prost::Message;
 use tulle_proto::discovery::Resource;
-use tulle_proto::names::{TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY};
+use tulle_proto::names::{TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY, TYPE_TRUST_BUNDLE};
 use tulle_proto::workload::Address;
 use tulle_proto::workload::address::Type;
 
-use crate::state::{Change, NETWORK_POLICY, NetworkPolicy, Policy, Scope};
+use crate::state::{Change, NETWORK_POLICY, NetworkPolicy, Policy, Scope, TrustBundle};
 
 pub use field::Strings;
 
@@ -64,6 +66,14 @@ pub fn authorization(bytes: &[u8], id: &str, version: &str) -> Result<Policy, Po
 /// What is wrong, as one clause.
 pub fn network_policy(bytes: &[u8], id: &str, version: &str) -> Result<NetworkPolicy, String> {
     network::policy(bytes, id, version)
+}
+
+/// Decodes a `tulle.mesh.v1alpha1.TrustBundle` with the resource name `id`.
+///
+/// # Errors
+/// What is wrong, as one clause.
+pub fn trust_bundle(bytes: &[u8], id: &str, version: &str) -> Result<TrustBundle, String> {
+    trust::bundle(bytes, id, version)
 }
 
 /// See [`authorization`].
@@ -131,6 +141,15 @@ pub(super) fn network_resource(resource: &Resource) -> Result<Change, (Rejected,
         let stand_in = NetworkPolicy::isolates(&id, &version, &reason);
         (rejected(reason), Some(Change::NetworkPolicyRejected(Arc::new(stand_in))))
     })
+}
+
+/// Decodes one resource of the TrustBundle type. A rejected one changes nothing: whom it would vouch for is vouched for as
+/// before, or not at all.
+pub(super) fn trust_resource(resource: &Resource) -> Result<Change, (Rejected, Option<Change>)> {
+    let decoded =
+        payload(resource, TYPE_TRUST_BUNDLE).and_then(|bytes| trust_bundle(bytes, &resource.name, &resource.version));
+    let rejected = |reason| (Rejected { name: printable(&resource.name), reason }, None);
+    decoded.map(|bundle| Change::TrustBundle(Arc::new(bundle))).map_err(rejected)
 }
 
 fn payload<'a>(resource: &'a Resource, type_url: &str) -> Result<&'a [u8], String> {

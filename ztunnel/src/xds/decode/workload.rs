@@ -47,7 +47,8 @@ pub(super) fn workload(from: wire::Workload, version: &str, strings: &mut String
     Ok(Workload {
         uid: from.uid.as_str().into(),
         version: version.into(),
-        name: strings.share(&from.name),
+        // What is each pod's own is not shared: looking for another would only cost memory.
+        name: from.name.as_str().into(),
         namespace: strings.share(&from.namespace),
         addresses,
         hostname: strings.share(&from.hostname),
@@ -85,7 +86,7 @@ pub(super) fn workload(from: wire::Workload, version: &str, strings: &mut String
             info::EgressMode::Audit => EgressMode::Audit,
             info::EgressMode::Deny => EgressMode::Deny,
         },
-        pod_uid: strings.share(&info.pod_uid),
+        pod_uid: info.pod_uid.as_str().into(),
         probe_ports: info.probe_ports.iter().map(|p| field::port("probe_ports", *p)).collect::<Result<_, _>>()?,
         dns_name: dns_name(&info, strings).map(Box::new),
         groups: sorted(info.groups),
@@ -117,7 +118,7 @@ fn dns_name(info: &info::WorkloadInfo, strings: &mut Strings) -> Option<DnsName>
         fits && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
     };
     (label(&info.hostname) && label(&info.subdomain)).then(|| DnsName {
-        hostname: strings.share(&info.hostname.to_ascii_lowercase()),
+        hostname: info.hostname.to_ascii_lowercase().into(),
         subdomain: strings.share(&info.subdomain.to_ascii_lowercase()),
     })
 }

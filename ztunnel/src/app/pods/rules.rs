@@ -1,0 +1,93 @@
+//! What is installed in a pod's namespace, the redirect and the filter of datagrams, brought up to date.
+//!
+//! Each is installed only if it differs from what is there, and is unknown while it changes, so that a failure half way
+//! leads to another try and a successor never believes it.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::app::pods::serving::{Inherited, Serving};
+use crate::app::pods::task::PodTask;
+use crate::app::resolver::Names;
+use crate::app::wanted::Wanted;
+use crate::base::netns::Netns;
+use crate::capture::rules::{Rules, fingerprint};
+use crate::capture::{self, preexisting};
+use crate::policy::datagrams::Filter;
+
+fn filter_fingerprint(filter: Option<&Filter>) -> u64 {
+    fingerprint(&filter.map_or_else(String::new, capture::datagrams::render))
+}
+
+impl PodTask {
+    /// What the process before this one installed is not installed again.
+    pub(super) async fn inherit(
+        &self,
+        inherited: Option<&Inherited>,
+        rules: &Rules,
+        wanted: Option<&Option<Arc<Filter>>>,
+    ) {
+        let Some(inherited) = inherited else { return };
+        if inherited.rules == Some(fingerprint(&rules.render())) {
+            *self.rules.lock().await = Some(rules.clone());
+        }
+        if let Some(wanted) = wanted.filter(|wanted| inherited.datagrams == Some(filter_fingerprint(wanted.as_deref())))
+        {
+            *self.datagrams.lock().await = Some(wanted.clone());
+        }
+        self.post(|entry| (entry.rules, entry.datagrams) = (inherited.rules, inherited.datagrams));
+    }
+
+    pub(super) fn rules(&self, wanted: &Wanted, old: &BTreeSet<preexisting::Pair>) -> Rules {
+        Rules {
+            v6: self.pod.ips.iter().any(IpAddr::is_ipv6),
+            probe_ports: self.pod.probe_ports.clone(),
+            reset: if wanted.reset { old.iter().copied().collect() } else { Vec::new() },
+            dns: self.environment.names.as_ref().map(Names::port),
+            tcp_only: wanted.tcp_only.unwrap_or(false),
+            released: false,
+        }
+    }
+
+    pub(super) async fn install(&self, netns: &Netns, rules: Rules) -> Result<(), String> {
+        let mut installed = self.rules.lock().await;
+        if installed.as_ref() == Some(&rules) {
+            return Ok(());
+        }
+        *installed = None;
+        self.post(|entry| entry.rules = None);
+        capture::apply(netns, rules.clone()).await.map_err(|error| error.to_string())?;
+        self.post(|entry| entry.rules = Some(fingerprint(&rules.render())));
+        *installed = Some(rules);
+        Ok(())
+    }
+
+    /// Brings the filter of UDP and SCTP up to date. What an earlier proxy left stays until control has said.
+    pub(super) async fn filter(&self, netns: &Netns, wanted: Option<Option<Arc<Filter>>>) -> Result<(), String> {
+        let Some(wanted) = wanted else { return Ok(()) };
+        let mut installed = self.datagrams.lock().await;
+        if installed.as_ref() != Some(&wanted) {
+            *installed = None;
+            self.post(|entry| entry.datagrams = None);
+            capture::datagrams::apply(netns, wanted.as_deref()).await.map_err(|error| error.to_string())?;
+            self.post(|entry| entry.datagrams = Some(filter_fingerprint(wanted.as_deref())));
+            *installed = Some(wanted);
+        }
+        Ok(())
+    }
+
+    /// Brings the rules of a served pod up to date.
+    pub(super) async fn adjust(&self, serving: &Serving, wanted: &Wanted) -> Result<(), String> {
+        let mut old = BTreeSet::new();
+        self.post(|entry| old.clone_from(&entry.old));
+        let mut rules = self.rules(wanted, &old);
+        if wanted.tcp_only.is_none() {
+            rules.tcp_only = self.rules.lock().await.as_ref().is_some_and(|installed| installed.tcp_only);
+        }
+        self.install(&serving.netns, rules).await?;
+        self.filter(&serving.netns, wanted.datagrams.clone()).await?;
+        self.state("Captured", String::new());
+        Ok(())
+    }
+}
