@@ -80,6 +80,11 @@ impl SpiffeId {
         &self.uri
     }
 
+    /// The text, shared: what keeps many needs no copies.
+    pub fn shared(&self) -> Arc<str> {
+        self.uri.clone()
+    }
+
     /// The id without `spiffe://`, as policies write principals.
     pub fn principal(&self) -> &str {
         self.part(SCHEME.len(), self.uri.len())

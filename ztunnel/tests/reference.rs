@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::{Args as _, Command};
 use prometheus_client::registry::Registry;
@@ -70,7 +71,7 @@ fn variables_that_are_not_followed_are_those_of_the_code() {
 #[test]
 fn metrics_in_the_reference_are_those_of_the_code() {
     let mut registry = Registry::default();
-    let metrics = Metrics::new(&mut registry);
+    let metrics = Arc::new(Metrics::new(&mut registry));
     // A family without members is not on the page: one connection that ends badly and one that is refused fill all.
     let address = SocketAddr::from(([192, 0, 2, 1], 1));
     for code in [Code::ConnectFailed, Code::PolicyDenied] {

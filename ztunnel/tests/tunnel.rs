@@ -129,7 +129,7 @@ async fn answer(side: Side, window: Rc<Window>, (request, mut respond): server::
         let limits = relay::Limits::default();
         let terms = Terms { counts: &side.relayed, limits, budget: &side.budget };
         let recv = async { Ok(body) };
-        relay::tunnel(tcp, send, recv, TcpSide::Server, terms, &slot, std::future::pending()).await;
+        relay::tunnel(tcp, send, recv, TcpSide::Server, terms, &slot, std::pin::pin!(std::future::pending())).await;
         return;
     }
     while let Some(Ok(chunk)) = body.data().await {

@@ -111,7 +111,7 @@ fn metrics_have_istio_s_names_and_labels() {
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let address = SocketAddr::from(([192, 0, 2, 1], 1));
-    let mut record = ConnRecord::new(metrics, Direction::Inbound, address, address);
+    let mut record = ConnRecord::new(metrics.into(), Direction::Inbound, address, address);
     record.opened();
     record.finish(&Outcome::new(Code::ConnectFailed, ""));
     let mut text = String::new();

@@ -54,12 +54,10 @@ use crate::hbone;
 use crate::identity::{self, Control, RootCa, TokenSource};
 use crate::relay;
 use crate::state;
+use crate::telemetry::lines::{Lines, Writer};
 use crate::telemetry::metrics::Metrics;
 use crate::tls::{Federated, Trust};
 use crate::xds;
-
-/// Log lines that may wait for the writer. At 300 bytes each it is 20 MB; then lines are dropped and counted.
-const LOG_LINES: usize = 64 * 1024;
 
 /// How often something is looked at that has no signal.
 const LOOK: Duration = Duration::from_millis(50);
@@ -86,14 +84,10 @@ pub fn run(config: Node) -> anyhow::Result<()> {
 }
 
 type Level = Arc<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
-type Dropped = tracing_appender::non_blocking::ErrorCounter;
 
-fn logging(config: &Node) -> anyhow::Result<(Level, Dropped, tracing_appender::non_blocking::WorkerGuard)> {
-    let (writer, guard) = tracing_appender::non_blocking::NonBlockingBuilder::default()
-        .lossy(true)
-        .buffered_lines_limit(LOG_LINES)
-        .finish(io::stdout());
-    let dropped = writer.error_counter();
+fn logging(config: &Node) -> anyhow::Result<(Level, Lines, Writer)> {
+    let (writer, guard) = Lines::start(io::stdout()).context("no thread for the log")?;
+    let dropped = writer.clone();
     let filter =
         EnvFilter::try_new(&config.log).with_context(|| format!("RUST_LOG {:?} is not a filter", config.log))?;
     let (filter, handle) = reload::Layer::new(filter);
@@ -111,11 +105,11 @@ fn logging(config: &Node) -> anyhow::Result<(Level, Dropped, tracing_appender::n
     Ok((level, dropped, guard))
 }
 
-async fn node(config: Node, level: Level, dropped: Dropped) -> anyhow::Result<()> {
+async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> {
     let taking = config.handover.as_deref().map(take).transpose()?.flatten();
     let taken = taking.as_ref().map(|taking| taking.taken.clone()).unwrap_or_default();
     let mut registry = Registry::default();
-    let metrics = Metrics::new(&mut registry);
+    let metrics = Arc::new(Metrics::new(&mut registry));
     let (writer, reader) = state::store();
     let trust = trust(&config, &reader)?;
     let identities = identity::identities(control(&config, true), config.secret_ttl, trust.clone());
@@ -435,7 +429,7 @@ fn hbone_config(config: &Node) -> hbone::Config {
     }
 }
 
-fn pages(answers: &Answers, registry: Arc<Registry>, stop: Arc<Drain>, level: Level, dropped: Dropped) -> [Routes; 3] {
+fn pages(answers: &Answers, registry: Arc<Registry>, stop: Arc<Drain>, level: Level, dropped: Lines) -> [Routes; 3] {
     let page = |answers: &Answers, make: fn(&Answers) -> serde_json::Value| {
         let answers = answers.clone();
         move |_, _| {
@@ -466,7 +460,7 @@ fn pages(answers: &Answers, registry: Arc<Registry>, stop: Arc<Drain>, level: Le
         let pods = answers.pods.clone();
         routes.route(path, move |_, _| {
             pods.show_buffers(&metrics);
-            metrics.log_dropped.set(dropped.dropped_lines() as u64);
+            metrics.log_dropped.set(dropped.dropped());
             let mut body = String::new();
             let encoded = prometheus_client::encoding::text::encode(&mut body, &registry);
             async move {

@@ -69,9 +69,9 @@ impl Names {
             }
             None => pod.sockets.listen_local(self.addresses.clone()).await.map_err(failed)?,
         };
-        let shared = environment.shared.clone();
+        let shared = Arc::new(environment.shared.clone());
         let fallback = name_server(listed);
-        let dns = Arc::new(PodDns::new(shared.clone(), self.node.clone(), pod.clone(), sockets.conntrack, fallback));
+        let dns = Arc::new(PodDns::new((*shared).clone(), self.node.clone(), pod.clone(), sockets.conntrack, fallback));
         let mut listening = Vec::new();
         for datagrams in sockets.datagrams {
             let (dns, end, shown) = (dns.clone(), ends.datagrams.clone(), Listening::default());

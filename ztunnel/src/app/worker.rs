@@ -51,12 +51,14 @@ pub fn serve_pod(
     captured: &Drained,
     tunnels: &Drained,
 ) -> std::io::Result<[Listening; 3]> {
+    let shared = Arc::new(shared.clone());
     let outgoing: Accepted<Worker> = {
         let (shared, pod) = (shared.clone(), pod.clone());
         Arc::new(move |worker, tcp, load| {
-            let flow = outbound::serve(shared.clone(), worker.out.clone(), pod.clone(), tcp);
+            let (shared, pod) = (shared.clone(), pod.clone());
+            // Made within the task: a future that is moved into another one is there twice.
             spawn(async move {
-                flow.await;
+                outbound::serve(shared, worker.out.clone(), pod, tcp).await;
                 drop(load);
             });
         })
@@ -64,9 +66,9 @@ pub fn serve_pod(
     let plaintext: Accepted<Worker> = {
         let (shared, pod) = (shared.clone(), pod.clone());
         Arc::new(move |worker, tcp, load| {
-            let flow = inbound::serve_plaintext(shared.clone(), worker.entered.clone(), pod.clone(), tcp);
+            let (shared, pod) = (shared.clone(), pod.clone());
             spawn(async move {
-                flow.await;
+                inbound::serve_plaintext(shared, worker.entered.clone(), pod, tcp).await;
                 drop(load);
             });
         })
@@ -74,9 +76,9 @@ pub fn serve_pod(
     let hbone: Accepted<Worker> = {
         let (shared, pod) = (shared.clone(), pod.clone());
         Arc::new(move |worker, tcp, load| {
-            let flow = inbound::serve_tunnel(shared.clone(), worker.entered.clone(), pod.clone(), tcp);
+            let (shared, pod) = (shared.clone(), pod.clone());
             spawn(async move {
-                flow.await;
+                inbound::serve_tunnel(shared, worker.entered.clone(), pod, tcp).await;
                 drop(load);
             });
         })

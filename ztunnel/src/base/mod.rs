@@ -7,6 +7,7 @@ pub mod budget;
 pub mod conntrack;
 pub mod cut;
 pub mod drain;
+pub mod gather;
 pub mod handover;
 pub mod memory;
 pub mod netns;

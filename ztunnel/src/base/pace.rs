@@ -12,8 +12,10 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Duration, Instant};
 
-/// Bytes of a turn. With two workers and 15 µs for 64 KB the others wait tens of microseconds, not milliseconds.
-pub const TURN: usize = 64 * 1024;
+/// Bytes of a turn: as long as others wait for a tunnel that is always busy, tens to hundreds of microseconds by the
+/// machine. Half of it costs bulk a third more CPU and makes small requests beside it no faster; half as much again makes
+/// them slower (docs/performance.md).
+pub const TURN: usize = 128 * 1024;
 
 /// Time of a turn.
 const TURN_TIME: Duration = Duration::from_micros(50);

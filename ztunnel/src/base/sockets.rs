@@ -129,10 +129,8 @@ impl PodSockets {
         if from.is_ipv6() == to.is_ipv6() {
             if to.is_ipv6() {
                 socket.set_ip_transparent_v6(true)?;
-                socket.set_freebind_v6(true)?;
             } else {
                 socket.set_ip_transparent_v4(true)?;
-                socket.set_freebind_v4(true)?;
             }
             socket.bind(&SocketAddr::new(from, 0).into())?;
         }
@@ -250,8 +248,7 @@ fn new_datagrams(address: SocketAddr, options: &Options) -> io::Result<std::net:
 
 fn new_socket(v6: bool, options: &Options) -> io::Result<Socket> {
     let domain = if v6 { Domain::IPV6 } else { Domain::IPV4 };
-    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_nonblocking(true)?;
+    let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     options.apply(&socket)?;
     // Without it a bound socket takes a port for all destinations at once, and one client has 28,000 connections at most.
     setsockopt(&socket, sockopt::IpBindAddressNoPort, &true).map_err(io::Error::from)?;

@@ -40,7 +40,7 @@ pub struct Shared {
     /// Certificates.
     pub identities: Identities,
     /// Counters.
-    pub metrics: Metrics,
+    pub metrics: Arc<Metrics>,
     /// Tunnels.
     pub hbone: hbone::Config,
     /// Copying.

@@ -21,6 +21,7 @@ use tulle_certs::{SpiffeId, Usage};
 
 use crate::base::budget::Budget;
 use crate::base::cut::Cut;
+use crate::base::gather::Gathered;
 use crate::base::pace::Paced;
 use crate::base::sockets::PodSockets;
 use crate::base::window::{Slot, Window};
@@ -160,6 +161,7 @@ async fn handshake(
         session.peer_certificates().unwrap_or_default().iter().map(|one| one.clone().into_owned()).collect();
 
     let window = Window::new(&dialer.budget, config.stream_window, config.connection_window);
+    let io = Gathered::new(tls);
     let (send, connection) = h2::client::Builder::new()
         .enable_push(false)
         .initial_window_size(config.stream_window)
@@ -170,7 +172,7 @@ async fn handshake(
         .data_frame_budget(FRAME_BUDGET)
         // Until the peer says otherwise.
         .initial_max_send_streams(config.max_streams)
-        .handshake(tls)
+        .handshake(io.clone())
         .await
         .map_err(|error| Outcome::new(Code::TunnelFailed, format!("tunnel to {address}: {error}")))?;
     let closed = Rc::new(Cell::new(false));
@@ -184,7 +186,7 @@ async fn handshake(
             flag.set(true);
             order.order(outcome);
         };
-        if let Err(error) = drive(connection, &sizes, distrusted).await {
+        if let Err(error) = io.drive(drive(connection, &sizes, distrusted)).await {
             tracing::debug!(%address, %error, "tunnel ended");
         }
         flag.set(true);

@@ -13,6 +13,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::base::drain::Drained;
+use crate::base::gather::Gathered;
 use crate::base::window::Window;
 use crate::hbone::{Config, FRAME_BUDGET, HEADER_LIST, PENDING_RESETS, SEND_BUFFER, SERVER_STREAMS};
 use crate::outcome::{Code, Outcome};
@@ -33,6 +34,21 @@ pub type Incoming = (Request<RecvStream>, SendResponse<Bytes>);
 /// Why the tunnel ended, if not in good order.
 pub async fn serve<T>(
     io: T,
+    config: Config,
+    drained: Drained,
+    expired: impl Future<Output = ()>,
+    window: &Window,
+    handle: impl FnMut(Incoming),
+) -> Result<(), Outcome>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let io = Gathered::new(io);
+    io.drive(serve_on(io.clone(), config, drained, expired, window, handle)).await
+}
+
+async fn serve_on<T>(
+    io: Gathered<T>,
     config: Config,
     drained: Drained,
     expired: impl Future<Output = ()>,

@@ -3,8 +3,9 @@
 //! What a peer says about itself in headers is for logs only. Who it is comes from its certificate, and where it may go is
 //! always the address at which its tunnel arrived.
 
-use std::future::poll_fn;
+use std::future::{poll_fn, ready};
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,7 +44,7 @@ const FIRST_BYTE: Duration = Duration::from_secs(5);
 
 /// What a tunnel proved, shared by its streams.
 struct Tunnel {
-    shared: Shared,
+    shared: Arc<Shared>,
     live: Rc<Live>,
     pod: Arc<LocalPod>,
     peer: SocketAddr,
@@ -56,7 +57,7 @@ struct Tunnel {
 }
 
 /// Serves one tunnel to its end.
-pub async fn serve(shared: Shared, live: Rc<Live>, pod: Arc<LocalPod>, tcp: TcpStream) {
+pub async fn serve(shared: Arc<Shared>, live: Rc<Live>, pod: Arc<LocalPod>, tcp: TcpStream) {
     let (Ok(peer), Ok(local)) = (tcp.peer_addr(), tcp.local_addr()) else { return reset(tcp) };
     let (peer, local) = (canonical(peer), canonical(local));
     let metrics = shared.metrics.clone();
@@ -80,7 +81,7 @@ pub async fn serve(shared: Shared, live: Rc<Live>, pod: Arc<LocalPod>, tcp: TcpS
 }
 
 async fn tunnel(
-    shared: Shared,
+    shared: Arc<Shared>,
     live: Rc<Live>,
     pod: &Arc<LocalPod>,
     tcp: TcpStream,
@@ -135,7 +136,8 @@ async fn tunnel(
         tokio::select! { () = sleep(lifetime) => {}, _ = context.cut.ordered() => {} }
     };
     let served = server::serve(tls, config, pod.drained.clone(), expired, &window, |(request, respond)| {
-        let context = context.clone();
+        // Boxed: an idle connection keeps nothing of its request.
+        let (context, request) = (context.clone(), Box::new(request));
         workers::spawn(async move { stream(&context, request, respond).await });
     });
     tokio::pin!(served);
@@ -156,12 +158,21 @@ fn remaining(leaf: &CertificateDer<'_>) -> Duration {
 }
 
 /// Serves one CONNECT.
-async fn stream(tunnel: &Tunnel, request: http::Request<RecvStream>, mut respond: SendResponse<Bytes>) {
-    let shared = &tunnel.shared;
-    let mut record = ConnRecord::new(shared.metrics.clone(), Direction::Inbound, tunnel.peer, tunnel.local);
-    describe(tunnel, &request, &mut record);
-    let outcome = carry(tunnel, request, &mut respond, &mut record).await;
+async fn stream(tunnel: &Tunnel, request: Box<http::Request<RecvStream>>, mut respond: SendResponse<Bytes>) {
+    let (mut record, target, body) = read(tunnel, request);
+    let outcome = carry(tunnel, target, body, &mut respond, &mut record).await;
     record.finish(&outcome);
+}
+
+/// What a request says, where it wants to go, and its bytes.
+fn read(
+    tunnel: &Tunnel,
+    request: Box<http::Request<RecvStream>>,
+) -> (ConnRecord, Result<SocketAddr, Outcome>, RecvStream) {
+    let metrics = tunnel.shared.metrics.clone();
+    let mut record = ConnRecord::new(metrics, Direction::Inbound, tunnel.peer, tunnel.local);
+    describe(tunnel, &request, &mut record);
+    (record, target(tunnel, &request), request.into_body())
 }
 
 fn describe<B>(tunnel: &Tunnel, request: &http::Request<B>, record: &mut ConnRecord) {
@@ -189,7 +200,8 @@ fn describe<B>(tunnel: &Tunnel, request: &http::Request<B>, record: &mut ConnRec
 
 async fn carry(
     tunnel: &Tunnel,
-    request: http::Request<RecvStream>,
+    target: Result<SocketAddr, Outcome>,
+    body: RecvStream,
     respond: &mut SendResponse<Bytes>,
     record: &mut ConnRecord,
 ) -> Outcome {
@@ -200,7 +212,7 @@ async fn carry(
     // Boxed: what it takes to open a connection must not weigh on it while it is idle.
     let admitted = Box::pin(async {
         let permit = pod.connection(&pod.inbound)?;
-        let target = target(tunnel, &request)?;
+        let target = target?;
         record.hbone = Some(target);
         let facts = Request { identity: Some(tunnel.source_identity.clone()), source: tunnel.peer.ip(), target };
         let admitted = admit(shared, &tunnel.live, pod, &facts, record).await?;
@@ -222,6 +234,41 @@ async fn carry(
             return outcome;
         }
     };
+    let accepted = respond.send_response(accepted(&workload), false);
+    record.destination.workload = Some(workload);
+    record.opened();
+    let send = match accepted {
+        Ok(send) => send,
+        Err(error) => {
+            reset(tcp);
+            return Outcome::new(Code::TunnelFailed, error.to_string());
+        }
+    };
+    drop(waiting);
+    let counts = record.counts.clone();
+    if registration.facts().requests.get() {
+        let connection = Connection::new(shared, pod, &registration, record);
+        let io = Box::new(Paced::new(StreamIo::new(send, body, window)));
+        let served = Box::pin(requests::serve(connection, io, tcp, &registration, &counts));
+        return tokio::select! {
+            biased;
+            outcome = tunnel.cut.ordered() => outcome,
+            outcome = served => outcome,
+        };
+    }
+    // A stop resets the stream, so the other side cannot take it for an end.
+    let stop = pin!(async {
+        tokio::select! {
+            outcome = stopped(&pod.drained, &registration) => outcome,
+            outcome = tunnel.cut.ordered() => outcome,
+        }
+    });
+    let terms = Terms { counts: &counts, limits: shared.relay, budget: &pod.buffers };
+    relay::tunnel(tcp, send, ready(Ok(body)), TcpSide::Server, terms, &window, stop).await
+}
+
+/// The answer to a request that was let in.
+fn accepted(workload: &Workload) -> Response<()> {
     let mut answer = Response::new(());
     let text = |value: &Arc<str>| Some(value.to_string()).filter(|text| !text.is_empty());
     let baggage = Baggage {
@@ -236,37 +283,7 @@ async fn carry(
     if let Some(value) = baggage.to_header(workload.workload_type.as_str()) {
         answer.headers_mut().insert(headers::BAGGAGE, value);
     }
-    record.destination.workload = Some(workload);
-    record.opened();
-    let send = match respond.send_response(answer, false) {
-        Ok(send) => send,
-        Err(error) => {
-            reset(tcp);
-            return Outcome::new(Code::TunnelFailed, error.to_string());
-        }
-    };
-    drop(waiting);
-    let counts = record.counts.clone();
-    if registration.facts().requests.get() {
-        let connection = Connection::new(shared, pod, &registration, record);
-        let io = Box::new(Paced::new(StreamIo::new(send, request.into_body(), window)));
-        let served = Box::pin(requests::serve(connection, io, tcp, &registration, &counts));
-        return tokio::select! {
-            biased;
-            outcome = tunnel.cut.ordered() => outcome,
-            outcome = served => outcome,
-        };
-    }
-    let recv = async { Ok(request.into_body()) };
-    // A stop resets the stream, so the other side cannot take it for an end.
-    let stop = async {
-        tokio::select! {
-            outcome = stopped(&pod.drained, &registration) => outcome,
-            outcome = tunnel.cut.ordered() => outcome,
-        }
-    };
-    let terms = Terms { counts: &counts, limits: shared.relay, budget: &pod.buffers };
-    relay::tunnel(tcp, send, recv, TcpSide::Server, terms, &window, stop).await
+    answer
 }
 
 /// The application's address: always this pod's, with the port that the authority means.
@@ -311,11 +328,21 @@ fn service_port(
 
 #[cfg(test)]
 mod tests {
-    use super::service_port;
+    use super::{service_port, stream};
     use crate::outcome::Code;
     use crate::state::fixtures::{behind, service, snapshot, workload};
     use crate::state::{Change, Visibility};
     use std::sync::Arc;
+
+    fn size<A, B, C, R>(_: impl Fn(A, B, C) -> R) -> usize {
+        size_of::<R>()
+    }
+
+    #[test]
+    fn an_idle_connection_is_small() {
+        let size = size(stream);
+        assert!(size <= 3 * 1024, "{size} bytes: is a future passed on by value, or kept that only opening needs?");
+    }
 
     #[test]
     fn a_service_that_is_hidden_from_the_clients_namespace_cannot_be_asked_for() {

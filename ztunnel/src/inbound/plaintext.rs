@@ -2,6 +2,7 @@
 //!
 //! The same admission as for a tunnel, with no identity: what a STRICT destination refuses is decided there, not here.
 
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -20,7 +21,7 @@ use crate::relay::{self, Terms};
 use crate::telemetry::{ConnRecord, Direction};
 
 /// Serves one connection to its end.
-pub async fn serve(shared: Shared, live: Rc<Live>, pod: Arc<LocalPod>, tcp: TcpStream) {
+pub async fn serve(shared: Arc<Shared>, live: Rc<Live>, pod: Arc<LocalPod>, tcp: TcpStream) {
     let (Ok(target), Ok(source)) = (original_destination(&tcp), tcp.peer_addr()) else { return reset(tcp) };
     if target.port() == probe::PORT {
         // Not `try_write`: a stream that was just registered does not know yet that it is writable.
@@ -39,7 +40,7 @@ pub async fn serve(shared: Shared, live: Rc<Live>, pod: Arc<LocalPod>, tcp: TcpS
 }
 
 async fn carry(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     live: &Rc<Live>,
     pod: &Arc<LocalPod>,
     tcp: TcpStream,
@@ -67,5 +68,5 @@ async fn carry(
         return Box::pin(requests::serve(connection, Box::new(tcp), server, &registration, &counts)).await;
     }
     let terms = Terms { counts: &counts, limits: shared.relay, budget: &pod.buffers };
-    relay::tcp(tcp, server, terms, stopped(&pod.drained, &registration)).await
+    relay::tcp(tcp, server, terms, pin!(stopped(&pod.drained, &registration))).await
 }

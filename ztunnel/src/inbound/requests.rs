@@ -41,7 +41,7 @@ const SILENCE: Duration = Duration::from_millis(200);
 
 /// What all requests of a connection share.
 pub(super) struct Connection {
-    shared: Shared,
+    shared: Arc<Shared>,
     pod: Arc<LocalPod>,
     request: super::Request,
     source: Peer,
@@ -52,7 +52,12 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    pub(super) fn new(shared: &Shared, pod: &Arc<LocalPod>, registration: &Registration, record: &ConnRecord) -> Self {
+    pub(super) fn new(
+        shared: &Arc<Shared>,
+        pod: &Arc<LocalPod>,
+        registration: &Registration,
+        record: &ConnRecord,
+    ) -> Self {
         let Admitted { identity, source, target, .. } = registration.facts();
         Self {
             shared: shared.clone(),

@@ -4,6 +4,7 @@
 //! whether another endpoint may be asked without delivering anything twice.
 
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -97,22 +98,21 @@ pub(super) async fn relay_tunnel(
     counts: &Rc<Counts>,
 ) -> Outcome {
     let Stream { send, answer, lease } = stream;
-    let recv = async {
+    // Boxed: what it takes to wait for the answer must not weigh on the connection while it is idle.
+    let recv = Box::pin(async {
         match answer {
             Answer::Here(recv) => Ok(recv),
             Answer::Waited(response) => accepted(response, shared, &lease).await.map_err(|refusal| refusal.outcome),
         }
-    };
+    });
     let terms = Terms { counts, limits: shared.relay, budget: &pod.buffers };
-    let stop = async {
+    let stop = pin!(async {
         tokio::select! {
             outcome = stopped(pod, registration) => outcome,
             outcome = lease.cut() => outcome,
         }
-    };
-    let outcome = relay::tunnel(tcp, send, recv, TcpSide::Client, terms, &lease.window, stop).await;
-    drop(lease);
-    outcome
+    });
+    relay::tunnel(tcp, send, recv, TcpSide::Client, terms, &lease.window, stop).await
 }
 
 async fn open(
@@ -275,12 +275,12 @@ pub(super) async fn relay_plain(
     counts: &Rc<Counts>,
 ) -> Outcome {
     // What is outside the cluster may become forbidden while it lasts.
-    let stop = async {
+    let stop = pin!(async {
         tokio::select! {
             outcome = stopped(pod, registration) => outcome,
             outcome = forbidden(shared, pod), if outside => outcome,
         }
-    };
+    });
     let terms = Terms { counts, limits: shared.relay, budget: &pod.buffers };
     relay::tcp(tcp, server, terms, stop).await
 }

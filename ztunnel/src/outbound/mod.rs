@@ -80,7 +80,7 @@ impl Means {
 }
 
 /// Serves one captured connection to its end.
-pub async fn serve(shared: Shared, means: Means, pod: Arc<LocalPod>, tcp: TcpStream) {
+pub async fn serve(shared: Arc<Shared>, means: Means, pod: Arc<LocalPod>, tcp: TcpStream) {
     // Not redirected: somebody dialled the proxy's port itself. There is nothing to proxy to.
     let (Ok(destination), Ok(source)) = (original_destination(&tcp), tcp.peer_addr()) else { return reset(tcp) };
     // Dialled directly while connection tracking is on: the "original" destination is the listener itself.
@@ -135,7 +135,7 @@ enum Way {
 }
 
 async fn carry(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     means: &Means,
     pod: &Arc<LocalPod>,
     tcp: TcpStream,
@@ -178,11 +178,27 @@ async fn carry(
             dial::relay_tunnel(shared, pod, tcp, next, &registration, counts).await
         }
         Ok((_permit, Way::Bytes(Next::Plain { server, outside }, registration))) => {
-            dial::relay_plain(shared, pod, tcp, server, outside, &registration, counts).await
+            // Boxed: tunnels are not to make room for it.
+            Box::pin(dial::relay_plain(shared, pod, tcp, server, outside, &registration, counts)).await
         }
         Ok((_permit, Way::Requests(framing, _lease))) => {
             let addr = record.source.addr.unwrap_or(destination);
             Box::pin(requests::serve(shared, means, pod, (addr, destination), framing, tcp, counts)).await
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::serve;
+
+    fn size<A, B, C, D, R>(_: impl Fn(A, B, C, D) -> R) -> usize {
+        size_of::<R>()
+    }
+
+    #[test]
+    fn an_idle_connection_is_small() {
+        let size = size(serve);
+        assert!(size <= 3 * 1024, "{size} bytes: is a future passed on by value, or kept that only opening needs?");
     }
 }

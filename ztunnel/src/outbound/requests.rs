@@ -31,7 +31,7 @@ const LOOK: Duration = Duration::from_millis(5);
 
 /// A connection that speaks HTTP.
 pub(super) struct Client {
-    pub(super) shared: Shared,
+    pub(super) shared: Arc<Shared>,
     pub(super) means: Means,
     pub(super) pod: Arc<LocalPod>,
     /// The client's address.
@@ -99,7 +99,7 @@ pub(super) async fn told(tcp: &TcpStream, declared: AppProtocol) -> Result<Optio
 
 /// Serves the requests of a connection to its end. `ends`: the client's address, and where it wanted to go.
 pub(super) async fn serve(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     means: &Means,
     pod: &Arc<LocalPod>,
     ends: (SocketAddr, SocketAddr),

@@ -12,7 +12,7 @@ mod stream;
 pub use stream::StreamIo;
 
 use std::future::Future;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -71,15 +71,16 @@ pub enum TcpSide {
 }
 
 /// Relays between a TCP connection and a stream of a tunnel. `recv` completes when the other proxy has answered: bytes
-/// of the application are on their way before that, which saves a round trip in every new connection.
+/// of the application are on their way before that, which saves a round trip in every new connection. Futures that are
+/// passed on are passed by reference: by value each step would keep a copy of them as long as the connection lives.
 pub async fn tunnel(
-    tcp: TcpStream,
+    mut tcp: TcpStream,
     mut send: SendStream<Bytes>,
     recv: impl Future<Output = Result<RecvStream, Outcome>>,
     side: TcpSide,
     terms: Terms<'_>,
     window: &Slot,
-    stop: impl Future<Output = Outcome>,
+    stop: Pin<&mut impl Future<Output = Outcome>>,
 ) -> Outcome {
     let Terms { counts, limits, budget } = terms;
     let ledger = Ledger::new(budget);
@@ -87,17 +88,15 @@ pub async fn tunnel(
         TcpSide::Client => (&counts.up, &counts.down),
         TcpSide::Server => (&counts.down, &counts.up),
     };
-    let result = both(
-        pumps::tcp_to_stream(&tcp, &mut send, into_tunnel, &ledger),
-        async {
+    let result = {
+        let (reader, writer) = tcp.split();
+        let up = pin!(pumps::tcp_to_stream(reader, &mut send, into_tunnel, &ledger));
+        let down = pin!(async {
             let mut recv = recv.await.map_err(Break::Refused)?;
-            pumps::stream_to_tcp(&mut recv, &tcp, from_tunnel, window).await
-        },
-        counts,
-        limits,
-        stop,
-    )
-    .await;
+            pumps::stream_to_tcp(&mut recv, writer.as_ref(), from_tunnel, window).await
+        });
+        both(up, down, counts, limits, stop).await
+    };
     match result {
         Ended::Finished => Outcome::ok(),
         Ended::HalfOpen => {
@@ -125,21 +124,22 @@ pub async fn tunnel(
 
 /// Relays between two TCP connections, `client` being the one that began.
 pub async fn tcp(
-    client: TcpStream,
-    server: TcpStream,
+    mut client: TcpStream,
+    mut server: TcpStream,
     terms: Terms<'_>,
-    stop: impl Future<Output = Outcome>,
+    stop: Pin<&mut impl Future<Output = Outcome>>,
 ) -> Outcome {
     let Terms { counts, limits, budget } = terms;
     let (up, down) = (Ledger::new(budget), Ledger::new(budget));
-    let result = both(
-        async { pumps::tcp_to_tcp(&client, &server, &counts.up, &up).await.map_err(TcpBreak::up) },
-        async { pumps::tcp_to_tcp(&server, &client, &counts.down, &down).await.map_err(TcpBreak::down) },
-        counts,
-        limits,
-        stop,
-    )
-    .await;
+    let result = {
+        let ((from_client, to_client), (from_server, to_server)) = (client.split(), server.split());
+        let to_server = to_server.as_ref();
+        let to_client = to_client.as_ref();
+        let up = async { pumps::tcp_to_tcp(from_client, to_server, &counts.up, &up).await.map_err(TcpBreak::up) };
+        let down =
+            async { pumps::tcp_to_tcp(from_server, to_client, &counts.down, &down).await.map_err(TcpBreak::down) };
+        both(pin!(up), pin!(down), counts, limits, stop).await
+    };
     match result {
         Ended::Finished => Outcome::ok(),
         Ended::HalfOpen => {
@@ -201,15 +201,12 @@ enum Ended<E> {
 
 /// Runs both directions until `stop`; the first failure ends both.
 async fn both<E>(
-    up: impl Future<Output = Result<(), E>>,
-    down: impl Future<Output = Result<(), E>>,
+    mut up: Pin<&mut impl Future<Output = Result<(), E>>>,
+    mut down: Pin<&mut impl Future<Output = Result<(), E>>>,
     counts: &Counts,
     limits: Limits,
-    stop: impl Future<Output = Outcome>,
+    mut stop: Pin<&mut impl Future<Output = Outcome>>,
 ) -> Ended<E> {
-    let mut up = pin!(up);
-    let mut down = pin!(down);
-    let mut stop = pin!(stop);
     // A connection that may no longer be moves not one more byte: `stop` is looked at first.
     let up_first = tokio::select! {
         biased;
@@ -220,10 +217,12 @@ async fn both<E>(
     loop {
         let before = counts.total();
         let rest = async { if up_first { down.as_mut().await } else { up.as_mut().await } };
+        // Boxed: most connections are never half closed for long, and a timer is large.
+        let rest = Box::pin(tokio::time::timeout(limits.half_open, rest));
         let ended = tokio::select! {
             biased;
             outcome = &mut stop => return Ended::Stopped(outcome),
-            ended = tokio::time::timeout(limits.half_open, rest) => ended,
+            ended = rest => ended,
         };
         match ended {
             Ok(Ok(())) => return Ended::Finished,

@@ -1,13 +1,17 @@
 //! One direction each. A pump returns `Ok` when its source ended and the end was passed on.
 
 use std::cell::Cell;
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 
 use bytes::{Buf, BufMut, Bytes};
 use h2::{RecvStream, SendStream};
+use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
+use tokio::net::tcp::ReadHalf;
 
 use crate::base::budget::{Ledger, SMALL};
 use crate::base::pace::{TURN, Turn};
@@ -16,6 +20,9 @@ use crate::relay::Break;
 
 /// Chunks of a tunnel written to the application with one call.
 const GATHER: usize = 16;
+
+/// Bytes read at once at most: with the header of a DATA frame (RFC 9113 §4.1) they fill whole TLS records.
+const READ: usize = TURN - 9;
 
 /// Which end of a TCP-to-TCP pump failed.
 #[derive(Debug)]
@@ -36,7 +43,7 @@ impl Default for ReadSize {
 impl ReadSize {
     fn adapt(&mut self, got: usize) {
         if got >= self.0 {
-            self.0 = (self.0 * 4).min(TURN);
+            self.0 = (self.0 * 4).min(READ);
         } else if got < self.0 / 4 {
             self.0 = SMALL;
         }
@@ -52,34 +59,44 @@ enum Had {
     Nothing,
 }
 
-/// Reads at most `limit` bytes of what is there.
-async fn read_now(tcp: &TcpStream, limit: usize, ledger: &Arc<Ledger>) -> io::Result<Had> {
+/// Reads at most `limit` bytes of what is there. A read that does not fill its buffer has emptied the socket, which tokio
+/// notes here and would not for `try_read`: without it each request costs a second, empty read.
+async fn read_now(tcp: &mut ReadHalf<'_>, limit: usize, ledger: &Arc<Ledger>) -> io::Result<Had> {
     // The buffer exists only between readable and handed over: an idle connection owns none.
     let mut buffer = ledger.buffer(limit).await;
     let size = buffer.size();
-    match tcp.try_read_buf(&mut (&mut buffer.data).limit(size)) {
-        Ok(0) => Ok(Had::End),
-        Ok(_) => Ok(Had::Bytes(buffer.freeze())),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Had::Nothing),
-        Err(error) => Err(error),
+    let read = {
+        let mut room = (&mut buffer.data).limit(size);
+        let mut read = pin!(tcp.read_buf(&mut room));
+        poll_fn(|cx| Poll::Ready(read.as_mut().poll(cx))).await
+    };
+    match read {
+        Poll::Ready(Ok(0)) => Ok(Had::End),
+        Poll::Ready(Ok(_)) => Ok(Had::Bytes(buffer.freeze())),
+        Poll::Ready(Err(error)) => Err(error),
+        Poll::Pending => Ok(Had::Nothing),
     }
 }
 
-/// Waits until `tcp` is readable and reads at most `limit` bytes. `None`: end of stream.
+/// Waits until `tcp` is readable and reads at most `limit` bytes, while somebody else has the connection too. `None`: end
+/// of stream.
 pub(super) async fn read_chunk(tcp: &TcpStream, limit: usize, ledger: &Arc<Ledger>) -> io::Result<Option<Bytes>> {
     loop {
         tcp.readable().await?;
-        match read_now(tcp, limit, ledger).await? {
-            Had::Bytes(chunk) => return Ok(Some(chunk)),
-            Had::End => return Ok(None),
-            Had::Nothing => {}
+        let mut buffer = ledger.buffer(limit).await;
+        let size = buffer.size();
+        match tcp.try_read_buf(&mut (&mut buffer.data).limit(size)) {
+            Ok(0) => return Ok(None),
+            Ok(_) => return Ok(Some(buffer.freeze())),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
         }
     }
 }
 
 /// Application to tunnel.
 pub(super) async fn tcp_to_stream(
-    tcp: &TcpStream,
+    mut tcp: ReadHalf<'_>,
     send: &mut SendStream<Bytes>,
     count: &Cell<u64>,
     ledger: &Arc<Ledger>,
@@ -91,7 +108,7 @@ pub(super) async fn tcp_to_stream(
         // lost to the others of its tunnel, and enough idle ones would stop them.
         tcp.readable().await.map_err(Break::Tcp)?;
         let window = capacity(send, size.0).await?;
-        let had = read_now(tcp, window.min(size.0), ledger).await.map_err(Break::Tcp)?;
+        let had = read_now(&mut tcp, window.min(size.0), ledger).await.map_err(Break::Tcp)?;
         let bytes = match had {
             Had::Bytes(chunk) => {
                 let bytes = chunk.len();
@@ -165,23 +182,23 @@ async fn gather(recv: &mut RecvStream, chunks: &mut Vec<Bytes>) -> Result<bool, 
     poll_fn(|cx| {
         loop {
             match recv.poll_data(cx) {
-                std::task::Poll::Ready(Some(Ok(chunk))) => {
+                Poll::Ready(Some(Ok(chunk))) => {
                     bytes += chunk.len();
                     if !chunk.is_empty() {
                         chunks.push(chunk);
                     }
                     if chunks.len() >= GATHER || bytes >= TURN {
-                        return std::task::Poll::Ready(Ok(false));
+                        return Poll::Ready(Ok(false));
                     }
                 }
-                std::task::Poll::Ready(Some(Err(error))) if chunks.is_empty() => {
-                    return std::task::Poll::Ready(Err(Break::Stream(error)));
+                Poll::Ready(Some(Err(error))) if chunks.is_empty() => {
+                    return Poll::Ready(Err(Break::Stream(error)));
                 }
                 // Deliver what came before the failure; the next call reports it again.
-                std::task::Poll::Ready(Some(Err(_))) => return std::task::Poll::Ready(Ok(false)),
-                std::task::Poll::Ready(None) => return std::task::Poll::Ready(Ok(true)),
-                std::task::Poll::Pending if chunks.is_empty() => return std::task::Poll::Pending,
-                std::task::Poll::Pending => return std::task::Poll::Ready(Ok(false)),
+                Poll::Ready(Some(Err(_))) => return Poll::Ready(Ok(false)),
+                Poll::Ready(None) => return Poll::Ready(Ok(true)),
+                Poll::Pending if chunks.is_empty() => return Poll::Pending,
+                Poll::Pending => return Poll::Ready(Ok(false)),
             }
         }
     })
@@ -190,7 +207,7 @@ async fn gather(recv: &mut RecvStream, chunks: &mut Vec<Bytes>) -> Result<bool, 
 
 /// One TCP connection to another.
 pub(super) async fn tcp_to_tcp(
-    from: &TcpStream,
+    mut from: ReadHalf<'_>,
     to: &TcpStream,
     count: &Cell<u64>,
     ledger: &Arc<Ledger>,
@@ -199,8 +216,11 @@ pub(super) async fn tcp_to_tcp(
     let mut turn = Turn::default();
     let mut chunks = Vec::with_capacity(1);
     loop {
-        let Some(chunk) = read_chunk(from, size.0, ledger).await.map_err(TcpFailure::Read)? else {
-            return shutdown(to).map_err(TcpFailure::Write);
+        from.readable().await.map_err(TcpFailure::Read)?;
+        let chunk = match read_now(&mut from, size.0, ledger).await.map_err(TcpFailure::Read)? {
+            Had::Bytes(chunk) => chunk,
+            Had::End => return shutdown(to).map_err(TcpFailure::Write),
+            Had::Nothing => continue,
         };
         let bytes = chunk.len();
         size.adapt(bytes);
@@ -214,34 +234,40 @@ pub(super) async fn tcp_to_tcp(
 /// Writes all chunks and leaves the list empty. While the reader takes none, `window` knows that its stream is stalled.
 async fn write_all(tcp: &TcpStream, chunks: &mut Vec<Bytes>, window: Option<&Slot>) -> io::Result<()> {
     let mut first = 0;
-    while first < chunks.len() {
-        let mut slices = [io::IoSlice::new(&[]); GATHER];
-        let mut used = 0;
-        for (slice, chunk) in slices.iter_mut().zip(&chunks[first..]) {
-            *slice = io::IoSlice::new(chunk);
-            used += 1;
-        }
-        match tcp.try_write_vectored(&slices[..used]) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(mut written) => {
-                while written > 0 {
-                    let step = written.min(chunks[first].len());
-                    chunks[first].advance(step);
-                    written -= step;
-                    if chunks[first].is_empty() {
-                        first += 1;
-                    }
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let _stalled = window.map(Slot::stalled);
-                tcp.writable().await?;
-            }
-            Err(error) => return Err(error),
-        }
+    while !write_now(tcp, chunks, &mut first)? {
+        let _stalled = window.map(Slot::stalled);
+        tcp.writable().await?;
     }
     chunks.clear();
     Ok(())
+}
+
+/// Writes what the socket takes of the chunks from `first` on. True: all. (A function of its own, so that the list of
+/// slices does not weigh on an idle connection.)
+fn write_now(tcp: &TcpStream, chunks: &mut [Bytes], first: &mut usize) -> io::Result<bool> {
+    while *first < chunks.len() {
+        let mut slices = [io::IoSlice::new(&[]); GATHER];
+        let mut used = 0;
+        for (slice, chunk) in slices.iter_mut().zip(&chunks[*first..]) {
+            *slice = io::IoSlice::new(chunk);
+            used += 1;
+        }
+        let mut written = match tcp.try_write_vectored(&slices[..used]) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => written,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        while written > 0 {
+            let step = written.min(chunks[*first].len());
+            chunks[*first].advance(step);
+            written -= step;
+            if chunks[*first].is_empty() {
+                *first += 1;
+            }
+        }
+    }
+    Ok(true)
 }
 
 /// Passes an end of stream on. A peer that is already gone does not mind.

@@ -1,6 +1,7 @@
 //! Relays over loopback: what passes, how it ends, and that nothing is left hanging.
 
 use std::future::pending;
+use std::pin::pin;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -24,7 +25,8 @@ async fn bytes_and_half_close_pass_both_ways() {
     let counts = Counts::default();
     let budget = Budget::new(1 << 20);
     let terms = Terms { counts: &counts, limits: Limits::default(), budget: &budget };
-    let relay = tcp(client_proxy, server_proxy, terms, pending());
+    let stop = pin!(pending());
+    let relay = tcp(client_proxy, server_proxy, terms, stop);
     let talk = async {
         client.write_all(b"question").await.unwrap();
         client.shutdown().await.unwrap();
@@ -49,7 +51,8 @@ async fn a_reset_is_carried_as_a_reset() {
     let counts = Counts::default();
     let budget = Budget::new(1 << 20);
     let terms = Terms { counts: &counts, limits: Limits::default(), budget: &budget };
-    let relay = tcp(client_proxy, server_proxy, terms, pending());
+    let stop = pin!(pending());
+    let relay = tcp(client_proxy, server_proxy, terms, stop);
     let talk = async {
         crate::base::sockets::reset(client);
         let error = server.read(&mut [0; 8]).await.unwrap_err();
@@ -67,6 +70,6 @@ async fn a_silent_half_open_connection_is_reaped() {
     client.shutdown().await.unwrap();
     let limits = Limits { half_open: Duration::from_millis(50) };
     let terms = Terms { counts: &counts, limits, budget: &Budget::new(1 << 20) };
-    let outcome = tcp(client_proxy, server_proxy, terms, pending()).await;
+    let outcome = tcp(client_proxy, server_proxy, terms, pin!(pending())).await;
     assert_eq!(outcome.code, Code::HalfOpen);
 }

@@ -53,7 +53,7 @@ pub struct Peer {
 
 /// See the module's header.
 pub struct ConnRecord {
-    metrics: Metrics,
+    metrics: Arc<Metrics>,
     direction: Direction,
     started: Instant,
     /// The client.
@@ -72,13 +72,13 @@ pub struct ConnRecord {
     pub tried: Option<Box<str>>,
     /// Bytes so far.
     pub counts: Rc<Counts>,
-    labels: Option<TcpLabels>,
+    opened: bool,
     finished: bool,
 }
 
 impl ConnRecord {
     /// Opens a record at accept.
-    pub fn new(metrics: Metrics, direction: Direction, source: SocketAddr, destination: SocketAddr) -> Self {
+    pub fn new(metrics: Arc<Metrics>, direction: Direction, source: SocketAddr, destination: SocketAddr) -> Self {
         let live = if direction == Direction::Inbound { &metrics.inbound } else { &metrics.outbound };
         live.inc();
         Self {
@@ -93,16 +93,17 @@ impl ConnRecord {
             dry_run: Vec::new(),
             tried: None,
             counts: Rc::default(),
-            labels: None,
+            opened: false,
             finished: false,
         }
     }
 
-    /// Everything is known: counts the connection as opened.
+    /// Everything is known, and does not change any more: counts the connection as opened. Its labels are made anew at its
+    /// end, so that an idle connection keeps none.
     pub fn opened(&mut self) {
-        let labels = self.make_labels();
-        self.metrics.opened.get_or_create(&labels).inc();
-        self.labels = Some(labels);
+        if !std::mem::replace(&mut self.opened, true) {
+            self.metrics.opened.get_or_create(&self.make_labels()).inc();
+        }
     }
 
     /// The one ending.
@@ -114,15 +115,12 @@ impl ConnRecord {
         if std::mem::replace(&mut self.finished, true) {
             return;
         }
+        // It may have failed before anything was opened; both counters move, so that opened - closed stays the live ones.
+        self.opened();
         let metrics = &self.metrics;
         let live = if self.direction == Direction::Inbound { &metrics.inbound } else { &metrics.outbound };
         live.dec();
-        let mut labels = self.labels.take().unwrap_or_else(|| {
-            // It failed before anything was opened; both counters move, so that opened - closed stays the live ones.
-            let labels = self.make_labels();
-            metrics.opened.get_or_create(&labels).inc();
-            labels
-        });
+        let mut labels = self.make_labels();
         metrics.received.get_or_create(&labels).inc_by(self.counts.up.get());
         metrics.sent.get_or_create(&labels).inc_by(self.counts.down.get());
         labels.response_flags = outcome.code.flag();
@@ -257,7 +255,7 @@ impl WorkloadLabels {
             canonical: text(workload.map(|w| &w.canonical_name)),
             revision: text(workload.map(|w| &w.canonical_revision)),
             namespace: text(workload.map(|w| &w.namespace)),
-            principal: peer.identity.as_ref().map_or_else(unknown, |identity| Arc::from(identity.to_string())),
+            principal: peer.identity.as_ref().map_or_else(unknown, SpiffeId::shared),
             cluster: text(workload.map(|w| &w.cluster)),
         }
     }

@@ -72,7 +72,7 @@ impl HttpMetrics {
 
 /// See the module's header.
 pub struct HttpRecord {
-    metrics: Metrics,
+    metrics: Arc<Metrics>,
     direction: Direction,
     started: Instant,
     /// The client.
@@ -128,7 +128,7 @@ pub struct HttpRecord {
 
 impl HttpRecord {
     /// Opens a record for a request.
-    pub fn new(metrics: Metrics, direction: Direction, source: Peer, destination: Peer) -> Self {
+    pub fn new(metrics: Arc<Metrics>, direction: Direction, source: Peer, destination: Peer) -> Self {
         Self {
             metrics,
             direction,

@@ -7,6 +7,7 @@
 mod conn;
 pub mod dns;
 mod http;
+pub mod lines;
 pub mod metrics;
 
 pub use conn::{ConnRecord, Direction, Peer};

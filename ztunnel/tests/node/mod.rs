@@ -196,7 +196,7 @@ impl Node {
         let shared = Shared {
             reader,
             identities: identities.clone(),
-            metrics: Metrics::new(&mut registry),
+            metrics: Arc::new(Metrics::new(&mut registry)),
             hbone,
             relay,
             network: "".into(),
