@@ -1,5 +1,7 @@
 //! Policies of one request, from the wire to the verdict: HTTP fields of AuthorizationPolicies, and tokens.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::sync::Arc;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -58,7 +60,7 @@ fn policy_of(name: &str, action: security::Action, matches: Vec<mesh::HttpMatch>
     let count = matches.len();
     let rule = |matched| mesh::HttpRule { clauses: vec![mesh::HttpClause { matches: vec![matched] }] };
     let http = mesh::HttpAuthorization { rules: matches.into_iter().map(rule).collect() };
-    let value = http.encode_to_vec().into();
+    let value = http.encode_to_vec();
     let config = prost_types::Any { type_url: names::TYPE_HTTP_AUTHORIZATION.into(), value };
     decoded(name, action, vec![security::Rule { clauses: vec![plain] }; count], config)
 }
@@ -82,7 +84,7 @@ fn snapshot(changes: Vec<Change>, request_auths: &[&str]) -> (Arc<Snapshot>, Arc
         request_auths: request_auths.iter().map(|name| format!("RequestAuthentication/shop/{name}")).collect(),
         ..Default::default()
     };
-    let config = prost_types::Any { type_url: names::TYPE_WORKLOAD_INFO.into(), value: info.encode_to_vec().into() };
+    let config = prost_types::Any { type_url: names::TYPE_WORKLOAD_INFO.into(), value: info.encode_to_vec() };
     let pod = wds::Workload {
         uid: "k//Pod/shop/cart".into(),
         name: "cart".into(),
@@ -233,7 +235,7 @@ fn where_the_http_form_cannot_be_used_the_plain_form_decides() {
         ("a template that is none", bad_template.encode_to_vec(), false),
         ("no protobuf", vec![0xff], false),
     ] {
-        let config = prost_types::Any { type_url: names::TYPE_HTTP_AUTHORIZATION.into(), value: bytes.into() };
+        let config = prost_types::Any { type_url: names::TYPE_HTTP_AUTHORIZATION.into(), value: bytes };
         let change = decoded("p", security::Action::Allow, vec![never.clone()], config);
         let (snapshot, pod) = snapshot(vec![change], &[]);
         assert_eq!(policy::needs_http(&snapshot, &pod), used, "{what}");
@@ -297,6 +299,9 @@ fn check(auth: &RequestAuth, target: &str, of: &[(&str, &str)]) -> Result<Authen
     jwt::by_rules(&[auth], &request("GET", "cart", target, &headers), NOW)
 }
 
+/// The subject, or the status and a part of the answer's body.
+type Expected = Result<&'static str, (u16, &'static str)>;
+
 #[test]
 fn a_token_is_valid_or_refused_as_envoy_would() {
     let (ec, ed, other) =
@@ -320,7 +325,7 @@ fn a_token_is_valid_or_refused_as_envoy_would() {
         let key = EncodingKey::from_secret(ec.jwk["x"].as_str().unwrap().as_bytes());
         jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims(json!({})), &key).unwrap()
     };
-    let cases: Vec<(&str, String, Result<&str, (u16, &str)>)> = vec![
+    let cases: Vec<(&str, String, Expected)> = vec![
         ("ES256", good.clone(), Ok("https://issuer/ann")),
         ("EdDSA", ed.sign(Some("ed"), claims(json!({}))), Ok("https://issuer/ann")),
         ("RS256", rsa.sign(Some("rsa"), claims(json!({}))), Ok("https://issuer/ann")),

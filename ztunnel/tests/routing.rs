@@ -1,5 +1,7 @@
 //! Routes and request policies from the wire to the decision: what control sends is decoded, stored, found and carried out.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 

@@ -25,7 +25,7 @@ pub(super) fn beyond(rule: &Rule) -> Vec<&str> {
 pub(super) fn extension(rules: &[Rule], action: security::Action) -> security::Extension {
     let message = mesh::HttpAuthorization { rules: rules.iter().map(|one| rule(one, action)).collect() };
     let config =
-        prost_types::Any { type_url: names::TYPE_HTTP_AUTHORIZATION.to_owned(), value: message.encode_to_vec().into() };
+        prost_types::Any { type_url: names::TYPE_HTTP_AUTHORIZATION.to_owned(), value: message.encode_to_vec() };
     security::Extension { name: names::EXTENSION_L7.to_owned(), config: Some(config) }
 }
 

@@ -186,6 +186,9 @@ mod tests {
     /// Field 1 of a request, AddWorkload{uid "u-1", workload_info{"web", "shop", "web"}}, as it is on the wire.
     const ADD: &[u8] = b"\x0a\x18\x0a\x03u-1\x12\x11\x0a\x03web\x12\x04shop\x1a\x04cart";
 
+    /// Name, packet, descriptors that come with it, and what it means.
+    type Case = (&'static str, &'static [u8], usize, Result<Request, &'static str>);
+
     #[test]
     fn packets_mean_what_istio_s_agent_means() {
         let add = |account: &str| {
@@ -193,7 +196,7 @@ mod tests {
             Ok(Request::Add(Added { uid, name, namespace, service_account: account.into() }))
         };
         let no_account = b"\x0a\x12\x0a\x03u-1\x12\x0b\x0a\x03web\x12\x04shop";
-        let cases: [(&str, &[u8], usize, Result<Request, &str>); 14] = [
+        let cases: [Case; 14] = [
             ("add", ADD, 1, add("cart")),
             ("add without account", no_account, 1, add("default")),
             ("del, whose uid is field 2", b"\x12\x05\x12\x03u-1", 0, Ok(Request::Del("u-1".into()))),

@@ -72,14 +72,17 @@ struct PortRoutes {
     consumers: BTreeMap<Arc<str>, Arc<[RouteEntry]>>,
 }
 
+/// Something of each Service that has it, by the Service's host name, then by its namespace.
+type ByNamespace<T> = HashMap<Arc<str>, Vec<(Arc<str>, T)>>;
+
 /// See the module's header.
 #[derive(Clone, Debug, Default)]
 pub(super) struct L7 {
     routes: BTreeMap<Arc<str>, Arc<Route>>,
     /// By host name, then namespace, then port.
-    by_service: HashMap<Arc<str>, Vec<(Arc<str>, BTreeMap<u16, PortRoutes>)>>,
+    by_service: ByNamespace<BTreeMap<u16, PortRoutes>>,
     traffic: BTreeMap<Arc<str>, Arc<TrafficPolicy>>,
-    traffic_of: HashMap<Arc<str>, Vec<(Arc<str>, Vec<Arc<TrafficPolicy>>)>>,
+    traffic_of: ByNamespace<Vec<Arc<TrafficPolicy>>>,
     request_auths: BTreeMap<Arc<str>, Arc<RequestAuth>>,
 }
 

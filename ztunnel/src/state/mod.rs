@@ -12,6 +12,7 @@
 //! * a removed policy stays in force as long as a workload names it;
 //! * a rejected policy leaves its last good version in force, or, if it never had one, a stand-in that denies.
 
+mod change;
 mod cow;
 mod demand;
 mod endpoints;
@@ -39,6 +40,7 @@ mod trust;
 mod versions;
 mod workload;
 
+pub use change::{Change, OwnType};
 pub use demand::{Demands, Lease, address_name};
 pub use endpoints::{Candidate, Endpoints, PortTable, PortTables, Ports, Tiers};
 pub use http_rules::{Element, Group, HttpMatch, HttpRule, PathPattern};
@@ -57,7 +59,7 @@ pub use service::{
     ServiceInfo, ServiceSpec, Transport, Visibility,
 };
 pub use snapshot::Snapshot;
-pub use store::{Applied, Change, OwnType, Reader, Writer, store};
+pub use store::{Applied, Reader, Writer, store};
 pub use traffic::{
     Balancer, DESTINATION_RULE, HashKey, OutlierDetection, TrafficPolicy, TrafficScope, TrafficSettings,
 };

@@ -18,82 +18,14 @@ use crate::state::members::Delta;
 use crate::state::narrowed::Narrowed;
 use crate::state::versions::{Kept, Logged, VersionLog};
 use crate::state::{
-    Demands, Endpoints, LogEntry, LogName, NetworkPolicy, Policy, Record, RequestAuth, Route, Scope, Service,
-    ServiceSpec, Shapes, Snapshot, TrafficPolicy, TrustBundle, Workload,
+    Change, Demands, Endpoints, LogEntry, LogName, NetworkPolicy, OwnType, Policy, Record, Scope, Service, ServiceSpec,
+    Shapes, Snapshot,
 };
 
 /// Services whose endpoints are prepared in one step of [`Writer::prepare`]: a few milliseconds.
 const STEP: usize = 256;
 
-/// One thing that control said.
-#[derive(Clone, Debug)]
-pub enum Change {
-    /// A workload is so.
-    Workload(Arc<Workload>),
-    /// The same, packed already.
-    Record(Arc<Record>),
-    /// A service is so.
-    Service(Arc<ServiceSpec>),
-    /// A policy is so.
-    Policy(Arc<Policy>),
-    /// A policy cannot be read: this stand-in takes its place unless a good version is held.
-    PolicyRejected(Arc<Policy>),
-    /// The workload or service of this resource name is gone.
-    AddressRemoved(Arc<str>),
-    /// The policy of this resource name is gone.
-    PolicyRemoved(Arc<str>),
-    /// A NetworkPolicy is so.
-    NetworkPolicy(Arc<NetworkPolicy>),
-    /// A NetworkPolicy cannot be read: this stand-in takes its place unless a good version is held.
-    NetworkPolicyRejected(Arc<NetworkPolicy>),
-    /// The NetworkPolicy of this resource name is gone.
-    NetworkPolicyRemoved(Arc<str>),
-    /// Control offers NetworkPolicies, so nothing is complete without them.
-    NetworkPoliciesExpected,
-    /// The bundle of a trust domain is so.
-    TrustBundle(Arc<TrustBundle>),
-    /// A route is so.
-    Route(Arc<Route>),
-    /// A traffic policy is so.
-    TrafficPolicy(Arc<TrafficPolicy>),
-    /// A RequestAuthentication is so.
-    RequestAuth(Arc<RequestAuth>),
-    /// A RequestAuthentication cannot be read: this stand-in takes its place unless a good version is held.
-    RequestAuthRejected(Arc<RequestAuth>),
-    /// The resource of this name is gone.
-    OwnRemoved(OwnType, Arc<str>),
-    /// Control offers the type, so nothing is complete without it.
-    OwnExpected(OwnType),
-    /// The first response of the type is complete.
-    OwnSynced(OwnType),
-    /// The first response with workloads and services is complete.
-    AddressesSynced,
-    /// The first response with policies is complete.
-    PoliciesSynced,
-    /// The first response with NetworkPolicies is complete.
-    NetworkPoliciesSynced,
-}
-
-/// An own type about HTTP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OwnType {
-    /// HTTPRoutes and GRPCRoutes.
-    Route,
-    /// DestinationRules.
-    TrafficPolicy,
-    /// RequestAuthentications.
-    RequestAuth,
-    /// Roots of other trust domains.
-    TrustBundle,
-}
-
-impl OwnType {
-    fn bit(self) -> u8 {
-        1 << self as u8
-    }
-}
-
-/// What has been said completely: of the types of old, and of those about HTTP as offered and complete.
+/// What has been said completely: of the first types, and of each [`OwnType`] whether it is offered and complete.
 type Progress = ([bool; 4], [u8; 2]);
 
 /// What [`Writer::apply`] did.

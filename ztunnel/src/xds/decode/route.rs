@@ -264,7 +264,7 @@ fn backend(from: &wire::RouteBackend, strings: &mut Strings) -> Backend {
     match (read, said) {
         (Ok((service, port, filters)), None) => Backend { service, port, weight: from.weight, filters, invalid: None },
         (read, said) => {
-            let why = said.map(str::to_owned).or(read.err()).unwrap_or_default();
+            let why = said.map(str::to_owned).or_else(|| read.err()).unwrap_or_default();
             let nobody = ServiceName { namespace: "".into(), hostname: "".into() };
             let service = service(from.service.as_ref(), strings).unwrap_or(nobody);
             let port = u16::try_from(from.port).unwrap_or_default();
