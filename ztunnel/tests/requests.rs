@@ -274,6 +274,11 @@ fn requests_are_changed_answered_and_retried_as_the_route_says() {
         let chunked =
             "POST /plain HTTP/1.1\r\nhost: web\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n4\r\ndefg\r\n0\r\n\r\n";
         assert!(client.ask(chunked).unwrap().text().contains("\n7\n"));
+        // Another HTTP behind the head would go past the route and its end's policies: the wish is passed over.
+        let hidden =
+            client.get("/plain", "connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AA\r\n");
+        let text = hidden.text().to_ascii_lowercase();
+        assert!(hidden.status() == 200 && !text.contains("upgrade") && !text.contains("http2-settings"), "{text}");
         // HTTP/1.0: no Host, no chunks, and the end is the end.
         let mut old = Client::connect();
         let answer = old.ask("GET /plain HTTP/1.0\r\n\r\n").unwrap();
