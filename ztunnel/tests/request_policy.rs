@@ -195,6 +195,37 @@ fn each_http_field_allows_what_it_says() {
 }
 
 #[test]
+fn what_an_application_may_read_in_several_ways_is_read_as_denies_more() {
+    let hosts = |any: &[&str], none: &[&str]| mesh::HttpMatch { hosts: group(any, none), ..Default::default() };
+    let header = |name: &str, any: &[&str], none: &[&str]| mesh::HttpMatch {
+        headers: vec![mesh::HeaderGroup { name: name.into(), values: group(any, none) }],
+        ..Default::default()
+    };
+    let twice = [("x-env", "prod"), ("x-env", "test")];
+    let same = [("x-env", "prod"), ("x-env", "prod")];
+    // What the rule says, authority, headers. Neither an ALLOW nor a DENY policy of it lets the request in.
+    type Case<'a> = (mesh::HttpMatch, &'a str, &'a [(&'a str, &'a str)]);
+    let cases: [Case<'_>; 8] = [
+        (hosts(&["admin.shop"], &[]), "Admin.shop.:80", &[]),
+        (hosts(&["*"], &["admin.shop"]), "admin.shop.", &[]),
+        (hosts(&["*.shop"], &[]), "admin.shop.", &[]),
+        (header("x-env", &["prod"], &[]), "cart", &twice),
+        (header("x-env", &["prod"], &[]), "cart", &same),
+        (header("x-env", &["prod*"], &[]), "cart", &twice),
+        (header("x-env", &["*"], &["test"]), "cart", &twice),
+        (header("host", &["admin"], &[]), "ADMIN", &[]),
+    ];
+    for (rule, authority, sent) in cases {
+        let headers = headers(sent);
+        let request = request("GET", authority, "/", &headers);
+        let (allowing, pod) = snapshot(vec![policy_of("p", security::Action::Allow, vec![rule.clone()])], &[]);
+        let (denying, same) = snapshot(vec![policy_of("p", security::Action::Deny, vec![rule.clone()])], &[]);
+        assert!(!judge(&allowing, &pod, request, None).allowed, "ALLOW {rule:?} {request:?}");
+        assert!(!judge(&denying, &same, request, None).allowed, "DENY {rule:?} {request:?}");
+    }
+}
+
+#[test]
 fn a_denial_comes_first_and_names_policy_and_rule() {
     let all = mesh::HttpMatch { methods: group(&["*"], &[]), ..Default::default() };
     let admin = mesh::HttpMatch { paths: paths(&["/admin*"], &[]), ..Default::default() };
@@ -392,7 +423,7 @@ fn a_token_is_looked_for_where_its_rule_says_and_its_headers_are_nobody_elses() 
     assert!(check(&auth, "/", &[("cookie", &format!("a=b; session={token}"))]).unwrap().token.is_some());
     let elsewhere = check(&auth, "/", &[("authorization", &format!("Bearer {token}"))]).unwrap();
     assert_eq!(elsewhere.token, None);
-    let mut spoofed = headers(&[("x-role", "root"), ("x-payload", "e30")]);
+    let mut spoofed = headers(&[("x-role", "root"), ("x-payload", "e30"), ("x_role", "root")]);
     elsewhere.on_request(&mut spoofed);
     assert!(spoofed.is_empty(), "what only a token may set is taken from a client that has none");
 }

@@ -12,7 +12,8 @@ use http::uri::{Authority, PathAndQuery};
 use http::{Method, Request, Uri, Version};
 
 /// Headers of one connection (RFC 9110 §7.6.1, RFC 9112), besides those that `Connection` names.
-const HOP: [&str; 4] = ["keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization"];
+const HOP: [&str; 5] =
+    ["keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization", "http2-settings"];
 
 /// Most headers of a message: what Envoy takes.
 pub const MOST_HEADERS: usize = 100;
@@ -21,9 +22,19 @@ pub const MOST_HEADERS: usize = 100;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Malformed(pub &'static str);
 
-/// The protocol that a request asks to continue with, if it is a proper request for that.
+/// The protocol that a request asks to continue with, if it is a proper request for that. Not another HTTP or TLS, which
+/// would take the requests behind it past routes and policies: such a wish is passed over (RFC 9110 §7.8 leaves it to the
+/// server), and the request is answered as any other.
 pub fn upgrade(headers: &HeaderMap, version: Version) -> Option<HeaderValue> {
-    (version == Version::HTTP_11 && names(headers, "upgrade")).then(|| headers.get(UPGRADE).cloned()).flatten()
+    if version != Version::HTTP_11 || !names(headers, "upgrade") {
+        return None;
+    }
+    let protocol = headers.get(UPGRADE)?;
+    let hidden = protocol.to_str().ok()?.split(',').any(|one| {
+        let name = one.split('/').next().unwrap_or_default().trim();
+        ["h2c", "h2", "h3", "http", "tls"].iter().any(|known| name.eq_ignore_ascii_case(known))
+    });
+    (!hidden).then(|| protocol.clone())
 }
 
 /// Whether `Connection` names `option`.
@@ -94,8 +105,12 @@ pub fn check<B>(request: &mut Request<B>, default_host: &str) -> Result<(), Malf
     if request.headers().get_all(CONTENT_LENGTH).iter().count() > 1 {
         return Err(Malformed("more than one Content-Length header"));
     }
-    if request.headers().get(HOST).is_some_and(|host| Authority::try_from(host.as_bytes()).is_err()) {
+    let none = |host: &HeaderValue| host.as_bytes().contains(&b'@') || Authority::try_from(host.as_bytes()).is_err();
+    if request.headers().get(HOST).is_some_and(none) {
         return Err(Malformed("a Host header that is none"));
+    }
+    if request.uri().path() == "*" && request.method() != Method::OPTIONS {
+        return Err(Malformed("a target that only OPTIONS may have"));
     }
     if request.uri().path().bytes().any(|byte| byte == b'#') {
         return Err(Malformed("a fragment in the request target"));
@@ -127,6 +142,9 @@ fn check_h2<B>(request: &mut Request<B>) -> Result<(), Malformed> {
         return if request.headers().contains_key(HOST) { Ok(()) } else { Err(Malformed("no :authority")) };
     };
     let host = host_of(authority);
+    if host != authority.as_str() {
+        return Err(Malformed("a user in :authority"));
+    }
     if request.headers().get(HOST).is_some_and(|given| !given.as_bytes().eq_ignore_ascii_case(host.as_bytes())) {
         return Err(Malformed("Host differs from :authority"));
     }
@@ -181,6 +199,13 @@ mod tests {
         assert_eq!(upgrade(&headers, Version::HTTP_10), None);
         strip_hop(&mut headers, Some(&websocket));
         assert_eq!(headers, map(&[("upgrade", "websocket"), ("connection", "upgrade")]));
+        for protocol in ["h2c", "H2C", "websocket, h2c", "HTTP/2.0", "TLS/1.2", "h2c/1"] {
+            let mut headers = map(&[("connection", "upgrade"), ("upgrade", protocol), ("http2-settings", "AAMAAABk")]);
+            let wish = upgrade(&headers, Version::HTTP_11);
+            assert_eq!(wish, None, "{protocol}");
+            strip_hop(&mut headers, wish.as_ref());
+            assert!(headers.is_empty(), "{protocol}: {headers:?}");
+        }
     }
 
     #[test]
@@ -207,6 +232,9 @@ mod tests {
             ("/", Version::HTTP_10, &[], Ok(("/", "10.0.0.1:80"))),
             ("/", Version::HTTP_11, &[("host", "a"), ("host", "a")], Err("more than one Host header")),
             ("/", Version::HTTP_11, &[("host", "a b")], Err("a Host header that is none")),
+            ("/", Version::HTTP_11, &[("host", "cart@admin")], Err("a Host header that is none")),
+            ("*", Version::HTTP_11, &[("host", "a")], Err("a target that only OPTIONS may have")),
+            ("http://u@a/x", Version::HTTP_2, &[], Err("a user in :authority")),
             ("http://a/x", Version::HTTP_2, &[("host", "A")], Ok(("/x", "a"))),
             ("http://a/x", Version::HTTP_2, &[("host", "b")], Err("Host differs from :authority")),
             ("/x", Version::HTTP_2, &[], Err("no :authority")),

@@ -30,7 +30,7 @@ use crate::inbound::decide::{self, Declared, authorization_is_broken, declared};
 use crate::inbound::recheck::{Admitted, Registration};
 use crate::inbound::{decide::denial, stopped};
 use crate::outcome::{Code, Fault, Outcome};
-use crate::policy::{self, HttpFacts, jwt};
+use crate::policy::{self, Facts, HttpFacts, Verdict, jwt};
 use crate::route::{RequestFacts, path};
 use crate::state::Snapshot;
 use crate::telemetry::{ConnRecord, Direction, HttpRecord, Peer};
@@ -253,30 +253,15 @@ impl Connection {
             let outcome = Outcome::new(Code::UnknownWorkload, "control no longer describes the pod");
             return Err(Refused::new(reply::NO_ENDPOINT, outcome));
         };
-        let authenticated = {
-            let facts = RequestFacts {
-                method: request.method().as_str(),
-                scheme: "http",
-                authority: headers::authority(request),
-                port: self.request.target.port(),
-                path: &path,
-                query: request.uri().query(),
-                headers: request.headers(),
-            };
-            let authenticated = jwt::authenticate(&snapshot, workload, &facts, unix_now()).map_err(token_refused)?;
-            let super::Request { identity, source, target } = &self.request;
-            let connection = decide::facts(&snapshot, workload, identity.as_ref(), *source, *target);
-            let facts = HttpFacts { connection, request: facts, token: authenticated.token.as_ref() };
-            let verdict = policy::evaluate_request(&snapshot, &facts);
-            if !verdict.allowed && !authorization_is_broken() {
-                let outcome = denial(&verdict);
-                let pending = outcome.code == Code::PolicyPending;
-                return Err(Refused::new(if pending { reply::PENDING } else { reply::DENIED }, outcome));
-            }
-            record.dry_run = verdict.dry_run;
-            authenticated
-        };
-        authenticated.on_request(request.headers_mut());
+        let super::Request { identity, source, target } = &self.request;
+        let connection = decide::facts(&snapshot, workload, identity.as_ref(), *source, *target);
+        let verdict = authorise(&snapshot, connection, request, &path, unix_now()).map_err(token_refused)?;
+        if !verdict.allowed && !authorization_is_broken() {
+            let outcome = denial(&verdict);
+            let pending = outcome.code == Code::PolicyPending;
+            return Err(Refused::new(if pending { reply::PENDING } else { reply::DENIED }, outcome));
+        }
+        record.dry_run = verdict.dry_run;
         respell(request, &path).ok_or_else(|| malformed("a path that is none".to_owned()))
     }
 
@@ -360,6 +345,34 @@ impl Connection {
     }
 }
 
+/// What token and policies say of a request. Policies see the headers that the application will see: those that only a token
+/// may set are taken from the client before.
+fn authorise<B>(
+    snapshot: &Snapshot,
+    connection: Facts<'_>,
+    request: &mut Request<B>,
+    path: &str,
+    now: i64,
+) -> Result<Verdict, jwt::TokenRefused> {
+    let port = connection.destination_port;
+    let authenticated = jwt::authenticate(snapshot, connection.destination, &facts(request, path, port), now)?;
+    authenticated.on_request(request.headers_mut());
+    let token = authenticated.token.as_ref();
+    Ok(policy::evaluate_request(snapshot, &HttpFacts { connection, request: facts(request, path, port), token }))
+}
+
+fn facts<'a, B>(request: &'a Request<B>, path: &'a str, port: u16) -> RequestFacts<'a> {
+    RequestFacts {
+        method: request.method().as_str(),
+        scheme: "http",
+        authority: headers::authority(request),
+        port,
+        path,
+        query: request.uri().query(),
+        headers: request.headers(),
+    }
+}
+
 /// A token that no rule accepts, in Envoy's words.
 fn token_refused(refused: jwt::TokenRefused) -> Refused {
     let status = StatusCode::from_u16(refused.status).unwrap_or(StatusCode::UNAUTHORIZED);
@@ -381,4 +394,56 @@ fn respell<B>(request: &mut Request<B>, path: &str) -> Option<()> {
     parts.path_and_query = Some(PathAndQuery::try_from(target).ok()?);
     *request.uri_mut() = Uri::from_parts(parts).ok()?;
     Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use http::{HeaderName, Request};
+
+    use super::authorise;
+    use crate::inbound::decide;
+    use crate::state::fixtures::{policy, snapshot, workload};
+    use crate::state::{Action, Change, Group, HttpMatch, HttpRule, JwtRule, RequestAuth, Scope, StringMatch};
+
+    #[test]
+    fn a_policy_does_not_believe_a_header_that_only_a_token_may_set() {
+        let role = HeaderName::from_static("x-role");
+        let admin = Group { any: vec![StringMatch::Exact("admin".into())], none: Vec::new() };
+        let only = HttpMatch { headers: vec![(role.clone(), admin)], ..HttpMatch::default() };
+        let rules: Arc<[HttpRule]> = [HttpRule { clauses: vec![vec![only]] }].into();
+        let mut admins = policy("shop", "admins", Scope::Namespace, Action::Allow, None);
+        admins.http = Some(rules);
+        let id: Arc<str> = "RequestAuthentication/shop/users".into();
+        let rule = JwtRule {
+            issuer: "https://issuer".into(),
+            audiences: Vec::new(),
+            keys: Arc::new(jsonwebtoken::jwk::JwkSet { keys: Vec::new() }),
+            from_headers: Vec::new(),
+            from_params: Vec::new(),
+            from_cookies: Vec::new(),
+            forward: false,
+            payload_header: None,
+            claim_headers: vec![(role, vec!["role".into()])],
+        };
+        let auth = RequestAuth { id: id.clone(), version: "1".into(), rules: vec![rule], unreadable: None };
+        for (tokens_set_it, expected) in [(false, true), (true, false)] {
+            let mut pod = workload("shop", "cart", "10.0.0.2");
+            if tokens_set_it {
+                pod.request_auths = [id.clone()].into_iter().collect();
+            }
+            let snapshot = snapshot([
+                Change::Policy(Arc::new(admins.clone())),
+                Change::RequestAuth(Arc::new(auth.clone())),
+                Change::PoliciesSynced,
+                Change::Workload(Arc::new(pod.clone())),
+            ]);
+            let mut request = Request::builder().header("host", "cart").header("x-role", "admin").body(()).unwrap();
+            let target = "10.0.0.2:80".parse().unwrap();
+            let connection = decide::facts(&snapshot, &pod, None, "10.0.0.1".parse().unwrap(), target);
+            let verdict = authorise(&snapshot, connection, &mut request, "/", 0).unwrap();
+            assert_eq!(verdict.allowed, expected, "tokens set it: {tokens_set_it}");
+        }
+    }
 }

@@ -26,7 +26,7 @@ use crate::state::{AppProtocol, Snapshot, Workload};
 /// such a client of a protocol in which the server speaks first waits longer than without the route.
 const SILENCE: Duration = Duration::from_millis(200);
 
-/// Between two looks at a client that has sent too little to tell.
+/// Before the second look at a client that has sent too little to tell; the socket wakes nobody for bytes that were peeked.
 const LOOK: Duration = Duration::from_millis(5);
 
 /// A connection that speaks HTTP.
@@ -86,7 +86,7 @@ pub(super) async fn told(tcp: &TcpStream, declared: AppProtocol) -> Result<Optio
         match sniff(&first[..size]) {
             Sniffed::Http1 => return Ok(Some(Framing::One)),
             Sniffed::Http2 => return Ok(Some(Framing::Two)),
-            Sniffed::More if size > 0 && begin.elapsed() < HEAD_TIME => sleep(LOOK).await,
+            Sniffed::More if size > 0 && begin.elapsed() < HEAD_TIME => sleep(pause(begin.elapsed())).await,
             _ if size == 0 || !sure => return Ok(None),
             _ => {
                 let text = "the Service's port is declared to be HTTP and has routes, and the client speaks something else; \
@@ -95,6 +95,11 @@ pub(super) async fn told(tcp: &TcpStream, declared: AppProtocol) -> Result<Optio
             }
         }
     }
+}
+
+/// How long after `waited` to look again: ever longer, so that thousands of clients that stop in their first word cost nothing.
+fn pause(waited: Duration) -> Duration {
+    LOOK.max(waited / 4)
 }
 
 /// Serves the requests of a connection to its end. `ends`: the client's address, and where it wanted to go.
@@ -123,4 +128,22 @@ pub(super) async fn serve(
         Box::pin(async move { client.exchange(request, switches).await })
     });
     server::serve(connection, clock, framing, &pod.drained, ended(pod), service).await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{HEAD_TIME, LOOK, pause};
+
+    #[test]
+    fn a_client_that_stops_in_its_first_word_is_looked_at_a_few_times() {
+        let mut waited = Duration::ZERO;
+        let looks = (0..).take_while(|_| {
+            waited += pause(waited);
+            waited < HEAD_TIME
+        });
+        assert!(looks.count() < 50);
+        assert_eq!(pause(4 * LOOK), LOOK, "and soon if it goes on at once");
+    }
 }

@@ -3,11 +3,14 @@
 //! The algebra, the order and the words of a verdict are those of `l4`; only what a rule looks at is more. A policy without
 //! HTTP fields is evaluated by its plain rules, so one call decides a request whole. Where bytes are not HTTP, `l4` decides
 //! by what is left of a policy, which allows no more. Paths are compared as `route::path::normalise` spells them; a path that
-//! it refuses never gets here.
+//! it refuses never gets here. Where applications may read a request in several ways (a header in several lines, a host with
+//! a dot at its end), the reading that denies more counts.
 
 use std::borrow::Cow;
 use std::sync::Arc;
 
+use http::HeaderName;
+use http::header::{COOKIE, HOST};
 use serde_json::Value;
 use tulle_certs::SpiffeId;
 
@@ -120,17 +123,51 @@ fn match_holds(only: &HttpMatch, policy: &Policy, seen: &Seen<'_>) -> bool {
         && (connection.is_empty() || l4::match_holds(connection, policy.action, &facts.connection))
         && methods.holds(|wanted| wanted.matches(request.method))
         && paths.holds(|wanted| path_matches(wanted, request.path))
-        && hosts.holds(|wanted| wanted.matches(authority) || wanted.matches(host))
+        && in_doubt(
+            hosts,
+            policy.action,
+            |wanted| [&**authority, host, relative(host)].into_iter().any(|read| wanted.matches(read)),
+            |wanted| [&**authority, host].into_iter().any(|read| wanted.matches(read)),
+        )
         && request_principals.holds(|wanted| principal.as_ref().is_some_and(|principal| wanted.matches(principal)))
         && named(audiences, "aud")
         && named(presenters, "azp")
-        && headers.iter().all(|(name, group)| {
-            let value = request.header(name);
-            group.holds(|wanted| value.as_ref().is_some_and(|value| wanted.matches(value)))
-        })
+        && headers.iter().all(|(name, group)| header_holds(name, group, policy.action, request))
         && claims.iter().all(|(path, group)| claim(group, path))
         && remote_ips.holds(|net| net.contains(&facts.connection.source_ip.to_canonical()))
         && trust_domains.holds(|wanted| trust_domain.is_some_and(|domain| wanted.matches(domain)))
+}
+
+/// Like [`Group::holds`] where a request can be read in several ways: `perhaps` says what one of them hits, `surely` what all
+/// do. The reading that denies more counts.
+fn in_doubt<T>(group: &Group<T>, action: Action, perhaps: impl Fn(&T) -> bool, surely: impl Fn(&T) -> bool) -> bool {
+    let deny = action == Action::Deny;
+    let any = |wanted: &T| if deny { perhaps(wanted) } else { surely(wanted) };
+    let none = |wanted: &T| if deny { surely(wanted) } else { perhaps(wanted) };
+    (group.any.is_empty() || group.any.iter().any(any)) && !group.none.iter().any(none)
+}
+
+/// `cart.shop.` is the same host as `cart.shop`.
+fn relative(host: &str) -> &str {
+    host.strip_suffix('.').unwrap_or(host)
+}
+
+/// Of a header that comes in several lines an application may take all for one text, the first, or the last.
+fn header_holds(name: &HeaderName, group: &Group<StringMatch>, action: Action, request: &RequestFacts<'_>) -> bool {
+    let Some(whole) = request.header(name) else { return group.holds(|_| false) };
+    if *name == HOST {
+        let small = lower(&whole);
+        return in_doubt(group, action, |w| w.matches(&whole) || w.matches(&small), |w| w.matches(&whole));
+    }
+    // HTTP/2 sends one cookie a line (RFC 9113 §8.2.3).
+    if *name == COOKIE {
+        return group.holds(|wanted| wanted.matches(&whole));
+    }
+    let lines = request.headers.get_all(name).iter();
+    let all: Vec<Cow<'_, str>> = lines.map(|line| String::from_utf8_lossy(line.as_bytes())).collect();
+    let perhaps = |wanted: &StringMatch| wanted.matches(&whole) || all.iter().any(|line| wanted.matches(line));
+    let surely = |wanted: &StringMatch| wanted.matches(&whole) && all.iter().all(|line| wanted.matches(line));
+    in_doubt(group, action, perhaps, surely)
 }
 
 /// A claim is a text or a list of texts, of which any may hit; `scope` and `permission` hold several, with spaces between.

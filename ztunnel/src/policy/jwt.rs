@@ -59,6 +59,15 @@ impl Authenticated {
         for name in &self.remove {
             headers.remove(name);
         }
+        // CGI and its heirs take `x_role` for `x-role`.
+        let respelled = |name: &HeaderName| {
+            name.as_str().contains('_')
+                && self.remove.iter().any(|own| own.as_str().replace('_', "-") == name.as_str().replace('_', "-"))
+        };
+        let respelled: Vec<HeaderName> = headers.keys().filter(|name| respelled(name)).cloned().collect();
+        for name in respelled {
+            headers.remove(name);
+        }
         for (name, value) in &self.add {
             headers.insert(name, value.clone());
         }
