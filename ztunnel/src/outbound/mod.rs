@@ -35,6 +35,7 @@ use crate::http::{Framing, pool};
 use crate::lb::Failing;
 use crate::outbound::attempts::{Attempts, Next};
 use crate::outbound::recheck::{Left, Live, Registration};
+pub use crate::outbound::requests::wanted;
 use crate::outcome::{Code, Outcome};
 use crate::state::{EgressMode, Lease, Service};
 use crate::telemetry::{ConnRecord, Direction};

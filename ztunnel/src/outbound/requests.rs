@@ -50,12 +50,7 @@ impl Client {
 }
 
 /// Whether requests to `destination` are routed, and what is declared of its port.
-pub(super) fn wanted(
-    snapshot: &Snapshot,
-    source: &Workload,
-    network: &str,
-    destination: SocketAddr,
-) -> Option<AppProtocol> {
+pub fn wanted(snapshot: &Snapshot, source: &Workload, network: &str, destination: SocketAddr) -> Option<AppProtocol> {
     let service = snapshot.service_at(network, destination, &source.namespace)?;
     let routed = snapshot.speaks_of_http(service, destination.port(), &source.namespace);
     if !routed || waypoint::decides(snapshot, source, service) {
