@@ -86,6 +86,26 @@ fn a_name_that_a_pod_asks_for_is_learnt_before_it_connects() -> anyhow::Result<(
 }
 
 #[test]
+fn what_a_route_leads_to_is_learnt_by_the_first_request() -> anyhow::Result<()> {
+    let mut objects = world();
+    objects.push_str(
+        "---\napiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: cart, namespace: shop}\nspec:\n\
+         \x20 parentRefs: [{kind: Service, group: '', name: cart, port: 80}]\n\
+         \x20 rules: [{backendRefs: [{name: used, namespace: far, port: 80}]}]\n\
+         ---\napiVersion: gateway.networking.k8s.io/v1beta1\nkind: ReferenceGrant\nmetadata: {name: shop, namespace: far}\nspec:\n\
+         \x20 from: [{group: gateway.networking.k8s.io, kind: HTTPRoute, namespace: shop}]\n\
+         \x20 to: [{group: '', kind: Service}]\n",
+    );
+    let Some(lab) = lab(&objects) else { return Ok(()) };
+    assert!(!knows(&lab, "far/used")?);
+    let report = scenario::call(&lab, "shop/web", "http://cart.shop/")?;
+    assert_eq!((&report["ok"], &report["status"]), (&true.into(), &200.into()), "{report}");
+    scenario::await_log(&lab, "node-2", &["sa/web", "sa/used"])?;
+    assert!(knows(&lab, "far/used")? && !knows(&lab, "far/idle")?, "{:?}", known(&lab)?);
+    Ok(())
+}
+
+#[test]
 fn policies_hold_from_the_first_connection_on() -> anyhow::Result<()> {
     let mut objects = world();
     let from_web =

@@ -7,17 +7,20 @@ mod node;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
 use http::HeaderName;
 use node::{Lab, Node};
-use tulle_proto::workload::AppProtocol;
+use prost::Message as _;
+use tulle_proto::workload::address::Type;
+use tulle_proto::workload::gateway_address::Destination;
+use tulle_proto::workload::{Address, AppProtocol, GatewayAddress, NamespacedHostname, NetworkAddress, Port, Service};
 use ztunnel::state::{
-    Action, Backend, Change, Filters, Group, HTTP_ROUTE, HeaderChanges, HttpMatch, HttpRule, PathMatch, PathPattern,
-    Policy, Retry, Rewrite, Route, RouteKind, RouteMatch, RouteParent, RouteRule, Scope, ServiceName, StringMatch,
-    Turns, Wanted,
+    Action, Backend, Change, Filters, Group, HTTP_ROUTE, HeaderChanges, HttpMatch, HttpRule, Mirror, PathMatch,
+    PathPattern, Policy, Retry, Rewrite, Route, RouteKind, RouteMatch, RouteParent, RouteRule, Scope, ServiceName,
+    StringMatch, Turns, Wanted,
 };
 
 /// One message: first line, headers, body.
@@ -175,7 +178,7 @@ impl Client {
     }
 
     fn ask(&mut self, request: &str) -> Option<Message> {
-        self.0.get_mut().write_all(request.as_bytes()).unwrap();
+        self.0.get_mut().write_all(request.as_bytes()).ok()?;
         read(&mut self.0)
     }
 
@@ -337,6 +340,104 @@ fn what_two_readers_could_read_differently_is_refused() {
         assert_eq!(Client::connect().get("/", "").status(), 200, "others are served");
     });
     client.join().unwrap();
+}
+
+/// Puts the waypoint `shop/way`, which is pod c, in front of a Service at `address`.
+fn behind_way(service: &str, address: &str) -> Change {
+    let host = |name: &str| format!("{name}.shop.svc.cluster.local");
+    let at = |ip: &str| NetworkAddress {
+        address: ip.parse::<Ipv4Addr>().unwrap().octets().to_vec().into(),
+        ..<_>::default()
+    };
+    let way = NamespacedHostname { namespace: "shop".to_owned(), hostname: host("way") };
+    let service = Service {
+        name: service.to_owned(),
+        namespace: "shop".to_owned(),
+        hostname: host(service),
+        addresses: vec![at(address)],
+        ports: vec![Port { service_port: 80, target_port: 8080, app_protocol: i32::from(AppProtocol::Http11) }],
+        waypoint: Some(GatewayAddress { destination: Some(Destination::Hostname(way)), hbone_mtls_port: 15008 }),
+        canonical: true,
+        ..Service::default()
+    };
+    let bytes = Address { r#type: Some(Type::Service(service)) }.encode_to_vec();
+    ztunnel::xds::decode::address(&bytes, "behind", &mut <_>::default()).unwrap()
+}
+
+#[test]
+fn no_request_goes_past_a_waypoint_whatever_a_route_says() {
+    let (lab, mut node) = world("y", AppProtocol::Http11);
+    node.describe_services(&[("c", &["v2", "way"])], &[("way", "10.96.0.9", AppProtocol::Unknown)]);
+    let rules = || vec![rule(vec![prefix("/")], vec![backend("v1", 1)])];
+    node.apply(vec![route("1", rules())]);
+    // c refuses what it is asked for: it is no waypoint. Past it, b would answer.
+    let refused = |client: &mut Client| client.ask("GET / HTTP/1.1\r\nhost: web\r\n\r\n").map(|answer| answer.status());
+    let (changed, change) = std::sync::mpsc::channel::<()>();
+    let (asks, asked) = std::sync::mpsc::channel::<()>();
+    let client = lab.within("a", move || {
+        for of in ["the backend", "the Service"] {
+            let mut live = Client::connect();
+            assert_eq!(live.get("/", "").header("x-from"), Some("b"), "no waypoint yet");
+            asks.send(()).unwrap();
+            change.recv().unwrap();
+            assert_ne!(refused(&mut live).unwrap_or(503), 200, "{of}, on a connection from before");
+            assert_ne!(refused(&mut Client::connect()).unwrap_or(503), 200, "{of}, on a new connection");
+            asks.send(()).unwrap();
+            change.recv().unwrap();
+        }
+    });
+    for (service, address) in [("v1", "10.96.0.2"), ("web", "10.96.0.1")] {
+        asked.recv_timeout(Duration::from_secs(30)).unwrap();
+        node.apply(vec![behind_way(service, address)]);
+        changed.send(()).unwrap();
+        asked.recv_timeout(Duration::from_secs(30)).unwrap();
+        node.describe_services(&[], &[(service, address, AppProtocol::Http11)]);
+        changed.send(()).unwrap();
+    }
+    client.join().unwrap();
+}
+
+#[test]
+fn what_a_route_leads_to_and_a_waypoint_are_asked_for_before_anything_is_decided() {
+    let lab = Lab::new("q");
+    drop(lab.within("b", serve("b")));
+    let mut node = Node::start(&lab, lab.pods_file(&["a", "b", "c"]));
+    let demands = node.reader.demands().clone();
+    demands.enable("node-1");
+    node.describe_services(&[("a", &[]), ("b", &[]), ("c", &[])], &[("web", "10.96.0.1", AppProtocol::Http11)]);
+    node.wait(&[("a", "Captured"), ("b", "Captured"), ("c", "Captured")]);
+    let mirror = Mirror { service: name("copy"), port: 80, share: (1, 1) };
+    let filters = Filters { mirrors: vec![mirror], ..Filters::default() };
+    node.apply(vec![route("1", vec![RouteRule { filters, ..rule(vec![prefix("/")], vec![backend("v1", 1)]) }])]);
+    let client = lab.within("a", || {
+        let answer = Client::connect().get("/", "");
+        assert_eq!(answer.header("x-from"), Some("b"), "{}", answer.first);
+        let straight = TcpStream::connect("10.96.0.4:80").unwrap();
+        straight.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let _ = Client(BufReader::new(straight)).ask("GET / HTTP/1.1\r\nhost: own\r\n\r\n");
+    });
+    // Control, as a node sees it: it says what it is asked for, and nothing else.
+    let mut asked = std::collections::BTreeSet::new();
+    while !client.is_finished() {
+        let (names, _) = demands.changes();
+        for wanted in &names {
+            match &**wanted {
+                "shop/v1.shop.svc.cluster.local" => {
+                    node.describe_services(&[("b", &["v1"])], &[("v1", "10.96.0.2", AppProtocol::Http11)]);
+                }
+                "/10.96.0.4" => node.apply(vec![behind_way("own", "10.96.0.4")]),
+                _ => {}
+            }
+        }
+        demands.answered(names.iter().map(|name| &**name));
+        asked.extend(names.iter().map(|name| name.to_string()));
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    client.join().unwrap();
+    for wanted in ["/10.96.0.1", "shop/v1.shop.svc.cluster.local", "shop/copy.shop.svc.cluster.local", "/10.96.0.4"] {
+        assert!(asked.contains(wanted), "{wanted}: {asked:?}");
+    }
+    assert!(asked.contains("shop/way.shop.svc.cluster.local"), "the waypoint: {asked:?}");
 }
 
 #[test]

@@ -251,6 +251,35 @@ fn what_cannot_be_carried_out_answers_and_is_never_skipped() {
     assert_eq!(reason(with(vec![mesh::RouteFilter { filter: None }])), (500, 14, Reason::RuleBroken));
     let told = route_of("shop", "r", 0, vec![mesh::RouteRule { broken: "why".into(), ..rule("v1", vec![]) }]);
     assert_eq!(reason(told), (500, 14, Reason::RuleBroken));
+    // What cannot be used of a match may have meant any request, and the rule behind it gets none of them.
+    use route_path::Path::Regex as PathRegex;
+    use route_value::Value::Regex;
+    let any = mesh::RouteMatch::default;
+    let grpc = mesh::GrpcMethod { service: "(".into(), regex: true, ..Default::default() };
+    for (name, wanted, target, expected) in [
+        ("a path", mesh::RouteMatch { path: path(PathRegex("/(".into())), ..any() }, "GET /x", "broken"),
+        ("a way that is not known", mesh::RouteMatch { path: Some(<_>::default()), ..any() }, "GET /x", "broken"),
+        ("a gRPC method", mesh::RouteMatch { grpc: Some(grpc), ..any() }, "POST /a.B/c", "broken"),
+        (
+            "a header",
+            mesh::RouteMatch { headers: vec![header("x-a", Regex("(".into()))], ..any() },
+            "GET /x x-a:1",
+            "broken",
+        ),
+        (
+            "who has it not",
+            mesh::RouteMatch { headers: vec![header("x-a", Regex("(".into()))], ..any() },
+            "GET /x",
+            "all",
+        ),
+        ("a more special rule", mesh::RouteMatch { path: path(PathRegex("/(".into())), ..any() }, "GET /api", "api"),
+        ("too large", mesh::RouteMatch { path: path(PathRegex("(.{999}){999}".into())), ..any() }, "GET /x", "broken"),
+    ] {
+        let rules = vec![rule("all", vec![]), rule("broken", vec![wanted]), rule("api", vec![prefix("/api")])];
+        let mesh = Mesh::new(&[route_of("shop", "r", 0, rules)]);
+        assert_eq!(mesh.rule("shop", target).as_deref(), Some(expected), "{name}");
+        assert!(mesh.snapshot().route("HTTPRoute/shop/r").unwrap().rules[1].broken.is_some(), "{name}");
+    }
     let fault = mesh::Fault { abort_status: 503, abort_millionths: 1_000_000, ..Default::default() };
     let fault = mesh::RouteFilter { filter: Some(Filter::Fault(fault)) };
     assert_eq!(reason(with(vec![fault])), (503, 14, Reason::Fault));

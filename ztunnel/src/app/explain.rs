@@ -1,7 +1,9 @@
 //! What this node would do with a connection, for `tulle explain`: control asks, this answers.
 //!
 //! Explanations come from the same `decide` functions that traffic goes through, and for datagrams from the same
-//! findings that their filters are made of; there is no second implementation that could disagree. Pure.
+//! findings that their filters are made of; there is no second implementation that could disagree. Pure. Limits: a question
+//! is about a connection and not about a request. Where requests are read, the answer says so, and what becomes of one is in
+//! its record.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -11,7 +13,9 @@ use tulle_proto::node::{
 };
 
 use crate::inbound;
+use crate::inbound::decide::{decide_connection, requests_are_read};
 use crate::lb::{self, Chance};
+use crate::outbound;
 use crate::outbound::decide::{Plan, choose, decide, may_go_to};
 use crate::outcome::{Code, Outcome};
 use crate::policy;
@@ -67,6 +71,7 @@ fn stream(snapshot: &Snapshot, network: &str, source: &Workload, destination: So
     };
     answer.service = plan.service().map(|service| service.key()).unwrap_or_default();
     answer.endpoints = endpoints(snapshot, source, &plan, destination);
+    let routed = routed(snapshot, network, source, &plan, destination);
     match plan {
         Plan::Hbone(plan) => {
             answer.plan = "hbone".to_owned();
@@ -89,6 +94,25 @@ fn stream(snapshot: &Snapshot, network: &str, source: &Workload, destination: So
             }
         }
     }
+    answer.text.extend(routed);
+}
+
+/// What is to be added where requests do not simply follow the connection.
+fn routed(
+    snapshot: &Snapshot,
+    network: &str,
+    source: &Workload,
+    plan: &Plan,
+    destination: SocketAddr,
+) -> Option<String> {
+    outbound::wanted(snapshot, source, network, destination)?;
+    let mut routes: Vec<&str> = Vec::new();
+    for entry in snapshot.routes_for(plan.service()?, destination.port(), &source.namespace)?.iter() {
+        if !routes.contains(&&*entry.route.id) {
+            routes.push(&entry.route.id);
+        }
+    }
+    Some(format!("; its HTTP requests go where the routes say: {}", routes.join(", ")))
 }
 
 /// What the proxy does not carry: NetworkPolicies hold for it, in the pod's kernel.
@@ -228,11 +252,20 @@ pub(super) fn inbound(snapshot: &Snapshot, question: &InboundQuestion) -> Result
         }
         return Ok(answer);
     }
-    match inbound::decide::decide(snapshot, workload, identity.as_ref(), source, target) {
+    let read = requests_are_read(snapshot, workload, target.port());
+    let decided = match read {
+        true => decide_connection(snapshot, workload, identity.as_ref(), source, target),
+        false => inbound::decide::decide(snapshot, workload, identity.as_ref(), source, target),
+    };
+    match decided {
         Ok(verdict) => {
+            let text = match read {
+                true => "the connection may enter; HTTP is read there, and its policies decide each request".to_owned(),
+                false => verdict.text(),
+            };
             answer.text = match by_network {
-                Finding::Open => verdict.text(),
-                by_network => format!("{by_network}; {}", verdict.text()),
+                Finding::Open => text,
+                by_network => format!("{by_network}; {text}"),
             };
             answer.policy = verdict.policy.as_deref().unwrap_or_default().to_owned();
             answer.rule = rule(verdict.rule);
@@ -314,5 +347,78 @@ fn transport(asked: i32) -> Result<Transport, String> {
         Ok(Asked::Udp) => Ok(Transport::Udp),
         Ok(Asked::Sctp) => Ok(Transport::Sctp),
         Err(_) => Err(format!("this node does not know the transport {asked}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tulle_proto::node::{InboundQuestion, OutboundQuestion};
+
+    use super::{inbound, outbound};
+    use crate::state::fixtures::{behind, policy, service, snapshot, workload};
+    use crate::state::{
+        Action, Change, Filters, HTTP_ROUTE, HttpMatch, HttpRule, Policy, Route, RouteKind, RouteMatch, RouteParent,
+        RouteRule, Scope, ServiceName,
+    };
+
+    #[test]
+    fn where_requests_are_read_the_connection_s_verdict_is_not_sold_as_theirs() {
+        let (name, parent) = ("cart.shop.svc.cluster.local".into(), "shop".into());
+        let rule = RouteRule {
+            name: "".into(),
+            matches: vec![RouteMatch::default()],
+            filters: Filters::default(),
+            backends: Vec::new(),
+            request_timeout: None,
+            backend_timeout: None,
+            retry: None,
+            broken: None,
+            turns: Arc::default(),
+        };
+        let route = Route {
+            id: format!("{HTTP_ROUTE}shop/cart").into(),
+            version: "1".into(),
+            namespace: "shop".into(),
+            kind: RouteKind::Http,
+            created: 0,
+            parents: vec![RouteParent { service: ServiceName { namespace: parent, hostname: name }, ports: vec![80] }],
+            rules: vec![rule],
+        };
+        let get = HttpRule { clauses: vec![vec![HttpMatch::default()]] };
+        let open = Policy { http: Some([get].into()), ..policy("shop", "open", Scope::Namespace, Action::Allow, None) };
+        let snapshot = snapshot([
+            Change::Workload(behind(workload("shop", "cart", "10.0.0.1"), "shop", "cart").into()),
+            Change::Workload(workload("shop", "web", "10.0.0.9").into()),
+            Change::Service(service("shop", "cart", "10.96.0.1").into()),
+            Change::Route(Arc::new(route)),
+            Change::Policy(Arc::new(open)),
+        ]);
+        let out = outbound(
+            &snapshot,
+            "",
+            &OutboundQuestion {
+                source_uid: "Kubernetes//Pod/shop/web".into(),
+                address: vec![10, 96, 0, 1].into(),
+                port: 80,
+                ..OutboundQuestion::default()
+            },
+        );
+        let text = out.unwrap().text;
+        assert!(text.ends_with("go where the routes say: HTTPRoute/shop/cart"), "{text}");
+        let into = inbound(
+            &snapshot,
+            &InboundQuestion {
+                destination_uid: "Kubernetes//Pod/shop/cart".into(),
+                source_identity: "spiffe://cluster.local/ns/shop/sa/web".into(),
+                source_address: vec![10, 0, 0, 9].into(),
+                address: vec![10, 0, 0, 1].into(),
+                port: 8080,
+                ..InboundQuestion::default()
+            },
+        );
+        let into = into.unwrap();
+        assert!(into.allowed && into.text.contains("decide each request"), "{into:?}");
     }
 }

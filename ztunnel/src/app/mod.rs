@@ -65,6 +65,8 @@ const LOOK: Duration = Duration::from_millis(50);
 const LAST_CALL: Duration = Duration::from_millis(200);
 /// How long peers may take to end tunnels that carry nothing any more: as long as streams are taken that crossed the goodbye.
 const GOODBYE: Duration = Duration::from_secs(5);
+/// How long the records of connections that were ended by force are waited for: some 10,000 take a fraction of it.
+const RECORDS: Duration = Duration::from_secs(2);
 
 /// Runs the node proxy until it is told to stop.
 ///
@@ -199,8 +201,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     wait_for_end(&pods, &workers, config.termination_deadline).await;
     tracing::info!("drained");
     [&pods_drain, &stop].into_iter().for_each(|drain| drain.advance(Phase::Forced));
-    // Let the last records reach the log.
-    sleep(Duration::from_millis(50)).await;
+    finish_records(&pods).await;
     Ok(())
 }
 
@@ -363,6 +364,16 @@ async fn wait_for_end(pods: &Pods, workers: &Workers<Worker>, deadline: Duration
             return;
         }
     }
+}
+
+/// Lets the records of what was ended reach the log: there may be thousands at once.
+async fn finish_records(pods: &Pods) {
+    let until = Instant::now() + RECORDS;
+    while pods.connections() != (0, 0) && Instant::now() < until {
+        sleep(LOOK).await;
+    }
+    // A connection is given back a moment before its record is finished.
+    sleep(LOOK).await;
 }
 
 /// Takes the place of the process before this one.

@@ -221,14 +221,21 @@ impl Shared {
     /// # Errors
     /// `OverBudget` if more is asked for than this node remembers.
     pub fn ask(&self, pod: &LocalPod, ip: IpAddr) -> Result<Option<Lease>, Outcome> {
+        if ip.is_loopback() { Ok(None) } else { self.ask_for(pod, &address_name(&self.network, ip)) }
+    }
+
+    /// The same for any resource name: of a Service, `<namespace>/<host name>`.
+    ///
+    /// # Errors
+    /// `OverBudget` if more is asked for than this node remembers.
+    pub fn ask_for(&self, pod: &LocalPod, name: &str) -> Result<Option<Lease>, Outcome> {
         let demands = self.reader.demands();
-        if !demands.enabled() || ip.is_loopback() {
+        if !demands.enabled() {
             return Ok(None);
         }
-        let lease = demands.want(&address_name(&self.network, ip), &pod.uid, std::time::Instant::now());
-        lease.map(Some).ok_or_else(|| {
+        demands.want(name, &pod.uid, std::time::Instant::now()).map(Some).ok_or_else(|| {
             let text = format!(
-                "control was not asked who has {ip}: the pod, or all pods of the node, use as many addresses as the node \
+                "control was not asked for {name}: the pod, or all pods of the node, use as many addresses as the node \
                  remembers (XDS_ON_DEMAND); retry in 10 s, or let the node know everything"
             );
             Outcome::new(Code::OverBudget, text)
@@ -240,20 +247,33 @@ impl Shared {
     /// # Errors
     /// `UnknownWorkload` if that was not said in time.
     pub async fn answered(&self, pod: &LocalPod, lease: Option<&Lease>, ip: IpAddr) -> Result<(), Outcome> {
+        self.answered_for(lease, Instant::now() + PATIENCE, || self.is_known(pod, ip)).await
+    }
+
+    /// The same for any name, until `deadline`, and not if what it stands for `is_known` already.
+    ///
+    /// # Errors
+    /// `UnknownWorkload` if that was not said in time.
+    pub async fn answered_for(
+        &self,
+        lease: Option<&Lease>,
+        deadline: Instant,
+        is_known: impl Fn() -> bool,
+    ) -> Result<(), Outcome> {
         let Some(lease) = lease else { return Ok(()) };
         let demands = self.reader.demands();
         let mut answers = demands.answers();
-        let deadline = Instant::now() + PATIENCE;
         loop {
-            if demands.is_answered(lease) || self.is_known(pod, ip) {
+            if demands.is_answered(lease) || is_known() {
                 return Ok(());
             }
             // Subscribed first, looked second: no answer can slip between.
             if timeout_at(deadline, answers.changed()).await.is_err() {
                 let text = format!(
-                    "control has not said within {} s who has {ip}, and this node knows only what it asks for \
+                    "control has not said within {} s what {} is, and this node knows only what it asks for \
                      (XDS_ON_DEMAND); is control reachable? Retry",
-                    PATIENCE.as_secs()
+                    PATIENCE.as_secs(),
+                    lease.name()
                 );
                 return Err(Outcome::new(Code::UnknownWorkload, text));
             }

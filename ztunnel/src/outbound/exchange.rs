@@ -14,11 +14,13 @@ use tokio::time::{Instant, sleep};
 use crate::http::reply::{self, Reply};
 use crate::http::server::Switches;
 use crate::http::{Body, Framing, Original, headers, recorded};
+use crate::outbound::ask::{self, Known};
 use crate::outbound::forward::{Job, Target};
 use crate::outbound::requests::Client;
+use crate::outbound::waypoint;
 use crate::outcome::{Code, Fault, Outcome};
 use crate::route::{self, Forward, NO_ROUTE, RequestFacts, Respond, RoutePlan, path};
-use crate::state::{Service, ServiceName, Snapshot, Workload};
+use crate::state::{ServiceName, Snapshot, Workload};
 use crate::telemetry::{Direction, HttpRecord, Peer};
 
 /// The proxy answers.
@@ -112,9 +114,13 @@ impl Client {
             .service_at(&self.shared.network, self.destination, &source.namespace)
             .ok_or_else(|| gone("the Service has gone"))?;
         record.service = Some(service.clone());
-        let Some(candidates) = snapshot.routes_for(service, port, &source.namespace) else {
-            let to = Target { service: service.clone(), at: self.destination };
-            return self.forward(snapshot, source, request, path, to, None, upgrade.is_some(), switches, record).await;
+        // It may have got a waypoint since the connection began.
+        let decides = !waypoint::decides(snapshot, source, service);
+        let routes = snapshot.routes_for(service, port, &source.namespace).filter(|_| decides);
+        let Some(candidates) = routes else {
+            let own = ServiceName { namespace: service.namespace.clone(), hostname: service.hostname.clone() };
+            let to = self.target(snapshot, source, &own, port).await?;
+            return self.forward(to, request, path, None, upgrade.is_some(), switches, record).await;
         };
         let facts = RequestFacts {
             method: request.method().as_str(),
@@ -152,43 +158,44 @@ impl Client {
                     sleep(delay).await;
                 }
                 let backend = forward.backend();
-                let to = self.target(snapshot, &backend.service, backend.port, service)?;
+                let to = self.target(snapshot, source, &backend.service, backend.port).await?;
                 record.backend = Some(format!("{}:{}", to.service.hostname, backend.port).into());
                 let forward = Some(forward);
-                self.forward(snapshot, source, request, path, to, forward, upgrade.is_some(), switches, record).await
+                self.forward(to, request, path, forward, upgrade.is_some(), switches, record).await
             }
         }
     }
 
-    /// A Service's port as a backend of a route. `addressed` is the Service that the client addressed, which keeps its
-    /// address.
-    pub(super) fn target(
+    /// A Service's port as a backend of a route, asked for where not everything is known. The Service that the client
+    /// addressed keeps its address.
+    pub(super) async fn target(
         &self,
-        snapshot: &Snapshot,
+        snapshot: &Arc<Snapshot>,
+        source: &Arc<Workload>,
         name: &ServiceName,
         port: u16,
-        addressed: &Service,
     ) -> Result<Target, Refused> {
-        let Some(service) = snapshot.service(&name.namespace, &name.hostname) else {
+        let asked = ask::service(&self.shared, &self.pod, name).await?;
+        let as_it_is = || Known { snapshot: snapshot.clone(), source: source.clone(), leases: Vec::new() };
+        let known = asked.unwrap_or_else(as_it_is);
+        let Some(service) = known.snapshot.service(&name.namespace, &name.hostname) else {
             let text = format!("the route's backend {}/{} is not known here", name.namespace, name.hostname);
             let reply = Reply::new(StatusCode::INTERNAL_SERVER_ERROR, "", "NC");
             return Err(Refused::new(reply, Code::NoEndpoint, text));
         };
         let dialled = self.destination.ip();
-        let own = service.hostname == addressed.hostname && service.namespace == addressed.namespace;
+        let own = service.vips.iter().any(|(_, vip)| vip.contains(&dialled.to_canonical()));
         let vips = service.vips.iter().map(|(_, vip)| vip.addr());
         let ip = if own { dialled } else { vips.min_by_key(|ip| ip.is_ipv4() != dialled.is_ipv4()).unwrap_or(dialled) };
-        Ok(Target { service: service.clone(), at: std::net::SocketAddr::new(ip, port) })
+        Ok(Target { service: service.clone(), at: std::net::SocketAddr::new(ip, port), known })
     }
 
     #[allow(clippy::too_many_arguments, reason = "what is known of one request, each used once")]
     async fn forward(
         self: &Rc<Self>,
-        snapshot: &Arc<Snapshot>,
-        source: &Arc<Workload>,
+        to: Target,
         request: Request<Incoming>,
         path: String,
-        to: Target,
         forward: Option<Forward>,
         switch: bool,
         switches: Switches,
@@ -206,12 +213,10 @@ impl Client {
         let original = Original::new(body);
         let mirrored = forward.as_ref().is_some_and(|forward| forward.mirrors().next().is_some()) && !switch;
         if mirrored && let Some(forward) = &forward {
-            self.mirror(snapshot, source, forward, &parts, &original);
+            self.mirror(&to.known, forward, &parts, &original);
         }
         let job = Job {
             client: self,
-            snapshot,
-            source,
             to,
             parts,
             original,

@@ -22,6 +22,7 @@ use crate::http::reply;
 use crate::http::retry::{Tried, is_idempotent, may_repeat, pause};
 use crate::http::server::{Switch, Switches};
 use crate::http::{Body, End, Original};
+use crate::outbound::ask::Known;
 use crate::outbound::attempts::{Failure, LONGEST, MOST, SHORT};
 use crate::outbound::decide::{Plan, permit, to_service};
 use crate::outbound::dial;
@@ -31,7 +32,7 @@ use crate::outbound::requests::Client;
 use crate::outbound::{forbidden, stopped};
 use crate::outcome::{Code, Outcome};
 use crate::route::Forward;
-use crate::state::{Retry, Service, Snapshot, Workload};
+use crate::state::{Retry, Service, Workload};
 use crate::telemetry::HttpRecord;
 
 /// Copies of requests of one client connection that are under way: a mirror that is slow loses copies and nothing else.
@@ -41,18 +42,17 @@ const MIRRORED: usize = 16;
 const MIRROR_TIME: Duration = Duration::from_secs(15);
 
 /// A port of a Service.
-#[derive(Clone)]
 pub(super) struct Target {
     pub(super) service: Arc<Service>,
     /// One of its addresses, or one of the family that is preferred, and the port.
     pub(super) at: SocketAddr,
+    /// What the request is decided on.
+    pub(super) known: Known,
 }
 
 /// One request to be sent.
 pub(super) struct Job<'a> {
     pub(super) client: &'a Client,
-    pub(super) snapshot: &'a Snapshot,
-    pub(super) source: &'a Workload,
     pub(super) to: Target,
     pub(super) parts: Parts,
     pub(super) original: Original,
@@ -93,7 +93,7 @@ impl Job<'_> {
     /// Sends it until there is an answer to pass on.
     pub(super) async fn run(self, switches: Switches, record: &mut HttpRecord) -> Result<Response<Body>, Refused> {
         let (service, port) = (&self.to.service, self.to.at.port());
-        let policy = self.snapshot.traffic_for(service, port, &self.source.namespace);
+        let policy = self.to.known.snapshot.traffic_for(service, port, &self.to.known.source.namespace);
         let settings = policy.map(|(_, settings)| settings);
         let active = match settings.and_then(|settings| settings.max_requests) {
             None => None,
@@ -216,19 +216,19 @@ impl Job<'_> {
                 }
                 Err(outcome) => return Err(self.unreached(last.unwrap_or(outcome))),
             };
-            permit(self.snapshot, self.source, &plan).map_err(Missed::final_)?;
+            permit(&self.to.known.snapshot, &self.to.known.source, &plan).map_err(Missed::final_)?;
             record.destination.workload = plan.destination().cloned();
             record.destination.addr = Some(plan.endpoint());
             let key = self.key(&plan);
             let waiting = if fresh || self.switch { None } else { client.means.connections.take(&key) };
             if let Some(conn) = waiting {
-                prove(record, self.source, &conn);
+                prove(record, &self.to.known.source, &conn);
                 return Ok((conn, key, true));
             }
             let others = plan.others() && failures + 1 < MOST && begin.elapsed() < LONGEST;
             match self.open(&plan, &key, others).await {
                 Ok(conn) => {
-                    prove(record, self.source, &conn);
+                    prove(record, &self.to.known.source, &conn);
                     client.attempts().reached(&plan, self.to.at.port());
                     return Ok((conn, key, false));
                 }
@@ -254,18 +254,22 @@ impl Job<'_> {
     }
 
     fn choose(&self, tried: &[SocketAddr]) -> Result<Plan, Outcome> {
-        self.client
-            .attempts()
-            .with_chance(tried, |chance| to_service(self.snapshot, self.source, &self.to.service, self.to.at, chance))
+        self.client.attempts().with_chance(tried, |chance| {
+            to_service(&self.to.known.snapshot, &self.to.known.source, &self.to.service, self.to.at, chance)
+        })
     }
 
     fn key(&self, plan: &Plan) -> Key {
         let identities = match plan {
-            Plan::Hbone(plan) => Some((self.source.identity.clone(), plan.expected.clone())),
+            Plan::Hbone(plan) => Some((self.to.known.source.identity.clone(), plan.expected.clone())),
             Plan::Plain(_) => None,
         };
         let (pod, framing) = (self.client.pod.uid.clone(), self.client.framing);
-        Key { pod, endpoint: plan.endpoint(), identities, framing }
+        let asked = match plan {
+            Plan::Hbone(plan) if plan.through => Some(plan.authority),
+            _ => None,
+        };
+        Key { pod, endpoint: plan.endpoint(), asked, identities, framing }
     }
 
     async fn open(&self, plan: &Plan, key: &Key, others: bool) -> Result<Conn, Failure> {
@@ -281,9 +285,11 @@ impl Job<'_> {
         }
         let held = client.pod.connection(&client.pod.outbound).map_err(Failure::last)?;
         let patience = if others { SHORT } else { client.shared.hbone.patience() };
-        let (io, peer, order) = dial::connection(client.attempts(), client.addr, self.source, plan, patience).await?;
-        // What had to be asked for is held by the client's own connection.
-        let left = Left { pod: client.pod.clone(), target: plan.endpoint(), lease: None };
+        let (io, peer, order) =
+            dial::connection(client.attempts(), client.addr, &self.to.known.source, plan, patience).await?;
+        // What else had to be asked for is held by the client's own connection.
+        let leases = self.to.known.leases.clone();
+        let left = Left { pod: client.pod.clone(), target: plan.endpoint(), leases };
         let registration = client.means.live.register_decided(left, &client.shared.reader);
         let outside = plan.destination().is_none_or(|workload| !workload.is_pod());
         let (pod, shared) = (client.pod.clone(), client.shared.clone());
@@ -320,7 +326,8 @@ impl Job<'_> {
         record.grpc_status = crate::http::grpc_status(&parts.headers);
         let stream = conn.stream();
         let connections = Rc::downgrade(&self.client.means.connections);
-        let policy = self.snapshot.traffic_for(&self.to.service, self.to.at.port(), &self.source.namespace);
+        let policy =
+            self.to.known.snapshot.traffic_for(&self.to.service, self.to.at.port(), &self.to.known.source.namespace);
         let uses = policy.and_then(|(_, settings)| settings.max_requests_per_connection).unwrap_or(u32::MAX);
         let body = Body::from(incoming).until(deadline).then(move |ended| {
             drop(stream);
@@ -349,42 +356,33 @@ fn prove(record: &mut HttpRecord, source: &Workload, conn: &Conn) {
 
 impl Client {
     /// Sends copies, as soon as the body has passed if there is one. Nobody waits for them.
-    pub(super) fn mirror(
-        self: &Rc<Self>,
-        snapshot: &Arc<Snapshot>,
-        source: &Arc<Workload>,
-        forward: &Forward,
-        parts: &Parts,
-        original: &Original,
-    ) {
+    pub(super) fn mirror(self: &Rc<Self>, known: &Known, forward: &Forward, parts: &Parts, original: &Original) {
         for mirror in forward.mirrors() {
-            let Some(addressed) = snapshot.service(&mirror.service.namespace, &mirror.service.hostname) else {
-                continue;
-            };
-            let Ok(to) = self.target(snapshot, &mirror.service, mirror.port, addressed) else { continue };
             if self.copies.get() >= MIRRORED {
-                tracing::debug!(service = %to.service.hostname, "a mirror is too slow; a copy is left out");
+                tracing::debug!(service = %mirror.service.hostname, "a mirror is too slow; a copy is left out");
                 continue;
             }
             self.copies.set(self.copies.get() + 1);
-            let (client, snapshot, source) = (self.clone(), snapshot.clone(), source.clone());
-            let (parts, original) = (parts.clone(), original.clone());
+            let (client, snapshot, source) = (self.clone(), known.snapshot.clone(), known.source.clone());
+            let (mirror, parts, original) = (mirror.clone(), parts.clone(), original.clone());
             crate::base::workers::spawn(async move {
-                let copy = client.copy(&snapshot, &source, to, parts, original);
+                let copy = async {
+                    // Asked for here, so that the request itself does not wait for it.
+                    let Ok(to) = client.target(&snapshot, &source, &mirror.service, mirror.port).await else { return };
+                    client.copy(to, parts, original).await;
+                };
                 let _ = tokio::time::timeout(MIRROR_TIME, copy).await;
                 client.copies.set(client.copies.get() - 1);
             });
         }
     }
 
-    async fn copy(&self, snapshot: &Snapshot, source: &Workload, to: Target, parts: Parts, original: Original) {
+    async fn copy(&self, to: Target, parts: Parts, original: Original) {
         let Some(body) = original.passed().await else { return };
-        let mut record = self.empty_record(snapshot);
+        let mut record = self.empty_record(&to.known.snapshot);
         record.attempts = 1;
         let job = Job {
             client: self,
-            snapshot,
-            source,
             to,
             parts,
             original: Original::of(body),

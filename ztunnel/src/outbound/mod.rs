@@ -5,6 +5,7 @@
 //! [`serve`] is the life of a connection from top to bottom. Whatever refuses it resets the client's connection, because
 //! bytes that nobody will answer must not look accepted.
 
+mod ask;
 mod attempts;
 pub mod decide;
 mod dial;
@@ -34,6 +35,7 @@ use crate::http::{Framing, pool};
 use crate::lb::Failing;
 use crate::outbound::attempts::{Attempts, Next};
 use crate::outbound::recheck::{Left, Live, Registration};
+pub use crate::outbound::requests::wanted;
 use crate::outcome::{Code, Outcome};
 use crate::state::{EgressMode, Lease, Service};
 use crate::telemetry::{ConnRecord, Direction};
@@ -131,7 +133,7 @@ async fn forbidden(shared: &Shared, pod: &LocalPod) -> Outcome {
 enum Way {
     Bytes(Next, Registration),
     /// With what keeps the Service known, where not everything is.
-    Requests(Framing, Option<Lease>),
+    Requests(Framing, Vec<Lease>),
 }
 
 async fn carry(
@@ -148,7 +150,8 @@ async fn carry(
         let permit = pod.connection(&pod.outbound)?;
         let lease = shared.ask(pod, destination.ip())?;
         shared.answered(pod, lease.as_ref(), destination.ip()).await?;
-        let (snapshot, source) = shared.known(pod).await?;
+        let known = ask::destination(shared, pod, destination, lease.into_iter().collect()).await?;
+        let ask::Known { snapshot, source, leases } = known;
         record.source.workload = Some(source.clone());
         if let Some(declared) = requests::wanted(&snapshot, &source, &shared.network, destination)
             && let Some(framing) = requests::told(&tcp, declared).await?
@@ -156,12 +159,12 @@ async fn carry(
             let client = &source.namespace;
             record.service = snapshot.service_at(&shared.network, destination, client).cloned();
             record.opened();
-            return Ok((permit, Way::Requests(framing, lease)));
+            return Ok((permit, Way::Requests(framing, leases)));
         }
         let attempts = Attempts { shared, pool: &means.pool, failing: &means.failing, pod };
         let (next, target) = attempts.reach(&snapshot, &source, destination, &tcp, record).await?;
         record.opened();
-        let left = Left { pod: pod.clone(), target, lease };
+        let left = Left { pod: pod.clone(), target, leases };
         let registration = means.live.register_decided(left, &shared.reader);
         Ok((permit, Way::Bytes(next, registration)))
     });
@@ -181,7 +184,7 @@ async fn carry(
             // Boxed: tunnels are not to make room for it.
             Box::pin(dial::relay_plain(shared, pod, tcp, server, outside, &registration, counts)).await
         }
-        Ok((_permit, Way::Requests(framing, _lease))) => {
+        Ok((_permit, Way::Requests(framing, _leases))) => {
             let addr = record.source.addr.unwrap_or(destination);
             Box::pin(requests::serve(shared, means, pod, (addr, destination), framing, tcp, counts)).await
         }

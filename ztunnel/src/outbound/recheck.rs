@@ -19,7 +19,7 @@ pub struct Left {
     /// The endpoint.
     pub target: SocketAddr,
     /// What was asked for to decide, and is asked again.
-    pub lease: Option<Lease>,
+    pub leases: Vec<Lease>,
 }
 
 /// The table of a worker.

@@ -1,7 +1,7 @@
 //! A captured connection whose requests are routed one by one: whether it is one, and serving it.
 //!
-//! Only a port of a Service that a route or a traffic policy speaks of is looked at; everything else goes the way of bytes,
-//! unread. What the client speaks is told by peeking, so a connection that turns out not to be HTTP goes that way too with
+//! Only a port of a Service that a route or a traffic policy speaks of is looked at, and only if no waypoint is in front of
+//! it, which would decide its requests; everything else goes the way of bytes, unread. What the client speaks is told by peeking, so a connection that turns out not to be HTTP goes that way too with
 //! nothing lost. Each request is decided on the newest snapshot (`exchange`), so an edit applies to the next one.
 
 use std::cell::Cell;
@@ -18,7 +18,7 @@ use crate::base::Counts;
 use crate::flow::{LocalPod, Shared};
 use crate::http::{Downstream, ENOUGH, Framing, HEAD_TIME, HeadClock, Sniffed, server, sniff};
 use crate::outbound::attempts::Attempts;
-use crate::outbound::{Means, ended};
+use crate::outbound::{Means, ended, waypoint};
 use crate::outcome::{Code, Outcome};
 use crate::state::{AppProtocol, Snapshot, Workload};
 
@@ -50,14 +50,10 @@ impl Client {
 }
 
 /// Whether requests to `destination` are routed, and what is declared of its port.
-pub(super) fn wanted(
-    snapshot: &Snapshot,
-    source: &Workload,
-    network: &str,
-    destination: SocketAddr,
-) -> Option<AppProtocol> {
+pub fn wanted(snapshot: &Snapshot, source: &Workload, network: &str, destination: SocketAddr) -> Option<AppProtocol> {
     let service = snapshot.service_at(network, destination, &source.namespace)?;
-    if !snapshot.speaks_of_http(service, destination.port(), &source.namespace) {
+    let routed = snapshot.speaks_of_http(service, destination.port(), &source.namespace);
+    if !routed || waypoint::decides(snapshot, source, service) {
         return None;
     }
     let declared = service.port(destination.port())?.app_protocol;

@@ -32,6 +32,23 @@ enum Found<'a> {
     Workload(&'a Arc<Workload>),
 }
 
+/// Every waypoint that a connection to `service` may be given.
+pub(super) fn all_of(service: &Service) -> impl Iterator<Item = &GatewayAddress> {
+    service.weighted_waypoints.iter().map(|(gateway, _)| gateway).chain(&service.waypoint)
+}
+
+/// Whether the requests of `source` to `service` are a waypoint's to decide, and not its own node's: then the routes and
+/// traffic policies of the Service are carried out there, and nothing of them twice.
+pub(super) fn decides(snapshot: &Snapshot, source: &Workload, service: &Service) -> bool {
+    let is_own = |gateway: &GatewayAddress| match find(snapshot, source, gateway) {
+        Some(Found::Service(waypoint)) => source.services.contains_key(&waypoint.key()),
+        Some(Found::Workload(workload)) => workload.uid == source.uid,
+        None => false,
+    };
+    let mut all = all_of(service).peekable();
+    all.peek().is_some() && !all.any(is_own)
+}
+
 /// The waypoint of `service` for one connection: of several, by weight.
 pub(super) fn of_service(service: &Service, random: u64) -> Option<&GatewayAddress> {
     let weighted = &service.weighted_waypoints;
@@ -84,6 +101,11 @@ pub(super) fn plan(asked: &Asked<'_>, gateway: &GatewayAddress) -> Result<Option
     };
     if workload.network != source.network {
         return Err(unusable(asked, gateway, "it is in another network"));
+    }
+    // It is asked for an address, and another Service's would lead elsewhere.
+    let is_its = |service: &Service| service.vips.iter().any(|(_, vip)| vip.contains(&destination.ip().to_canonical()));
+    if service.is_some_and(|service| !is_its(service)) {
+        return Err(unusable(asked, gateway, "it would be asked for the Service's address, and there is none"));
     }
     stays_inside(source, service.map(|service| &**service), destination)?;
     let also = names.iter().filter(|name| **name != workload.identity);
@@ -140,9 +162,9 @@ mod tests {
     use std::net::SocketAddr;
     use std::sync::Arc;
 
-    use super::of_service;
+    use super::{decides, of_service};
     use crate::lb::Chance;
-    use crate::outbound::decide::{Plan, decide};
+    use crate::outbound::decide::{Plan, decide, to_service};
     use crate::outcome::Code;
     use crate::state::fixtures::{behind, identity, service, snapshot, with_ports, workload};
     use crate::state::fixtures::{key, port};
@@ -274,6 +296,38 @@ mod tests {
             let direct = Ok("10.0.0.1:8080 over 10.0.0.1:15008 as cart".to_owned());
             assert_eq!(plan(changes, &own, "10.96.0.1:80"), direct);
         }
+    }
+
+    #[test]
+    fn requests_are_the_waypoint_s_to_decide_but_for_its_own() {
+        let own = with_ports(workload("infra", "way-0", "10.0.9.1"), key("infra", "way"), vec![port(15008, 15008)]);
+        let client = workload("shop", "client", "10.0.0.99");
+        for (name, gateway, source, expected) in [
+            ("none", None, &client, false),
+            ("one", Some(named("way")), &client, true),
+            ("by address", Some(at("10.0.9.1")), &client, true),
+            ("one that is not known", Some(named("gone")), &client, true),
+            ("the source itself", Some(named("way")), &own, false),
+            ("the source itself, by address", Some(at("10.0.9.1")), &own, false),
+        ] {
+            let mut changes = way("way", "10.0.9.1", "10.96.9.1");
+            changes.push(Change::Service(cart(gateway).into()));
+            let snapshot = snapshot(changes);
+            let service = snapshot.service_at("", "10.96.0.1:80".parse().unwrap(), "shop").unwrap();
+            assert_eq!(decides(&snapshot, source, service), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_waypoint_is_never_asked_for_another_service_s_address() {
+        let mut changes = way("way", "10.0.9.1", "10.96.9.1");
+        let headless = ServiceSpec { vips: Vec::new(), ..cart(Some(named("way"))) };
+        changes.push(Change::Service(headless.into()));
+        let (snapshot, client) = (snapshot(changes), workload("shop", "client", "10.0.0.99"));
+        let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
+        // A route leads there, from a Service at that address.
+        let plan = to_service(&snapshot, &client, service, "10.96.0.7:80".parse().unwrap(), &Chance::of(7));
+        assert_eq!(plan.map(|_| ()).map_err(|outcome| outcome.code), Err(Code::NoWaypoint));
     }
 
     #[test]

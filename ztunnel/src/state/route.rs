@@ -178,9 +178,10 @@ impl Wanted {
     }
 }
 
-/// A regular expression of the whole of a text. Equal if it is written equally.
+/// A regular expression of the whole of a text. Equal if it is written equally. `None`: what was written cannot be used;
+/// then every text is one that it may have meant.
 #[derive(Clone)]
-pub struct Pattern(Regex);
+pub struct Pattern(Option<Regex>);
 
 impl Pattern {
     /// Memory of a compiled expression and of its lazily built automaton. There are at most 128 matches in a route, of
@@ -194,18 +195,23 @@ impl Pattern {
             .size_limit(Self::MAX_BYTES)
             .dfa_size_limit(Self::MAX_BYTES)
             .build()
-            .map(Self)
+            .map(|regex| Self(Some(regex)))
             .map_err(|error| error.to_string().lines().last().unwrap_or_default().to_owned())
+    }
+
+    /// For a rule that is broken because its expression is: whatever it may have meant must not go to another rule.
+    pub fn unclear() -> Self {
+        Self(None)
     }
 
     /// Whether all of `value` is as described. Takes time in proportion to its length.
     pub fn matches(&self, value: &str) -> bool {
-        self.0.is_match(value)
+        self.0.as_ref().is_none_or(|regex| regex.is_match(value))
     }
 
-    /// As it was written, with what anchors it.
+    /// As it was written, with what anchors it; empty: it cannot be used.
     pub fn as_str(&self) -> &str {
-        self.0.as_str()
+        self.0.as_ref().map_or("", Regex::as_str)
     }
 }
 

@@ -2,7 +2,9 @@
 //!
 //! A line for each connection, written by itself, wakes the writer and costs a system call each time, which is a good
 //! part of what a short connection costs at all. So the writer, once woken, waits [`TOGETHER`] before it writes, and is not
-//! woken again meanwhile. A line that finds no room is dropped and counted; nobody ever waits for the log.
+//! woken again meanwhile. A line that finds no room, or cannot be written, is dropped and counted; nobody ever waits for
+//! the log. At the end of the process the last lines are waited for, and what was lost is said on stderr; the thread itself
+//! never ends, because other threads may have something to say until the very end.
 
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -47,7 +49,7 @@ impl Shared {
 #[derive(Clone, Debug, Default)]
 pub struct Lines(Arc<Shared>);
 
-/// Writes the last lines when it is dropped.
+/// Waits for the last lines when it is dropped, and says how many were lost.
 #[derive(Debug)]
 pub struct Writer {
     lines: Lines,
@@ -67,7 +69,7 @@ impl Lines {
         Ok((lines.clone(), Writer { lines, done: wait }))
     }
 
-    /// Lines that found no room.
+    /// Lines that found no room, or could not be written.
     pub fn dropped(&self) -> u64 {
         self.0.dropped.load(Ordering::Relaxed)
     }
@@ -104,17 +106,27 @@ impl Drop for Writer {
     fn drop(&mut self) {
         self.lines.0.waiting().ended = true;
         self.lines.0.wake.notify_one();
-        let _ = self.done.recv_timeout(LAST);
+        let stuck = self.done.recv_timeout(LAST).is_err();
+        if let Some(text) = lost(self.lines.dropped(), stuck) {
+            let _ = writeln!(io::stderr(), "{text}");
+        }
     }
+}
+
+/// What is to be said of lines that were lost, if there are some.
+fn lost(dropped: u64, stuck: bool) -> Option<String> {
+    let rest = if stuck { ", and the last ones: nobody took them within a second" } else { "" };
+    (dropped > 0 || stuck).then(|| format!("{dropped} lines of the log were lost since the start{rest}"))
 }
 
 fn write(shared: &Shared, mut out: impl Write, done: &SyncSender<()>) {
     let mut bytes = Vec::new();
+    let mut told = false;
     loop {
         let waiting = shared.waiting();
         let idle = |waiting: &mut Waiting| {
             waiting.awake = !waiting.bytes.is_empty();
-            !waiting.awake && !waiting.ended
+            !waiting.awake && (!waiting.ended || told)
         };
         let waiting = shared.wake.wait_while(waiting, idle).unwrap_or_else(PoisonError::into_inner);
         let together = shared.wake.wait_timeout_while(waiting, TOGETHER, |waiting| !waiting.ended);
@@ -124,10 +136,13 @@ fn write(shared: &Shared, mut out: impl Write, done: &SyncSender<()>) {
         drop(waiting);
         if ended {
             let _ = done.try_send(());
-            return;
+            told = true;
         }
         // A log that nobody takes must not stop the proxy.
-        let _ = out.write_all(&bytes).and_then(|()| out.flush());
+        if out.write_all(&bytes).and_then(|()| out.flush()).is_err() {
+            let lines = bytes.iter().filter(|byte| **byte == b'\n').count();
+            shared.dropped.fetch_add(lines as u64, Ordering::Relaxed);
+        }
         bytes.clear();
         bytes.shrink_to(SPARE);
     }
@@ -138,7 +153,7 @@ mod tests {
     use std::io::{self, Write};
     use std::sync::mpsc::{Receiver, Sender, channel};
 
-    use super::{Lines, MOST};
+    use super::{Lines, MOST, lost};
 
     /// Each write as a message; waits for a permission first.
     struct Out(Sender<Vec<u8>>, Receiver<()>);
@@ -148,6 +163,19 @@ mod tests {
             self.1.recv().map_err(io::Error::other)?;
             self.0.send(bytes.to_vec()).map_err(io::Error::other)?;
             Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// A disk without room.
+    struct Full;
+
+    impl Write for Full {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::StorageFull.into())
         }
 
         fn flush(&mut self) -> io::Result<()> {
@@ -170,6 +198,30 @@ mod tests {
         let all: Vec<u8> = first.into_iter().chain(got.try_iter().flatten()).collect();
         let expected: String = (0..100).map(|n| format!("{n}\n")).chain(["last\n".to_owned()]).collect();
         assert_eq!(String::from_utf8(all).unwrap(), expected);
+        // Other threads may still have something to say.
+        writeln!(lines, "later").unwrap();
+        assert_eq!(got.recv().unwrap(), b"later\n");
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_counted_and_told() {
+        let (mut lines, writer) = Lines::start(Full).unwrap();
+        lines.write_all(b"one\ntwo\n").unwrap();
+        drop(writer);
+        assert_eq!(lines.dropped(), 2);
+        for (dropped, stuck, expected) in [
+            (0, false, None),
+            (2, false, Some("2 lines of the log were lost since the start")),
+            (
+                0,
+                true,
+                Some(
+                    "0 lines of the log were lost since the start, and the last ones: nobody took them within a second",
+                ),
+            ),
+        ] {
+            assert_eq!(lost(dropped, stuck).as_deref(), expected);
+        }
     }
 
     #[test]

@@ -33,7 +33,7 @@ use ztunnel::capture::pods::{ListFile, Source};
 use ztunnel::config::Preexisting;
 use ztunnel::flow::{Limits, Shared};
 use ztunnel::identity::Identities;
-use ztunnel::state::{Change, OwnType, TrustBundle, Writer, store};
+use ztunnel::state::{Change, OwnType, Reader, TrustBundle, Writer, store};
 use ztunnel::telemetry::metrics::Metrics;
 use ztunnel::tls::{Trust, WorkloadCert};
 use ztunnel::{hbone, relay, xds};
@@ -142,6 +142,7 @@ pub struct Node {
     pub pods: Pods,
     pub workers: Workers<Worker>,
     writer: Writer,
+    pub reader: Reader,
     stop: Arc<Drain>,
     pub runtime: tokio::runtime::Runtime,
     foreign: Vec<(&'static str, &'static str)>,
@@ -223,13 +224,13 @@ impl Node {
             replaced: drain().1,
         };
         let pods = Pods::default();
-        let workers = environment.workers.clone();
+        let (workers, reader) = (environment.workers.clone(), environment.shared.reader.clone());
         let stop = Arc::new(drain().0);
         runtime.spawn(identities.run(std::future::pending()));
         runtime.spawn(federation::watch(environment.shared.reader.clone(), trust.federated));
         let source = Source::File(ListFile::new(path));
         runtime.spawn(pods.clone().run(Arc::new(environment), source, Arc::default(), stop.clone()));
-        Self { pods, workers, writer, stop, runtime, foreign }
+        Self { pods, workers, writer, reader, stop, runtime, foreign }
     }
 
     pub fn describe(&mut self, hbone: &[&str]) {

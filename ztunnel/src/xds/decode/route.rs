@@ -71,9 +71,9 @@ fn rule(from: &wire::RouteRule, strings: &mut Strings) -> RouteRule {
     let mut broken = Some(from.broken.clone()).filter(|why| !why.is_empty());
     let mut matches: Vec<RouteMatch> = Vec::new();
     for one in &from.matches {
-        match route_match(one) {
+        match route_match(one, &mut broken) {
             Ok(wanted) => matches.push(wanted),
-            // Control has tried every expression, so this is one of a later version. It catches nothing.
+            // No request has a header of such a name. It catches nothing.
             Err(why) => broken = broken.or(Some(why)),
         }
     }
@@ -107,57 +107,76 @@ fn retry(from: &wire::RouteRetry) -> Option<Retry> {
     })
 }
 
-fn route_match(from: &wire::RouteMatch) -> Result<RouteMatch, String> {
+/// What is not understood of a match holds for everything, and `broken` says why the rule answers 500: which requests were
+/// meant is not known, and none of them may get to the next rule.
+fn route_match(from: &wire::RouteMatch, broken: &mut Option<String>) -> Result<RouteMatch, String> {
     let mut headers = Vec::with_capacity(from.headers.len());
     for header in &from.headers {
         let name = header_name(&header.name)?;
         // The first entry of a name counts, as the API says.
         if !headers.iter().any(|(known, _)| *known == name) {
-            headers.push((name, wanted(header)?));
+            headers.push((name, wanted(header, broken)));
         }
     }
     let mut query: Vec<(Arc<str>, Wanted)> = Vec::with_capacity(from.query.len());
     for parameter in &from.query {
         if !query.iter().any(|(known, _)| **known == *parameter.name) {
-            query.push((parameter.name.as_str().into(), wanted(parameter)?));
+            query.push((parameter.name.as_str().into(), wanted(parameter, broken)));
         }
     }
     let path = match &from.grpc {
-        Some(grpc) => grpc_path(grpc)?,
-        None => path(from.path.as_ref())?,
+        Some(grpc) => grpc_path(grpc, broken),
+        None => path(from.path.as_ref(), broken),
     };
     let method = Some(from.method.as_str()).filter(|method| !method.is_empty()).map(Into::into);
     Ok(RouteMatch { path, method, headers, query })
 }
 
-fn path(from: Option<&wire::RoutePath>) -> Result<PathMatch, String> {
-    let Some(from) = from else { return Ok(PathMatch::Any) };
-    Ok(match from.path.as_ref().ok_or("a path is compared in a way that this proxy does not know")? {
-        route_path::Path::Exact(exact) => PathMatch::Exact(exact.as_str().into()),
-        route_path::Path::Prefix(prefix) => match prefix.trim_end_matches('/') {
+fn unclear(why: String, broken: &mut Option<String>) -> Pattern {
+    broken.get_or_insert(why);
+    Pattern::unclear()
+}
+
+fn pattern(text: &str, broken: &mut Option<String>) -> Pattern {
+    Pattern::new(text).unwrap_or_else(|why| unclear(format!("{text:?} cannot be used as an expression: {why}"), broken))
+}
+
+fn path(from: Option<&wire::RoutePath>, broken: &mut Option<String>) -> PathMatch {
+    let Some(from) = from else { return PathMatch::Any };
+    match &from.path {
+        Some(route_path::Path::Exact(exact)) => PathMatch::Exact(exact.as_str().into()),
+        Some(route_path::Path::Prefix(prefix)) => match prefix.trim_end_matches('/') {
             "" => PathMatch::Any,
             prefix => PathMatch::Prefix(prefix.into()),
         },
-        route_path::Path::Regex(text) => PathMatch::Regex(Pattern::new(text)?),
-    })
+        Some(route_path::Path::Regex(text)) => PathMatch::Regex(pattern(text, broken)),
+        None => {
+            let why = "a path is compared in a way that this proxy does not know";
+            PathMatch::Regex(unclear(why.to_owned(), broken))
+        }
+    }
 }
 
-fn grpc_path(from: &wire::GrpcMethod) -> Result<PathMatch, String> {
-    let part = |text: &str| {
+fn grpc_path(from: &wire::GrpcMethod, broken: &mut Option<String>) -> PathMatch {
+    let mut part = |text: &str| {
         (!text.is_empty()).then(|| match from.regex {
-            true => Pattern::new(text).map(Wanted::Regex),
-            false => Ok(Wanted::Exact(text.into())),
+            true => Wanted::Regex(pattern(text, broken)),
+            false => Wanted::Exact(text.into()),
         })
     };
-    let (service, method) = (part(&from.service).transpose()?, part(&from.method).transpose()?);
-    Ok(if service.is_none() && method.is_none() { PathMatch::Any } else { PathMatch::Grpc { service, method } })
+    let (service, method) = (part(&from.service), part(&from.method));
+    if service.is_none() && method.is_none() { PathMatch::Any } else { PathMatch::Grpc { service, method } }
 }
 
-fn wanted(from: &wire::RouteValue) -> Result<Wanted, String> {
-    Ok(match from.value.as_ref().ok_or("a value is compared in a way that this proxy does not know")? {
-        route_value::Value::Exact(exact) => Wanted::Exact(exact.as_str().into()),
-        route_value::Value::Regex(text) => Wanted::Regex(Pattern::new(text)?),
-    })
+fn wanted(from: &wire::RouteValue, broken: &mut Option<String>) -> Wanted {
+    match &from.value {
+        Some(route_value::Value::Exact(exact)) => Wanted::Exact(exact.as_str().into()),
+        Some(route_value::Value::Regex(text)) => Wanted::Regex(pattern(text, broken)),
+        None => {
+            let why = "a value is compared in a way that this proxy does not know";
+            Wanted::Regex(unclear(why.to_owned(), broken))
+        }
+    }
 }
 
 pub(super) fn header_name(text: &str) -> Result<HeaderName, String> {
