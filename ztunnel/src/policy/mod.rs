@@ -8,6 +8,7 @@
 
 pub mod datagrams;
 mod http;
+pub mod inside;
 pub mod jwt;
 mod l4;
 pub mod network;
