@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
+use tulle_certs::SpiffeId;
 
 use crate::base::budget::Budget;
 use crate::base::drain::Drained;
@@ -294,16 +295,24 @@ impl Shared {
     /// # Errors
     /// `NoCertificate` if the CA has not given one in time.
     pub async fn certificate(&self, workload: &Workload) -> Result<Arc<WorkloadCert>, Outcome> {
-        if let Some(cert) = self.identities.current(&workload.identity) {
+        self.certificate_of(&workload.identity).await
+    }
+
+    /// The certificate of `identity`.
+    ///
+    /// # Errors
+    /// `NoCertificate` if the CA has not given one in time.
+    pub async fn certificate_of(&self, identity: &SpiffeId) -> Result<Arc<WorkloadCert>, Outcome> {
+        if let Some(cert) = self.identities.current(identity) {
             return Ok(cert);
         }
-        let result = deadline(self.identities.certificate(&workload.identity)).await;
+        let result = deadline(self.identities.certificate(identity)).await;
         let reason = match result {
             Some(Ok(cert)) => return Ok(cert),
             Some(Err(error)) => error.to_string(),
             None => format!("the CA did not answer within {} s", PATIENCE.as_secs()),
         };
-        Err(Outcome::new(Code::NoCertificate, format!("no certificate for {}: {reason}", workload.identity)))
+        Err(Outcome::new(Code::NoCertificate, format!("no certificate for {identity}: {reason}")))
     }
 }
 

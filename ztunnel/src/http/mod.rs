@@ -17,6 +17,7 @@ pub mod reply;
 pub mod retry;
 pub mod server;
 mod sniff;
+pub mod solo;
 
 pub use body::{Body, End, Ended, grpc_status};
 pub use io::{BoxIo, Downstream, HeadClock};

@@ -66,7 +66,11 @@ impl RootCa {
         }
     }
 
-    async fn read(&self) -> Result<Vec<u8>, ControlError> {
+    /// The PEM as it is now.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub async fn read(&self) -> Result<Vec<u8>, ControlError> {
         match self {
             Self::Pem(pem) => Ok(pem.clone().into_bytes()),
             Self::File(path) => read_file(path).await.map_err(|source| ControlError::file("root CA", path, source)),

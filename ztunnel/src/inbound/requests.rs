@@ -5,7 +5,6 @@
 //! are not HTTP are decided by what is left of the policies, which allows no more, and never go past a token that would
 //! have to be looked at. The application's connection is dialled again when it has closed it between two requests.
 
-use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,11 +19,12 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::base::{Counts, unix_now};
 use crate::flow::{LocalPod, PATIENCE, Shared};
-use crate::http::client::{Conn, Failed, Raw};
+use crate::http::client::Raw;
 use crate::http::reply::{self, Reply};
-use crate::http::server::{self, Switch, Switches};
+use crate::http::server::{self, Switches};
+use crate::http::solo::{Dial, Solo};
 use crate::http::{
-    Body, BoxIo, Downstream, ENOUGH, End, Framing, HEAD_TIME, HeadClock, Sniffed, grpc_status, headers, recorded, sniff,
+    Body, BoxIo, Downstream, ENOUGH, Framing, HEAD_TIME, HeadClock, Sniffed, headers, recorded, sniff,
 };
 use crate::inbound::decide::{self, Declared, authorization_is_broken, declared};
 use crate::inbound::recheck::{Admitted, Registration};
@@ -47,8 +47,6 @@ pub(super) struct Connection {
     source: Peer,
     destination: Peer,
     service: Option<Arc<crate::state::Service>>,
-    /// The application's side while no request is under way (HTTP/1), or for all of them (HTTP/2).
-    server: RefCell<Option<Conn>>,
 }
 
 impl Connection {
@@ -66,7 +64,6 @@ impl Connection {
             source: record.source.clone(),
             destination: Peer { addr: Some(*target), ..record.destination.clone() },
             service: record.service.clone(),
-            server: RefCell::default(),
         }
     }
 
@@ -116,15 +113,15 @@ pub(super) async fn serve(
             framing
         }
     };
-    match Conn::begin(Box::new(server), framing, None, std::future::pending()).await {
-        Ok(conn) => *connection.server.borrow_mut() = Some(conn),
-        Err(outcome) => return outcome,
-    }
-    let client = Downstream::new(Bytes::new(), io, counts.clone(), clock.clone());
     let connection = Rc::new(connection);
+    let application = match Solo::begin(Box::new(server), framing, connection.dial()).await {
+        Ok(application) => Rc::new(application),
+        Err(outcome) => return outcome,
+    };
+    let client = Downstream::new(Bytes::new(), io, counts.clone(), clock.clone());
     let service: server::Service = Rc::new(move |request, switches| {
-        let connection = connection.clone();
-        Box::pin(async move { connection.exchange(request, framing, switches).await })
+        let (connection, application) = (connection.clone(), application.clone());
+        Box::pin(async move { connection.exchange(request, &application, switches).await })
     });
     server::serve(client, clock, framing, &pod.drained, stop, service).await
 }
@@ -193,7 +190,7 @@ impl Connection {
     async fn exchange(
         self: Rc<Self>,
         mut request: Request<Incoming>,
-        framing: Framing,
+        application: &Rc<Solo>,
         switches: Switches,
     ) -> Response<Body> {
         let mut record = HttpRecord::new(
@@ -210,7 +207,10 @@ impl Connection {
         let switch = headers::upgrade(request.headers(), request.version());
         let response = match self.admit(&mut request, switch.as_ref(), &mut record) {
             Err(refused) => Err(refused),
-            Ok(()) => self.pass(request, framing, switch.is_some(), switches, &mut record).await,
+            Ok(()) => application
+                .pass(request, switch.is_some(), switches, &mut record)
+                .await
+                .map_err(|(reply, outcome)| Refused::new(reply, outcome)),
         };
         let response = response.unwrap_or_else(|Refused { reply, outcome, challenge }| {
             record.flag = reply.flag;
@@ -265,83 +265,26 @@ impl Connection {
         respell(request, &path).ok_or_else(|| malformed("a path that is none".to_owned()))
     }
 
-    /// Passes a request to the application.
-    async fn pass(
-        self: &Rc<Self>,
-        request: Request<Incoming>,
-        framing: Framing,
-        switch: bool,
-        switches: Switches,
-        record: &mut HttpRecord,
-    ) -> Result<Response<Body>, Refused> {
-        let count = record.request_bytes.clone();
-        let mut request = request.map(|body| Body::from(body).then(move |ended| count.set(ended.bytes)));
-        if framing == Framing::One {
-            *request.version_mut() = http::Version::HTTP_11;
-        }
-        let mut fresh = false;
-        let (response, conn) = loop {
-            let mut conn =
-                self.connected(framing, fresh).await.map_err(|outcome| Refused::new(reply::CONNECT_FAILED, outcome))?;
-            match conn.send(request, switch).await {
-                Ok(response) => break (response, conn),
-                // Closed by the application between two requests; nothing was sent.
-                Err(Failed { unsent: Some(unsent), .. }) if !fresh => (request, fresh) = (unsent, true),
-                Err(Failed { outcome, .. }) => return Err(Refused::new(reply::RESET, outcome)),
-            }
-        };
-        let (mut parts, incoming) = response.into_parts();
-        let switched = parts.status == StatusCode::SWITCHING_PROTOCOLS;
-        let protocol = parts.headers.get(header::UPGRADE).cloned().filter(|_| switched);
-        headers::strip_hop(&mut parts.headers, protocol.as_ref());
-        parts.version = http::Version::HTTP_11;
-        if switched {
-            if let Conn::One(one) = conn {
-                *switches.borrow_mut() = Some(Switch { server: one.into_raw(), held: Box::new(self.clone()) });
-            }
-            return Ok(Response::from_parts(parts, Body::empty()));
-        }
-        record.grpc_status = grpc_status(&parts.headers);
+    /// Dials the application, as the client.
+    fn dial(self: &Rc<Self>) -> Dial {
         let this = self.clone();
-        let body = Body::from(incoming).then(move |ended| {
-            if matches!((&ended.end, &conn), (End::Complete, Conn::One(_))) {
-                *this.server.borrow_mut() = Some(conn);
-            }
-        });
-        Ok(Response::from_parts(parts, body))
-    }
-
-    /// The connection to the application, or a new one.
-    async fn connected(&self, framing: Framing, fresh: bool) -> Result<Conn, Outcome> {
-        let waiting = self.server.borrow_mut().take().filter(|_| !fresh);
-        let again = match waiting {
-            // Ready as soon as the connection's own task has seen the end of the answer before.
-            Some(Conn::One(mut one)) => one.ready().await.then_some(Conn::One(one)),
-            Some(Conn::Two(two)) if two.is_open() => {
-                *self.server.borrow_mut() = Some(Conn::Two(two.clone()));
-                Some(Conn::Two(two))
-            }
-            _ => None,
-        };
-        if let Some(conn) = again {
-            return Ok(conn);
-        }
-        let super::Request { source, target, .. } = &self.request;
-        let dial = self.pod.sockets.connect_from(*source, *target);
-        let tcp = match timeout(self.shared.hbone.connect_timeout.min(PATIENCE * 2), dial).await {
-            Ok(Ok(tcp)) => tcp,
-            Ok(Err(error)) => {
-                return Err(Outcome::new(Code::ConnectFailed, format!("application at {target}: {error}")));
-            }
-            Err(_) => {
-                return Err(Outcome::new(Code::ConnectTimeout, format!("the application at {target} did not answer")));
-            }
-        };
-        let conn = Conn::begin(Box::new(tcp), framing, None, std::future::pending()).await?;
-        if let Conn::Two(two) = &conn {
-            *self.server.borrow_mut() = Some(Conn::Two(two.clone()));
-        }
-        Ok(conn)
+        Box::new(move || {
+            let this = this.clone();
+            Box::pin(async move {
+                let super::Request { source, target, .. } = this.request;
+                let dial = this.pod.sockets.connect_from(source, target);
+                match timeout(this.shared.hbone.connect_timeout.min(PATIENCE * 2), dial).await {
+                    Ok(Ok(tcp)) => Ok(Box::new(tcp) as BoxIo),
+                    Ok(Err(error)) => {
+                        Err(Outcome::new(Code::ConnectFailed, format!("application at {target}: {error}")))
+                    }
+                    Err(_) => {
+                        let text = format!("the application at {target} did not answer");
+                        Err(Outcome::new(Code::ConnectTimeout, text))
+                    }
+                }
+            })
+        })
     }
 }
 
