@@ -37,6 +37,8 @@ pub enum Code {
     NoRoute,
     /// The destination is reached through a waypoint only, and that cannot be used.
     NoWaypoint,
+    /// The destination is reached through an egress gateway only, and none can be used.
+    NoGateway,
     /// The next hop refused or could not be reached.
     ConnectFailed,
     /// The next hop did not answer in time.
@@ -205,6 +207,7 @@ impl Code {
         Self::NoEndpoint,
         Self::NoRoute,
         Self::NoWaypoint,
+        Self::NoGateway,
         Self::ConnectFailed,
         Self::ConnectTimeout,
         Self::TlsFailed,
@@ -263,6 +266,7 @@ impl Code {
             }
             Self::NoRoute => NO_ROUTE,
             Self::NoWaypoint => row("NO_WAYPOINT", "CONNECT", 503, F::Destination, R::Later, "no usable waypoint"),
+            Self::NoGateway => row("NO_GATEWAY", "CONNECT", 503, F::Destination, R::Later, "no usable egress gateway"),
             Self::ConnectFailed => {
                 row("CONNECT_FAILED", "CONNECT", 503, F::Destination, R::Yes, "the next hop refused or is unreachable")
             }

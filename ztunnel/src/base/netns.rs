@@ -85,7 +85,8 @@ impl NetnsThread {
     pub fn start() -> io::Result<Self> {
         let (jobs, queue) = sync_channel::<Job>(QUEUE);
         thread::Builder::new().name("netns".into()).spawn(move || {
-            let mut current = None;
+            // Nothing is entered, and no privilege needed, for who works where it is.
+            let mut current = Netns::open(Path::new("/proc/thread-self/ns/net")).ok().map(|own| own.id());
             while let Ok(job) = queue.recv() {
                 job(&mut current);
             }

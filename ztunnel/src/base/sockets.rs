@@ -36,7 +36,7 @@ const DATAGRAMS_WAITING: usize = 1 << 20;
 /// What every socket gets.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// SO_MARK, so that the capture rules let it pass.
+    /// SO_MARK, so that the capture rules let it pass. 0: none, which needs no privilege.
     pub mark: u32,
     /// TCP keepalive: idle time, interval and number of probes.
     pub keepalive: Option<(Duration, Duration, u32)>,
@@ -47,8 +47,12 @@ pub struct Options {
 }
 
 impl Options {
+    fn mark(&self, socket: &Socket) -> io::Result<()> {
+        if self.mark == 0 { Ok(()) } else { socket.set_mark(self.mark) }
+    }
+
     fn apply(&self, socket: &Socket) -> io::Result<()> {
-        socket.set_mark(self.mark)?;
+        self.mark(socket)?;
         socket.set_tcp_nodelay(true)?;
         if let Some((time, interval, retries)) = self.keepalive {
             let keepalive = TcpKeepalive::new().with_time(time).with_interval(interval).with_retries(retries);
@@ -137,6 +141,16 @@ impl PodSockets {
         finish_connect(socket, to).await
     }
 
+    /// Connects to `to` from one of the own addresses. The port is chosen by the system.
+    ///
+    /// # Errors
+    /// What the system says; `AddrNotAvailable` if `from` is nobody's here.
+    pub async fn connect_as(&self, from: std::net::IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
+        let socket = self.socket(to.is_ipv6()).await?;
+        socket.bind(&SocketAddr::new(from, 0).into())?;
+        finish_connect(socket, to).await
+    }
+
     /// A listener on all addresses, both families where the system has IPv6.
     ///
     /// # Errors
@@ -170,13 +184,13 @@ impl PodSockets {
     /// # Errors
     /// What the system says.
     pub async fn datagrams(&self, to: SocketAddr) -> io::Result<UdpSocket> {
-        let mark = self.options.mark;
+        let options = self.options.clone();
         let _turn = self.turns.acquire().await.map_err(io::Error::other)?;
         let make = move || {
             let domain = if to.is_ipv6() { Domain::IPV6 } else { Domain::IPV4 };
             let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
             socket.set_nonblocking(true)?;
-            socket.set_mark(mark)?;
+            options.mark(&socket)?;
             socket.connect(&to.into())?;
             Ok(std::net::UdpSocket::from(socket))
         };

@@ -11,6 +11,7 @@
 pub mod allow;
 pub mod answer;
 pub mod cache;
+pub mod own;
 mod resolve;
 mod serve;
 pub mod upstream;

@@ -476,7 +476,7 @@ fn rcode(reply: &Reply) -> u16 {
 }
 
 /// A reply without its EDNS record, of which what clients must know is kept.
-fn given(reply: Reply) -> Option<Arc<Given>> {
+pub(super) fn given(reply: Reply) -> Option<Arc<Given>> {
     let message = reply.message?;
     let mut edns = OwnEdns::default();
     if let Some(theirs) = &message.edns {

@@ -6,6 +6,7 @@
 
 mod gate;
 pub mod recheck;
+pub mod tunnel;
 
 use std::future::Future;
 use std::net::IpAddr;

@@ -8,28 +8,19 @@ use std::net::SocketAddr;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::Response;
-use rustls::pki_types::CertificateDer;
-use tokio::io::BufReader;
 use tokio::net::TcpStream;
-use tokio::time::{sleep, timeout};
-use tokio_rustls::TlsAcceptor;
-use tulle_certs::{SpiffeId, Usage};
 
-use crate::base::cut::Cut;
 use crate::base::pace::Paced;
 use crate::base::sockets::reset;
-use crate::base::window::Window;
-use crate::base::{canonical, unix_now, workers};
+use crate::base::{canonical, workers};
+use crate::flow::tunnel::{self, Proven};
 use crate::flow::{LocalPod, Shared};
 use crate::hbone::headers::{self, Authority, Baggage, Forwarded, TraceId};
-use crate::hbone::server;
-use crate::hbone::{READ_BUFFER, TLS_BUFFER};
 use crate::inbound::recheck::Live;
 use crate::inbound::requests::{self, Connection};
 use crate::inbound::{Request, admit, stopped};
@@ -37,124 +28,33 @@ use crate::outcome::{Code, Outcome};
 use crate::relay::{self, StreamIo, TcpSide, Terms};
 use crate::state::{Snapshot, Workload};
 use crate::telemetry::{ConnRecord, Direction};
-use crate::tls::{peer_identity, refusal};
 
-/// How long a new connection may stay silent. A proxy's ClientHello follows its SYN at once.
-const FIRST_BYTE: Duration = Duration::from_secs(5);
-
-/// What a tunnel proved, shared by its streams.
+/// What the streams of a tunnel share.
 struct Tunnel {
     shared: Arc<Shared>,
     live: Rc<Live>,
     pod: Arc<LocalPod>,
-    peer: SocketAddr,
-    local: SocketAddr,
-    source_identity: SpiffeId,
-    own_identity: SpiffeId,
-    window: Rc<Window>,
-    /// The peer's certificate was taken back, or its trust domain is not believed any more: streams end.
-    cut: Cut<Outcome>,
+    proven: Rc<Proven>,
 }
 
 /// Serves one tunnel to its end.
 pub async fn serve(shared: Arc<Shared>, live: Rc<Live>, pod: Arc<LocalPod>, tcp: TcpStream) {
     let (Ok(peer), Ok(local)) = (tcp.peer_addr(), tcp.local_addr()) else { return reset(tcp) };
-    let (peer, local) = (canonical(peer), canonical(local));
-    let metrics = shared.metrics.clone();
-    if let Err(outcome) = tunnel(shared, live, &pod, tcp, peer, local).await {
-        metrics.handshakes_failed.inc();
-        // There is no connection yet, so there is no record; the log still says who failed and how.
-        tracing::warn!(
-            target: "access",
-            {
-            src.addr = %peer,
-            dst.addr = %local,
-            dst.workload = &*pod.name,
-            dst.namespace = &*pod.namespace,
-            direction = "inbound",
-            code = outcome.code.name(),
-            error = &*outcome.detail
-            },
-            "tunnel failed"
-        );
-    }
-}
-
-async fn tunnel(
-    shared: Arc<Shared>,
-    live: Rc<Live>,
-    pod: &Arc<LocalPod>,
-    tcp: TcpStream,
-    peer: SocketAddr,
-    local: SocketAddr,
-) -> Result<(), Outcome> {
-    // Held as long as the tunnel is open.
-    let _tunnel = pod.tunnel(peer.ip())?;
-    // Who says nothing takes no place among the handshakes.
-    let first = timeout(FIRST_BYTE, tcp.readable()).await;
-    if !matches!(first, Ok(Ok(()))) {
-        return Err(Outcome::new(Code::TlsFailed, "the peer sent nothing after connecting"));
-    }
-    let permit = pod.handshake(peer.ip()).await?;
-    let (_, workload) = shared.known(pod).await?;
-    let cert = shared.certificate(&workload).await?;
-    let transport = Paced::new(BufReader::with_capacity(READ_BUFFER, tcp));
-    let accept = TlsAcceptor::from(cert.server_config()).accept(transport);
-    let mut tls = timeout(shared.hbone.handshake_timeout, accept)
-        .await
-        .map_err(|_| Outcome::new(Code::TlsFailed, "the peer did not finish the TLS handshake in time"))?
-        .map_err(|error| refusal(&error, ""))?;
-    let session = tls.get_mut().1;
-    session.set_buffer_limit(Some(TLS_BUFFER));
-    let source_identity =
-        peer_identity(session.peer_certificates()).map_err(|error| Outcome::new(Code::TlsFailed, error))?;
-    let shown = session.peer_certificates().unwrap_or_default().to_vec();
-    let lifetime = shown.first().map_or(Duration::ZERO, remaining);
-    drop(permit);
-
-    shared.metrics.tunnels.inc();
-    let gauge = shared.metrics.tunnels.clone();
-    let config = shared.hbone;
-    let window = Window::new(&pod.buffers, config.stream_window, config.connection_window);
-    let context = Rc::new(Tunnel {
-        shared,
-        live,
-        pod: pod.clone(),
-        peer,
-        local,
-        source_identity,
-        own_identity: cert.identity.clone(),
-        window: window.clone(),
-        cut: Cut::default(),
-    });
-    let distrusted = async {
-        let outcome = cert.distrusted(&shown, Usage::Client).await;
-        tracing::warn!(%peer, reason = %outcome, "tunnel is cut");
-        context.cut.order(outcome);
+    let ends = (canonical(peer), canonical(local));
+    let cert = async {
+        let (_, workload) = shared.known(&pod).await?;
+        shared.certificate(&workload).await
     };
-    let expired = async {
-        tokio::select! { () = sleep(lifetime) => {}, _ = context.cut.ordered() => {} }
-    };
-    let served = server::serve(tls, config, pod.drained.clone(), expired, &window, |(request, respond)| {
+    let result = tunnel::serve(&shared, &pod, tcp, ends, cert, |proven, (request, respond)| {
+        let (shared, live, pod) = (shared.clone(), live.clone(), pod.clone());
+        let tunnel = Tunnel { shared, live, pod, proven: proven.clone() };
         // Boxed: an idle connection keeps nothing of its request.
-        let (context, request) = (context.clone(), Box::new(request));
-        workers::spawn(async move { stream(&context, request, respond).await });
+        let request = Box::new(request);
+        workers::spawn(async move { stream(&tunnel, request, respond).await });
     });
-    tokio::pin!(served);
-    // Watched as long as anything flows, and looked at first: lists may have changed during the handshake.
-    let result = tokio::select! {
-        biased;
-        () = distrusted => served.await,
-        result = &mut served => result,
-    };
-    gauge.dec();
-    result
-}
-
-/// How long the peer's certificate is still valid.
-fn remaining(leaf: &CertificateDer<'_>) -> Duration {
-    let left = tulle_certs::not_after(leaf).map_or(0, |end| end.saturating_sub(unix_now()));
-    Duration::from_secs(u64::try_from(left).unwrap_or(0))
+    if let Err(outcome) = result.await {
+        tunnel::failed(&shared, &pod, ends, &outcome);
+    }
 }
 
 /// Serves one CONNECT.
@@ -170,20 +70,20 @@ fn read(
     request: Box<http::Request<RecvStream>>,
 ) -> (ConnRecord, Result<SocketAddr, Outcome>, RecvStream) {
     let metrics = tunnel.shared.metrics.clone();
-    let mut record = ConnRecord::new(metrics, Direction::Inbound, tunnel.peer, tunnel.local);
+    let mut record = ConnRecord::new(metrics, Direction::Inbound, tunnel.proven.peer, tunnel.proven.local);
     describe(tunnel, &request, &mut record);
     (record, target(tunnel, &request), request.into_body())
 }
 
 fn describe<B>(tunnel: &Tunnel, request: &http::Request<B>, record: &mut ConnRecord) {
     let snapshot = tunnel.shared.reader.load();
-    record.source.identity = Some(tunnel.source_identity.clone());
-    record.destination.identity = Some(tunnel.own_identity.clone());
+    record.source.identity = Some(tunnel.proven.source_identity.clone());
+    record.destination.identity = Some(tunnel.proven.own_identity.clone());
     record.destination.workload = tunnel.pod.workload(&snapshot).cloned();
     // The peer's address says which workload it is only if that workload has the proven identity.
     record.source.workload = snapshot
-        .workload_by_ip(&tunnel.shared.network, tunnel.peer.ip())
-        .filter(|workload| workload.identity == tunnel.source_identity)
+        .workload_by_ip(&tunnel.shared.network, tunnel.proven.peer.ip())
+        .filter(|workload| workload.identity == tunnel.proven.source_identity)
         .cloned();
     if let Some(Ok(trace)) = headers::text(request.headers(), &headers::TRACEPARENT).map(TraceId::parse) {
         record.trace = Some(trace.to_string());
@@ -206,7 +106,7 @@ async fn carry(
     record: &mut ConnRecord,
 ) -> Outcome {
     let (shared, pod) = (&tunnel.shared, &tunnel.pod);
-    let window = tunnel.window.enter();
+    let window = tunnel.proven.window.enter();
     // First bytes may come with the request, and nobody takes them yet.
     let waiting = window.stalled();
     // Boxed: what it takes to open a connection must not weigh on it while it is idle.
@@ -214,7 +114,7 @@ async fn carry(
         let permit = pod.connection(&pod.inbound)?;
         let target = target?;
         record.hbone = Some(target);
-        let facts = Request { identity: Some(tunnel.source_identity.clone()), source: tunnel.peer.ip(), target };
+        let facts = Request { identity: Some(tunnel.proven.source_identity.clone()), source: tunnel.proven.peer.ip(), target };
         let admitted = admit(shared, &tunnel.live, pod, &facts, record).await?;
         Ok((permit, admitted))
     });
@@ -252,7 +152,7 @@ async fn carry(
         let served = Box::pin(requests::serve(connection, io, tcp, &registration, &counts));
         return tokio::select! {
             biased;
-            outcome = tunnel.cut.ordered() => outcome,
+            outcome = tunnel.proven.cut.ordered() => outcome,
             outcome = served => outcome,
         };
     }
@@ -260,7 +160,7 @@ async fn carry(
     let stop = pin!(async {
         tokio::select! {
             outcome = stopped(&pod.drained, &registration) => outcome,
-            outcome = tunnel.cut.ordered() => outcome,
+            outcome = tunnel.proven.cut.ordered() => outcome,
         }
     });
     let terms = Terms { counts: &counts, limits: shared.relay, budget: &pod.buffers };
@@ -289,20 +189,20 @@ fn accepted(workload: &Workload) -> Response<()> {
 /// The application's address: always this pod's, with the port that the authority means.
 fn target<B>(tunnel: &Tunnel, request: &http::Request<B>) -> Result<SocketAddr, Outcome> {
     match headers::destination(request)? {
-        Authority::Address(addr) if addr.ip() == tunnel.local.ip() => Ok(addr),
+        Authority::Address(addr) if addr.ip() == tunnel.proven.local.ip() => Ok(addr),
         Authority::Address(addr) => {
-            let text = format!("the tunnel to {} asked for {addr}, which is not this pod", tunnel.local.ip());
+            let text = format!("the tunnel to {} asked for {addr}, which is not this pod", tunnel.proven.local.ip());
             Err(Outcome::new(Code::WrongDestination, text))
         }
         Authority::Host(host, port) => {
             let snapshot = tunnel.shared.reader.load();
             let pod = tunnel.pod.workload(&snapshot);
-            let source = &tunnel.source_identity;
+            let source = &tunnel.proven.source_identity;
             // A foreign domain's namespace is none of ours, so nothing is open to it alone.
             let foreign = pod.is_none_or(|pod| snapshot.is_foreign(pod, source));
             let namespace = if foreign { "" } else { source.namespace() };
             let port = service_port(&snapshot, pod, namespace, &host, port)?;
-            Ok(SocketAddr::new(tunnel.local.ip(), port))
+            Ok(SocketAddr::new(tunnel.proven.local.ip(), port))
         }
     }
 }

@@ -88,12 +88,31 @@ impl Attempts<'_> {
         tcp: &TcpStream,
         record: &mut ConnRecord,
     ) -> Result<(Next, SocketAddr), Outcome> {
+        let choose = |tried: &[SocketAddr]| {
+            self.with_chance(tried, |chance| choose(snapshot, source, &self.shared.network, destination, chance))
+        };
+        self.reach_by(snapshot, source, destination.port(), choose, tcp, record).await
+    }
+
+    /// The same where `choose` decides, told what was tried, for a connection to `port` of a Service.
+    ///
+    /// # Errors
+    /// How the last attempt failed.
+    pub(super) async fn reach_by(
+        self,
+        snapshot: &Snapshot,
+        source: &Workload,
+        port: u16,
+        choose: impl Fn(&[SocketAddr]) -> Result<Plan, Outcome>,
+        tcp: &TcpStream,
+        record: &mut ConnRecord,
+    ) -> Result<(Next, SocketAddr), Outcome> {
         let begin = Instant::now();
         let mut tried: Vec<SocketAddr> = Vec::new();
         let mut said = Said::new(&self.pod.buffers);
         let mut last = None;
         loop {
-            let plan = match self.choose(snapshot, source, destination, &tried) {
+            let plan = match choose(&tried) {
                 Ok(plan) => plan,
                 // What a real attempt met says more than that nothing else is left.
                 Err(outcome) => return Err(last.unwrap_or(outcome)),
@@ -117,7 +136,7 @@ impl Attempts<'_> {
             };
             match result {
                 Ok(next) => {
-                    self.reached(&plan, destination.port());
+                    self.reached(&plan, port);
                     return Ok((next, endpoint));
                 }
                 Err(Failure { outcome, elsewhere }) => {
@@ -133,16 +152,6 @@ impl Attempts<'_> {
                 }
             }
         }
-    }
-
-    fn choose(
-        self,
-        snapshot: &Snapshot,
-        source: &Workload,
-        destination: SocketAddr,
-        tried: &[SocketAddr],
-    ) -> Result<Plan, Outcome> {
-        self.with_chance(tried, |chance| choose(snapshot, source, &self.shared.network, destination, chance))
     }
 
     /// Calls `then` with the worker's experience.

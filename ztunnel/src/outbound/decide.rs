@@ -39,8 +39,10 @@ pub struct Hbone {
     pub service: Option<Arc<Service>>,
     /// The service has endpoints besides that were not tried.
     pub others: bool,
-    /// The endpoint is a waypoint, which decides for itself where to go on.
+    /// The endpoint is a waypoint or an egress gateway, which decides for itself where to go on.
     pub through: bool,
+    /// Host and port that an egress gateway is asked for, in the place of `authority`.
+    pub name: Option<Arc<str>>,
 }
 
 /// Plain TCP.
@@ -65,7 +67,7 @@ impl Plan {
         }
     }
 
-    /// Address and port of the application, or of the waypoint.
+    /// Address and port of the application, or of the waypoint or gateway.
     pub fn endpoint(&self) -> SocketAddr {
         match self {
             Self::Hbone(plan) if plan.through => plan.address,
@@ -224,6 +226,7 @@ fn to_workload(workload: Arc<Workload>, target: SocketAddr, service: Option<Arc<
                 service,
                 others,
                 through: false,
+                name: None,
             })
         }
     }

@@ -132,7 +132,8 @@ async fn open(
         address: plan.address,
     };
     let dialer = Dialer { sockets: pod.sockets.clone(), cert, budget: pod.buffers.clone(), patience };
-    let request = headers::connect_request(&plan.authority.to_string(), headers)
+    let authority = plan.name.as_deref().map_or_else(|| plan.authority.to_string(), str::to_owned);
+    let request = headers::connect_request(&authority, headers)
         .map_err(|error| Failure::last(Outcome::new(Code::Internal, error.to_string())))?;
     pool.open(&key, &dialer, &request).await.map_err(not_opened)
 }

@@ -11,6 +11,7 @@ pub mod decide;
 mod dial;
 mod exchange;
 mod forward;
+mod gateway;
 pub mod recheck;
 mod requests;
 mod waypoint;

@@ -118,6 +118,7 @@ pub(super) fn plan(asked: &Asked<'_>, gateway: &GatewayAddress) -> Result<Option
         service: service.cloned(),
         others,
         through: true,
+        name: None,
     })))
 }
 

@@ -9,6 +9,7 @@
 pub mod datagrams;
 pub mod egress;
 mod http;
+pub mod inside;
 pub mod jwt;
 mod l4;
 pub mod network;

@@ -165,6 +165,17 @@ impl Snapshot {
         best_for(client_namespace, self.vips.group(&ip).iter().filter(|service| owns(service) && answers(service)))
     }
 
+    /// Whether an address is any Service's inside the cluster, also one that some namespaces do not see. External addresses
+    /// and ranges are not.
+    pub fn is_cluster_address(&self, network: &str, ip: IpAddr) -> bool {
+        let ip = ip.to_canonical();
+        let owns = |service: &Arc<Service>| {
+            let at = service.vips.iter().any(|(net, vip)| **net == *network && is_host(vip, ip));
+            at && !service.is_external(ip)
+        };
+        self.vips.group(&ip).iter().any(owns)
+    }
+
     /// A service by its resource name's halves.
     pub fn service(&self, namespace: &str, hostname: &str) -> Option<&Arc<Service>> {
         self.services.group(hostname).iter().find(|service| *service.namespace == *namespace)

@@ -5,6 +5,7 @@
 //! authentication past a rotated root. Verification itself is `tulle_certs`; this module binds it to rustls and to the
 //! expectation of the caller, and gives every refusal a sentence that names both identities.
 
+pub mod hello;
 mod revoked;
 mod trust;
 mod verify;
