@@ -11,6 +11,7 @@ use clap::Args;
 use clap::Parser;
 use clap::Subcommand;
 use tulle_proto::names;
+use tulle_proto::tulle_workload::EgressMode;
 
 use crate::translate::Settings;
 
@@ -84,6 +85,20 @@ pub struct Serve {
     /// A second namespace of mesh-wide policies, for those written for Istio; empty: none.
     #[arg(long, env = "TULLE_CONTROL_ISTIO_ROOT_NAMESPACE", default_value = "istio-system")]
     pub istio_root_namespace: String,
+    /// What may leave namespaces without the label tulle.dev/egress: `allow`, `audit` or `deny`.
+    #[arg(long, env = "TULLE_CONTROL_EGRESS_DEFAULT", default_value = "allow")]
+    pub egress_default: EgressDefault,
+}
+
+/// As the label has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum EgressDefault {
+    /// Everything.
+    Allow,
+    /// Everything, and it is recorded.
+    Audit,
+    /// What a policy allows.
+    Deny,
 }
 
 impl Serve {
@@ -96,6 +111,11 @@ impl Serve {
             trust_domain_aliases: self.trust_domain_aliases.clone(),
             root_namespace: self.root_namespace.clone(),
             istio_root_namespace: self.istio_root_namespace.clone(),
+            egress_default: match self.egress_default {
+                EgressDefault::Allow => EgressMode::Allow,
+                EgressDefault::Audit => EgressMode::Audit,
+                EgressDefault::Deny => EgressMode::Deny,
+            },
             now: 0,
         }
     }

@@ -38,6 +38,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("route", route),
     ("traffic-policy", traffic_policy),
     ("request-auth", request_auth),
+    ("egress-policy", egress_policy),
     ("path", path),
     ("request", request),
     ("token", token),
@@ -267,6 +268,13 @@ pub fn request(data: &[u8]) {
 /// A DestinationRule, from control.
 pub fn traffic_policy(data: &[u8]) {
     if let Err(reason) = decode::traffic_policy(data, "DestinationRule/shop/cart", "1", &mut Strings::default()) {
+        assert!(!reason.is_empty());
+    }
+}
+
+/// An EgressPolicy, from control.
+pub fn egress_policy(data: &[u8]) {
+    if let Err((_, reason)) = decode::egress_policy(data, "EgressPolicy/shop/out", "1") {
         assert!(!reason.is_empty());
     }
 }

@@ -47,6 +47,8 @@ pub const TYPE_ROUTE: &str = "type.googleapis.com/tulle.mesh.v1alpha1.Route";
 pub const TYPE_TRAFFIC_POLICY: &str = "type.googleapis.com/tulle.mesh.v1alpha1.TrafficPolicy";
 /// Type URL of [`crate::mesh::RequestAuth`].
 pub const TYPE_REQUEST_AUTH: &str = "type.googleapis.com/tulle.mesh.v1alpha1.RequestAuth";
+/// Type URL of [`crate::mesh::EgressPolicy`].
+pub const TYPE_EGRESS_POLICY: &str = "type.googleapis.com/tulle.mesh.v1alpha1.EgressPolicy";
 /// Type URL of [`crate::mesh::HttpAuthorization`].
 pub const TYPE_HTTP_AUTHORIZATION: &str = "type.googleapis.com/tulle.mesh.v1alpha1.HttpAuthorization";
 /// Beginning of the names of Authorizations that stand in for NetworkPolicies, for proxies that do not take those.

@@ -44,6 +44,7 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         "route" => vec![route().encode_to_vec()],
         "traffic-policy" => vec![traffic_policy().encode_to_vec()],
         "request-auth" => vec![request_auth().encode_to_vec()],
+        "egress-policy" => vec![egress_policy().encode_to_vec()],
         "path" => texts(&["/a/%2e%2e/b\\c//%2F", "/api/v2/é;x=1"]),
         "request" => {
             texts(&["GET /api/v2?v=2&w=%41+b\ncookie:a=b;v=2\ncookie:c=d\nhost:cart", "POST /x\nx-canary:yes"])
@@ -154,6 +155,28 @@ fn traffic_policy() -> mesh::TrafficPolicy {
         settings: Some(settings),
         ..Default::default()
     }
+}
+
+fn egress_policy() -> mesh::EgressPolicy {
+    let rule = mesh::EgressRule {
+        hosts: vec!["api.example".into(), "*.example.com".into(), "*".into()],
+        cidrs: vec![mesh::Cidr { address: vec![192, 0, 2, 0].into(), length: 24 }],
+        ports: vec![mesh::EgressPort { number: 443, protocol: 2, target: 8443 }],
+        http: Some(mesh::EgressHttp { methods: vec!["GET".into()], paths: vec!["/a/*".into(), "*".into()] }),
+        gateway: Some(mesh::EgressGateway {
+            service: Some(mesh::ServiceRef {
+                namespace: "egress".into(),
+                hostname: "out.egress.svc.cluster.local".into(),
+            }),
+        }),
+        originate: Some(mesh::EgressOrigination { server_name: "a.example".into(), roots: vec![vec![48, 0].into()] }),
+        endpoints: vec![mesh::EgressEndpoint {
+            at: Some(mesh::egress_endpoint::At::Host("b.example".into())),
+            ports: [(443, 8443)].into(),
+        }],
+        stands_for: vec![mesh::Cidr { address: vec![240, 0, 0, 1].into(), length: 32 }],
+    };
+    mesh::EgressPolicy { namespace: "shop".into(), name: "out".into(), rules: vec![rule], ..Default::default() }
 }
 
 fn request_auth() -> mesh::RequestAuth {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::base::{Change, SharedMap};
 use crate::model::condition::ObjectKey;
+use crate::model::egress::{EgressKind, EgressPolicy};
 use crate::model::meta::Meta;
 use crate::model::network::NetworkPolicy;
 use crate::model::policy::{AuthorizationPolicy, PeerAuthentication, Unenforced};
@@ -58,6 +59,8 @@ pub enum Object {
     DestinationRule(Arc<DestinationRule>),
     /// security.istio.io RequestAuthentication.
     RequestAuthentication(Arc<RequestAuthentication>),
+    /// tulle.dev EgressPolicy or networking.istio.io ServiceEntry.
+    EgressPolicy(Arc<EgressPolicy>),
     /// A kind without effect yet.
     Unenforced(Arc<Unenforced>),
 }
@@ -82,6 +85,7 @@ impl Object {
             Self::HttpRateLimit(_) => "HTTPRateLimit",
             Self::DestinationRule(_) => "DestinationRule",
             Self::RequestAuthentication(_) => "RequestAuthentication",
+            Self::EgressPolicy(object) => object.kind.name(),
             Self::Unenforced(object) => object.kind,
         }
     }
@@ -105,6 +109,7 @@ impl Object {
             Self::HttpRateLimit(object) => &object.meta,
             Self::DestinationRule(object) => &object.meta,
             Self::RequestAuthentication(object) => &object.meta,
+            Self::EgressPolicy(object) => &object.meta,
             Self::Unenforced(object) => &object.meta,
         }
     }
@@ -155,6 +160,8 @@ pub struct World {
     /// By namespace and name.
     pub request_authentications: ByKey<RequestAuthentication>,
     /// By kind, namespace and name.
+    pub egress_policies: SharedMap<(EgressKind, String, String), Arc<EgressPolicy>>,
+    /// By kind, namespace and name.
     pub unenforced: SharedMap<(&'static str, String, String), Arc<Unenforced>>,
 }
 
@@ -194,6 +201,7 @@ impl World {
             Object::HttpRateLimit(o) => change(&mut self.http_rate_limits, key, o, there),
             Object::DestinationRule(o) => change(&mut self.destination_rules, key, o, there),
             Object::RequestAuthentication(o) => change(&mut self.request_authentications, key, o, there),
+            Object::EgressPolicy(o) => change(&mut self.egress_policies, (o.kind, key.0, key.1), o, there),
             Object::Unenforced(o) => change(&mut self.unenforced, (o.kind, key.0, key.1), o, there),
         }
     }

@@ -31,6 +31,8 @@ pub enum Kind {
     NetworkPolicy,
     /// `tulle.mesh.v1alpha1.RequestAuth`.
     RequestAuth,
+    /// `tulle.mesh.v1alpha1.EgressPolicy`.
+    EgressPolicy,
     /// `istio.workload.Address`.
     Address,
     /// `tulle.mesh.v1alpha1.TrafficPolicy`.
@@ -41,11 +43,12 @@ pub enum Kind {
 
 impl Kind {
     /// All of them, in sending order.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::TrustBundle,
         Self::Authorization,
         Self::NetworkPolicy,
         Self::RequestAuth,
+        Self::EgressPolicy,
         Self::Address,
         Self::TrafficPolicy,
         Self::Route,
@@ -53,8 +56,14 @@ impl Kind {
     /// Those that every proxy of Istio's kind subscribes to.
     pub const BASIC: [Self; 2] = [Self::Authorization, Self::Address];
     /// Our own, which a proxy subscribes to only where they are advertised.
-    pub const OWN: [Self; 5] =
-        [Self::TrustBundle, Self::NetworkPolicy, Self::RequestAuth, Self::TrafficPolicy, Self::Route];
+    pub const OWN: [Self; 6] = [
+        Self::TrustBundle,
+        Self::NetworkPolicy,
+        Self::RequestAuth,
+        Self::EgressPolicy,
+        Self::TrafficPolicy,
+        Self::Route,
+    ];
 
     /// Type URL.
     pub fn type_url(self) -> &'static str {
@@ -63,6 +72,7 @@ impl Kind {
             Self::Authorization => names::TYPE_AUTHORIZATION,
             Self::NetworkPolicy => names::TYPE_NETWORK_POLICY,
             Self::RequestAuth => names::TYPE_REQUEST_AUTH,
+            Self::EgressPolicy => names::TYPE_EGRESS_POLICY,
             Self::Address => names::TYPE_ADDRESS,
             Self::TrafficPolicy => names::TYPE_TRAFFIC_POLICY,
             Self::Route => names::TYPE_ROUTE,
@@ -76,6 +86,7 @@ impl Kind {
             Self::Authorization => "Authorization",
             Self::NetworkPolicy => "NetworkPolicy",
             Self::RequestAuth => "RequestAuth",
+            Self::EgressPolicy => "EgressPolicy",
             Self::Address => "Address",
             Self::TrafficPolicy => "TrafficPolicy",
             Self::Route => "Route",

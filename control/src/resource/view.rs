@@ -32,6 +32,7 @@ pub fn resource(resource: &Resource) -> Value {
         Kind::NetworkPolicy => mesh::NetworkPolicy::decode(resource.body.clone()).map(|p| network_policy(&p)),
         Kind::Route => mesh::Route::decode(resource.body.clone()).map(|route| plain(&route)),
         Kind::TrafficPolicy => mesh::TrafficPolicy::decode(resource.body.clone()).map(|policy| plain(&policy)),
+        Kind::EgressPolicy => mesh::EgressPolicy::decode(resource.body.clone()).map(|policy| egress(&policy)),
         Kind::RequestAuth => mesh::RequestAuth::decode(resource.body.clone()).map(|auth| plain(&auth)),
     };
     json!({
@@ -122,6 +123,7 @@ fn workload(w: &workload::Workload) -> Value {
         "policyVersions": info.policy_versions,
         "networkPolicies": info.network_policies,
         "requestAuths": info.request_auths,
+        "egressPolicies": info.egress_policies,
         "groups": info.groups.iter().map(|id| group(*id)).collect::<Vec<_>>(),
     }))
 }
@@ -305,6 +307,46 @@ fn text(m: &security::StringMatch) -> String {
 /// An id as people compare it.
 fn group(id: u64) -> String {
     format!("{id:016x}")
+}
+
+fn egress(policy: &mesh::EgressPolicy) -> Value {
+    use mesh::egress_endpoint::At;
+    let cidr = |c: &mesh::Cidr| format!("{}/{}", ip(&c.address), c.length);
+    let port = |port: &mesh::EgressPort| {
+        let target = if port.target == 0 { String::new() } else { format!(" to {}", port.target) };
+        format!("{} {}{target}", port.number, port.protocol().as_str_name())
+    };
+    let endpoint = |one: &mesh::EgressEndpoint| {
+        let at = match &one.at {
+            Some(At::Address(address)) => ip(address),
+            Some(At::Host(host)) => host.clone(),
+            None => String::new(),
+        };
+        pruned(json!({"at": at, "ports": one.ports}))
+    };
+    let gateway = |gateway: &mesh::EgressGateway| {
+        gateway.service.as_ref().map(|service| format!("{}/{}", service.namespace, service.hostname))
+    };
+    let rule = |rule: &mesh::EgressRule| {
+        pruned(json!({
+            "hosts": rule.hosts,
+            "cidrs": rule.cidrs.iter().map(cidr).collect::<Vec<_>>(),
+            "ports": rule.ports.iter().map(port).collect::<Vec<_>>(),
+            "http": rule.http.as_ref().map(|http| json!({"methods": http.methods, "paths": http.paths})),
+            "gateway": rule.gateway.as_ref().and_then(gateway),
+            "originate": rule.originate.as_ref().map(|tls| json!({"serverName": tls.server_name, "roots": tls.roots.len()})),
+            "endpoints": rule.endpoints.iter().map(endpoint).collect::<Vec<_>>(),
+            "standsFor": rule.stands_for.iter().map(cidr).collect::<Vec<_>>(),
+        }))
+    };
+    pruned(json!({
+        "namespace": policy.namespace,
+        "name": policy.name,
+        "action": policy.action().as_str_name(),
+        "ceiling": policy.ceiling,
+        "rules": policy.rules.iter().map(rule).collect::<Vec<_>>(),
+        "unreadable": policy.unreadable,
+    }))
 }
 
 fn network_policy(p: &mesh::NetworkPolicy) -> Value {

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use tulle_proto::names;
 use tulle_proto::tulle_workload::EgressMode;
 
-use crate::model::{Condition, Meta, Namespace, Pod, World, in_namespace};
+use crate::model::{Condition, Namespace, Pod, World, in_namespace};
 use crate::translate::Settings;
 
 const NO_LABELS: &BTreeMap<String, String> = &BTreeMap::new();
@@ -33,13 +33,15 @@ fn namespace_labels<'a>(world: &'a World, name: &str) -> &'a BTreeMap<String, St
 }
 
 /// What may leave a namespace.
-pub(super) fn egress(world: &World, namespace: &str) -> EgressMode {
-    mode(namespace_labels(world, namespace))
+pub(super) fn egress(world: &World, namespace: &str, settings: &Settings) -> EgressMode {
+    mode(namespace_labels(world, namespace), namespace, settings)
 }
 
-fn mode(labels: &BTreeMap<String, String>) -> EgressMode {
+fn mode(labels: &BTreeMap<String, String>, namespace: &str, settings: &Settings) -> EgressMode {
     match labels.get(names::LABEL_EGRESS).map(String::as_str) {
-        None | Some("allow") => EgressMode::Allow,
+        None if is_system(namespace, settings) => EgressMode::Allow,
+        None => settings.egress_default,
+        Some("allow") => EgressMode::Allow,
         Some("audit") => EgressMode::Audit,
         Some(_) => EgressMode::Deny,
     }
@@ -51,18 +53,18 @@ pub(super) fn enrolled(pod: &Pod, world: &World, settings: &Settings) -> bool {
         return false;
     }
     let labels = namespace_labels(world, &pod.meta.namespace);
-    if mode(labels) == EgressMode::Deny {
+    if mode(labels, &pod.meta.namespace, settings) == EgressMode::Deny {
         return true;
     }
     let of_namespace = label(labels);
-    if of_namespace.is_none() && excluded(&pod.meta, settings) {
+    if of_namespace.is_none() && is_system(&pod.meta.namespace, settings) {
         return false;
     }
     label(&pod.meta.labels).or(of_namespace).unwrap_or(false)
 }
 
-fn excluded(pod: &Meta, settings: &Settings) -> bool {
-    matches!(pod.namespace.as_str(), "kube-system" | "istio-system") || pod.namespace == settings.root_namespace
+fn is_system(namespace: &str, settings: &Settings) -> bool {
+    matches!(namespace, "kube-system" | "istio-system") || namespace == settings.root_namespace
 }
 
 /// True if the pod is reached over HBONE: enrolled, and its capture is not still pending.
@@ -72,7 +74,7 @@ pub(super) fn speaks_hbone(pod: &Pod, world: &World, settings: &Settings) -> boo
 }
 
 /// What there is to say about a namespace's labels.
-pub(super) fn conditions(namespace: &Namespace, world: &World, _settings: &Settings) -> Vec<Condition> {
+pub(super) fn conditions(namespace: &Namespace, world: &World, settings: &Settings) -> Vec<Condition> {
     let meta = &namespace.meta;
     let mut found = Vec::new();
     for (key, allowed) in [
@@ -93,12 +95,12 @@ pub(super) fn conditions(namespace: &Namespace, world: &World, _settings: &Setti
             format!("Label {key} has the value `{value}`, which means nothing; {consequence}"),
         ));
     }
-    if mode(&meta.labels) == EgressMode::Deny {
+    if mode(&meta.labels, &meta.name, settings) == EgressMode::Deny {
         found.push(Condition::holding(
             "EgressDenied",
-            "NotEnforcedWhole",
-            "Enrolled pods may reach nothing outside the mesh; allowing single destinations, and the fence against \
-             privileged containers, come with egress control"
+            "Enforced",
+            "Pods may reach nothing outside the cluster that no EgressPolicy or ServiceEntry allows; nodes report pods that \
+             they cannot fence as Unfenced"
                 .into(),
         ));
         let unfenced: Vec<&str> = in_namespace(&world.pods, &meta.name)

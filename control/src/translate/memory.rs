@@ -15,6 +15,7 @@ use crate::translate::Settings;
 use crate::translate::authorization;
 use crate::translate::datagrams;
 use crate::translate::dns;
+use crate::translate::egress;
 use crate::translate::endpoints::Endpoints;
 use crate::translate::enrol;
 use crate::translate::groups::Groups;
@@ -208,7 +209,8 @@ impl Memory {
         let auths = world.request_authentications.values();
         let request = auths.filter(|auth| request_auth::applies(auth, pod, world, &self.endpoints, settings));
         let request = request.map(|auth| request_auth::name(auth)).collect();
-        workload::Policies { authorization, network, groups: membership.groups, request }
+        let egress = egress::of_pod(pod, world, settings);
+        workload::Policies { authorization, network, groups: membership.groups, request, egress }
     }
 
     /// Endpoints that are no pods.

@@ -8,6 +8,7 @@ mod aliases;
 mod authorization;
 mod datagrams;
 mod dns;
+mod egress;
 mod endpoints;
 mod enrol;
 mod groups;
@@ -30,6 +31,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use tulle_proto::names;
+use tulle_proto::tulle_workload::EgressMode;
 
 pub use datagrams::endpoints as datagram_endpoints;
 pub use memory::Memory;
@@ -53,6 +55,8 @@ pub struct Settings {
     pub root_namespace: String,
     /// A second such namespace, for what was written for Istio; empty: none.
     pub istio_root_namespace: String,
+    /// What may leave namespaces without a label that says so. Not for system namespaces, which say for themselves.
+    pub egress_default: EgressMode,
     /// The moment, Unix seconds, for conditions about what has expired. Resources do not depend on it.
     pub now: i64,
 }
@@ -66,6 +70,7 @@ impl Default for Settings {
             trust_domain_aliases: Vec::new(),
             root_namespace: names::DEFAULT_ROOT_NAMESPACE.into(),
             istio_root_namespace: "istio-system".into(),
+            egress_default: EgressMode::Allow,
             now: 0,
         }
     }
@@ -188,6 +193,11 @@ fn whole(world: &World, settings: &Settings, mtls: &mtls::Plan<'_>, conditions: 
     let (mut resources, of_bundles) = trust::translate(world, settings);
     of_bundles.into_iter().for_each(|(meta, condition)| conditions.add("ClusterTrustBundle", meta, condition));
     resources.extend(mtls.resources());
+    for policy in world.egress_policies.values() {
+        let (resource, said) = egress::translate(policy, world, settings);
+        resources.push(resource);
+        conditions.extend(policy.kind.name(), &policy.meta, &said);
+    }
     l7(world, settings, &mut resources, conditions);
     resources
 }

@@ -83,7 +83,7 @@ fn peer(policy: &NetworkPolicy, peer: &NetworkPeer, groups: &Groups) -> mesh::Ne
     mesh::NetworkPeer { peer: Some(peer) }
 }
 
-fn cidr(net: &ipnet::IpNet) -> mesh::Cidr {
+pub(super) fn cidr(net: &ipnet::IpNet) -> mesh::Cidr {
     mesh::Cidr { address: octets(&net.network()).into(), length: net.prefix_len().into() }
 }
 

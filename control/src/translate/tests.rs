@@ -36,6 +36,7 @@ fn show(translation: Translation) -> Value {
     // Most cases have none of these.
     for (key, kind) in [
         ("requestAuths", Kind::RequestAuth),
+        ("egressPolicies", Kind::EgressPolicy),
         ("routes", Kind::Route),
         ("trafficPolicies", Kind::TrafficPolicy),
         ("trustBundles", Kind::TrustBundle),

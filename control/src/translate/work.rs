@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use crate::base::Change;
 use crate::model::{
-    AuthorizationPolicy, EndpointSlice, Key, LegacyEndpoints, Namespace, NetworkPolicy, ObjectChange,
-    PeerAuthentication, Pod, RequestAuthentication, Service, World, in_namespace,
+    AuthorizationPolicy, EgressKind, EgressPolicy, EndpointSlice, Key, LegacyEndpoints, Namespace, NetworkPolicy,
+    ObjectChange, PeerAuthentication, Pod, RequestAuthentication, Service, World, in_namespace,
 };
 use crate::translate::Settings;
 use crate::translate::endpoints::Outside;
@@ -28,6 +28,7 @@ pub(super) struct Changed<'a> {
     pub(super) peer_authentications: Vec<ObjectChange<'a, PeerAuthentication>>,
     pub(super) network_policies: Vec<ObjectChange<'a, NetworkPolicy>>,
     pub(super) request_authentications: Vec<ObjectChange<'a, RequestAuthentication>>,
+    pub(super) egress_policies: Vec<Change<'a, (EgressKind, String, String), Arc<EgressPolicy>>>,
     /// Nodes that are somewhere else now.
     pub(super) moved_nodes: BTreeSet<String>,
     /// The pods on those.
@@ -51,6 +52,7 @@ impl<'a> Changed<'a> {
             peer_authentications: new.peer_authentications.changes_since(&old.peer_authentications),
             network_policies: new.network_policies.changes_since(&old.network_policies),
             request_authentications: new.request_authentications.changes_since(&old.request_authentications),
+            egress_policies: new.egress_policies.changes_since(&old.egress_policies),
             moved_pods: pods.unwrap_or_default(),
             moved_nodes,
         }
@@ -97,6 +99,9 @@ impl Work {
         }
         for auth in &changed.request_authentications {
             work.below(&auth.key.0, settings);
+        }
+        for policy in &changed.egress_policies {
+            work.below(&policy.key.1, settings);
         }
         work
     }

@@ -29,6 +29,8 @@ pub(super) struct Policies {
     pub(super) groups: Vec<u64>,
     /// RequestAuthentications that apply to it.
     pub(super) request: Vec<String>,
+    /// EgressPolicies and ServiceEntries about it.
+    pub(super) egress: Vec<String>,
 }
 
 /// What a pod's workload is made of besides the pod itself.
@@ -66,6 +68,7 @@ pub(super) fn translate(pod: &Pod, facts: &Facts, settings: &Settings) -> Resour
         groups: facts.policies.groups.clone(),
         network_policies: facts.policies.network.clone(),
         request_auths: facts.policies.request.clone(),
+        egress_policies: if facts.egress == EgressMode::Allow { Vec::new() } else { facts.policies.egress.clone() },
         hints: facts.hints.clone(),
         probe_ports: pod.probe_ports.iter().map(|port| (*port).into()).collect(),
         hostname: if pod.subdomain.is_empty() { String::new() } else { pod.hostname.clone() },
@@ -121,7 +124,11 @@ fn hints(of_services: &ServiceHints) -> Vec<EndpointHints> {
 }
 
 fn egress(pod: &Pod, world: &World, settings: &Settings) -> EgressMode {
-    if enrol::enrolled(pod, world, settings) { enrol::egress(world, &pod.meta.namespace) } else { EgressMode::Allow }
+    if enrol::enrolled(pod, world, settings) {
+        enrol::egress(world, &pod.meta.namespace, settings)
+    } else {
+        EgressMode::Allow
+    }
 }
 
 fn unless_default(value: &str, default: &str) -> String {

@@ -3,10 +3,11 @@
 //! Istio's algebra (DENY before ALLOW; no ALLOW means allow), with the additions that keep it from failing open: a
 //! policy that has not arrived refuses, and a part of a policy that cannot be evaluated counts against the connection.
 //! The same function answers live traffic, the re-check of live connections and `tulle explain`. [`network`] is the sibling
-//! for NetworkPolicies, which must allow as well, and [`datagrams`] their form for the kernel. [`evaluate_request`] decides one
+//! for NetworkPolicies, which must allow as well, and [`datagrams`] their form for the kernel; [`egress`] says what may leave the cluster. [`evaluate_request`] decides one
 //! request by the HTTP fields too, with the token that [`jwt`] has verified.
 
 pub mod datagrams;
+pub mod egress;
 mod http;
 pub mod inside;
 pub mod jwt;

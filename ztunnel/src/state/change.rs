@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use crate::state::{
-    NetworkPolicy, Policy, Record, RequestAuth, Route, ServiceSpec, TrafficPolicy, TrustBundle, Workload,
+    EgressPolicy, NetworkPolicy, Policy, Record, RequestAuth, Route, ServiceSpec, TrafficPolicy, TrustBundle, Workload,
 };
 
 /// One thing that control said.
@@ -44,6 +44,10 @@ pub enum Change {
     RequestAuth(Arc<RequestAuth>),
     /// A RequestAuthentication cannot be read: this stand-in takes its place unless a good version is held.
     RequestAuthRejected(Arc<RequestAuth>),
+    /// An EgressPolicy, or what a ServiceEntry allows, is so.
+    EgressPolicy(Arc<EgressPolicy>),
+    /// One that cannot be read: this stand-in takes its place unless a good version is held.
+    EgressPolicyRejected(Arc<EgressPolicy>),
     /// The resource of this name is gone.
     OwnRemoved(OwnType, Arc<str>),
     /// Control offers the type, so nothing is complete without it.
@@ -69,6 +73,8 @@ pub enum OwnType {
     RequestAuth,
     /// Roots of other trust domains.
     TrustBundle,
+    /// EgressPolicies and ServiceEntries.
+    EgressPolicy,
 }
 
 impl OwnType {

@@ -48,6 +48,7 @@ pub fn workload(namespace: &str, name: &str, ip: &str) -> Workload {
         groups: Box::default(),
         network_policies: Vec::new(),
         request_auths: Vec::new(),
+        egress_policies: Vec::new(),
         dns_name: None,
         canonical_name: name.into(),
         canonical_revision: "latest".into(),

@@ -1,4 +1,5 @@
-//! What is known of HTTP: routes by Service, traffic policies by Service, RequestAuthentications by name.
+//! What is known of HTTP and of the way out: routes by Service, traffic policies by Service, RequestAuthentications and
+//! EgressPolicies by name.
 //!
 //! Kept apart from the rest of the snapshot and shared as one: there are few of these objects and they change rarely, so a
 //! change rebuilds the lists of the Services that it touches, in the order in which a request tries them, and a request only
@@ -8,8 +9,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use crate::state::{
-    PathMatch, RequestAuth, Route, RouteMatch, RouteRule, Service, ServiceName, Snapshot, TrafficPolicy, TrafficScope,
-    TrafficSettings,
+    EgressPolicy, PathMatch, RequestAuth, Route, RouteMatch, RouteRule, Service, ServiceName, Snapshot, TrafficPolicy,
+    TrafficScope, TrafficSettings,
 };
 
 /// One match of one rule, in the order in which requests try them.
@@ -84,6 +85,7 @@ pub(super) struct L7 {
     traffic: BTreeMap<Arc<str>, Arc<TrafficPolicy>>,
     traffic_of: ByNamespace<Vec<Arc<TrafficPolicy>>>,
     request_auths: BTreeMap<Arc<str>, Arc<RequestAuth>>,
+    egress: BTreeMap<Arc<str>, Arc<EgressPolicy>>,
 }
 
 impl L7 {
@@ -185,6 +187,25 @@ impl L7 {
         self.request_auths.remove(id).is_some()
     }
 
+    pub(super) fn put_egress(&mut self, policy: Arc<EgressPolicy>) -> bool {
+        let old = self.egress.insert(policy.id.clone(), policy.clone());
+        old != Some(policy)
+    }
+
+    /// A stand-in takes the place of nothing that can be read.
+    pub(super) fn reject_egress(&mut self, stand_in: Arc<EgressPolicy>) -> bool {
+        let held = self.egress.get(&stand_in.id);
+        held.is_none_or(|held| held.unreadable.is_some()) && self.put_egress(stand_in)
+    }
+
+    pub(super) fn remove_egress(&mut self, id: &str) -> bool {
+        self.egress.remove(id).is_some()
+    }
+
+    pub(super) fn egress_policy(&self, id: &str) -> Option<&Arc<EgressPolicy>> {
+        self.egress.get(id)
+    }
+
     pub(super) fn request_auth(&self, id: &str) -> Option<&Arc<RequestAuth>> {
         self.request_auths.get(id)
     }
@@ -246,6 +267,11 @@ impl Snapshot {
     /// Every route in force, by resource name.
     pub fn routes(&self) -> impl Iterator<Item = &Arc<Route>> {
         self.l7.routes.values()
+    }
+
+    /// An EgressPolicy or ServiceEntry in force, by resource name.
+    pub fn egress_policy(&self, id: &str) -> Option<&Arc<EgressPolicy>> {
+        self.l7.egress_policy(id)
     }
 
     /// A RequestAuthentication in force, by resource name.

@@ -15,6 +15,7 @@
 mod change;
 mod cow;
 mod demand;
+mod egress;
 mod endpoints;
 #[cfg(test)]
 pub mod fixtures;
@@ -42,6 +43,10 @@ mod workload;
 
 pub use change::{Change, OwnType};
 pub use demand::{Demands, Lease, address_name};
+pub use egress::{
+    EGRESS_POLICY, EgressEndpoint, EgressHttp, EgressPath, EgressPlace, EgressPolicy, EgressPort, EgressProtocol,
+    EgressRule, HostPattern, Origination, SERVICE_ENTRY,
+};
 pub use endpoints::{Candidate, Endpoints, PortTable, PortTables, Ports, Tiers};
 pub use http_rules::{Element, Group, HttpMatch, HttpRule, PathPattern};
 pub use l7::RouteEntry;

@@ -74,6 +74,7 @@ struct Rare {
     hints: Box<[EndpointHints]>,
     policy_versions: Box<[(Arc<str>, Arc<str>)]>,
     request_auths: Box<[Arc<str>]>,
+    egress_policies: Box<[Arc<str>]>,
     waypoint: Option<Box<GatewayAddress>>,
     network_gateway: Option<Box<GatewayAddress>>,
     application_tunnel: Option<ApplicationTunnel>,
@@ -253,8 +254,10 @@ impl Record {
 
     /// Every policy that it names.
     pub(super) fn named(&self) -> impl Iterator<Item = &Arc<str>> {
-        let auths = self.shape.rare.as_ref().map_or(&[][..], |rare| &rare.request_auths);
-        self.shape.policies.iter().chain(&self.shape.network_policies).chain(auths)
+        let rare = self.shape.rare.as_ref();
+        let auths = rare.map_or(&[][..], |rare| &rare.request_auths);
+        let egress = rare.map_or(&[][..], |rare| &rare.egress_policies);
+        self.shape.policies.iter().chain(&self.shape.network_policies).chain(auths).chain(egress)
     }
 
     /// The policies that it names, with the version that control had in mind.
@@ -415,6 +418,7 @@ impl Record {
             policies: shape.policies.to_vec(),
             policy_versions: rare.policy_versions.iter().cloned().collect(),
             request_auths: rare.request_auths.to_vec(),
+            egress_policies: rare.egress_policies.to_vec(),
             policies_pending: self.policies_pending(),
             egress: shape.egress,
             pod_uid: pod_uid.into(),
@@ -441,6 +445,7 @@ fn shape_of(from: &Workload) -> Shape {
         hints: from.hints.clone(),
         policy_versions: from.policy_versions.iter().map(|(id, version)| (id.clone(), version.clone())).collect(),
         request_auths: from.request_auths.as_slice().into(),
+        egress_policies: from.egress_policies.as_slice().into(),
         waypoint: from.waypoint.clone(),
         network_gateway: from.network_gateway.clone(),
         application_tunnel: from.application_tunnel,
@@ -530,6 +535,7 @@ mod tests {
             policies: vec!["shop/p".into(), "shop/q".into()],
             policy_versions: [("shop/p".into(), "v".into())].into(),
             request_auths: vec!["RequestAuthentication/shop/users".into()],
+            egress_policies: vec!["EgressPolicy/shop/out".into()],
             policies_pending: true,
             egress: EgressMode::Deny,
             probe_ports: vec![8080, 9090],

@@ -200,6 +200,8 @@ impl Writer {
                 | Change::TrafficPolicy(_)
                 | Change::RequestAuth(_)
                 | Change::RequestAuthRejected(_)
+                | Change::EgressPolicy(_)
+                | Change::EgressPolicyRejected(_)
                 | Change::OwnRemoved(..) => self.put_own(change),
                 Change::OwnExpected(own) => self.next.own_expected |= own.bit(),
                 Change::OwnSynced(own) => self.next.own_synced |= own.bit(),
@@ -259,6 +261,14 @@ impl Writer {
                 let (id, version) = (stand_in.id.clone(), stand_in.version.clone());
                 (id, Some(version), l7.reject_request_auth(stand_in))
             }
+            Change::EgressPolicy(policy) => {
+                self.zombies.remove(&policy.id);
+                (policy.id.clone(), Some(policy.version.clone()), l7.put_egress(policy))
+            }
+            Change::EgressPolicyRejected(stand_in) => {
+                self.zombies.remove(&stand_in.id);
+                (stand_in.id.clone(), Some(stand_in.version.clone()), l7.reject_egress(stand_in))
+            }
             Change::TrustBundle(bundle) => {
                 let changed = self.next.trust.get(&bundle.trust_domain) != Some(&bundle.roots);
                 if changed {
@@ -279,6 +289,12 @@ impl Writer {
             Change::OwnRemoved(OwnType::RequestAuth, id) => {
                 // It stays in force as long as a workload names it.
                 if l7.request_auth(&id).is_some() {
+                    self.zombies.insert(id);
+                }
+                return;
+            }
+            Change::OwnRemoved(OwnType::EgressPolicy, id) => {
+                if l7.egress_policy(&id).is_some() {
                     self.zombies.insert(id);
                 }
                 return;
@@ -625,6 +641,10 @@ impl Writer {
             }
             if self.next.l7.request_auth(&id).is_some() {
                 Arc::make_mut(&mut self.next.l7).remove_request_auth(&id);
+                self.note(LogName::Own(id.clone()), None);
+            }
+            if self.next.l7.egress_policy(&id).is_some() {
+                Arc::make_mut(&mut self.next.l7).remove_egress(&id);
                 self.note(LogName::Own(id), None);
             }
         }

@@ -244,6 +244,8 @@ pub struct Workload {
     pub network_policies: Vec<Arc<str>>,
     /// RequestAuthentications that apply to it, `RequestAuthentication/<namespace>/<name>`.
     pub request_auths: Vec<Arc<str>>,
+    /// EgressPolicies and ServiceEntries about what it may reach outside, by resource name.
+    pub egress_policies: Vec<Arc<str>>,
     /// Its name below a service's. `None`: that of its address.
     pub dns_name: Option<Box<DnsName>>,
     /// Canonical service name, for telemetry.

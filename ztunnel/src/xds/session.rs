@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
 use tulle_proto::names::{
-    MORE, TOGETHER, TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY, TYPE_REQUEST_AUTH, TYPE_ROUTE,
-    TYPE_TRAFFIC_POLICY, TYPE_TRUST_BUNDLE,
+    MORE, TOGETHER, TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_EGRESS_POLICY, TYPE_NETWORK_POLICY, TYPE_REQUEST_AUTH,
+    TYPE_ROUTE, TYPE_TRAFFIC_POLICY, TYPE_TRUST_BUNDLE,
 };
 
 use crate::state::{Change, OwnType, Record, Shapes};
@@ -283,7 +283,12 @@ impl Session {
 /// decided for.
 pub fn own_types(network_policy: bool) -> impl Iterator<Item = &'static str> {
     let network = network_policy.then_some(TYPE_NETWORK_POLICY);
-    [TYPE_TRUST_BUNDLE].into_iter().chain(network).chain([TYPE_REQUEST_AUTH, TYPE_TRAFFIC_POLICY, TYPE_ROUTE])
+    [TYPE_TRUST_BUNDLE].into_iter().chain(network).chain([
+        TYPE_REQUEST_AUTH,
+        TYPE_EGRESS_POLICY,
+        TYPE_TRAFFIC_POLICY,
+        TYPE_ROUTE,
+    ])
 }
 
 /// The types whose changes say of which they are.
@@ -293,6 +298,7 @@ fn own_type(url: &str) -> Option<OwnType> {
         TYPE_TRAFFIC_POLICY => Some(OwnType::TrafficPolicy),
         TYPE_REQUEST_AUTH => Some(OwnType::RequestAuth),
         TYPE_TRUST_BUNDLE => Some(OwnType::TrustBundle),
+        TYPE_EGRESS_POLICY => Some(OwnType::EgressPolicy),
         _ => None,
     }
 }

@@ -5,6 +5,7 @@
 //! server would have dropped them, but not in policies, where a misspelt field would silently mean something else.
 
 mod core;
+mod egress;
 mod network;
 mod policy;
 mod route;
@@ -18,11 +19,7 @@ use crate::model::{Meta, Object, Owner, RouteKind, Unenforced};
 use crate::source::tree::{Cursor, FieldError, Node, Read};
 
 /// Kinds that are read so that a condition can say that they have no effect yet.
-const UNENFORCED: &[(&str, &str)] = &[
-    ("gateway.networking.k8s.io", "ReferenceGrant"),
-    ("networking.istio.io", "ServiceEntry"),
-    ("tulle.dev", "EgressPolicy"),
-];
+const UNENFORCED: &[(&str, &str)] = &[("gateway.networking.k8s.io", "ReferenceGrant")];
 
 /// What one document holds.
 #[derive(Debug, Default, PartialEq)]
@@ -132,9 +129,9 @@ fn decoder(group: &str, kind: &str) -> Option<Decode> {
         ("tulle.dev", "HTTPFault") => |at, m, e| plain(route::fault(at, m), e),
         ("tulle.dev", "HTTPRateLimit") => |at, m, e| plain(route::rate_limit(at, m), e),
         ("networking.istio.io", "DestinationRule") => |at, m, e| plain(traffic::destination_rule(at, m), e),
-        ("networking.istio.io", "ServiceEntry") => |_, m, e| unenforced("ServiceEntry", m, e),
+        ("networking.istio.io", "ServiceEntry") => egress::entry,
         ("security.istio.io", "RequestAuthentication") => traffic::request_authentication,
-        ("tulle.dev", "EgressPolicy") => |_, m, e| unenforced("EgressPolicy", m, e),
+        ("tulle.dev", "EgressPolicy") => egress::policy,
         _ => {
             debug_assert!(!UNENFORCED.contains(&(group, kind)));
             return None;

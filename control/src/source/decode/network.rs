@@ -21,7 +21,7 @@ const MAX_ITEMS: usize = 16_384;
 
 pub(super) fn network(at: &Cursor<'_>, meta: Meta, error: Option<FieldError>) -> PolicyResult {
     let spec = at.get("spec");
-    let pods = spec.map().and_then(|_| selector(&spec.get("podSelector")));
+    let pods = spec.map().and_then(|_| selector(&spec.get("podSelector"), &[]));
     let directions = directions(&spec);
     let rules = match (&error, &pods, &directions) {
         (Some(error), ..) | (None, Err(error), _) | (None, _, Err(error)) => Err(error.clone()),
@@ -93,8 +93,8 @@ fn peer(at: &Cursor<'_>) -> Read<NetworkPeer> {
         (false, false) => Err(block.error("cannot stand beside podSelector or namespaceSelector")),
         (true, false) => ip_block(&block),
         (false, true) => Ok(NetworkPeer::Pods {
-            namespaces: if namespaces.is_absent() { None } else { Some(selector(&namespaces)?) },
-            pods: selector(&pods)?,
+            namespaces: if namespaces.is_absent() { None } else { Some(selector(&namespaces, &[])?) },
+            pods: selector(&pods, &[])?,
         }),
     }
 }
@@ -114,7 +114,7 @@ fn ip_block(at: &Cursor<'_>) -> Read<NetworkPeer> {
     Ok(NetworkPeer::Block { cidr, except })
 }
 
-fn net(text: &str, at: &Cursor<'_>) -> Read<IpNet> {
+pub(super) fn net(text: &str, at: &Cursor<'_>) -> Read<IpNet> {
     text.parse::<IpNet>().map(|net| net.trunc()).map_err(|_| at.error(format!("`{text}` is not a CIDR block")))
 }
 
@@ -138,9 +138,9 @@ fn port(at: &Cursor<'_>) -> Read<NetworkPort> {
     Ok(NetworkPort { protocol: transport(&at.get("protocol"))?, port: matched })
 }
 
-/// Kubernetes' label selector.
-fn selector(at: &Cursor<'_>) -> Read<Selector> {
-    at.only(&["matchLabels", "matchExpressions"])?;
+/// Kubernetes' label selector, which may have these fields `besides`.
+pub(super) fn selector(at: &Cursor<'_>, besides: &[&str]) -> Read<Selector> {
+    at.only(&[&["matchLabels", "matchExpressions"], besides].concat())?;
     let mut selector = Selector::of_labels(text_map(&at.get("matchLabels"))?);
     for item in bounded(&at.get("matchExpressions"))? {
         item.only(&["key", "operator", "values"])?;

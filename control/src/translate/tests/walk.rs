@@ -188,6 +188,23 @@ fn tokens(dice: &mut Dice, name: &str) -> String {
     )
 }
 
+fn egress(dice: &mut Dice, name: &str) -> String {
+    let (meta, selector) = (dice.meta("x", name, RANKS), dice.pick(&SELECTORS[..3]));
+    let ceiling = dice.pick(&["", "", "ceiling: true,"]);
+    let gateway = dice.pick(&["", ", via: {gateway: {namespace: a, name: s1}}"]);
+    let entry = dice.pick(&["", "exportTo: ['.'],", "exportTo: ['*'],"]);
+    if dice.pick(&["entry", "policy", "policy"]) == "entry" {
+        return format!(
+            "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{{meta}}}\n\
+             spec: {{{entry} hosts: [api.example], ports: [{{number: 443, name: tls, protocol: TLS}}]}}\n"
+        );
+    }
+    format!(
+        "apiVersion: tulle.dev/v1alpha1\nkind: EgressPolicy\nmetadata: {{{meta}}}\n\
+         spec: {{selector: {selector}, {ceiling} rules: [{{hosts: [api.example]{gateway}}}]}}\n"
+    )
+}
+
 /// A kind of object: a description of the `name`th.
 type Make = fn(&mut Dice, &str) -> String;
 
@@ -212,6 +229,8 @@ const KINDS: &[Make] = &[
     route,
     traffic,
     tokens,
+    egress,
+    egress,
 ];
 
 /// Names of what differs, which is easier to read than all there is.

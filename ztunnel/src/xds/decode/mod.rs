@@ -4,8 +4,9 @@
 //! a value or a sentence, never a panic, and each resource is judged alone. A resource with a value that this program
 //! does not know (an enum of a later version) is rejected rather than guessed at, with the exceptions that the .proto
 //! files name. [`address`], [`authorization`], [`network_policy`], [`route`], [`traffic_policy`],
-//! [`request_auth`] and [`trust_bundle`] are the fuzz targets.
+//! [`request_auth`], [`egress_policy`] and [`trust_bundle`] are the fuzz targets.
 
+mod egress;
 mod field;
 mod http_rules;
 mod network;
@@ -21,14 +22,14 @@ use std::sync::Arc;
 use prost::Message;
 use tulle_proto::discovery::Resource;
 use tulle_proto::names::{
-    TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_NETWORK_POLICY, TYPE_REQUEST_AUTH, TYPE_ROUTE, TYPE_TRAFFIC_POLICY,
-    TYPE_TRUST_BUNDLE,
+    TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_EGRESS_POLICY, TYPE_NETWORK_POLICY, TYPE_REQUEST_AUTH, TYPE_ROUTE,
+    TYPE_TRAFFIC_POLICY, TYPE_TRUST_BUNDLE,
 };
 use tulle_proto::workload::Address;
 use tulle_proto::workload::address::Type;
 
 use crate::state::{
-    Change, NETWORK_POLICY, NetworkPolicy, Policy, RequestAuth, Route, Scope, TrafficPolicy, TrustBundle,
+    Change, EgressPolicy, NETWORK_POLICY, NetworkPolicy, Policy, RequestAuth, Route, Scope, TrafficPolicy, TrustBundle,
 };
 
 pub use field::Strings;
@@ -108,6 +109,14 @@ pub fn request_auth(bytes: &[u8], id: &str, version: &str) -> Result<RequestAuth
     traffic::request_auth(bytes, id, version)
 }
 
+/// Decodes a `tulle.mesh.v1alpha1.EgressPolicy` with the resource name `id`.
+///
+/// # Errors
+/// Whether it is, or may be, a ceiling, and what is wrong, as one clause.
+pub fn egress_policy(bytes: &[u8], id: &str, version: &str) -> Result<EgressPolicy, (bool, String)> {
+    egress::policy(bytes, id, version)
+}
+
 /// Decodes one resource of an own type that is no NetworkPolicy, for the node of this name.
 pub(super) fn own_resource(
     resource: &Resource,
@@ -124,6 +133,14 @@ pub(super) fn own_resource(
             traffic_policy(bytes, id, version, strings).map(|policy| Change::TrafficPolicy(Arc::new(policy)))
         }
         TYPE_TRUST_BUNDLE => trust_bundle(bytes, id, version).map(|bundle| Change::TrustBundle(Arc::new(bundle))),
+        TYPE_EGRESS_POLICY => match egress_policy(bytes, id, version) {
+            Ok(policy) => Ok(Change::EgressPolicy(Arc::new(policy))),
+            Err((ceiling, reason)) => {
+                let (id, version) = (id.as_str().into(), version.as_str().into());
+                let stand_in = EgressPolicy::allows_nothing(&id, &version, ceiling, &reason);
+                return Err((rejected(reason), Some(Change::EgressPolicyRejected(Arc::new(stand_in)))));
+            }
+        },
         TYPE_REQUEST_AUTH => match request_auth(bytes, id, version) {
             Ok(auth) => Ok(Change::RequestAuth(Arc::new(auth))),
             Err(reason) => {

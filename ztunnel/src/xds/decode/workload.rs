@@ -92,6 +92,7 @@ pub(super) fn workload(from: wire::Workload, version: &str, strings: &mut String
         groups: sorted(info.groups),
         network_policies: info.network_policies.iter().map(|id| strings.share(id)).collect(),
         request_auths: info.request_auths.iter().map(|id| strings.share(id)).collect(),
+        egress_policies: info.egress_policies.iter().map(|id| strings.share(id)).collect(),
         canonical_name: strings.share(&from.canonical_name),
         canonical_revision: strings.share(&from.canonical_revision),
         workload_name: strings.share(&from.workload_name),
