@@ -79,6 +79,8 @@ pub const METADATA_TULLE_VERSION: &str = "TULLE_VERSION";
 /// Node metadata key with the own types that the proxy will subscribe to where they are offered, as in
 /// [`HEADER_TULLE_TYPES`]: type URLs, separated by commas.
 pub const METADATA_TULLE_TYPES: &str = "TULLE_TYPES";
+/// Node metadata key with the name of the egress gateway that the proxy is, in its pod's namespace.
+pub const METADATA_TULLE_GATEWAY: &str = "TULLE_GATEWAY";
 /// Metadata key of a certificate request made on behalf of a pod.
 pub const METADATA_IMPERSONATED: &str = "ImpersonatedIdentity";
 

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::Node;
+use crate::config::gateway::Gateway;
 
 #[derive(Parser)]
 #[command(name = "ztunnel", about = "Tulle's node proxy", disable_version_flag = true)]
@@ -20,6 +21,8 @@ enum Command {
     /// Proxy the pods of this node (the default).
     #[command(alias = "proxy")]
     Node(Box<NodeArgs>),
+    /// Lead pods' connections out of the cluster, from one address, to hosts that are asked for by name.
+    Gateway(Box<Gateway>),
     /// Print the version.
     Version,
 }
@@ -47,6 +50,7 @@ pub fn main() -> ExitCode {
             Ok(())
         }
         Command::Node(args) => crate::app::run(args.node),
+        Command::Gateway(config) => crate::app::gateway::run(*config),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

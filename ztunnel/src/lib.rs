@@ -40,6 +40,8 @@ pub mod dns;
 pub mod inbound;
 /// From a captured application connection to its next hop.
 pub mod outbound;
+/// The egress gateway: from a tunnel to a host outside.
+pub mod gateway;
 /// Status, dumps, metrics, readiness.
 pub mod admin;
 /// Flags and environment.

@@ -275,7 +275,12 @@ fn identify(caller: &authn::Caller, node: Option<&Node>) -> Result<(String, Stri
         )));
     }
     let version = metadata(node, names::METADATA_TULLE_VERSION).unwrap_or_default();
-    Ok((name.to_owned(), version.chars().take(64).collect()))
+    // A gateway runs on a node and is not its proxy: it must not be taken for that, nor take its place.
+    let name = match metadata(node, names::METADATA_TULLE_GATEWAY) {
+        Some(_) => format!("gateway {}/{} on {name}", caller.namespace, caller.service_account),
+        None => name.to_owned(),
+    };
+    Ok((name, version.chars().take(64).collect()))
 }
 
 /// Own types that this version serves, by URL, as the header lists them.

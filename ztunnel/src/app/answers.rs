@@ -33,6 +33,8 @@ pub struct Answers {
     pub monitor: Monitor,
     /// What this process took over.
     pub before: Arc<Taken>,
+    /// What is waited for besides.
+    pub more: Option<Arc<dyn Fn() -> Vec<String> + Send + Sync>>,
 }
 
 impl Answers {
@@ -65,6 +67,7 @@ impl Answers {
             pending.push(format!("the first description of the mesh from control{why}"));
         }
         pending.extend(self.pods.pending());
+        pending.extend(self.more.iter().flat_map(|more| more()));
         pending
     }
 

@@ -8,6 +8,7 @@ pub mod answers;
 mod dump;
 mod explain;
 pub mod federation;
+pub mod gateway;
 pub mod handover;
 pub mod pods;
 pub mod resolver;
@@ -142,6 +143,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
         pods: pods.clone(),
         monitor: monitor.clone(),
         before: taken.clone(),
+        more: None,
     };
     let (stop, stopping) = drain();
     let stop = Arc::new(stop);
@@ -159,7 +161,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
         tokio::spawn(revocation::watch(path, trust.revoked, identities.clone(), stopping.clone()));
     }
     tokio::spawn(identities.run(reached(stopping.clone(), Phase::Forced)));
-    discover(&config, writer, monitor, stopping.clone());
+    discover(&config, None, writer, monitor, stopping.clone());
     tokio::spawn(federation::watch(reader.clone(), trust.federated));
     tokio::spawn(watch_node_addresses(reader.clone()));
     let counted = pods.clone();
@@ -205,12 +207,12 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// Learns what the mesh is, from control or from a file in its place.
-fn discover(config: &Node, writer: state::Writer, monitor: xds::Monitor, stopping: Drained) {
+/// Learns what the mesh is, from control or from a file in its place. `gateway`: the name of an egress gateway.
+fn discover(config: &Node, gateway: Option<&str>, writer: state::Writer, monitor: xds::Monitor, stopping: Drained) {
     let end = reached(stopping, Phase::Forced);
     match config.local_xds.clone() {
         Some(path) => drop(tokio::spawn(xds::local::run(path, writer, monitor, end))),
-        None => drop(tokio::spawn(xds::run(xds_config(config), writer, monitor, end))),
+        None => drop(tokio::spawn(xds::run(xds_config(config, gateway), writer, monitor, end))),
     }
 }
 
@@ -261,30 +263,12 @@ fn start_pods(
             anyhow::bail!("TULLE_PODS and INPOD_UDS are both set, and the node has one list; unset one")
         }
     };
-    let keepalive =
-        config.keepalive.then_some((config.keepalive_time, config.keepalive_interval, config.keepalive_retries));
     let environment = Arc::new(Environment {
         shared: shared.clone(),
         workers: workers.clone(),
         netns: NetnsThread::start().context("cannot start the namespace thread")?,
-        options: Options {
-            mark: config.packet_mark,
-            keepalive,
-            user_timeout: config
-                .user_timeout
-                .then(|| config.keepalive_time + config.keepalive_interval * config.keepalive_retries),
-            reuse_port: config.port_reuse,
-        },
-        limits: Limits {
-            connections: config.pod_max_connections,
-            gate: GateLimits {
-                handshakes: config.pod_max_handshakes,
-                rate: config.pod_max_handshake_rate,
-                source_rate: config.source_max_handshake_rate,
-                tunnels: config.pod_max_tunnels,
-            },
-            buffer: config.pod_max_buffer,
-        },
+        options: options(config),
+        limits: pod_limits(config),
         preexisting: config.preexisting,
         trust_domain: config.trust_domain.clone(),
         names: config
@@ -304,6 +288,31 @@ fn start_pods(
         pods.await;
     });
     Ok(stop)
+}
+
+fn options(config: &Node) -> Options {
+    let keepalive = (config.keepalive_time, config.keepalive_interval, config.keepalive_retries);
+    Options {
+        mark: config.packet_mark,
+        keepalive: config.keepalive.then_some(keepalive),
+        user_timeout: config
+            .user_timeout
+            .then(|| config.keepalive_time + config.keepalive_interval * config.keepalive_retries),
+        reuse_port: config.port_reuse,
+    }
+}
+
+fn pod_limits(config: &Node) -> Limits {
+    Limits {
+        connections: config.pod_max_connections,
+        gate: GateLimits {
+            handshakes: config.pod_max_handshakes,
+            rate: config.pod_max_handshake_rate,
+            source_rate: config.source_max_handshake_rate,
+            tunnels: config.pod_max_tunnels,
+        },
+        buffer: config.pod_max_buffer,
+    }
 }
 
 /// Tells the snapshot which addresses the node has. Interfaces come with the first pods of some networks, so it looks
@@ -411,8 +420,11 @@ fn control(config: &Node, ca: bool) -> Control {
     }
 }
 
-fn xds_config(config: &Node) -> xds::Config {
+fn xds_config(config: &Node, gateway: Option<&str>) -> xds::Config {
     let mut metadata = config.metadata();
+    if let Some(gateway) = gateway {
+        metadata.insert(names::METADATA_TULLE_GATEWAY.to_owned(), gateway.into());
+    }
     metadata.insert(names::METADATA_TULLE_VERSION.to_owned(), VERSION.into());
     let types: Vec<&str> = xds::own_types(config.network_policy == Switch::On).collect();
     metadata.insert(names::METADATA_TULLE_TYPES.to_owned(), types.join(",").into());

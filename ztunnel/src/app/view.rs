@@ -50,6 +50,13 @@ pub struct Status {
 }
 
 impl Pods {
+    /// Those of a proxy that has none and waits for no list.
+    pub fn none() -> Self {
+        let pods = Self::default();
+        pods.listed.store(true, Ordering::Relaxed);
+        pods
+    }
+
     /// Every pod's state. The count of connections from before capture is that of the last [`Self::recount`].
     pub fn status(&self) -> Vec<Status> {
         let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);

@@ -123,7 +123,51 @@ impl Drop for Permit {
     }
 }
 
+/// Which pod it is, as its list says.
+#[derive(Clone, Copy, Debug)]
+pub struct PodName<'a> {
+    /// metadata.uid.
+    pub uid: &'a str,
+    /// Name.
+    pub name: &'a str,
+    /// Namespace.
+    pub namespace: &'a str,
+    /// spec.serviceAccountName.
+    pub service_account: &'a str,
+    /// Id of its cluster.
+    pub cluster: &'a str,
+}
+
 impl LocalPod {
+    /// A pod without flows, whose ones `drained` ends.
+    pub fn new(
+        name: PodName<'_>,
+        addresses: Vec<IpAddr>,
+        sockets: Arc<PodSockets>,
+        drained: Drained,
+        limits: Limits,
+    ) -> Self {
+        let PodName { uid, name, namespace, service_account, cluster } = name;
+        Self {
+            uid: uid.into(),
+            name: name.into(),
+            namespace: namespace.into(),
+            addresses,
+            sockets,
+            drained,
+            limits,
+            inbound: Arc::default(),
+            outbound: Arc::default(),
+            questions: Arc::default(),
+            gate: Gate::new(limits.gate),
+            buffers: Budget::new(limits.buffer),
+            service_account: service_account.into(),
+            cluster: cluster.into(),
+            refused: AtomicU64::new(0),
+            bound: Mutex::default(),
+        }
+    }
+
     /// One more connection, counted in `direction`.
     ///
     /// # Errors

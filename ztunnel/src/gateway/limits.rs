@@ -179,8 +179,7 @@ impl Hosts {
     /// Hosts with their open connections and failures in a row, for the dump.
     pub fn list(&self) -> Vec<(Arc<str>, usize, u32)> {
         let table = self.lock();
-        let mut all: Vec<_> =
-            table.hosts.iter().map(|(name, host)| (name.clone(), host.open, host.failures)).collect();
+        let mut all: Vec<_> = table.hosts.iter().map(|(name, host)| (name.clone(), host.open, host.failures)).collect();
         all.sort();
         all
     }

@@ -30,6 +30,7 @@ use crate::flow::{LocalPod, Shared};
 use crate::gateway::limits::Hosts;
 use crate::gateway::originate::Originator;
 use crate::gateway::recheck::Live;
+use crate::state::ServiceName;
 
 /// A gateway, shared by its workers.
 pub struct Gateway {
@@ -40,7 +41,7 @@ pub struct Gateway {
     /// Who it proves to be.
     pub identity: SpiffeId,
     /// The Service that stands for it.
-    pub service: Arc<decide::Service>,
+    pub service: Arc<ServiceName>,
     /// Addresses that it leaves by, at most one of a family. None: as the system chooses.
     pub from: Vec<IpAddr>,
     /// Looks names up.

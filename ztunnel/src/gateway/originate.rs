@@ -50,7 +50,7 @@ impl Originator {
         &self,
         tcp: TcpStream,
         name: &str,
-        roots: &[Vec<u8>],
+        roots: &[Arc<[u8]>],
         inside: Option<Framing>,
     ) -> Result<TlsStream<TcpStream>, Outcome> {
         let failed = |why: String| Outcome::new(Code::TlsFailed, format!("TLS with {name}: {why}"));
@@ -65,8 +65,8 @@ impl Originator {
         Ok(stream)
     }
 
-    async fn config(&self, roots: &[Vec<u8>], inside: Option<Framing>) -> Result<Arc<ClientConfig>, String> {
-        let roots: Vec<_> = roots.iter().map(|root| CertificateDer::from(root.clone())).collect();
+    async fn config(&self, roots: &[Arc<[u8]>], inside: Option<Framing>) -> Result<Arc<ClientConfig>, String> {
+        let roots: Vec<_> = roots.iter().map(|root| CertificateDer::from(root.to_vec())).collect();
         let key = (roots, inside);
         let known = || self.made.lock().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
         if let Some(config) = known() {

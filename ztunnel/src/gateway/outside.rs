@@ -7,14 +7,17 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use ipnet::IpNet;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 
 use crate::base::sockets::PodSockets;
 use crate::dns::own::{OwnResolver, Unresolved};
+use crate::gateway::Gateway;
+use crate::gateway::decide::{Asked, To, targets};
+use crate::gateway::limits::Place;
+use crate::http::{BoxIo, Framing};
 use crate::outcome::{Code, Outcome};
-use crate::policy::inside::inside;
+use crate::policy::egress::{Grant, may_dial};
 use crate::state::Snapshot;
 
 /// Addresses of one name that are tried.
@@ -24,11 +27,94 @@ const SHORT: Duration = Duration::from_millis(2500);
 /// How long all of them may take: what a client waits for one.
 const LONGEST: Duration = Duration::from_secs(10);
 
+/// Why a host was not reached.
+pub(super) struct Failed {
+    /// What happened.
+    pub(super) outcome: Outcome,
+    /// It is the host that failed, and any other gateway would fail alike.
+    pub(super) beyond: bool,
+}
+
+impl From<Outcome> for Failed {
+    fn from(outcome: Outcome) -> Self {
+        Self { outcome, beyond: false }
+    }
+}
+
+/// A host that was reached.
+pub(super) enum Server {
+    /// As it is.
+    Plain(TcpStream),
+    /// In TLS that was added.
+    Sealed(BoxIo),
+}
+
+impl Server {
+    /// Either, as bytes.
+    pub(super) fn into_io(self) -> BoxIo {
+        match self {
+            Self::Plain(tcp) => Box::new(tcp),
+            Self::Sealed(io) => io,
+        }
+    }
+}
+
+impl Gateway {
+    /// Reaches what `asked` asks for as `grant` says, and counts it in `place`. `framing`: the HTTP that will be spoken.
+    pub(super) async fn reach(
+        &self,
+        asked: &Asked,
+        grant: &Grant,
+        framing: Option<Framing>,
+        prefer_v6: bool,
+        place: &Place,
+    ) -> Result<(Server, SocketAddr), Failed> {
+        let reached = self.try_reach(asked, grant, framing, prefer_v6).await;
+        match &reached {
+            Ok(_) => place.reached(true),
+            Err(failed) if failed.beyond => place.reached(false),
+            Err(_) => {}
+        }
+        reached
+    }
+
+    async fn try_reach(
+        &self,
+        asked: &Asked,
+        grant: &Grant,
+        framing: Option<Framing>,
+        prefer_v6: bool,
+    ) -> Result<(Server, SocketAddr), Failed> {
+        let beyond = |outcome| Failed { outcome, beyond: true };
+        let hbone = &self.shared.hbone;
+        let mut found = Vec::new();
+        for to in targets(asked, grant) {
+            match to {
+                To::Address(at) => found.push(at),
+                To::Name(host, port) => {
+                    let ips = resolve(&self.names, &host, prefer_v6).await.map_err(beyond)?;
+                    found.extend(ips.into_iter().map(|ip| SocketAddr::new(ip, port)));
+                }
+            }
+        }
+        let name = asked.name();
+        let addresses = outside(&self.shared.reader.load(), &self.shared.network, &name, found, grant)?;
+        let reached = connect(&self.pod.sockets, &addresses, &self.from, hbone.connect_timeout).await;
+        let (tcp, at) = reached.map_err(beyond)?;
+        let Some(tls) = &grant.rule().originate else { return Ok((Server::Plain(tcp), at)) };
+        let name = tls.server_name.as_deref().unwrap_or(&name);
+        let late = |_| beyond(Outcome::new(Code::TlsFailed, format!("TLS with {name} was not finished in time")));
+        let shaken = timeout(hbone.handshake_timeout, self.tls.handshake(tcp, name, &tls.roots, framing)).await;
+        let stream = shaken.map_err(late)?.map_err(beyond)?;
+        Ok((Server::Sealed(Box::new(stream)), at))
+    }
+}
+
 /// Looks `host` up.
 ///
 /// # Errors
 /// `NoEndpoint` if it has no address.
-pub async fn resolve(names: &OwnResolver, host: &str, first_v6: bool) -> Result<Vec<IpAddr>, Outcome> {
+async fn resolve(names: &OwnResolver, host: &str, first_v6: bool) -> Result<Vec<IpAddr>, Outcome> {
     let (one, two) = tokio::join!(names.addresses(host, first_v6), names.addresses(host, !first_v6));
     let unresolved = match (&one, &two) {
         // A name that has the other family only is a usual one.
@@ -50,35 +136,30 @@ pub async fn resolve(names: &OwnResolver, host: &str, first_v6: bool) -> Result<
     }
 }
 
-/// Those of `addresses` that may be dialled for a name: of the Internet, or named by the rule itself. Pure.
+/// Those of `addresses` that the rule of `grant` lets be dialled for `host`. Pure.
 ///
 /// # Errors
-/// `EgressDenied` if there is none, which says what the first one is.
-pub fn outside(
+/// `EgressDenied` if there is none, which says why the first one may not.
+fn outside(
     snapshot: &Snapshot,
     network: &str,
     host: &str,
-    addresses: Vec<IpAddr>,
-    named: &[IpNet],
-) -> Result<Vec<IpAddr>, Outcome> {
-    let mut refused = None;
-    let left: Vec<IpAddr> = addresses
-        .into_iter()
-        .filter(|ip| {
-            let why = inside(snapshot, network, *ip).filter(|_| !named.iter().any(|net| net.contains(ip)));
-            if let Some(why) = why {
-                refused.get_or_insert((*ip, why));
-            }
-            why.is_none()
-        })
-        .collect();
+    addresses: impl IntoIterator<Item = SocketAddr>,
+    grant: &Grant,
+) -> Result<Vec<SocketAddr>, Outcome> {
+    let (mut left, mut refused) = (Vec::new(), None);
+    for at in addresses {
+        match may_dial(snapshot, network, grant.rule(), at.ip()) {
+            Ok(()) => left.push(at),
+            Err(why) => drop(refused.get_or_insert(why)),
+        }
+    }
     match refused {
-        Some((ip, why)) if left.is_empty() => {
-            let text = format!(
-                "{host} leads to {ip}, {why}, and a name may lead to the Internet only; name the address in the rule's \
-                 cidrs if it is meant"
-            );
-            Err(Outcome::new(Code::EgressDenied, text))
+        Some(why) if left.is_empty() => {
+            let mut outcome =
+                Outcome::new(Code::EgressDenied, format!("{host} leads nowhere that may be dialled: {why}"));
+            (outcome.policy, outcome.rule) = (Some(grant.policy.id.clone()), Some(grant.rule));
+            Err(outcome)
         }
         _ => Ok(left),
     }
@@ -89,7 +170,7 @@ pub fn outside(
 ///
 /// # Errors
 /// How the last one failed.
-pub async fn connect(
+async fn connect(
     sockets: &PodSockets,
     addresses: &[SocketAddr],
     from: &[IpAddr],
@@ -120,26 +201,32 @@ pub async fn connect(
 
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
+    use std::net::SocketAddr;
+    use std::sync::Arc;
 
     use super::outside;
     use crate::outcome::Code;
+    use crate::policy::egress::Grant;
     use crate::state::fixtures::snapshot;
+    use crate::state::{EgressPolicy, EgressRule};
 
     #[test]
     fn a_name_that_leads_inside_is_dialled_only_where_the_rule_names_the_address() {
         let snapshot = snapshot([]);
-        let ips = |list: &[&str]| list.iter().map(|ip| ip.parse::<IpAddr>().unwrap()).collect::<Vec<_>>();
-        let named = ["10.1.0.0/16".parse().unwrap()];
+        let at = |list: &[&str]| list.iter().map(|at| at.parse::<SocketAddr>().unwrap()).collect::<Vec<_>>();
+        let rule = EgressRule { cidrs: vec!["10.1.0.0/16".parse().unwrap()], ..EgressRule::default() };
+        let mut policy = EgressPolicy::allows_nothing(&"EgressPolicy/shop/api".into(), &"1".into(), false, "");
+        (policy.rules, policy.unreadable) = (vec![rule], None);
+        let grant = Grant { policy: Arc::new(policy), rule: 0, target: 443 };
         for (addresses, expected) in [
-            (&["203.0.113.1"][..], Ok(&["203.0.113.1"][..])),
-            (&["203.0.113.1", "169.254.169.254"], Ok(&["203.0.113.1"])),
-            (&["10.1.2.3"], Ok(&["10.1.2.3"])),
-            (&["10.2.2.3"], Err(Code::EgressDenied)),
-            (&["::ffff:169.254.169.254"], Err(Code::EgressDenied)),
+            (&["203.0.113.1:443"][..], Ok(&["203.0.113.1:443"][..])),
+            (&["203.0.113.1:443", "169.254.169.254:443"], Ok(&["203.0.113.1:443"])),
+            (&["10.1.2.3:443"], Ok(&["10.1.2.3:443"])),
+            (&["10.2.2.3:443"], Err(Code::EgressDenied)),
+            (&["[::ffff:169.254.169.254]:443"], Err(Code::EgressDenied)),
         ] {
-            let found = outside(&snapshot, "", "api.example.com", ips(addresses), &named);
-            assert_eq!(found.map_err(|outcome| outcome.code), expected.map(ips), "{addresses:?}");
+            let found = outside(&snapshot, "", "api.example.com", at(addresses), &grant);
+            assert_eq!(found.map_err(|outcome| outcome.code), expected.map(at), "{addresses:?}");
         }
     }
 }

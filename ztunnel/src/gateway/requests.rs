@@ -3,104 +3,105 @@
 //! A request is for the host that the stream asked for, or it is refused: a connection that was let out for one name must
 //! not carry another one's requests. What a client says about itself for proxies to believe goes no further.
 
-use std::net::SocketAddr;
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::uri::PathAndQuery;
-use http::{Method, Request, Response, Uri};
+use http::uri::Scheme;
+use http::{HeaderValue, Method, Request, Response, Uri};
 use hyper::body::Incoming;
 
 use crate::gateway::Gateway;
-use crate::gateway::decide::{Asked, Granted, request};
-use crate::gateway::outside::connect;
-use crate::gateway::recheck::Registration;
+use crate::gateway::decide::{Asked, request, same_way};
+use crate::gateway::limits::Place;
+use crate::gateway::outside::Failed;
 use crate::http::reply::{self, Reply};
 use crate::http::server::{self, Switches};
 use crate::http::solo::{Dial, Solo};
 use crate::http::{Body, BoxIo, Downstream, Framing, HeadClock, headers, recorded};
 use crate::outcome::{Code, Fault, Outcome};
+use crate::policy::egress::Grant;
 use crate::route::path;
 use crate::telemetry::{ConnRecord, Direction, HttpRecord, Peer};
 
-/// Where the requests go.
-pub(super) struct Host {
-    pub(super) gateway: Arc<Gateway>,
-    pub(super) granted: Granted,
-    /// Resolved when the connection began.
-    pub(super) addresses: Vec<SocketAddr>,
-    pub(super) framing: Framing,
-}
-
-/// What the requests of a connection share.
-struct Connection {
-    host: Host,
+/// A client's connection.
+pub(super) struct Connection {
+    gateway: Arc<Gateway>,
     asked: Arc<Asked>,
+    framing: Framing,
+    prefer_v6: bool,
+    place: Place,
     source: Peer,
     destination: Peer,
+    /// Where the last request went, and by what.
+    way: RefCell<Option<(Grant, Rc<Solo>)>>,
 }
 
-/// Serves a connection to its end. `first` of it was read already; `server` is its connection to the host.
+impl Connection {
+    pub(super) fn new(
+        gateway: &Arc<Gateway>,
+        asked: Arc<Asked>,
+        framing: Framing,
+        prefer_v6: bool,
+        place: Place,
+        record: &ConnRecord,
+    ) -> Self {
+        let (source, destination) = (record.source.clone(), record.destination.clone());
+        let (gateway, way) = (gateway.clone(), RefCell::default());
+        Self { gateway, asked, framing, prefer_v6, place, source, destination, way }
+    }
+}
+
+/// Serves a connection to its end. `first` of it was read already.
 pub(super) async fn serve(
-    host: Host,
-    registration: &Registration,
+    connection: Connection,
     first: Bytes,
     io: BoxIo,
-    server: BoxIo,
     stop: impl Future<Output = Outcome>,
     record: &ConnRecord,
 ) -> Outcome {
-    let framing = host.framing;
-    let connection = Rc::new(Connection {
-        asked: registration.facts().asked.clone(),
-        source: record.source.clone(),
-        destination: record.destination.clone(),
-        host,
-    });
-    let solo = match Solo::begin(server, framing, connection.dial()).await {
-        Ok(solo) => Rc::new(solo),
-        Err(outcome) => return outcome,
-    };
+    let (framing, drained) = (connection.framing, connection.gateway.pod.drained.clone());
+    let connection = Rc::new(connection);
     let clock = Rc::<HeadClock>::default();
     let client = Downstream::new(first, io, record.counts.clone(), clock.clone());
-    let drained = connection.host.gateway.pod.drained.clone();
     let service: server::Service = Rc::new(move |request, switches| {
-        let (connection, solo) = (connection.clone(), solo.clone());
-        Box::pin(async move { connection.exchange(request, &solo, switches).await })
+        let connection = connection.clone();
+        Box::pin(async move { connection.exchange(request, switches).await })
     });
     server::serve(client, clock, framing, &drained, stop, service).await
 }
 
 impl Connection {
-    /// Dials the host again, at the addresses that the connection began with.
-    fn dial(self: &Rc<Self>) -> Dial {
-        let this = self.clone();
-        Box::new(move || {
-            let this = this.clone();
-            Box::pin(async move { this.again().await })
-        })
+    /// The connection to the host for a request that may leave by `grant`: the last one's, if it went the same way.
+    fn solo(self: &Rc<Self>, grant: Grant) -> Rc<Solo> {
+        let mut way = self.way.borrow_mut();
+        if let Some((last, solo)) = &*way
+            && same_way(last, &grant)
+        {
+            return solo.clone();
+        }
+        // Held weakly: the connection holds what holds this.
+        let (this, by) = (Rc::downgrade(self), grant.clone());
+        let dial: Dial = Box::new(move || {
+            let (this, by) = (this.upgrade(), by.clone());
+            Box::pin(async move {
+                let gone = || Outcome::new(Code::ClientReset, "the client went away");
+                let this = this.ok_or_else(gone)?;
+                let reached = this.gateway.reach(&this.asked, &by, Some(this.framing), this.prefer_v6, &this.place);
+                let (server, _) = reached.await.map_err(|Failed { outcome, .. }| outcome)?;
+                Ok(server.into_io())
+            })
+        });
+        let solo = Rc::new(Solo::new(self.framing, dial));
+        *way = Some((grant, solo.clone()));
+        solo
     }
 
-    async fn again(&self) -> Result<BoxIo, Outcome> {
-        let Host { gateway, granted, addresses, framing } = &self.host;
-        let hbone = &gateway.shared.hbone;
-        let (tcp, _) = connect(&gateway.pod.sockets, addresses, &gateway.from, hbone.connect_timeout).await?;
-        let Some(tls) = &granted.originate else { return Ok(Box::new(tcp)) };
-        let name = if tls.server_name.is_empty() { &*granted.host } else { &*tls.server_name };
-        let shake = gateway.tls.handshake(tcp, name, &tls.roots, Some(*framing));
-        let late = |_| Outcome::new(Code::TlsFailed, format!("TLS with {name} was not finished in time"));
-        Ok(Box::new(tokio::time::timeout(hbone.handshake_timeout, shake).await.map_err(late)??))
-    }
-
-    async fn exchange(self: Rc<Self>, mut incoming: Request<Incoming>, solo: &Rc<Solo>, switches: Switches) -> Response<Body> {
-        let shared = &self.host.gateway.shared;
-        let mut record = HttpRecord::new(
-            shared.metrics.clone(),
-            Direction::Inbound,
-            self.source.clone(),
-            self.destination.clone(),
-        );
+    async fn exchange(self: Rc<Self>, mut incoming: Request<Incoming>, switches: Switches) -> Response<Body> {
+        let shared = &self.gateway.shared;
+        let mut record =
+            HttpRecord::new(shared.metrics.clone(), Direction::Inbound, self.source.clone(), self.destination.clone());
         record.describe(&incoming);
         record.authority = headers::authority(&incoming).into();
         record.grpc = headers::is_grpc(incoming.headers());
@@ -108,7 +109,7 @@ impl Connection {
         let switch = headers::upgrade(incoming.headers(), incoming.version());
         let response = match self.admit(&mut incoming, switch.as_ref(), &mut record) {
             Err(refused) => Err(refused),
-            Ok(()) => solo.pass(incoming, switch.is_some(), switches, &mut record).await,
+            Ok(grant) => self.solo(grant).pass(incoming, switch.is_some(), switches, &mut record).await,
         };
         let response = response.unwrap_or_else(|(reply, outcome)| {
             record.flag = reply.flag;
@@ -124,39 +125,66 @@ impl Connection {
         recorded(response, record)
     }
 
-    /// Whether a request may leave; brings it into the form in which the host gets it.
+    /// Whether a request may leave, and by which rule; brings it into the form in which the host gets it.
     fn admit(
         &self,
         incoming: &mut Request<Incoming>,
-        switch: Option<&http::HeaderValue>,
+        switch: Option<&HeaderValue>,
         record: &mut HttpRecord,
-    ) -> Result<(), (Reply, Outcome)> {
+    ) -> Result<Grant, (Reply, Outcome)> {
         let malformed = |text: &str| (reply::BAD_REQUEST, Outcome::new(Code::BadRequest, text.to_owned()));
         if incoming.method() == Method::CONNECT {
-            return Err((reply::NO_CONNECT, Outcome::new(Code::BadRequest, "CONNECT inside a connection that is let out")));
+            let text = "CONNECT inside a connection that leaves by an egress gateway";
+            return Err((reply::NO_CONNECT, Outcome::new(Code::BadRequest, text)));
         }
-        let default = self.asked.authority.to_string();
-        headers::check(incoming, &default).map_err(|error| malformed(error.0))?;
+        headers::check(incoming, &self.asked.target()).map_err(|error| malformed(error.0))?;
         headers::strip_hop(incoming.headers_mut(), switch);
         headers::strip_forged(incoming.headers_mut());
         let path = path::normalise(incoming.uri().path()).map_err(|error| malformed(&error.to_string()))?.into_owned();
+        let host = host(headers::authority(incoming));
         // The newest: a policy applies to the next request of a live connection.
-        let snapshot = self.host.gateway.shared.reader.load();
-        let named = headers::authority(incoming);
-        let rule = request(&snapshot, &self.asked, named, incoming.method().as_str(), &path);
-        let (policy, rule) = rule.map_err(|outcome| (reply::DENIED, outcome))?;
-        (record.policy, record.rule) = (Some(policy), Some(rule));
-        let target = match incoming.uri().query() {
-            Some(query) => format!("{path}?{query}"),
-            None => path,
-        };
-        let target = PathAndQuery::try_from(target).map_err(|_| malformed("a path that is none"))?;
-        let mut parts = incoming.uri().clone().into_parts();
-        parts.path_and_query = Some(target);
-        if self.host.granted.originate.is_some() && parts.scheme.is_some() {
-            parts.scheme = Some(http::uri::Scheme::HTTPS);
+        let snapshot = self.gateway.shared.reader.load();
+        let method = incoming.method().as_str();
+        let grant = request(&snapshot, &self.asked, host.as_deref(), method, &path).map_err(|outcome| {
+            let pending = outcome.code == Code::PolicyPending;
+            (if pending { reply::PENDING } else { reply::DENIED }, outcome)
+        })?;
+        (record.policy, record.rule) = (Some(grant.policy.id.clone()), Some(grant.rule));
+        headers::respell(incoming, &path).ok_or_else(|| malformed("a path that is none"))?;
+        if grant.rule().originate.is_some() && incoming.uri().scheme().is_some() {
+            let mut parts = incoming.uri().clone().into_parts();
+            parts.scheme = Some(Scheme::HTTPS);
+            *incoming.uri_mut() = Uri::from_parts(parts).map_err(|_| malformed("a target that is none"))?;
         }
-        *incoming.uri_mut() = Uri::from_parts(parts).map_err(|_| malformed("a target that is none"))?;
-        Ok(())
+        Ok(grant)
+    }
+}
+
+/// The host of an authority in the form in which rules have it. `None`: it is an address, or none.
+fn host(authority: &str) -> Option<String> {
+    let host = match authority.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
+        _ => authority,
+    };
+    let host = host.strip_suffix('.').unwrap_or(host);
+    (!host.is_empty() && !host.starts_with('[')).then(|| host.to_ascii_lowercase())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::host;
+
+    #[test]
+    fn the_host_of_a_request_is_compared_without_port_dot_and_case() {
+        for (authority, expected) in [
+            ("api.example.com", Some("api.example.com")),
+            ("API.example.com.:8080", Some("api.example.com")),
+            ("api.example.com:", Some("api.example.com")),
+            ("[2001:db8::1]:80", None),
+            ("", None),
+            (":80", None),
+        ] {
+            assert_eq!(host(authority).as_deref(), expected, "{authority}");
+        }
     }
 }

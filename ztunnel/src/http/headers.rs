@@ -157,6 +157,21 @@ fn host_of(authority: &Authority) -> &str {
     authority.as_str().rsplit('@').next().unwrap_or_default()
 }
 
+/// Gives the application the path that was decided about.
+pub fn respell<B>(request: &mut Request<B>, path: &str) -> Option<()> {
+    if request.uri().path() == path {
+        return Some(());
+    }
+    let target = match request.uri().query() {
+        Some(query) => format!("{path}?{query}"),
+        None => path.to_owned(),
+    };
+    let mut parts = request.uri().clone().into_parts();
+    parts.path_and_query = Some(PathAndQuery::try_from(target).ok()?);
+    *request.uri_mut() = Uri::from_parts(parts).ok()?;
+    Some(())
+}
+
 /// The authority that a request is for.
 pub fn authority<B>(request: &Request<B>) -> &str {
     let header = || request.headers().get(HOST).and_then(|host| host.to_str().ok());

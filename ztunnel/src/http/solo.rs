@@ -31,6 +31,11 @@ pub struct Solo {
 }
 
 impl Solo {
+    /// Dials at the first request.
+    pub fn new(framing: Framing, dial: Dial) -> Self {
+        Self { framing, dial, waiting: RefCell::default() }
+    }
+
     /// Begins on a connection that is there.
     ///
     /// # Errors

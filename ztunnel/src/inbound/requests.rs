@@ -10,8 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::uri::PathAndQuery;
-use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
@@ -23,9 +22,7 @@ use crate::http::client::Raw;
 use crate::http::reply::{self, Reply};
 use crate::http::server::{self, Switches};
 use crate::http::solo::{Dial, Solo};
-use crate::http::{
-    Body, BoxIo, Downstream, ENOUGH, Framing, HEAD_TIME, HeadClock, Sniffed, headers, recorded, sniff,
-};
+use crate::http::{Body, BoxIo, Downstream, ENOUGH, Framing, HEAD_TIME, HeadClock, Sniffed, headers, recorded, sniff};
 use crate::inbound::decide::{self, Declared, authorization_is_broken, declared};
 use crate::inbound::recheck::{Admitted, Registration};
 use crate::inbound::{decide::denial, stopped};
@@ -262,7 +259,7 @@ impl Connection {
             return Err(Refused::new(if pending { reply::PENDING } else { reply::DENIED }, outcome));
         }
         record.dry_run = verdict.dry_run;
-        respell(request, &path).ok_or_else(|| malformed("a path that is none".to_owned()))
+        headers::respell(request, &path).ok_or_else(|| malformed("a path that is none".to_owned()))
     }
 
     /// Dials the application, as the client.
@@ -322,21 +319,6 @@ fn token_refused(refused: jwt::TokenRefused) -> Refused {
     let outcome = Outcome { policy: refused.by.clone(), ..Outcome::new(Code::TokenRefused, refused.body) };
     let challenge = HeaderValue::from_str(&refused.challenge).ok();
     Refused { challenge, ..Refused::new(Reply::new(status, refused.body, "-"), outcome) }
-}
-
-/// Gives the application the path that was decided about.
-fn respell<B>(request: &mut Request<B>, path: &str) -> Option<()> {
-    if request.uri().path() == path {
-        return Some(());
-    }
-    let target = match request.uri().query() {
-        Some(query) => format!("{path}?{query}"),
-        None => path.to_owned(),
-    };
-    let mut parts = request.uri().clone().into_parts();
-    parts.path_and_query = Some(PathAndQuery::try_from(target).ok()?);
-    *request.uri_mut() = Uri::from_parts(parts).ok()?;
-    Some(())
 }
 
 #[cfg(test)]

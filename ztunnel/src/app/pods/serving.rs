@@ -2,8 +2,8 @@
 //! ends is told apart (connections, tunnels, names), because a released pod keeps its tunnels for a while.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::sleep;
@@ -14,13 +14,12 @@ use crate::app::handover::successor::Taken;
 use crate::app::pods::task::PodTask;
 use crate::app::resolver::{GivenNames, NamesEnd};
 use crate::app::worker::{Listeners, serve_pod};
-use crate::base::budget::Budget;
 use crate::base::drain::{Drain, Drained, Phase, drain};
 use crate::base::netns::Netns;
 use crate::base::sockets::PodSockets;
 use crate::capture::rules::Rules;
 use crate::capture::{self, preexisting};
-use crate::flow::{Gate, LocalPod};
+use crate::flow::{LocalPod, PodName};
 
 /// How long port 15008 stays open after release: peers learn of it later than we.
 const LINGER: Duration = Duration::from_secs(30);
@@ -88,24 +87,14 @@ impl PodTask {
         };
         let [captured, tunnels, names_end] = [(); 3].map(|()| drain().0);
         let (flows, flows_watch) = drain();
-        let local = Arc::new(LocalPod {
-            uid: self.pod.uid.as_str().into(),
-            name: self.pod.name.as_str().into(),
-            namespace: self.pod.namespace.as_str().into(),
-            addresses: self.pod.ips.clone(),
-            sockets,
-            drained: flows_watch,
-            limits: env.limits,
-            inbound: Arc::default(),
-            outbound: Arc::default(),
-            questions: Arc::default(),
-            gate: Gate::new(env.limits.gate),
-            buffers: Budget::new(env.limits.buffer),
-            service_account: self.pod.service_account.as_str().into(),
-            cluster: env.shared.cluster.clone(),
-            refused: AtomicU64::new(0),
-            bound: Mutex::default(),
-        });
+        let name = PodName {
+            uid: &self.pod.uid,
+            name: &self.pod.name,
+            namespace: &self.pod.namespace,
+            service_account: &self.pod.service_account,
+            cluster: &env.shared.cluster,
+        };
+        let local = Arc::new(LocalPod::new(name, self.pod.ips.clone(), sockets, flows_watch, env.limits));
         let open = self.serve(&local, listeners, names, [&captured, &tunnels, &names_end]).await?;
         // From here on a successor can have them.
         self.post(|entry| {
