@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout;
 
 use crate::base::sockets::PodSockets;
-use crate::dns::cache::{Cache, Ended, Given, Key, Kept, LONGEST, LONGEST_ABSENCE, Turn};
+use crate::dns::cache::{Cache, Ended, Given, Kept, Key, LONGEST, LONGEST_ABSENCE, Turn};
 use crate::dns::resolve::given;
 use crate::dns::upstream::{Failure, Reply, by_datagram, by_stream};
 use crate::dns::wire::{self, A, IN, Message};
@@ -76,6 +76,43 @@ impl OwnResolver {
         Self { sockets, servers: servers.into(), cache: Cache::default(), group: "".into() }
     }
 
+    /// Opens sockets in the proxy's own network.
+    pub fn sockets(&self) -> &PodSockets {
+        &self.sockets
+    }
+
+    /// The addresses of `host` of both families, IPv4 first.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub async fn both(&self, host: &str) -> Result<Vec<IpAddr>, Unresolved> {
+        let (v4, v6) = tokio::join!(self.addresses(host, false), self.addresses(host, true));
+        match (v4, v6) {
+            (Ok(v4), Ok(v6)) => Ok(v4.into_iter().chain(v6).collect()),
+            (Ok(one), Err(_)) | (Err(_), Ok(one)) => Ok(one),
+            (Err(why), Err(_)) => Err(why),
+        }
+    }
+
+    /// Asks what a pod asks, as it is, the first name server that answers.
+    ///
+    /// # Errors
+    /// Why there is no answer.
+    pub async fn relay(&self, question: &[u8], message: Option<&Message>, stream: bool) -> Result<Reply, Failure> {
+        let mut last = Failure::Silent;
+        for server in self.servers.iter() {
+            let asked = match stream {
+                true => by_stream(&self.sockets, *server, question, message, rand::random()).await,
+                false => by_datagram(&self.sockets, *server, question, message, rand::random).await,
+            };
+            match asked {
+                Ok(reply) => return Ok(reply),
+                Err(failure) => last = failure,
+            }
+        }
+        Err(last)
+    }
+
     /// The addresses of `host`, in the order of the answer; `v6`: of which family.
     ///
     /// # Errors
@@ -85,9 +122,7 @@ impl OwnResolver {
         let question = question(host, kind).ok_or(Unresolved::NoName)?;
         let message = wire::parse(&question).map_err(|_| Unresolved::NoName)?;
         let asked = timeout(PATIENCE, self.ask(&question, &message)).await;
-        asked.unwrap_or_else(|_| {
-            Err(Unresolved::Unanswered(format!("nothing came within {} s", PATIENCE.as_secs())))
-        })
+        asked.unwrap_or_else(|_| Err(Unresolved::Unanswered(format!("nothing came within {} s", PATIENCE.as_secs()))))
     }
 
     async fn ask(&self, question: &[u8], message: &Message) -> Result<Vec<IpAddr>, Unresolved> {
@@ -176,10 +211,8 @@ fn read(given: &Given) -> Result<Vec<IpAddr>, Unresolved> {
         rcode => return Err(Unresolved::Unanswered(format!("its outcome is {rcode}"))),
     }
     let answers = message.records.iter().filter(|record| record.section == 1 && record.kind == message.kind);
-    let addresses: Vec<IpAddr> = answers
-        .filter_map(|record| address(bytes.get(record.data.clone())?))
-        .take(MOST_ADDRESSES)
-        .collect();
+    let addresses: Vec<IpAddr> =
+        answers.filter_map(|record| address(bytes.get(record.data.clone())?)).take(MOST_ADDRESSES).collect();
     if addresses.is_empty() { Err(Unresolved::NoAddress) } else { Ok(addresses) }
 }
 
@@ -302,7 +335,8 @@ mod tests {
 
     #[test]
     fn name_servers_are_read_as_the_system_does() {
-        let text = "# nameserver 1.1.1.1\nsearch x\nnameserver 10.0.0.1\n nameserver  fd00::1 # x\nnameserver fe80::1%eth0\n";
+        let text =
+            "# nameserver 1.1.1.1\nsearch x\nnameserver 10.0.0.1\n nameserver  fd00::1 # x\nnameserver fe80::1%eth0\n";
         assert_eq!(servers(text), ["10.0.0.1:53", "[fd00::1]:53"].map(|at| at.parse().unwrap()));
         assert!(question("a.b", AAAA).is_some_and(|bytes| wire::parse(&bytes).unwrap().name.as_deref() == Some("a.b")));
     }

@@ -114,7 +114,8 @@ async fn carry(
         let permit = pod.connection(&pod.inbound)?;
         let target = target?;
         record.hbone = Some(target);
-        let facts = Request { identity: Some(tunnel.proven.source_identity.clone()), source: tunnel.proven.peer.ip(), target };
+        let facts =
+            Request { identity: Some(tunnel.proven.source_identity.clone()), source: tunnel.proven.peer.ip(), target };
         let admitted = admit(shared, &tunnel.live, pod, &facts, record).await?;
         Ok((permit, admitted))
     });

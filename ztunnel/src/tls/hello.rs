@@ -218,12 +218,15 @@ mod tests {
 
     #[test]
     fn what_is_no_hello_is_told_at_once() {
-        for bytes in [&b"GET / HTTP/1.1"[..], b"SSH-2.0", &[22, 2, 0], &[21, 3, 1], &[22, 3, 1, 0, 0], &[22, 3, 1, 0x40, 1]] {
+        for bytes in
+            [&b"GET / HTTP/1.1"[..], b"SSH-2.0", &[22, 2, 0], &[21, 3, 1], &[22, 3, 1, 0, 0], &[22, 3, 1, 0x40, 1]]
+        {
             assert!(matches!(read(bytes), Hello::Not(_)), "{bytes:?}");
         }
         assert!(matches!(read(&[22, 3, 1, 0, 4, 2, 0, 0, 0]), Hello::Not(_)), "a ServerHello");
         assert!(matches!(read(&[22, 3, 1, 0, 4, 1, 1, 0, 0]), Hello::Not(_)), "a length beyond the limit");
-        let endless: Vec<u8> = [22, 3, 1, 0, 1, 1].into_iter().cycle().take(6).chain([22, 3, 1, 0, 1, 0].repeat(MOST)).collect();
+        let endless: Vec<u8> =
+            [22, 3, 1, 0, 1, 1].into_iter().cycle().take(6).chain([22, 3, 1, 0, 1, 0].repeat(MOST)).collect();
         assert!(matches!(read(&endless), Hello::Not(_) | Hello::Client { .. }), "never read for ever");
     }
 

@@ -105,6 +105,7 @@ impl PodTask {
             cluster: env.shared.cluster.clone(),
             refused: AtomicU64::new(0),
             bound: Mutex::default(),
+            names: Mutex::default(),
         });
         let open = self.serve(&local, listeners, names, [&captured, &tunnels, &names_end]).await?;
         // From here on a successor can have them.
