@@ -148,6 +148,13 @@ pub struct Node {
     /// Where it answers, in each pod: localhost (both families) or a loopback address, and a port.
     #[arg(long, env = "ISTIO_META_DNS_PROXY_ADDR", default_value = "localhost:15053")]
     pub dns_address: String,
+    /// Name servers that the proxy asks for names outside the cluster, addresses with or without port, comma-separated. Empty: those
+    /// of its own resolv.conf.
+    #[arg(long, env = "TULLE_NAME_SERVERS", value_delimiter = ',')]
+    pub name_servers: Vec<String>,
+    /// Hold pods whose egress is closed in the node's own network too, so that a privileged container cannot walk around the proxy.
+    #[arg(long, env = "TULLE_FENCE", default_value = "on")]
+    pub fence: Switch,
     /// SO_MARK of the proxy's sockets.
     #[arg(long, env = "PACKET_MARK", default_value_t = 1337)]
     pub packet_mark: u32,

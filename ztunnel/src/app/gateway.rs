@@ -18,7 +18,7 @@ use crate::app::answers::{Answers, VERSION};
 use crate::app::pods::Pods;
 use crate::app::{
     GOODBYE, LAST_CALL, LOOK, Level, RECORDS, bind_admin, control, discover, federation, hbone_config, logging,
-    options, pages, pod_limits, raise_file_limit, reached, revocation, serve_admin, trust, wait_for_stop,
+    options, outside, pages, pod_limits, raise_file_limit, reached, revocation, serve_admin, trust, wait_for_stop,
     watch_node_addresses,
 };
 use crate::base::drain::{Drained, Phase, drain};
@@ -28,7 +28,6 @@ use crate::base::sockets::{Options, PodSockets};
 use crate::base::workers::{Accepted, Workers, spawn};
 use crate::config::Node;
 use crate::config::gateway::Gateway as Config;
-use crate::dns::own::{OwnResolver, system_servers};
 use crate::flow::{LocalPod, PodName, Shared};
 use crate::gateway::limits::{HostLimits, Hosts};
 use crate::gateway::originate::Originator;
@@ -146,15 +145,6 @@ fn make(config: &Config, shared: Shared, drained: Drained) -> anyhow::Result<Arc
     let thread = NetnsThread::start().context("cannot start the namespace thread")?;
     // Nobody captures the gateway's own pod, so it needs no mark, and no privilege.
     let sockets = Arc::new(PodSockets::new(netns, thread, Options { mark: 0, ..options(node) }));
-    let servers = match config.gateway_name_servers.as_slice() {
-        [] => system_servers(Path::new("/etc/resolv.conf")).context(
-            "cannot read /etc/resolv.conf; set TULLE_GATEWAY_NAME_SERVERS to the name servers that know hosts outside",
-        )?,
-        given => given.to_vec(),
-    };
-    if servers.is_empty() {
-        tracing::warn!("there is no name server; set TULLE_GATEWAY_NAME_SERVERS");
-    }
     let name = PodName {
         uid: "",
         name: &node.pod_name,
@@ -162,7 +152,7 @@ fn make(config: &Config, shared: Shared, drained: Drained) -> anyhow::Result<Arc
         service_account: &node.service_account,
         cluster: &node.cluster_id,
     };
-    let pod = Arc::new(LocalPod::new(name, Vec::new(), sockets.clone(), drained, pod_limits(node)));
+    let pod = Arc::new(LocalPod::new(name, Vec::new(), sockets, drained, pod_limits(node)));
     let hostname = format!("{}.{}.svc.{}", config.gateway_name, node.pod_namespace, node.cluster_domain);
     let service = ServiceName { namespace: node.pod_namespace.as_str().into(), hostname: hostname.into() };
     Ok(Arc::new(Gateway {
@@ -171,7 +161,7 @@ fn make(config: &Config, shared: Shared, drained: Drained) -> anyhow::Result<Arc
         identity,
         service: Arc::new(service),
         from: config.gateway_source.clone(),
-        names: OwnResolver::new(sockets, servers),
+        names: outside(node)?,
         hosts: Hosts::new(HostLimits { connections: config.host_max_connections, rate: config.host_max_rate }),
         tls: Originator::new(RootCa::parse(&config.gateway_root_ca)),
     }))

@@ -18,7 +18,8 @@ pub mod wanted;
 pub mod worker;
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -45,11 +46,12 @@ use crate::app::resolver::Names;
 use crate::app::worker::Worker;
 use crate::base::drain::{Drain, Drained, Phase, drain};
 use crate::base::memory;
-use crate::base::netns::{NetnsThread, local_addresses};
-use crate::base::sockets::Options;
+use crate::base::netns::{Netns, NetnsThread, local_addresses};
+use crate::base::sockets::{Options, PodSockets};
 use crate::base::workers::Workers;
 use crate::capture::pods::{ListFile, Pods as List, Source, watch_directory};
 use crate::config::{LogFormat, Node, Switch};
+use crate::dns::own::{OwnResolver, system_servers};
 use crate::flow::{GateLimits, Limits, Shared};
 use crate::hbone;
 use crate::identity::{self, Control, RootCa, TokenSource};
@@ -128,8 +130,9 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     };
     let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let count = config.workers(cores).map_err(anyhow::Error::msg)?;
-    let context = shared.clone();
-    let workers = Workers::start(count, move |_| Worker::new(&context)).context("cannot start workers")?;
+    let (context, outside) = (shared.clone(), outside(&config)?);
+    let own = outside.clone();
+    let workers = Workers::start(count, move |_| Worker::new(&context, own.clone())).context("cannot start workers")?;
     let watched = reader.clone();
     workers.run_all(move |worker| {
         worker.entered.watch(watched.clone());
@@ -173,7 +176,8 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
         taking.known(&reader).await?;
     }
     let (pods_stop, _) = drain();
-    let pods_drain = start_pods(&config, &shared, &workers, &pods, pods_stop, (taken.clone(), was_replaced.clone()))?;
+    let pods_drain =
+        start_pods(&config, &shared, &workers, &pods, pods_stop, (taken.clone(), was_replaced.clone()), outside)?;
     let attended = Arc::new(AtomicBool::new(false));
     let giver = |admin: Vec<TcpListener>| Giver {
         pods: pods.clone(),
@@ -239,6 +243,26 @@ fn answer_control(config: &Node, answers: Answers, replaced: Drained) {
     tokio::spawn(xds::run_node_service(service, answer, reached(replaced, Phase::Draining)));
 }
 
+/// Looks names up that lead out of the cluster, from the node's own network.
+fn outside(config: &Node) -> anyhow::Result<OwnResolver> {
+    let server = |text: &String| {
+        let ip = text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, 53));
+        ip.or_else(|_| text.parse()).with_context(|| format!("TULLE_NAME_SERVERS: {text:?} is no address"))
+    };
+    let mut servers = config.name_servers.iter().map(server).collect::<anyhow::Result<Vec<_>>>()?;
+    if servers.is_empty() {
+        let path = Path::new("/etc/resolv.conf");
+        servers = system_servers(path).unwrap_or_else(|error| {
+            tracing::warn!(%error, "no name server is known for names outside the cluster; set TULLE_NAME_SERVERS");
+            Vec::new()
+        });
+    }
+    let netns = Netns::open(Path::new("/proc/self/ns/net")).context("the node's own network cannot be opened")?;
+    let thread = NetnsThread::start().context("cannot start the namespace thread")?;
+    let options = Options { mark: 0, keepalive: None, user_timeout: None, reuse_port: false };
+    Ok(OwnResolver::new(Arc::new(PodSockets::new(netns, thread, options)), servers))
+}
+
 fn start_pods(
     config: &Node,
     shared: &Shared,
@@ -246,6 +270,7 @@ fn start_pods(
     pods: &Pods,
     stop: Drain,
     (taken, replaced): (Arc<Taken>, Drained),
+    outside: OwnResolver,
 ) -> anyhow::Result<Arc<Drain>> {
     let changed = Arc::new(Notify::new());
     let (source, watcher, agent) = match (&config.pods, &config.inpod_uds) {
@@ -274,7 +299,7 @@ fn start_pods(
         names: config
             .dns_addresses()
             .map_err(anyhow::Error::msg)?
-            .map(|addresses| Names::new(&config.cluster_domain, addresses)),
+            .map(|addresses| Names::new(&config.cluster_domain, addresses, outside)),
         taken,
         replaced,
     });

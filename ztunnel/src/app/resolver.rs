@@ -15,6 +15,7 @@ use crate::base::sockets::LocalSockets;
 use crate::base::workers::{Accepted, Listening, spawn};
 use crate::capture::pods::Pod;
 use crate::dns::cache::Cache;
+use crate::dns::own::OwnResolver;
 use crate::dns::{Node, PodDns};
 use crate::flow::LocalPod;
 use crate::outbound;
@@ -32,9 +33,9 @@ pub struct Names {
 impl Names {
     /// Answers at `addresses` of each pod, for a cluster with the domain `domain`. There is at least one address, and
     /// all have one port.
-    pub fn new(domain: &str, addresses: Vec<SocketAddr>) -> Self {
+    pub fn new(domain: &str, addresses: Vec<SocketAddr>, own: OwnResolver) -> Self {
         let domain = domain.trim_end_matches('.').to_ascii_lowercase();
-        Self { node: Node { domain: domain.into(), cache: Cache::default() }, addresses }
+        Self { node: Node { domain: domain.into(), cache: Cache::default(), own }, addresses }
     }
 
     /// The port that is redirected to.

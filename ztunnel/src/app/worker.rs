@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::base::drain::Drained;
 use crate::base::workers::{Accepted, Listening, Workers, spawn};
+use crate::dns::own::OwnResolver;
 use crate::flow::{LocalPod, Shared};
 use crate::inbound;
 use crate::outbound;
@@ -21,8 +22,8 @@ pub struct Worker {
 
 impl Worker {
     /// An idle worker.
-    pub fn new(shared: &Shared) -> Self {
-        Self { entered: inbound::recheck::live(), out: outbound::Means::new(shared.hbone) }
+    pub fn new(shared: &Shared, outside: OwnResolver) -> Self {
+        Self { entered: inbound::recheck::live(), out: outbound::Means::new(shared.hbone, outside) }
     }
 }
 

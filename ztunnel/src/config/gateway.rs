@@ -1,6 +1,6 @@
 //! Settings of `ztunnel gateway`: those of a node that concern tunnels, control and status, and its own.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 
 use clap::Args;
 
@@ -21,9 +21,6 @@ pub struct Gateway {
     /// then. Empty: as the system chooses.
     #[arg(long, env = "TULLE_GATEWAY_SOURCE", value_delimiter = ',')]
     pub gateway_source: Vec<IpAddr>,
-    /// Name servers that are asked where hosts are, as address and port, comma-separated. Empty: those of /etc/resolv.conf.
-    #[arg(long, env = "TULLE_GATEWAY_NAME_SERVERS", value_delimiter = ',')]
-    pub gateway_name_servers: Vec<SocketAddr>,
     /// Roots that hosts' certificates are checked with where a rule asks for TLS and has none of its own: SYSTEM, PEM text
     /// or a file.
     #[arg(long, env = "TULLE_GATEWAY_ROOT_CA", default_value = "SYSTEM")]

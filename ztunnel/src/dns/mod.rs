@@ -12,6 +12,7 @@ pub mod allow;
 pub mod answer;
 pub mod cache;
 pub mod own;
+mod closed;
 mod resolve;
 mod serve;
 pub mod upstream;
@@ -24,6 +25,7 @@ use std::sync::atomic::AtomicUsize;
 
 use crate::base::conntrack::Conntrack;
 use crate::dns::cache::Cache;
+use crate::dns::own::OwnResolver;
 use crate::flow::{LocalPod, Shared};
 
 /// Questions of one pod that are under way. Each has three sockets at most while its name server is silent, with a buffer
@@ -39,6 +41,8 @@ pub struct Node {
     pub domain: Arc<str>,
     /// Answers of name servers.
     pub cache: Cache,
+    /// Asked for pods whose egress is closed.
+    pub own: OwnResolver,
 }
 
 /// The name server of one pod.

@@ -76,6 +76,43 @@ impl OwnResolver {
         Self { sockets, servers: servers.into(), cache: Cache::default(), group: "".into() }
     }
 
+    /// Opens sockets in the proxy's own network.
+    pub fn sockets(&self) -> &PodSockets {
+        &self.sockets
+    }
+
+    /// The addresses of `host` of both families, IPv4 first.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub async fn both(&self, host: &str) -> Result<Vec<IpAddr>, Unresolved> {
+        let (v4, v6) = tokio::join!(self.addresses(host, false), self.addresses(host, true));
+        match (v4, v6) {
+            (Ok(v4), Ok(v6)) => Ok(v4.into_iter().chain(v6).collect()),
+            (Ok(one), Err(_)) | (Err(_), Ok(one)) => Ok(one),
+            (Err(why), Err(_)) => Err(why),
+        }
+    }
+
+    /// Asks what a pod asks, as it is, the first name server that answers.
+    ///
+    /// # Errors
+    /// Why there is no answer.
+    pub async fn relay(&self, question: &[u8], message: Option<&Message>, stream: bool) -> Result<Reply, Failure> {
+        let mut last = Failure::Silent;
+        for server in self.servers.iter() {
+            let asked = match stream {
+                true => by_stream(&self.sockets, *server, question, message, rand::random()).await,
+                false => by_datagram(&self.sockets, *server, question, message, rand::random).await,
+            };
+            match asked {
+                Ok(reply) => return Ok(reply),
+                Err(failure) => last = failure,
+            }
+        }
+        Err(last)
+    }
+
     /// The addresses of `host`, in the order of the answer; `v6`: of which family.
     ///
     /// # Errors

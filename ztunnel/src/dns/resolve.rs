@@ -18,6 +18,7 @@ use crate::dns::cache::{Asking, Ended, Given, Kept, Key, LONGEST, LONGEST_ABSENC
 use crate::dns::upstream::{self, Failure, Reply};
 use crate::dns::wire::{self, Body, EDE, IN, Message, OwnEdns};
 use crate::dns::zone::{Client, Found, Kind, lookup};
+use crate::policy::egress;
 use crate::state::{Snapshot, Workload};
 use crate::telemetry::dns::{DnsAnswerLabels, DnsLabels};
 
@@ -31,14 +32,14 @@ const TOLD_WITHIN: Duration = Duration::from_secs(6);
 const STALE_TTL: u32 = 5;
 
 // Outcomes (RFC 1035 §4.1.1) and explanations (RFC 8914 §4).
-const NOERROR: u16 = 0;
-const SERVFAIL: u16 = 2;
-const NXDOMAIN: u16 = 3;
-const REFUSED: u16 = 5;
+pub(super) const NOERROR: u16 = 0;
+pub(super) const SERVFAIL: u16 = 2;
+pub(super) const NXDOMAIN: u16 = 3;
+pub(super) const REFUSED: u16 = 5;
 const EDE_OTHER: u16 = 0;
 const EDE_STALE: u16 = 3;
-const EDE_PROHIBITED: u16 = 18;
-const EDE_UNREACHABLE: u16 = 22;
+pub(super) const EDE_PROHIBITED: u16 = 18;
+pub(super) const EDE_UNREACHABLE: u16 = 22;
 
 // Options that concern one hop and are not the next one's: cookie, keep-alive, padding.
 const HOP_BY_HOP: [u16; 3] = [10, 11, 12];
@@ -47,11 +48,11 @@ const WHOLE_ZONES: [u16; 3] = [251, 252, 255];
 
 /// A question as it arrived.
 pub(super) struct Asked {
-    bytes: Vec<u8>,
+    pub(super) bytes: Vec<u8>,
     /// `None`: no plain question.
-    message: Option<Message>,
+    pub(super) message: Option<Message>,
     upstream: SocketAddr,
-    stream: bool,
+    pub(super) stream: bool,
     since: Instant,
     labels: DnsLabels,
     /// The pod and its policies were known when it was looked at first.
@@ -124,11 +125,16 @@ impl PodDns {
             let text = outcome.to_string();
             return Some(failure(asked.message.as_ref(), &asked.bytes, header, REFUSED, EDE_PROHIBITED, &text));
         }
-        self.by_mesh(snapshot, asked).or_else(|| self.by_cache(asked))
+        let by_mesh = self.by_mesh(snapshot, asked);
+        if by_mesh.is_some() || egress::asked(workload) == egress::Asked::Enforce {
+            return by_mesh;
+        }
+        self.by_cache(asked)
     }
 
     /// The rest of a question that [`Self::begin`] could not answer.
     pub(super) async fn finish(&self, asked: Box<Asked>) -> Option<Vec<u8>> {
+        let closed = |workload: &Workload| egress::asked(workload) == egress::Asked::Enforce;
         if !asked.judged {
             // As any connection of the pod: what is not known yet may forbid it.
             match self.shared.known(&self.pod).await {
@@ -145,6 +151,10 @@ impl PodDns {
                     return Some(answer);
                 }
             }
+        }
+        let snapshot = self.shared.reader.load();
+        if let Some(workload) = self.pod.workload(&snapshot).filter(|workload| closed(workload)).cloned() {
+            return Some(self.closed(&snapshot, &workload, &asked).await);
         }
         let Some(message) = &asked.message else { return self.relay(&asked).await };
         if let Some(target) = self.alias(&asked) {
@@ -176,13 +186,19 @@ impl PodDns {
         Some(answer)
     }
 
-    fn lookup(&self, snapshot: &Snapshot, name: &str, kind: u16) -> Found {
+    pub(super) fn lookup(&self, snapshot: &Snapshot, name: &str, kind: u16) -> Found {
         let client = Client { namespace: &self.pod.namespace, network: &self.shared.network };
         lookup(snapshot, client, &self.node.domain, name, Kind::from(kind))
     }
 
     /// Gives a response of our own the client's id, EDNS and size.
-    fn written(&self, writing: Writing, asked: &Asked, message: &Message, snapshot: &Snapshot) -> Option<Vec<u8>> {
+    pub(super) fn written(
+        &self,
+        writing: Writing,
+        asked: &Asked,
+        message: &Message,
+        snapshot: &Snapshot,
+    ) -> Option<Vec<u8>> {
         let in_domain = message.name.as_deref().is_some_and(|name| self.in_domain(name));
         let serial = u32::try_from(snapshot.generation() & u64::from(u32::MAX)).unwrap_or_default();
         let bytes = writing.finish(&self.node.domain, in_domain, serial)?;
@@ -191,7 +207,7 @@ impl PodDns {
         Some(Body::new(bytes, walked)?.respond(message, &asked.bytes, 0, &edns, limit(asked, message)))
     }
 
-    fn in_domain(&self, name: &str) -> bool {
+    pub(super) fn in_domain(&self, name: &str) -> bool {
         name.strip_suffix(&*self.node.domain).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
     }
 
@@ -429,7 +445,7 @@ impl PodDns {
         failure(asked.message.as_ref(), &asked.bytes, header, SERVFAIL, EDE_UNREACHABLE, &text)
     }
 
-    fn finished(&self, asked: &Asked, source: &'static str, rcode: u16) {
+    pub(super) fn finished(&self, asked: &Asked, source: &'static str, rcode: u16) {
         self.shared.metrics.dns.answers.get_or_create(&DnsAnswerLabels { source }).inc();
         tracing::debug!(
             target: "dns",
@@ -463,7 +479,7 @@ impl PodDns {
 }
 
 /// A query of the Internet class with nothing unusual about it: one that we may answer ourselves.
-fn is_plain(message: &Message) -> bool {
+pub(super) fn is_plain(message: &Message) -> bool {
     message.flags.opcode() == 0 && message.class == IN && !message.rigid && message.records.is_empty()
 }
 
@@ -471,7 +487,7 @@ fn limit(asked: &Asked, message: &Message) -> usize {
     if asked.stream { usize::from(u16::MAX) } else { message.datagram_limit() }
 }
 
-fn rcode(reply: &Reply) -> u16 {
+pub(super) fn rcode(reply: &Reply) -> u16 {
     wire::header(&reply.bytes).map_or(SERVFAIL, |(_, flags)| flags.rcode())
 }
 
@@ -500,7 +516,7 @@ fn reply(asked: &Asked, message: &Message, kept: &Kept) -> Vec<u8> {
     body.clone().with_ttl(STALE_TTL).respond(message, &asked.bytes, 0, &edns, limit)
 }
 
-fn failure(
+pub(super) fn failure(
     message: Option<&Message>,
     bytes: &[u8],
     (id, flags): (u16, wire::Flags),

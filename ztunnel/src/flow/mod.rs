@@ -5,6 +5,7 @@
 //! nothing is guessed before, and nobody waits for ever.
 
 mod gate;
+pub mod names;
 pub mod recheck;
 pub mod tunnel;
 
@@ -21,6 +22,7 @@ use crate::base::budget::Budget;
 use crate::base::drain::Drained;
 use crate::base::sockets::PodSockets;
 pub use crate::flow::gate::{Gate, GateLimits, Pass};
+use crate::flow::names::Names;
 use crate::hbone;
 use crate::http;
 use crate::identity::Identities;
@@ -111,6 +113,9 @@ pub struct LocalPod {
     /// Endpoints that services with session affinity have bound the pod to. Locked for such connections only, and not
     /// while anything is waited for.
     pub bound: Mutex<Bound>,
+    /// Virtual addresses that it was given for names outside. Locked for look-ups and connections of pods whose egress is closed,
+    /// and not while anything is waited for.
+    pub names: Mutex<Names>,
 }
 
 /// One unit of a budget, until dropped.
@@ -165,6 +170,7 @@ impl LocalPod {
             cluster: cluster.into(),
             refused: AtomicU64::new(0),
             bound: Mutex::default(),
+            names: Mutex::default(),
         }
     }
 

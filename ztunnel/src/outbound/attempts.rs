@@ -21,6 +21,7 @@ use crate::hbone::pool::Pool;
 use crate::lb::{Chance, Failing};
 use crate::outbound::decide::{Plan, choose, permit};
 use crate::outbound::dial;
+use crate::outbound::egress::Leave;
 use crate::outcome::{Code, Outcome};
 use crate::relay::early::Said;
 use crate::state::{Service, Snapshot, Workload};
@@ -57,6 +58,13 @@ pub(super) enum Next {
         server: TcpStream,
         /// It leads out of the cluster.
         outside: bool,
+    },
+    /// A connection out of the cluster, from the node, that a rule lets out.
+    Outside {
+        /// The connection.
+        server: TcpStream,
+        /// What lets it out.
+        leave: Box<Leave>,
     },
 }
 

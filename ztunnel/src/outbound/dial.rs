@@ -28,6 +28,7 @@ use crate::hbone::pool::{Key, Lease, Opened, Pool};
 use crate::http::BoxIo;
 use crate::outbound::attempts::{Attempts, Failure, not_opened};
 use crate::outbound::decide::{Hbone, Plain, Plan};
+use crate::outbound::egress::{self, Leave};
 use crate::outbound::recheck::Registration;
 use crate::outbound::{forbidden, stopped};
 use crate::outcome::{Code, Fault, Outcome};
@@ -263,6 +264,26 @@ pub(super) async fn plain(pod: &LocalPod, plan: &Plain, patience: Patience, said
         Err(_) => Outcome::new(Code::ConnectTimeout, format!("{} did not answer", plan.address)),
     };
     Err(not_opened(outcome))
+}
+
+/// Copies between a client and a server outside until both are done, or no rule lets the connection out any more.
+pub(super) async fn relay_outside(
+    shared: &Shared,
+    pod: &LocalPod,
+    tcp: TcpStream,
+    server: TcpStream,
+    leave: &Leave,
+    registration: &Registration,
+    counts: &Rc<Counts>,
+) -> Outcome {
+    let stop = pin!(async {
+        tokio::select! {
+            outcome = stopped(pod, registration) => outcome,
+            outcome = egress::forbidden(shared, pod, leave) => outcome,
+        }
+    });
+    let terms = Terms { counts, limits: shared.relay, budget: &pod.buffers };
+    relay::tcp(tcp, server, terms, stop).await
 }
 
 /// Copies between two connections until both are done.

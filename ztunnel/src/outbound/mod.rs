@@ -9,6 +9,7 @@ mod ask;
 mod attempts;
 pub mod decide;
 mod dial;
+mod egress;
 mod exchange;
 mod forward;
 mod gateway;
@@ -28,6 +29,7 @@ use tokio::net::TcpStream;
 use crate::base::sockets::{original_destination, reset};
 use crate::base::{Counts, canonical};
 use crate::capture::probe;
+use crate::dns::own::OwnResolver;
 use crate::flow::{LocalPod, Shared};
 use crate::hbone;
 use crate::hbone::pool::Pool;
@@ -52,6 +54,8 @@ pub struct Means {
     pub live: Rc<Live>,
     /// Connections for requests.
     pub connections: Rc<pool::Pool>,
+    /// Looks names up that lead out of the cluster, and has the sockets for them.
+    pub outside: OwnResolver,
     budgets: Rc<RefCell<HashMap<BudgetKey, Budget>>>,
 }
 
@@ -63,12 +67,13 @@ const BUDGETS: usize = 256;
 
 impl Means {
     /// A new worker's.
-    pub fn new(config: hbone::Config) -> Self {
+    pub fn new(config: hbone::Config, outside: OwnResolver) -> Self {
         Self {
             pool: Pool::new(config),
             failing: Rc::default(),
             live: recheck::live(),
             connections: pool::Pool::new(),
+            outside,
             budgets: Rc::default(),
         }
     }
@@ -154,6 +159,16 @@ async fn carry(
         let known = ask::destination(shared, pod, destination, lease.into_iter().collect()).await?;
         let ask::Known { snapshot, source, leases } = known;
         record.source.workload = Some(source.clone());
+        let attempts = Attempts { shared, pool: &means.pool, failing: &means.failing, pod };
+        if let Some(bound) = egress::bound(&snapshot, pod, &source, &shared.network, destination) {
+            let reached = egress::reach(attempts, &means.outside, &snapshot, &source, bound, &tcp, record).await?;
+            if let Some((next, target)) = reached {
+                record.opened();
+                let left = Left { pod: pod.clone(), target, leases };
+                let registration = means.live.register_decided(left, &shared.reader);
+                return Ok((permit, Way::Bytes(next, registration)));
+            }
+        }
         if let Some(declared) = requests::wanted(&snapshot, &source, &shared.network, destination)
             && let Some(framing) = requests::told(&tcp, declared).await?
         {
@@ -162,7 +177,6 @@ async fn carry(
             record.opened();
             return Ok((permit, Way::Requests(framing, leases)));
         }
-        let attempts = Attempts { shared, pool: &means.pool, failing: &means.failing, pod };
         let (next, target) = attempts.reach(&snapshot, &source, destination, &tcp, record).await?;
         record.opened();
         let left = Left { pod: pod.clone(), target, leases };
@@ -184,6 +198,9 @@ async fn carry(
         Ok((_permit, Way::Bytes(Next::Plain { server, outside }, registration))) => {
             // Boxed: tunnels are not to make room for it.
             Box::pin(dial::relay_plain(shared, pod, tcp, server, outside, &registration, counts)).await
+        }
+        Ok((_permit, Way::Bytes(Next::Outside { server, leave }, registration))) => {
+            Box::pin(dial::relay_outside(shared, pod, tcp, server, &leave, &registration, counts)).await
         }
         Ok((_permit, Way::Requests(framing, _leases))) => {
             let addr = record.source.addr.unwrap_or(destination);

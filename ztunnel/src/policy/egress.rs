@@ -7,12 +7,13 @@
 //! Closed by default: a policy that has not arrived, or cannot be read, allows nothing.
 
 use std::fmt::Write as _;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 
 use crate::outcome::{Code, Outcome};
+use crate::policy::inside::inside;
 use crate::state::{EgressMode, EgressPath, EgressPolicy, EgressPort, EgressProtocol, EgressRule, Snapshot, Workload};
 
 /// Policies named in a denial; of more, the rest is counted.
@@ -256,16 +257,18 @@ fn denied(workload: &Workload, attempt: &Attempt<'_>, policies: &[&Arc<EgressPol
     let mut text = format!("{} is outside the cluster: {why}", attempt.described());
     let names: Vec<&str> = policies.iter().map(|policy| &*policy.id).collect();
     match names.as_slice() {
-        [] => drop(write!(text, " (namespace {}: tulle.dev/egress: deny)", workload.namespace)),
+        [] => {
+            let _ = write!(text, " (namespace {}: tulle.dev/egress: deny)", workload.namespace);
+        }
         names => {
             let shown = names[..names.len().min(NAMED)].join(", ");
             let more = names.len().saturating_sub(NAMED);
             let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-            drop(write!(text, " (namespace {}: tulle.dev/egress: deny; {shown}{more})", workload.namespace));
+            let _ = write!(text, " (namespace {}: tulle.dev/egress: deny; {shown}{more})", workload.namespace);
         }
     }
     if let Some(broken) = policies.iter().find(|policy| policy.unreadable.is_some()) {
-        drop(write!(text, "; {} cannot be read", broken.id));
+        let _ = write!(text, "; {} cannot be read", broken.id);
     }
     let policy = policies.first().map(|policy| policy.id.clone());
     Outcome { policy, ..Outcome::new(Code::EgressDenied, text) }
@@ -294,81 +297,67 @@ impl Attempt<'_> {
     }
 }
 
-/// Whether what a rule's name resolved to, or an address that a rule allows, may be dialled. Never: loopback, multicast, nothing,
-/// and what is inside the cluster, which names of others must not lead to. Addresses that are the node's own, link-local or where
-/// clouds keep their metadata must be covered by a block of `cidrs` that is no larger than their own range. Other addresses that are
-/// not public must be covered by any block.
+/// Whether what a rule's name resolved to, or an address that a rule allows, may be dialled. What is of the Internet may. Loopback,
+/// multicast and what is inside the cluster never: names of others must not lead there. Addresses of the node, link-local ones and
+/// where clouds keep their metadata only where a block of the rule's `cidrs` covers them that is no larger than their own range; what
+/// is private otherwise, where any block does.
 ///
 /// # Errors
 /// Why not, as one clause.
 pub fn may_dial(snapshot: &Snapshot, network: &str, rule: &EgressRule, address: IpAddr) -> Result<(), String> {
-    let address = unwrapped(address);
-    if address.is_loopback() || address.is_unspecified() || address.is_multicast() || address == Ipv4Addr::BROADCAST {
-        return Err(format!("{address} is no address of another host"));
-    }
-    if snapshot.workload_by_ip(network, address).is_some_and(|workload| workload.is_pod())
-        || snapshot.service_by_vip(network, address, "").is_some()
-    {
-        return Err(format!("{address} is inside the cluster"));
-    }
-    let close = |net: &&IpNet| net.contains(&address) && net.prefix_len() >= if address.is_ipv4() { 16 } else { 10 };
-    if snapshot.is_own_node(address) || is_link_local(address) || is_metadata(address) {
-        return match rule.cidrs.iter().find(close) {
-            Some(_) => Ok(()),
-            None => Err(format!(
-                "{address} is of the node or of its cloud, and no narrow block of the rule's cidrs covers it"
-            )),
-        };
-    }
-    if !is_public(address) && !covered(&rule.cidrs, address) {
-        return Err(format!("{address} is private, and the rule's cidrs do not cover it"));
-    }
-    Ok(())
-}
-
-/// The IPv4 address within, where an IPv6 address is only its wrapping: mapped, NAT64, 6to4.
-fn unwrapped(address: IpAddr) -> IpAddr {
-    let IpAddr::V6(v6) = address.to_canonical() else { return address.to_canonical() };
-    let s = v6.segments();
-    let v4 = |high: u16, low: u16| {
-        let ([a, b], [c, d]) = (high.to_be_bytes(), low.to_be_bytes());
-        IpAddr::V4(Ipv4Addr::new(a, b, c, d))
+    let address = address.to_canonical();
+    let Some(why) = inside(snapshot, network, address).or(is_azure(address).then_some("cloud metadata")) else {
+        return Ok(());
     };
-    match s {
-        [0x64, 0xff9b, 0, 0, 0, 0, high, low] | [0, 0, 0, 0, 0, 0, high, low] if high != 0 || low > 1 => v4(high, low),
-        [0x2002, high, low, ..] => v4(high, low),
-        _ => IpAddr::V6(v6),
+    let refused = |hint: &str| Err(format!("{address} is {why}{hint}"));
+    let of_pod = snapshot.workload_by_ip(network, address).is_some_and(|workload| workload.is_pod());
+    let nobody = address.is_loopback() || address.is_unspecified() || address.is_multicast() || is_virtual(address);
+    if of_pod || nobody || snapshot.is_cluster_address(network, address) {
+        return refused("");
+    }
+    let special = is_link_local(address) || snapshot.is_own_node(address) || is_metadata(address);
+    let least = match (special, address) {
+        (false, _) => 0,
+        (true, IpAddr::V4(_)) => 16,
+        (true, IpAddr::V6(_)) => 10,
+    };
+    let named = |net: &IpNet| net.prefix_len() >= least && net.contains(&address);
+    match rule.cidrs.iter().any(named) {
+        true => Ok(()),
+        false if special => refused(", and no narrow block of the rule's cidrs covers it"),
+        false => refused(", and the rule's cidrs do not cover it"),
     }
 }
 
+/// Virtual addresses of names, which are nobody's, and IPv4's broadcast.
+fn is_virtual(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => v4.is_broadcast() || matches!(v4.octets(), [240, 240, ..]),
+        IpAddr::V6(v6) => matches!(v6.segments(), [0x2001, 2, 0, ..]),
+    }
+}
+
+/// Also one that is only wrapped into a translation's address.
 fn is_link_local(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => v4.is_link_local(),
-        IpAddr::V6(v6) => v6.segments()[0] & 0xffc0 == 0xfe80,
+        IpAddr::V6(v6) => match v6.segments() {
+            [0x64, 0xff9b, 0, 0, 0, 0, 0xa9fe, _] | [0x2002, 0xa9fe, ..] => true,
+            segments => segments[0] & 0xffc0 == 0xfe80,
+        },
     }
 }
 
-/// Where clouds serve metadata and credentials besides 169.254.0.0/16.
+/// Azure's, which is a public address by its number.
+fn is_azure(address: IpAddr) -> bool {
+    address == IpAddr::from([168, 63, 129, 16])
+}
+
+/// Where clouds serve metadata and credentials besides link-local addresses.
 fn is_metadata(address: IpAddr) -> bool {
     match address {
-        IpAddr::V4(v4) => [[168, 63, 129, 16], [100, 100, 100, 200], [192, 0, 0, 192]].contains(&v4.octets()),
-        IpAddr::V6(v6) => v6 == Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254) || v6.segments()[0] == 0xfd20,
-    }
-}
-
-fn is_public(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(v4) => {
-            let [a, b, c, _] = v4.octets();
-            let shared = a == 100 && (64..128).contains(&b);
-            let reserved = a == 0 || a >= 240 || (a == 198 && (b == 18 || b == 19)) || (a, b, c) == (192, 0, 0);
-            !(v4.is_private() || shared || reserved)
-        }
-        IpAddr::V6(v6) => {
-            let first = v6.segments()[0];
-            // Global unicast, but not what is of Teredo or benchmarks: virtual addresses are of the latter.
-            (first & 0xe000) == 0x2000 && !(first == 0x2001 && matches!(v6.segments()[1], 0 | 2))
-        }
+        IpAddr::V4(v4) => is_azure(address) || [[100, 100, 100, 200], [192, 0, 0, 192]].contains(&v4.octets()),
+        IpAddr::V6(v6) => matches!(v6.segments(), [0xfd00, 0xec2, ..] | [0xfd20, 0xce, ..]),
     }
 }
 

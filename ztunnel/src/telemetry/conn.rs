@@ -13,7 +13,8 @@ use tulle_certs::SpiffeId;
 use crate::base::Counts;
 use crate::outcome::{Code, DryRun, Fault, Outcome};
 use crate::state::{Service, Workload};
-use crate::telemetry::metrics::{DenialLabels, DryRunLabels, Metrics, TcpLabels};
+use crate::telemetry::egress::Left;
+use crate::telemetry::metrics::{DenialLabels, DryRunLabels, EgressLabels, Metrics, TcpLabels};
 
 /// Which side of the mesh reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +71,8 @@ pub struct ConnRecord {
     pub dry_run: Vec<DryRun>,
     /// Endpoints that were tried in vain before, and why.
     pub tried: Option<Box<str>>,
+    /// What was asked of it because it leaves the cluster.
+    pub left: Option<Box<Left>>,
     /// Bytes so far.
     pub counts: Rc<Counts>,
     opened: bool,
@@ -92,6 +95,7 @@ impl ConnRecord {
             trace: None,
             dry_run: Vec::new(),
             tried: None,
+            left: None,
             counts: Rc::default(),
             opened: false,
             finished: false,
@@ -143,6 +147,11 @@ impl ConnRecord {
         for dry in self.dry_run.iter().chain(&outcome.dry_run) {
             self.metrics.dry_run.get_or_create(&DryRunLabels::of(dry)).inc();
         }
+        if let Some(left) = &self.left {
+            let labels = EgressLabels { namespace: left.namespace.clone(), verdict: left.verdict.word() };
+            metrics.egress.get_or_create(&labels).inc();
+            metrics.talks.ended(left, self.counts.up.get() + self.counts.down.get());
+        }
         self.log(outcome);
     }
 
@@ -153,6 +162,7 @@ impl ConnRecord {
         // Bytes sent and received by the local workload.
         let (sent, received) = if self.direction == Direction::Outbound { (up, down) } else { (down, up) };
         let ok = outcome.code.is_success();
+        let left = self.left.as_deref();
         let tried: Vec<String> = self.dry_run.iter().chain(&outcome.dry_run).map(ToString::to_string).collect();
         macro_rules! line {
             ($level:ident, $message:literal) => {
@@ -175,6 +185,13 @@ impl ConnRecord {
                     duration,
                     trace = self.trace.as_deref(),
                     tried = self.tried.as_deref(),
+                    egress = left.map(|left| left.verdict.word()),
+                    egress.host = left.and_then(|left| left.host.as_deref()),
+                    egress.spoken = left.map(|left| left.spoken),
+                    egress.claimed = left.and_then(|left| left.claimed.as_deref()),
+                    egress.request = left.and_then(|left| left.request.as_deref()),
+                    egress.policy = left.and_then(|left| left.policy.as_deref()),
+                    egress.rule = left.and_then(|left| left.rule),
                     code = (!ok).then(|| outcome.code.name()),
                     policy = outcome.policy.as_deref(),
                     rule = outcome.rule,

@@ -14,6 +14,7 @@ use prometheus_client::registry::Registry;
 
 use crate::outcome::DryRun;
 use crate::telemetry::dns::DnsMetrics;
+use crate::telemetry::egress::Talks;
 use crate::telemetry::http::HttpMetrics;
 
 /// Labels of the TCP metrics.
@@ -58,6 +59,15 @@ pub struct DenialLabels {
     pub policy: Arc<str>,
     /// Index of the rule, or empty.
     pub rule: String,
+}
+
+/// Labels of attempts to leave the cluster. Names are in the log and in `tulle egress`: they could make any number of series.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct EgressLabels {
+    /// Namespace of the pod.
+    pub namespace: Arc<str>,
+    /// `allowed`, `denied` or `audited`.
+    pub verdict: &'static str,
 }
 
 /// Labels of what policies would have done that are only tried (`istio.io/dry-run`).
@@ -130,6 +140,10 @@ pub struct Metrics {
     pub log_dropped: Gauge<u64, AtomicU64>,
     /// Name look-ups.
     pub dns: DnsMetrics,
+    /// Who talked to what outside the cluster.
+    pub talks: Talks,
+    /// Attempts to leave, by what was decided.
+    pub egress: Family<EgressLabels, Counter>,
     /// Requests.
     pub http: HttpMetrics,
 }
@@ -155,6 +169,8 @@ impl Metrics {
             pressed: Gauge::default(),
             log_dropped: Gauge::default(),
             dns: DnsMetrics::new(registry),
+            talks: Talks::default(),
+            egress: Family::default(),
             http: HttpMetrics::new(registry),
         };
         let build = Family::<BuildLabels, Gauge>::default();
@@ -176,6 +192,7 @@ impl Metrics {
             "Connections that a policy of istio.io/dry-run would have decided",
             metrics.dry_run.clone(),
         );
+        registry.register("tulle_egress", "Attempts to leave the cluster", metrics.egress.clone());
         registry.register("tulle_connections_shed", "Connections refused for lack of room", metrics.shed.clone());
         registry.register("tulle_inbound_connections", "Live inbound connections", metrics.inbound.clone());
         registry.register("tulle_outbound_connections", "Live outbound connections", metrics.outbound.clone());

@@ -6,6 +6,7 @@
 
 mod conn;
 pub mod dns;
+pub mod egress;
 mod http;
 pub mod lines;
 pub mod metrics;

@@ -160,12 +160,12 @@ fn http(at: &Cursor<'_>) -> Read<Option<EgressHttp>> {
         return Ok(None);
     }
     at.only(&["methods", "paths"])?;
-    let methods = bounded(&at.get("methods"))?.iter().map(|item| {
+    let methods = bounded(&at.get("methods"))?.into_iter().map(|item| {
         let text = item.required_text()?;
         let known = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'-');
         if known { Ok(text.to_owned()) } else { Err(item.error(format!("`{text}` is no method, such as GET"))) }
     });
-    let paths = bounded(&at.get("paths"))?.iter().map(|item| {
+    let paths = bounded(&at.get("paths"))?.into_iter().map(|item| {
         let text = item.required_text()?;
         let body = text.strip_suffix("/*").unwrap_or(text);
         let good = text == "*" || (text.starts_with('/') && !body.contains(['*', '?', '#', '%', ' ']));
