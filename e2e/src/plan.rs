@@ -24,6 +24,10 @@ pub const OUTSIDE: &str = "lab.tulle.dev/outside";
 /// Annotation of pods that end tunnels themselves: control says that they speak HBONE, and no node captures them.
 pub const OWN_TUNNEL: &str = "lab.tulle.dev/own-tunnel";
 
+/// Annotation of pods that are egress gateways: the name of the Service in front of them. They end tunnels themselves, and what
+/// `ztunnel gateway` needs to find control and to prove who it is comes in their environment.
+pub const GATEWAY: &str = "lab.tulle.dev/gateway";
+
 /// Namespace and name.
 pub type PodKey = (String, String);
 
@@ -98,6 +102,8 @@ pub struct Pod {
     pub enrolled: bool,
     /// Whether it ends tunnels itself.
     pub own_tunnel: bool,
+    /// The Service whose egress gateway it is.
+    pub gateway: Option<String>,
     /// Ports the kubelet probes.
     pub probe_ports: Vec<u16>,
     /// Its processes.
@@ -334,9 +340,12 @@ fn pod(objects: &Objects, allocator: &mut Allocator, nodes: u16, key: PodKey, ma
         name => name,
     };
     let containers = containers(&manifest);
-    let own_tunnel = strings(&manifest, "/metadata/annotations").get(OWN_TUNNEL).is_some_and(|value| value == "true");
+    let mut annotations = strings(&manifest, "/metadata/annotations");
+    let gateway = annotations.remove(GATEWAY);
+    let own_tunnel = gateway.is_some() || annotations.get(OWN_TUNNEL).is_some_and(|value| value == "true");
     Ok(Pod {
         own_tunnel,
+        gateway,
         enrolled: !own_tunnel && !outside && !host_network && is_enrolled(&key.0, namespace, &manifest),
         probe_ports: probe_ports(&manifest),
         account: account.to_owned(),

@@ -41,13 +41,19 @@ pub fn fabric_script(nodes: u16, control: &Path, node_path: impl Fn(u16) -> Path
     script
 }
 
-/// Control's own end.
-pub fn control_script() -> String {
+/// Control's own end: it knows the way to every node's pods, some of which ask it.
+pub fn control_script(nodes: u16) -> String {
     let Pair { v4, v6 } = address::CONTROL;
-    format!(
+    let mut script = format!(
         "link set lo up\nlink set eth0 up\n\
          addr add {v4}/24 dev eth0\naddr add {v6}/64 dev eth0 nodad\n"
-    )
+    );
+    for node in 1..=nodes {
+        let (range4, range6) = address::pod_ranges(node);
+        let via = address::node(node);
+        script.push_str(&format!("route add {range4} via {}\nroute add {range6} via {}\n", via.v4, via.v6));
+    }
+    script
 }
 
 /// A node: its addresses, the way to other nodes' pods, and a route that makes Service addresses reach the

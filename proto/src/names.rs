@@ -88,6 +88,9 @@ pub const METADATA_IMPERSONATED: &str = "ImpersonatedIdentity";
 pub const LABEL_MESH: &str = "tulle.dev/mesh";
 /// Istio's label of the same meaning: `ambient` or `none`. Ours wins.
 pub const LABEL_ISTIO_MESH: &str = "istio.io/dataplane-mode";
+/// Label of pods that end tunnels themselves, with the value `http`, as Istio has it: waypoints and gateways. They are reached over
+/// HBONE without being captured.
+pub const LABEL_TUNNEL: &str = "networking.istio.io/tunnel";
 /// Label of namespaces: `deny`, `audit` or `allow`.
 pub const LABEL_EGRESS: &str = "tulle.dev/egress";
 /// Label of ClusterTrustBundles: the trust domain whose roots they hold.

@@ -67,8 +67,16 @@ fn is_system(namespace: &str, settings: &Settings) -> bool {
     matches!(namespace, "kube-system" | "istio-system") || namespace == settings.root_namespace
 }
 
-/// True if the pod is reached over HBONE: enrolled, and its capture is not still pending.
+/// True if the pod ends tunnels itself, as gateways do.
+pub(super) fn ends_tunnels(pod: &Pod) -> bool {
+    pod.meta.label(names::LABEL_TUNNEL) == Some("http") && !pod.host_network && !pod.finished()
+}
+
+/// True if the pod is reached over HBONE: it ends tunnels itself, or it is enrolled and its capture is not still pending.
 pub(super) fn speaks_hbone(pod: &Pod, world: &World, settings: &Settings) -> bool {
+    if ends_tunnels(pod) {
+        return true;
+    }
     enrolled(pod, world, settings)
         && pod.meta.annotation(names::ANNOTATION_REDIRECTION).is_none_or(|state| state == "enabled")
 }

@@ -100,6 +100,7 @@ pub(super) fn translate(pod: &Pod, facts: &Facts, settings: &Settings) -> Resour
             workload::WorkloadStatus::Unhealthy.into()
         },
         cluster_id: settings.cluster_id.clone(),
+        native_tunnel: enrol::ends_tunnels(pod),
         services: services.map(|(name, ports)| (name.clone(), workload::PortList { ports: ports.clone() })).collect(),
         locality: facts.locality.clone(),
         network_mode: if pod.host_network {

@@ -105,7 +105,7 @@ impl Engine {
         }
         let node_path = |node: u16| node_ns[usize::from(node) - 1].path().to_path_buf();
         topology::ip(fabric.path(), &topology::fabric_script(config.nodes, control_ns.path(), node_path))?;
-        let mut ends = vec![(control_ns.path().to_path_buf(), topology::control_script())];
+        let mut ends = vec![(control_ns.path().to_path_buf(), topology::control_script(config.nodes))];
         for node in 1..=config.nodes {
             ends.push((node_path(node), topology::node_script(node, config.nodes)));
         }
@@ -498,6 +498,9 @@ impl Engine {
         }
         let mut started = 0;
         for pod in self.pods.values_mut().filter(|pod| waits(pod)) {
+            if pod.plan.gateway.is_some() && self.config.mesh {
+                pod.mesh = Some(mesh::gateway(&self.config, &self.paths, &pod.plan)?);
+            }
             match pod.start(&self.paths) {
                 Ok(()) => started += 1,
                 Err(error) => tracing::warn!("{error}"),

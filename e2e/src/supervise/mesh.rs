@@ -60,19 +60,55 @@ pub fn start_control(config: &Config, paths: &Paths, netns: &Path) -> anyhow::Re
 
 /// Has control make the token of a node; control's authority is made by whoever comes first.
 pub fn write_token(config: &Config, paths: &Paths, node: u16) -> anyhow::Result<()> {
+    token(config, paths, &paths.token(node), &["--node", &format!("node-{node}")])
+}
+
+/// Has control make a token into `file`.
+fn token(config: &Config, paths: &Paths, file: &Path, of: &[&str]) -> anyhow::Result<()> {
     let program = program(config, "control", &["control"])?;
-    let output = Command::new(&program)
-        .args(["token", "--node", &format!("node-{node}"), "--ca-dir"])
-        .arg(paths.ca())
-        .output()
-        .with_context(|| format!("{} cannot be run", program.display()))?;
-    anyhow::ensure!(
-        output.status.success(),
-        "no token for node-{node}: {}",
-        String::from_utf8_lossy(&output.stderr).trim()
-    );
-    replace(&paths.token(node), String::from_utf8_lossy(&output.stdout).trim())?;
+    let mut command = Command::new(&program);
+    command.arg("token").args(of).arg("--ca-dir").arg(paths.ca());
+    let output = command.output().with_context(|| format!("{} cannot be run", program.display()))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    anyhow::ensure!(output.status.success(), "no token for {}: {}", of.join(" "), said.trim());
+    replace(file, String::from_utf8_lossy(&output.stdout).trim())?;
     Ok(())
+}
+
+/// The program of an egress gateway's pod, and what it is told: control, a token of its own account, and its name.
+pub fn gateway(config: &Config, paths: &Paths, pod: &Pod) -> anyhow::Result<(PathBuf, BTreeMap<String, String>)> {
+    let node = format!("node-{}", pod.spot.node().unwrap_or_default());
+    let file = paths.etc(&pod.namespace, &pod.name).join("token");
+    let account = format!("{}/{}", pod.namespace, pod.account);
+    token(config, paths, &file, &["--service-account", &account, "--node", &node])?;
+    let mut env = of_control(paths);
+    env.extend(
+        [
+            ("AUTH_TOKEN", file.display().to_string()),
+            ("SERVICE_ACCOUNT", pod.account.clone()),
+            ("INSTANCE_IP", pod.spot.addresses().v4.to_string()),
+            ("TULLE_GATEWAY_NAME", pod.gateway.clone().unwrap_or_default()),
+        ]
+        .map(|(name, value)| (name.to_owned(), value)),
+    );
+    env.extend(config.env.get("gateway").cloned().unwrap_or_default());
+    Ok((program(config, "ztunnel", &["gateway", "ztunnel"])?, env))
+}
+
+/// How proxies find control.
+fn of_control(paths: &Paths) -> BTreeMap<String, String> {
+    let control = format!("https://{}:{}", address::CONTROL.v4, names::PORT_CONTROL_GRPC);
+    let root = paths.ca().join("root-cert.pem").display().to_string();
+    [
+        ("XDS_ADDRESS", control.clone()),
+        ("CA_ADDRESS", control),
+        ("XDS_ROOT_CA", root.clone()),
+        ("CA_ROOT_CA", root),
+        ("CLUSTER_ID", names::DEFAULT_CLUSTER.to_owned()),
+        ("TRUST_DOMAIN", names::DEFAULT_DOMAIN.to_owned()),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .into()
 }
 
 /// Starts the proxy of a node.
@@ -82,30 +118,22 @@ pub fn start_ztunnel(config: &Config, paths: &Paths, node: u16, netns: &Path) ->
     // `proxy` is what a proxy made for Istio's agent calls it.
     let command = if handed { "proxy" } else { "node" };
     let mut argv = vec![program(config, "ztunnel", &[&name, "ztunnel"])?.display().to_string(), command.to_owned()];
-    let control = format!("https://{}:{}", address::CONTROL.v4, names::PORT_CONTROL_GRPC);
-    let root = paths.ca().join("root-cert.pem").display().to_string();
-    let mut env: BTreeMap<String, String> = [
+    let mut env = of_control(paths);
+    let own = [
         ("HOME", "/".to_owned()),
         ("NODE_NAME", name.clone()),
-        ("XDS_ADDRESS", control.clone()),
-        ("CA_ADDRESS", control),
-        ("XDS_ROOT_CA", root.clone()),
-        ("CA_ROOT_CA", root),
         ("AUTH_TOKEN", paths.token(node).display().to_string()),
         match handed {
             true => ("INPOD_UDS", paths.agent_socket(node).display().to_string()),
             false => ("TULLE_PODS", paths.pods_file(node).display().to_string()),
         },
-        ("CLUSTER_ID", names::DEFAULT_CLUSTER.to_owned()),
-        ("TRUST_DOMAIN", names::DEFAULT_DOMAIN.to_owned()),
         ("POD_NAMESPACE", names::DEFAULT_ROOT_NAMESPACE.to_owned()),
         ("POD_NAME", format!("ztunnel-{name}")),
         ("SERVICE_ACCOUNT", names::NODE_SERVICE_ACCOUNT.to_owned()),
         ("INSTANCE_IP", address::node(node).v4.to_string()),
         ("TULLE_HANDOVER", paths.handover_socket(node).display().to_string()),
-    ]
-    .map(|(name, value)| (name.to_owned(), value))
-    .into();
+    ];
+    env.extend(own.map(|(name, value)| (name.to_owned(), value)));
     if !handed {
         env.insert("CRL_PATH".to_owned(), paths.ca().join("crl.pem").display().to_string());
     }

@@ -42,6 +42,8 @@ pub struct Running {
     pub told_enrolled: bool,
     /// The node's word: `Uncaptured`, `Pending`, `Captured`, `Failed`.
     pub capture: String,
+    /// For an egress gateway: the program, and what it is told.
+    pub mesh: Option<(PathBuf, BTreeMap<String, String>)>,
 }
 
 impl Running {
@@ -68,15 +70,17 @@ impl Running {
                 true => format!("{}_{}_{}", self.plan.namespace, self.plan.name, container.name),
                 false => format!("{}_{}", self.plan.namespace, self.plan.name),
             };
-            let mut env = self.env();
+            let (mut env, mut argv) = (self.env(), container.argv.clone());
+            if let Some((program, told)) = &self.mesh {
+                env.extend(told.clone());
+                argv.iter_mut()
+                    .take(1)
+                    .filter(|word| *word == "ztunnel")
+                    .for_each(|word| *word = program.display().to_string());
+            }
             env.extend(container.env.clone());
-            let start = Start {
-                argv: &container.argv,
-                env: &env,
-                bin: &paths.bin(),
-                placement: &placement,
-                log: &paths.log(&component),
-            };
+            let start =
+                Start { argv: &argv, env: &env, bin: &paths.bin(), placement: &placement, log: &paths.log(&component) };
             match Process::start(&start) {
                 Ok(process) => self.processes.push((container.name.clone(), process)),
                 Err(error) => {
@@ -213,6 +217,7 @@ fn create_netns(paths: &Paths, nodes: &[NetNs], plan: Pod) -> anyhow::Result<Run
         facts: Facts::default(),
         told_enrolled: false,
         capture: "Uncaptured".into(),
+        mesh: None,
     })
 }
 

@@ -12,7 +12,7 @@ use crate::outcome::Outcome;
 use crate::state::Snapshot;
 
 /// What the leave of a connection depends on.
-pub struct Left {
+pub struct Facts {
     /// Who asked, and for what.
     pub asked: Arc<Asked>,
     /// What the client speaks, as far as it was told.
@@ -20,15 +20,15 @@ pub struct Left {
 }
 
 /// The table of a worker.
-pub type Live = recheck::Live<Left>;
+pub type Live = recheck::Live<Facts>;
 /// A connection's place in it.
-pub type Registration = recheck::Registration<Left>;
+pub type Registration = recheck::Registration<Facts>;
 
 /// An empty table.
 pub fn live() -> Rc<Live> {
     Live::new(check)
 }
 
-fn check(snapshot: &Snapshot, conn: &Left) -> Option<Outcome> {
+fn check(snapshot: &Snapshot, conn: &Facts) -> Option<Outcome> {
     decide(snapshot, &conn.asked, &conn.spoken.borrow()).err()
 }

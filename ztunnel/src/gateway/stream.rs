@@ -27,13 +27,14 @@ use crate::flow::tunnel::Proven;
 use crate::gateway::decide::{self, Asked, Decision, Spoken};
 use crate::gateway::limits::Place;
 use crate::gateway::outside::{Failed, Server};
-use crate::gateway::recheck::{Left, Live, Registration};
+use crate::gateway::recheck::{Facts, Live, Registration};
 use crate::gateway::{Gateway, requests};
 use crate::hbone::headers::{self, Authority, TraceId};
 use crate::http::client::Raw;
 use crate::http::{BoxIo, Downstream, Framing, HeadClock, Sniffed, server, sniff};
 use crate::outcome::{Code, Outcome};
 use crate::relay::{self, StreamIo, TcpSide, Terms};
+use crate::telemetry::egress::{Left, Verdict};
 use crate::telemetry::{ConnRecord, Direction};
 use crate::tls::hello::{self, Hello};
 
@@ -120,9 +121,9 @@ impl Stream {
         let opened = Box::pin(async {
             let permit = pod.connection(&pod.inbound)?;
             let asked = self.asked(&authority?).await?;
-            let left = Left { asked, spoken: RefCell::new(Spoken::Unread) };
+            let facts = Facts { asked, spoken: RefCell::new(Spoken::Unread) };
             // Registered before its first check: a policy that comes in between cannot miss it.
-            let registration = self.live.register(left);
+            let registration = self.live.register(facts);
             let mut first = First::default();
             let open = tokio::select! {
                 biased;
@@ -215,7 +216,9 @@ impl Stream {
         record: &mut ConnRecord,
     ) -> Result<Open, Failed> {
         let (gateway, left) = (&self.gateway, registration.facts());
-        let decision = self.decided(left, first, body).await?;
+        let decided = self.decided(left, first, body).await;
+        record.left = Some(Box::new(attempt(&left.asked, &left.spoken.borrow(), &decided)));
+        let decision = decided?;
         let place = gateway.hosts.enter(&left.asked.target())?;
         let grant = match decision {
             Decision::Leave(grant) => grant,
@@ -229,7 +232,7 @@ impl Stream {
     }
 
     /// Decides, by the client's first bytes where they are needed.
-    async fn decided(&self, left: &Left, first: &mut First, body: &mut RecvStream) -> Result<Decision, Outcome> {
+    async fn decided(&self, left: &Facts, first: &mut First, body: &mut RecvStream) -> Result<Decision, Outcome> {
         let shared = &self.gateway.shared;
         let decided = shared.wait_for(|snapshot| match decide::decide(snapshot, &left.asked, &Spoken::Unread) {
             Err(outcome) if outcome.code == Code::PolicyPending => None,
@@ -272,6 +275,37 @@ impl Stream {
         let (shared, pod) = (&self.gateway.shared, &self.gateway.pod);
         let terms = Terms { counts: &counts, limits: shared.relay, budget: &pod.buffers };
         relay::tunnel(tcp, send, ready(Ok(body)), TcpSide::Server, terms, slot, stop).await
+    }
+}
+
+/// An attempt as records have it.
+fn attempt(asked: &Asked, spoken: &Spoken, decided: &Result<Decision, Outcome>) -> Left {
+    let grant = match decided {
+        Ok(Decision::Leave(grant)) => Some(grant),
+        _ => None,
+    };
+    let denied = decided.as_ref().err();
+    Left {
+        namespace: asked.identity.namespace().into(),
+        account: asked.identity.service_account().into(),
+        host: asked.host.as_deref().map(Into::into),
+        address: asked.address,
+        port: asked.port,
+        spoken: match spoken {
+            Spoken::Tls(_) => "TLS",
+            Spoken::Http(_) => "HTTP",
+            Spoken::Unread | Spoken::Bytes => "TCP",
+        },
+        claimed: match spoken {
+            Spoken::Tls(name) => name.as_deref().map(Into::into),
+            _ => None,
+        },
+        request: None,
+        verdict: if denied.is_some() { Verdict::Denied } else { Verdict::Allowed },
+        policy: grant
+            .map(|grant| grant.policy.id.clone())
+            .or_else(|| denied.and_then(|outcome| outcome.policy.clone())),
+        rule: grant.map(|grant| grant.rule).or_else(|| denied.and_then(|outcome| outcome.rule)),
     }
 }
 

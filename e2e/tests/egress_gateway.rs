@@ -1,0 +1,157 @@
+//! The egress gateway's promises: hosts outside see its address, it decides again whatever a peer asks, nothing leaves
+//! another way while it is gone, and of several replicas any one is enough.
+
+#![allow(clippy::unwrap_used)]
+
+use std::time::Duration;
+
+use e2e::eventually::eventually;
+use e2e::lab::Lab;
+use e2e::lab::LabConfig;
+use e2e::scenario;
+
+const WEB: &str = "shop/web";
+const API: &str = "http://api.example.test:8080/";
+
+fn replica(name: &str, node: u16) -> String {
+    format!(
+        "---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  namespace: egress\n\
+         \x20 labels: {{app: out, networking.istio.io/tunnel: http}}\n  annotations: {{lab.tulle.dev/gateway: out}}\n\
+         spec:\n  nodeName: node-{node}\n  serviceAccountName: out\n  containers:\n  - name: main\n    image: ztunnel\n\
+         \x20   command: [ztunnel, gateway]\n    ports: [{{containerPort: 15008}}]\n"
+    )
+}
+
+/// A closed namespace with a client on node 1, a gateway with a replica on each node, and a host outside with two names, of
+/// which one is allowed.
+fn world() -> String {
+    let outside = "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: net, annotations: {lab.tulle.dev/outside: 'true'}}\n\
+         ---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: api\n  namespace: net\n\
+         \x20 annotations: {lab.tulle.dev/hostnames: 'api.example.test,blocked.example.test'}\n\
+         spec:\n  containers:\n  - name: main\n    image: shop\n\
+         \x20   command: [shop, serve, --name, api, --http, '8080', --tcp, '9000']\n    ports: [{containerPort: 8080}]\n";
+    let policy = "---\napiVersion: tulle.dev/v1alpha1\nkind: EgressPolicy\nmetadata: {name: api, namespace: shop}\nspec:\n\
+         \x20 rules:\n  - hosts: [api.example.test]\n    ports: [{port: 8080, protocol: HTTP}, {port: 9000, protocol: TCP}]\n\
+         \x20   via: {gateway: {namespace: egress, name: out}}\n";
+    let service = "---\napiVersion: v1\nkind: Service\nmetadata: {name: out, namespace: egress}\n\
+         spec: {selector: {app: out}, ports: [{name: hbone, port: 15008}]}\n";
+    let closed = "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {tulle.dev/mesh: enabled, tulle.dev/egress: deny}}\n";
+    let namespaces = format!("{}{}", scenario::namespace("egress", false), scenario::namespace("plain", false));
+    let clients = format!("{}{}", scenario::client("shop", "web", 1), scenario::client("plain", "guest", 1));
+    format!("{closed}{namespaces}{outside}{clients}{}{}{service}{policy}", replica("out-0", 1), replica("out-1", 2))
+}
+
+/// Addresses of the gateway's replicas.
+fn addresses(lab: &Lab) -> Vec<String> {
+    let view = lab.view().unwrap();
+    view.pods.into_iter().filter(|pod| pod.namespace == "egress").flat_map(|pod| pod.addresses).collect()
+}
+
+/// Requests that the host outside has logged.
+fn served(lab: &Lab) -> usize {
+    scenario::log_lines(lab, "net/api", &["\"kind\":\"http\""]).len()
+}
+
+fn kill(lab: &Lab, name: &str) {
+    let pod = format!("egress/{name}");
+    lab.kill(&pod, "KILL").unwrap();
+    eventually(&format!("{pod} ends"), Duration::from_secs(60), || {
+        let view = lab.view().map_err(|error| error.to_string())?;
+        let found = view.pod("egress", name).map(|pod| pod.pids.clone()).unwrap_or_default();
+        if found.is_empty() { Ok(()) } else { Err(format!("{found:?}")) }
+    })
+    .unwrap();
+}
+
+#[test]
+fn hosts_outside_are_reached_through_the_gateway_or_not_at_all() {
+    let Some(lab) = scenario::lab(LabConfig::of(&world())) else { return };
+    scenario::reaches(&lab, WEB, API).unwrap();
+    let gateway = addresses(&lab);
+
+    // Both kinds of traffic come from the gateway's address.
+    let report = scenario::call(&lab, WEB, API).unwrap();
+    let source = report["answer"]["source"].as_str().unwrap_or_default().to_owned();
+    assert!(gateway.contains(&source), "the host outside saw {source}, and the gateway has {gateway:?}: {report}");
+    let raw = lab.exec_ok(WEB, &["shop", "tcp", "api.example.test:9000", "--json"]).unwrap();
+    let raw = scenario::json_lines(raw.as_bytes()).pop().unwrap();
+    assert!(raw["ok"] == true && gateway.iter().any(|ip| raw["greeting"].as_str().unwrap().contains(ip)), "{raw}");
+
+    // Another name at the same host, and another Host on an allowed connection, are refused.
+    let before = served(&lab);
+    let other = scenario::call(&lab, WEB, "http://blocked.example.test:8080/").unwrap();
+    assert!(other["ok"] != true, "a host that no rule names was reached: {other}");
+    let header = scenario::calls(&lab, WEB, API, &["--header", "host: blocked.example.test"]).unwrap();
+    assert!(header[0]["ok"] != true, "another Host was let out: {header:?}");
+    assert_eq!(served(&lab), before, "the host outside saw a request that was refused");
+
+    // Gone: closed. Back: open.
+    kill(&lab, "out-0");
+    kill(&lab, "out-1");
+    for _ in 0..3 {
+        let report = scenario::call(&lab, WEB, API).unwrap();
+        assert!(report["ok"] != true, "something left without a gateway: {report}");
+    }
+    assert_eq!(served(&lab), before, "the host outside saw a request while there was no gateway");
+    lab.delete("Pod", "egress/out-0").unwrap();
+    lab.apply_yaml(&replica("out-0", 1)).unwrap();
+    scenario::reaches(&lab, WEB, API).unwrap();
+}
+
+#[test]
+fn one_replica_is_enough() {
+    let Some(lab) = scenario::lab(LabConfig::of(&world())) else { return };
+    scenario::reaches(&lab, WEB, API).unwrap();
+    let load = lab.load(WEB, &[API], 20.0, &[]).unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    kill(&lab, "out-0");
+    let at = served(&lab);
+    eventually("requests go on", Duration::from_secs(30), || {
+        let now = served(&lab);
+        if now >= at + 40 { Ok(()) } else { Err(format!("{at} before, {now} now")) }
+    })
+    .unwrap();
+    let reports = load.finish().unwrap();
+    let failed = scenario::failures(&reports);
+    // What was on its way through the one that was killed.
+    assert!(failed.len() <= 5, "{} of {} failed: {:?}", failed.len(), reports.len(), failed.first());
+}
+
+#[test]
+fn a_peer_gets_no_more_than_its_own_policies_say() {
+    let Some(lab) = scenario::lab(LabConfig::of(&world())) else { return };
+    scenario::reaches(&lab, WEB, API).unwrap();
+    let authority = lab.paths().ca().display().to_string();
+    let gateway = format!("{}:15008", lab.pod_ip("egress", "out-0").unwrap());
+    let ask = |identity: &str, target: &str| {
+        let identity = format!("spiffe://cluster.local/ns/{identity}");
+        let argv = [
+            "lab",
+            "dial",
+            &gateway,
+            "--ca-dir",
+            &authority,
+            "--identity",
+            &identity,
+            "--connect",
+            target,
+            "--send",
+            "ping\n",
+        ];
+        let said = lab.exec_ok("plain/guest", &argv).unwrap();
+        scenario::json_lines(said.as_bytes()).pop().unwrap()
+    };
+    let before = scenario::log_lines(&lab, "net/api", &["tcp-open"]).len();
+    // With its own certificate, at its own address, and no policy; then with somebody else's certificate.
+    let own = ask("plain/sa/guest", "api.example.test:9000");
+    assert_eq!(own["status"], 403, "{own}");
+    scenario::await_log(&lab, "egress/out-0", &["EGRESS_DENIED", "sa/guest", "api.example.test"]).unwrap();
+    let stolen = ask("shop/sa/web", "api.example.test:9000");
+    assert_eq!(stolen["status"], 403, "{stolen}");
+    for target in ["10.96.0.1:443", "169.254.169.254:80", "[::1]:15000", "kubernetes.default.svc.cluster.local:443"] {
+        let inside = ask("plain/sa/guest", target);
+        assert_eq!(inside["status"], 403, "{target}: {inside}");
+    }
+    let opened = scenario::log_lines(&lab, "net/api", &["tcp-open"]).len();
+    assert_eq!(opened, before, "the host outside saw a connection that was refused");
+}
