@@ -34,6 +34,8 @@ const PURE: &[&str] = &[
     "ztunnel/src/dns/zone.rs",
     "ztunnel/src/inbound/decide.rs",
     "ztunnel/src/outbound/decide.rs",
+    "ztunnel/src/outbound/gateway.rs",
+    "ztunnel/src/gateway/decide.rs",
     "ztunnel/src/capture/rules.rs",
     "control/src/model",
     "control/src/resource",
@@ -43,8 +45,8 @@ const PURE: &[&str] = &[
 
 /// External crates that only some places may name: a new place is a decision, not an accident.
 const FENCES: &[(&str, &str, &[&str])] = &[
-    ("ztunnel", "h2::", &["hbone", "relay", "inbound", "outbound"]),
-    ("ztunnel", "hyper::", &["http", "inbound", "outbound", "admin"]),
+    ("ztunnel", "h2::", &["hbone", "relay", "inbound", "outbound", "gateway"]),
+    ("ztunnel", "hyper::", &["http", "inbound", "outbound", "gateway", "admin"]),
     ("ztunnel", "nix::", &["base", "capture", "relay", "app"]),
     ("ztunnel", "tonic::", &["xds", "identity"]),
     ("control", "tonic::", &["authn", "stream", "xds", "ca", "nodes", "app"]),

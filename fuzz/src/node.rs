@@ -16,6 +16,7 @@ use ztunnel::policy::jwt::by_rules;
 use ztunnel::route::path::normalise;
 use ztunnel::route::{RequestFacts, RoutePlan, find};
 use ztunnel::state::{Change, ServiceSpec, Snapshot, store};
+use ztunnel::tls::hello::{self, Hello};
 use ztunnel::xds::decode::{self, Strings};
 
 /// A target.
@@ -50,7 +51,19 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("certificate", certificate),
     ("crl", crl),
     ("dns", dns),
+    ("hello", hello),
 ];
+
+/// The first bytes of a client that may speak TLS.
+pub fn hello(data: &[u8]) {
+    let whole = hello::read(data);
+    if let Hello::Client { name: Some(name), .. } = &whole {
+        assert!(!name.is_empty() && name.len() <= 253 && *name == name.to_ascii_lowercase(), "{name:?}");
+    }
+    // Less of it is never another answer.
+    let part = hello::read(&data[..data.len() / 2]);
+    assert!(part == Hello::More || part == whole, "{part:?}, then {whole:?}");
+}
 
 /// The authority of a CONNECT request, from a peer.
 pub fn connect(data: &[u8]) {

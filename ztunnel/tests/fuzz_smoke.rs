@@ -27,6 +27,14 @@ use tulle_proto::workload::{Address, NetworkAddress, Port, PortList, Service, Tu
 
 const NOW: i64 = 1_800_000_000;
 
+/// A ClientHello for `a.b`, in one record.
+fn hello() -> Vec<u8> {
+    let name = [&[0, 0, 0, 8, 0, 6, 0, 0, 3][..], b"a.b"].concat();
+    let body = [&[3, 3][..], &[7; 32], &[0], &[0, 2, 0x13, 1], &[1, 0], &[0, 12], &name].concat();
+    let length = u8::try_from(body.len()).unwrap();
+    [&[22, 3, 1, 0, length + 4, 1, 0, 0, length][..], &body].concat()
+}
+
 /// Good input for a target.
 fn seeds(target: &str) -> Vec<Vec<u8>> {
     let texts = |texts: &[&str]| texts.iter().map(|text| text.as_bytes().to_vec()).collect();
@@ -68,6 +76,7 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         "address" => vec![workload().encode_to_vec(), service().encode_to_vec()],
         "authorization" => vec![policy().encode_to_vec()],
         "dns" => messages(),
+        "hello" => vec![hello()],
         "network-policy" => vec![network_policy().encode_to_vec()],
         "trust-bundle" => vec![trust_bundle().encode_to_vec()],
         "csr" | "roots" | "issued" | "certificate" => certificates(target),

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use clap::{Args as _, Command};
 use prometheus_client::registry::Registry;
 use ztunnel::config::Node;
+use ztunnel::config::gateway::Gateway;
 use ztunnel::config::istio::{NOT_FOLLOWED, Variable};
 use ztunnel::outcome::{Code, Fault, Outcome, Retry};
 use ztunnel::telemetry::dns::{DnsAnswerLabels, DnsLabels};
@@ -43,9 +44,17 @@ fn denial_codes_in_the_reference_are_those_of_the_code() {
 
 #[test]
 fn settings_in_the_reference_are_those_of_the_code() {
-    let command = Node::augment_args(Command::new("ztunnel"));
+    check("ztunnel-settings", &settings(Node::augment_args(Command::new("ztunnel")), |_| true));
+    let node = Node::augment_args(Command::new("ztunnel"));
+    let own = |name: &str| node.get_arguments().all(|argument| argument.get_id() != name);
+    check("gateway-settings", &settings(Gateway::augment_args(Command::new("ztunnel")), own));
+}
+
+/// A row for each argument of `command` that is `wanted` by its id.
+fn settings(command: Command, wanted: impl Fn(&str) -> bool) -> String {
     let mut table = "| Flag | Variable | Default | Meaning |\n|---|---|---|---|\n".to_owned();
-    for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {
+    let shown = command.get_arguments().filter(|argument| !argument.is_hide_set());
+    for argument in shown.filter(|argument| wanted(argument.get_id().as_str())) {
         let flag = argument.get_long().unwrap_or_default();
         let variable = argument.get_env().map(|name| format!("`{}`", name.to_string_lossy())).unwrap_or_default();
         let values: Vec<_> = argument.get_default_values().iter().map(|value| value.to_string_lossy()).collect();
@@ -54,7 +63,7 @@ fn settings_in_the_reference_are_those_of_the_code() {
         let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
         let _ = writeln!(table, "| `--{flag}` | {variable} | {default} | {help} |");
     }
-    check("ztunnel-settings", &table);
+    table
 }
 
 #[test]

@@ -115,11 +115,7 @@ impl Lab {
 
     /// A certificate of a pod's account, as its node would have it.
     pub fn certificate(&self, pod: &str) -> WorkloadCert {
-        let id: SpiffeId = format!("spiffe://cluster.local/ns/shop/sa/{pod}").parse().unwrap();
-        let authority = Authority::open(&self.dir.path().join("ca"), now()).unwrap();
-        let asked = request(&id).unwrap();
-        let chain = authority.sign(&tulle_certs::parse_csr(&asked.csr_pem).unwrap(), &id, 3600, now()).unwrap();
-        WorkloadCert::new(Issued::parse(&chain, &id).unwrap(), asked.key, &Trust::default()).unwrap()
+        signed(self.dir.path(), &format!("spiffe://cluster.local/ns/shop/sa/{pod}").parse().unwrap())
     }
 
     /// The rules in force in a pod.
@@ -154,7 +150,15 @@ pub fn authority(dir: &Path, domain: &str) -> Authority {
     Authority::open(&dir.join(name), now()).unwrap()
 }
 
-fn now() -> i64 {
+/// A certificate for `id` by the authority that lies in `dir`.
+pub fn signed(dir: &Path, id: &SpiffeId) -> WorkloadCert {
+    let authority = Authority::open(&dir.join("ca"), now()).unwrap();
+    let asked = request(id).unwrap();
+    let chain = authority.sign(&tulle_certs::parse_csr(&asked.csr_pem).unwrap(), id, 3600, now()).unwrap();
+    WorkloadCert::new(Issued::parse(&chain, id).unwrap(), asked.key, &Trust::default()).unwrap()
+}
+
+pub fn now() -> i64 {
     i64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()).unwrap()
 }
 
