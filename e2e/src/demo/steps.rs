@@ -12,13 +12,14 @@ use serde_json::Value;
 
 use crate::demo::Step;
 use crate::demo::canary;
+use crate::demo::gateway;
 use crate::eventually::eventually;
 use crate::lab::Lab;
 use crate::lab::Running;
 use crate::scenario;
 
 /// Parts that `--break` can break.
-pub(super) const PARTS: [&str; 4] = ["rules", "authz", "tls", "weights"];
+pub(super) const PARTS: [&str; 5] = ["rules", "authz", "tls", "weights", "gateway"];
 /// Without it there is nothing to show.
 pub(super) const FIRST: &str = "shop-runs";
 
@@ -83,6 +84,12 @@ pub(super) const STEPS: &[Step] = &[
         claim: "Who asks for the new version by a header gets it, whatever the weights.",
         rests_on: &["rules"],
         show: canary::pins,
+    },
+    Step {
+        name: "egress-gateway",
+        claim: "What may leave a closed namespace leaves by the gateway, from its address, or not at all.",
+        rests_on: &["rules", "gateway"],
+        show: gateway::leads_out,
     },
     Step {
         name: "control-killed",

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tulle_proto::node::node_message::Answer;
 use tulle_proto::node::node_question::Question;
-use tulle_proto::node::{CertificateStatus, NodeMessage, NodeQuestion, NodeStatus, PodStatus, TrustAnswer};
+use tulle_proto::node::{CertificateStatus, EgressTalk, NodeMessage, NodeQuestion, NodeStatus, PodStatus, TrustAnswer};
 
 use crate::app::handover::successor::Taken;
 use crate::app::pods::Pods;
@@ -15,6 +15,7 @@ use crate::app::view::Status;
 use crate::app::{dump, explain};
 use crate::flow::Shared;
 use crate::identity::CertStatus;
+use crate::telemetry::egress::{Kind, Seen};
 use crate::xds::Monitor;
 
 /// Version of this program.
@@ -91,6 +92,7 @@ impl Answers {
             inbound_connections: inbound as u64,
             outbound_connections: outbound as u64,
             tunnels: u64::try_from(self.shared.metrics.tunnels.get()).unwrap_or(0),
+            egress: self.shared.metrics.talks.list().0.into_iter().map(talk).collect(),
         }
     }
 
@@ -111,6 +113,17 @@ impl Answers {
             "inboundConnections": status.inbound_connections,
             "outboundConnections": status.outbound_connections,
             "tunnels": status.tunnels,
+            "egress": status.egress.iter().map(|talk| json!({
+                "namespace": talk.namespace,
+                "account": talk.account,
+                "target": talk.target,
+                "port": talk.port,
+                "spoken": talk.spoken,
+                "verdict": talk.verdict,
+                "policy": talk.policy,
+                "attempts": talk.attempts,
+                "bytes": talk.bytes,
+            })).collect::<Vec<_>>(),
             "pods": self.pods.status(),
             "certificates": status.certificates.iter().map(|cert| json!({
                 "identity": cert.identity,
@@ -185,6 +198,20 @@ fn certificate_status(status: CertStatus) -> CertificateStatus {
     }
 }
 
+fn talk((kind, seen): (Kind, Seen)) -> EgressTalk {
+    EgressTalk {
+        namespace: kind.namespace.to_string(),
+        account: kind.account.to_string(),
+        target: kind.target.to_string(),
+        port: kind.port.into(),
+        spoken: kind.spoken.to_owned(),
+        verdict: kind.verdict.to_owned(),
+        policy: kind.policy.to_string(),
+        attempts: seen.attempts,
+        bytes: seen.bytes,
+    }
+}
+
 fn pod_status(pod: Status) -> PodStatus {
     PodStatus {
         uid: pod.uid,
@@ -193,6 +220,7 @@ fn pod_status(pod: Status) -> PodStatus {
         capture: pod.capture.to_owned(),
         reason: pod.reason,
         dns: pod.dns.to_owned(),
+        fence: pod.fence,
         preexisting: pod.preexisting as u64,
         inbound_connections: pod.inbound_connections as u64,
         outbound_connections: pod.outbound_connections as u64,

@@ -8,6 +8,7 @@ pub mod answers;
 mod dump;
 mod explain;
 pub mod federation;
+mod fence;
 pub mod gateway;
 pub mod handover;
 pub mod pods;
@@ -39,6 +40,7 @@ use tulle_proto::names;
 use crate::admin::{self, Page, Routes};
 use crate::app::agent::Agent;
 use crate::app::answers::{Answers, VERSION};
+use crate::app::fence::Fence;
 use crate::app::handover::Giver;
 use crate::app::handover::successor::{Taken, Taking, take};
 use crate::app::pods::{Environment, Pods};
@@ -176,8 +178,18 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
         taking.known(&reader).await?;
     }
     let (pods_stop, _) = drain();
-    let pods_drain =
-        start_pods(&config, &shared, &workers, &pods, pods_stop, (taken.clone(), was_replaced.clone()), outside)?;
+    let fence = Fence::new(config.fence == Switch::On, reader.clone()).await;
+    tokio::spawn(fence.clone().run(stopping.clone()));
+    let pods_drain = start_pods(
+        &config,
+        &shared,
+        &workers,
+        &pods,
+        pods_stop,
+        (taken.clone(), was_replaced.clone()),
+        outside,
+        fence,
+    )?;
     let attended = Arc::new(AtomicBool::new(false));
     let giver = |admin: Vec<TcpListener>| Giver {
         pods: pods.clone(),
@@ -271,6 +283,7 @@ fn start_pods(
     stop: Drain,
     (taken, replaced): (Arc<Taken>, Drained),
     outside: OwnResolver,
+    fence: Arc<Fence>,
 ) -> anyhow::Result<Arc<Drain>> {
     let changed = Arc::new(Notify::new());
     let (source, watcher, agent) = match (&config.pods, &config.inpod_uds) {
@@ -296,6 +309,7 @@ fn start_pods(
         limits: pod_limits(config),
         preexisting: config.preexisting,
         trust_domain: config.trust_domain.clone(),
+        fence: fence.clone(),
         names: config
             .dns_addresses()
             .map_err(anyhow::Error::msg)?

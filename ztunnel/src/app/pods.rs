@@ -18,6 +18,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
+use crate::app::fence::Fence;
 use crate::app::handover::Open;
 use crate::app::handover::successor::Taken;
 use crate::app::pods::task::PodTask;
@@ -55,6 +56,8 @@ pub struct Environment {
     pub preexisting: Preexisting,
     /// Trust domain of pods that are not described yet.
     pub trust_domain: String,
+    /// Holds pods whose egress is closed.
+    pub fence: Arc<Fence>,
     /// How names are answered. `None`: not by us.
     pub names: Option<Names>,
     /// What the process before this one left to us.
@@ -76,6 +79,8 @@ pub(super) struct Entry {
     /// Fingerprints of what is installed; none while that changes.
     pub(super) rules: Option<u64>,
     pub(super) datagrams: Option<u64>,
+    /// Its egress is closed: inside the fence, or why it is not. `None`: it is open.
+    pub(super) fence: Option<Result<(), String>>,
     /// Its listeners are open, and what may not pass is held back.
     pub(super) served: bool,
 }

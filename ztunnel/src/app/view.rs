@@ -33,6 +33,8 @@ pub struct Status {
     pub reason: String,
     /// Whether its look-ups of names are answered here: `on` or `off`; empty where it is not captured.
     pub dns: &'static str,
+    /// `Fenced`, or `Unfenced: ` and why; empty where its egress is open.
+    pub fence: String,
     /// Connections from before capture that are still there.
     pub preexisting: usize,
     /// Live inbound connections.
@@ -182,6 +184,11 @@ fn status(entry: &Entry) -> Status {
         addresses: entry.pod.ips.clone(),
         capture: entry.state,
         reason: entry.reason.clone(),
+        fence: match &entry.fence {
+            None => String::new(),
+            Some(Ok(())) => "Fenced".to_owned(),
+            Some(Err(reason)) => format!("Unfenced: {reason}"),
+        },
         dns: match entry.state {
             "Captured" if entry.open.iter().any(|open| name_servers(open) > 0) => "on",
             "Captured" => "off",

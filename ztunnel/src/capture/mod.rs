@@ -9,6 +9,7 @@
 //! hold against the pod itself is held in the node's namespace.
 
 pub mod datagrams;
+pub mod fence;
 pub mod pods;
 pub mod preexisting;
 pub mod probe;

@@ -234,7 +234,7 @@ async fn go(
 ) -> Result<(Next, SocketAddr), Outcome> {
     let rule = grant.rule();
     let bound = &leave.bound;
-    if let Some(service) = &rule.gateway {
+    if let Some(service) = rule.gateway.as_ref().filter(|_| !gateway::is_broken()) {
         let target =
             bound.host.as_deref().map(str::to_owned).or_else(|| bound.address.map(bracketed)).unwrap_or_default();
         let name: Arc<str> = format!("{target}:{}", bound.port).into();

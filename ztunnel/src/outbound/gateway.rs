@@ -62,6 +62,11 @@ pub(super) fn plan(
     }))
 }
 
+/// Sabotage of test builds: with `TULLE_BREAK=gateway` the node dials by itself what a rule leads through a gateway.
+pub(super) fn is_broken() -> bool {
+    cfg!(feature = "sabotage") && std::env::var("TULLE_BREAK").is_ok_and(|part| part == "gateway")
+}
+
 /// As if the gateway's Service had been dialled at its own address; a headless one, at the family of the pod.
 fn dialled(service: &Service, source: &Workload) -> IpAddr {
     let own = service.vips.first().map(|(_, vip)| vip.addr());

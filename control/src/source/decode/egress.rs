@@ -271,8 +271,10 @@ fn entry_spec(spec: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Vec<EgressRu
     if hosts.is_empty() {
         return Err(spec.get("hosts").error("is missing"));
     }
-    let addresses: Vec<IpNet> =
-        bounded(&spec.get("addresses"))?.iter().map(|item| net(item.required_text()?, item)).collect::<Read<_>>()?;
+    let addresses: Vec<IpNet> = bounded(&spec.get("addresses"))?
+        .iter()
+        .map(|item| address(item.required_text()?, item))
+        .collect::<Read<_>>()?;
     let ports = bounded(&spec.get("ports"))?;
     let names: Vec<(String, u16)> = ports
         .iter()
@@ -298,6 +300,11 @@ fn entry_spec(spec: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Vec<EgressRu
     // NONE: the addresses themselves are meant. Otherwise they stand for the host.
     let (cidrs, stands_for) = if plain { (addresses, Vec::new()) } else { (Vec::new(), addresses) };
     Ok(vec![EgressRule { hosts, cidrs, ports, endpoints, stands_for, ..EgressRule::default() }])
+}
+
+/// An address or a block.
+fn address(text: &str, at: &Cursor<'_>) -> Read<IpNet> {
+    text.parse::<IpAddr>().map_or_else(|_| net(text, at), |ip| Ok(IpNet::from(ip.to_canonical())))
 }
 
 fn entry_port(at: &Cursor<'_>) -> Read<EgressPort> {

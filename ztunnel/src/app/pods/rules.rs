@@ -83,6 +83,28 @@ impl PodTask {
         Ok(())
     }
 
+    /// Holds the pod in the node's network too if its egress is `closed`. One that cannot be held is reported, and served all the same:
+    /// the proxy refuses what it may not do either way.
+    pub(super) async fn fence(&self, netns: &Netns, closed: Option<bool>) {
+        let fence = &self.environment.fence;
+        let held = match closed {
+            None => return,
+            Some(false) => {
+                fence.release(&self.pod.uid, netns).await;
+                None
+            }
+            Some(true) => Some(fence.hold(&self.pod.uid, netns).await),
+        };
+        self.post(|entry| {
+            if let Some(Err(reason)) = &held
+                && entry.fence != held
+            {
+                tracing::error!(pod = %self.name(), %reason, "Unfenced: a privileged container of the pod can leave past the proxy");
+            }
+            entry.fence = held;
+        });
+    }
+
     /// Brings the rules of a served pod up to date.
     pub(super) async fn adjust(&self, serving: &mut Serving, wanted: &Wanted) -> Result<(), String> {
         let mut old = BTreeSet::new();
@@ -93,6 +115,7 @@ impl PodTask {
         }
         self.install(&serving.netns, rules).await?;
         self.filter(&serving.netns, wanted.datagrams.clone()).await?;
+        self.fence(&serving.netns, wanted.tcp_only).await;
         self.post(|entry| entry.served = true);
         match if serving.proven { Ok(()) } else { self.prove(serving).await } {
             Ok(()) => self.state("Captured", String::new()),

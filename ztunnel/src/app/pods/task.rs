@@ -153,6 +153,7 @@ impl PodTask {
             open: Vec::new(),
             rules: None,
             datagrams: None,
+            fence: None,
             served: false,
         });
         change(entry);
@@ -267,6 +268,7 @@ impl PodTask {
                 let pod = self.pod.uid.clone();
                 self.environment.workers.run_all(move |worker| worker.out.pool.forget(&pod));
             }
+            self.environment.fence.gone(&self.pod.uid).await;
             self.board.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.pod.uid);
             return;
         }

@@ -1,0 +1,179 @@
+//! Keeps the node's fence: which pods are inside it, and what may pass.
+//!
+//! A pod is held before it is called captured, and the fence follows the mesh's addresses at most every [`PACE`]. What an earlier
+//! process fenced stays fenced until its pod is known again to be open, or its interface is gone; so a restart opens nothing. Nothing is
+//! installed before control has said all, since without addresses the fence would be shut.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Mutex;
+use tokio::time::sleep;
+
+use crate::base::drain::Drained;
+use crate::base::netns::Netns;
+use crate::capture::fence::{self, Inside};
+use crate::state::{Protocol, Reader, Snapshot};
+
+/// A walk over 10,000 workloads takes some milliseconds, and the transaction some tens.
+const PACE: Duration = Duration::from_millis(200);
+/// Before the next try after a failure.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// See the module's header.
+pub struct Fence {
+    /// The node's own network; `None`: switched off.
+    node: Option<Netns>,
+    reader: Reader,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Interfaces by pod uid.
+    pods: BTreeMap<String, BTreeSet<String>>,
+    /// Interfaces that were fenced before this process, of pods that it has not looked at.
+    before: BTreeSet<String>,
+    /// What is installed.
+    installed: Option<String>,
+}
+
+impl Fence {
+    /// The fence of this node, with what is there of it.
+    pub async fn new(on: bool, reader: Reader) -> Arc<Self> {
+        let node = on.then(|| Netns::open(Path::new("/proc/self/ns/net")).ok()).flatten();
+        let before = match &node {
+            Some(node) => fence::fenced(node).await,
+            None => BTreeSet::new(),
+        };
+        Arc::new(Self { node, reader, state: Mutex::new(State { before, ..State::default() }) })
+    }
+
+    /// Takes a pod into the fence; done when that is in force.
+    ///
+    /// # Errors
+    /// Why it is not.
+    pub async fn hold(&self, uid: &str, pod: &Netns) -> Result<(), String> {
+        let Some(node) = &self.node else { return Err("the fence is switched off (TULLE_FENCE)".to_owned()) };
+        if fence::is_broken() {
+            return Ok(());
+        }
+        let mut state = self.state.lock().await;
+        if state.pods.contains_key(uid) {
+            return Ok(());
+        }
+        let failed = |error: std::io::Error| error.to_string();
+        let inner = fence::interfaces(pod).await.map_err(failed)?;
+        let outer = fence::interfaces(node).await.map_err(failed)?;
+        let ends = fence::ends(&inner, &outer)?;
+        state.before.retain(|name| !ends.contains(name));
+        state.pods.insert(uid.to_owned(), ends);
+        let done = self.bring(node, &mut state).await;
+        if done.is_err() {
+            // Asked again, it is tried again.
+            state.pods.remove(uid);
+        }
+        done
+    }
+
+    /// Lets a pod out of the fence, which control says is open.
+    pub async fn release(&self, uid: &str, pod: &Netns) {
+        let Some(node) = &self.node else { return };
+        let mut state = self.state.lock().await;
+        let mut changed = state.pods.remove(uid).is_some();
+        if !state.before.is_empty()
+            && let (Ok(inner), Ok(outer)) = (fence::interfaces(pod).await, fence::interfaces(node).await)
+            && let Ok(ends) = fence::ends(&inner, &outer)
+        {
+            let had = state.before.len();
+            state.before.retain(|name| !ends.contains(name));
+            changed |= state.before.len() != had;
+        }
+        if changed && let Err(error) = self.bring(node, &mut state).await {
+            tracing::warn!(%error, "the fence stays around a pod that is open; trying again");
+            state.installed = None;
+        }
+    }
+
+    /// A pod is gone: its interface goes with its network, and until then stays fenced.
+    pub async fn gone(&self, uid: &str) {
+        let mut state = self.state.lock().await;
+        if let Some(ends) = state.pods.remove(uid) {
+            state.before.extend(ends);
+        }
+    }
+
+    /// Follows the mesh until `stop` drains.
+    pub async fn run(self: Arc<Self>, stop: Drained) {
+        let Some(node) = self.node.clone() else { return };
+        let mut changes = self.reader.subscribe();
+        loop {
+            let mut state = self.state.lock().await;
+            let failed = match self.reader.load().synced() {
+                true => self.sweep(&node, &mut state).await.err(),
+                false => None,
+            };
+            drop(state);
+            let pause = if failed.is_some() { RETRY } else { PACE };
+            if let Some(error) = failed {
+                tracing::error!(%error, "the fence cannot be brought up to date; what is installed stays");
+            }
+            tokio::select! {
+                () = stop.draining() => return,
+                changed = async { sleep(pause).await; changes.changed().await } => if changed.is_err() { return },
+            }
+        }
+    }
+
+    /// Forgets interfaces that are gone, and brings the table up to date.
+    async fn sweep(&self, node: &Netns, state: &mut State) -> Result<(), String> {
+        if !state.before.is_empty() {
+            let there = fence::interfaces(node).await.map_err(|error| error.to_string())?;
+            let names: BTreeSet<String> = there.values().map(|link| link.name().to_owned()).collect();
+            state.before.retain(|name| names.contains(name));
+        }
+        self.bring(node, state).await
+    }
+
+    async fn bring(&self, node: &Netns, state: &mut State) -> Result<(), String> {
+        let interfaces: BTreeSet<String> = state.pods.values().flatten().chain(&state.before).cloned().collect();
+        if interfaces.is_empty() && state.installed.is_none() {
+            return Ok(());
+        }
+        let text = fence::render(&interfaces, &inside(&self.reader.load()));
+        if state.installed.as_ref() == Some(&text) {
+            return Ok(());
+        }
+        fence::apply(node, text.clone()).await.map_err(|error| format!("the fence could not be installed: {error}"))?;
+        state.installed = Some(text);
+        Ok(())
+    }
+}
+
+/// What may pass, by what control says.
+fn inside(snapshot: &Snapshot) -> Inside {
+    let mut found = Inside::default();
+    for record in snapshot.records() {
+        match record.protocol() {
+            Protocol::Hbone => found.mesh.extend(record.addresses()),
+            // On the host network a pod has the node's address, which is outside.
+            Protocol::Plain if record.is_pod() && !record.host_network() => found.plain.extend(record.addresses()),
+            Protocol::Plain => {}
+        }
+    }
+    let mut services = snapshot.services();
+    let api = services.find(|service| *service.namespace == *"default" && *service.name == *"kubernetes");
+    if let Some(service) = api {
+        for endpoint in &service.endpoints.all {
+            let ports = endpoint.services().get(&service.key());
+            for port in ports.into_iter().flatten().chain(&service.ports) {
+                let number = if port.target_port == 0 { port.service_port } else { port.target_port };
+                found.api.extend(endpoint.addresses().map(|ip| SocketAddr::new(ip, number)));
+            }
+        }
+    }
+    found
+}

@@ -1,0 +1,212 @@
+//! The fence: what leaves a pod whose egress is closed, held where the pod has no power, in the node's own network.
+//!
+//! A container with CAP_NET_RAW may mark its packets and walk past the redirect; one with CAP_NET_ADMIN may flush it. Neither changes
+//! what the node does with a packet that comes out of the pod's interface. There everything is dropped but tunnels to the mesh, plain
+//! TCP to what is inside the cluster without being in the mesh (pods, and the API server's endpoints), and replies. What a rule lets out
+//! of the cluster, and look-ups of names, the proxy dials from the node's network, so nothing of it comes through here. Keyed by the
+//! interface and not by an address, which a pod can choose. The table stays when the proxy stops. Limits: only pods on a pair of
+//! interfaces whose other end is the node's own and no port of a bridge; others are reported as `Unfenced`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+
+use serde_json::Value;
+use tulle_proto::names::PORT_HBONE;
+
+use crate::base::netns::{Netns, run_blocking};
+use crate::capture::{nft, run};
+
+/// Name of the table.
+pub const TABLE: &str = "tulle_fence";
+
+/// What may pass the fence.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Inside {
+    /// Addresses that take tunnels.
+    pub mesh: BTreeSet<IpAddr>,
+    /// Pods that are not in the mesh.
+    pub plain: BTreeSet<IpAddr>,
+    /// Endpoints of the API server.
+    pub api: BTreeSet<SocketAddr>,
+}
+
+/// The transaction that replaces whatever is installed.
+pub fn render(interfaces: &BTreeSet<String>, inside: &Inside) -> String {
+    let mut text = format!("table inet {TABLE}\ndelete table inet {TABLE}\n");
+    if interfaces.is_empty() {
+        return text;
+    }
+    let _ = writeln!(text, "table inet {TABLE} {{");
+    let names: Vec<String> = interfaces.iter().map(|name| format!("\"{name}\"")).collect();
+    let _ = writeln!(text, "  set pods {{\n    type ifname\n    elements = {{ {} }}\n  }}", names.join(", "));
+    for (name, addresses) in [("mesh", &inside.mesh), ("plain", &inside.plain)] {
+        for (v6, kind) in [(false, "ipv4_addr"), (true, "ipv6_addr")] {
+            let all = addresses.iter().filter(|ip| ip.is_ipv6() == v6).map(ToString::to_string);
+            set(&mut text, &format!("{name}{}", if v6 { 6 } else { 4 }), kind, all.collect());
+        }
+    }
+    for (v6, kind) in [(false, "ipv4_addr"), (true, "ipv6_addr")] {
+        let all = inside.api.iter().filter(|at| at.is_ipv6() == v6).map(|at| format!("{} . {}", at.ip(), at.port()));
+        let kind = format!("{kind} . inet_service");
+        set(&mut text, &format!("api{}", if v6 { 6 } else { 4 }), &kind, all.collect());
+    }
+    text.push_str("  chain fence {\n    ct direction reply accept\n");
+    for (family, number) in [("ip", 4), ("ip6", 6)] {
+        let _ = writeln!(text, "    {family} daddr @mesh{number} tcp dport {PORT_HBONE} accept");
+        let _ = writeln!(text, "    {family} daddr @plain{number} meta l4proto tcp accept");
+        let _ = writeln!(text, "    {family} daddr . tcp dport @api{number} accept");
+    }
+    text.push_str("    counter drop\n  }\n");
+    // After a Service's address was translated, since what counts is where a packet goes.
+    for (hook, neighbours) in [("forward", false), ("input", true)] {
+        let _ = writeln!(text, "  chain {hook} {{\n    type filter hook {hook} priority filter; policy accept;");
+        if neighbours {
+            text.push_str(
+                "    icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld2-listener-report } accept\n",
+            );
+        }
+        text.push_str("    iifname @pods jump fence\n  }\n");
+    }
+    text.push_str("}\n");
+    text
+}
+
+fn set(text: &mut String, name: &str, kind: &str, elements: Vec<String>) {
+    let _ = write!(text, "  set {name} {{\n    type {kind}\n");
+    if !elements.is_empty() {
+        let _ = writeln!(text, "    elements = {{ {} }}", elements.join(", "));
+    }
+    text.push_str("  }\n");
+}
+
+/// Replaces the node's table.
+///
+/// # Errors
+/// What `nft` said; nothing was changed then.
+pub async fn apply(node: &Netns, text: String) -> io::Result<()> {
+    run_blocking(node, move || nft(&text)).await
+}
+
+/// Interfaces that a table from before fences.
+pub async fn fenced(node: &Netns) -> BTreeSet<String> {
+    let listed = run_blocking(node, || run("nft", &["-j", "list", "set", "inet", TABLE, "pods"], None)).await;
+    let Ok(text) = listed else { return BTreeSet::new() };
+    let value: Value = serde_json::from_str(&text).unwrap_or_default();
+    let sets = value["nftables"].as_array().into_iter().flatten();
+    let elements = sets.filter_map(|one| one["set"]["elem"].as_array()).flatten();
+    elements.filter_map(|one| one.as_str().map(str::to_owned)).collect()
+}
+
+/// An interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    name: String,
+    /// Index of the other end, in the namespace of the other end.
+    peer: Option<u64>,
+    /// It is a port of this one.
+    master: Option<String>,
+    /// Up, and not loopback.
+    used: bool,
+}
+
+impl Link {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+/// Interfaces by index, as `ip -j link` lists them.
+pub fn links(text: &str) -> BTreeMap<u64, Link> {
+    let value: Value = serde_json::from_str(text).unwrap_or_default();
+    let one = |link: &Value| {
+        let flags: Vec<&str> = link["flags"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        let name = link["ifname"].as_str()?.to_owned();
+        let used = flags.contains(&"UP") && !flags.contains(&"LOOPBACK");
+        let master = link["master"].as_str().map(str::to_owned);
+        Some((link["ifindex"].as_u64()?, Link { name, peer: link["link_index"].as_u64(), master, used }))
+    };
+    value.as_array().into_iter().flatten().filter_map(one).collect()
+}
+
+/// The node's ends of all of a pod's interfaces.
+///
+/// # Errors
+/// Why the pod cannot be fenced.
+pub fn ends(pod: &BTreeMap<u64, Link>, node: &BTreeMap<u64, Link>) -> Result<BTreeSet<String>, String> {
+    let mut found = BTreeSet::new();
+    for (index, link) in pod.iter().filter(|(_, link)| link.used) {
+        let end = link.peer.and_then(|peer| node.get(&peer)).filter(|end| end.peer == Some(*index));
+        let Some(end) = end else {
+            return Err(format!("its interface {} does not end at the node", link.name));
+        };
+        if let Some(master) = &end.master {
+            return Err(format!("the node's end {} of its interface {} is a port of {master}", end.name, link.name));
+        }
+        // It goes into a transaction's text.
+        if end.name.contains(['"', '\\', '*']) {
+            return Err(format!("the node's end of its interface {} has a name that nft cannot take", link.name));
+        }
+        found.insert(end.name.clone());
+    }
+    if found.is_empty() { Err("it has no interface that is up".to_owned()) } else { Ok(found) }
+}
+
+/// The interfaces of a namespace.
+///
+/// # Errors
+/// What `ip` said.
+pub async fn interfaces(netns: &Netns) -> io::Result<BTreeMap<u64, Link>> {
+    run_blocking(netns, || run("ip", &["-j", "link", "show"], None)).await.map(|text| links(&text))
+}
+
+/// Sabotage of test builds: `TULLE_BREAK=fence` leaves the fence away and says that it is there.
+pub fn is_broken() -> bool {
+    cfg!(feature = "sabotage") && std::env::var("TULLE_BREAK").is_ok_and(|part| part == "fence")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Inside, ends, links, render};
+    use std::path::PathBuf;
+
+    #[test]
+    fn the_fence_matches_its_golden_file() {
+        let inside = Inside {
+            mesh: ["10.0.0.2", "fd00::2"].map(|ip| ip.parse().unwrap()).into(),
+            plain: ["10.0.0.3".parse().unwrap()].into(),
+            api: ["192.0.2.1:6443".parse().unwrap()].into(),
+        };
+        let rendered = render(&["pod1", "pod2"].map(str::to_owned).into(), &inside);
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/capture/testdata/fence.nft");
+        if std::env::var_os("UPDATE").is_some() {
+            std::fs::write(&path, &rendered).unwrap();
+        }
+        assert_eq!(rendered, std::fs::read_to_string(&path).unwrap_or_default());
+        assert!(!render(&[].into(), &inside).contains("chain"), "nobody is closed");
+    }
+
+    #[test]
+    fn only_a_pair_that_ends_at_the_node_can_be_fenced() {
+        let link = |index: u64, name: &str, rest: &str| {
+            format!("{{\"ifindex\":{index},\"ifname\":\"{name}\",\"flags\":[\"UP\"]{rest}}}")
+        };
+        let lo = "{\"ifindex\":1,\"ifname\":\"lo\",\"flags\":[\"LOOPBACK\",\"UP\"]}";
+        let pod = |rest: &str| links(&format!("[{lo},{}]", link(2, "eth0", rest)));
+        let node = |rest: &str| links(&format!("[{lo},{}]", link(7, "pod1", rest)));
+        let (near, far) = (",\"link_index\":7,\"link_netnsid\":0", ",\"link_index\":2,\"link_netnsid\":1");
+        assert_eq!(ends(&pod(near), &node(far)), Ok(["pod1".to_owned()].into()));
+        for (near, far, why) in [
+            ("", far, "does not end at the node"),
+            (",\"link_index\":9", far, "does not end at the node"),
+            (near, ",\"link_index\":3", "does not end at the node"),
+            (near, ",\"link_index\":2,\"master\":\"cni0\"", "a port of cni0"),
+        ] {
+            let error = ends(&pod(near), &node(far)).unwrap_err();
+            assert!(error.contains(why), "{error}");
+        }
+        assert!(ends(&links("[]"), &node(far)).is_err());
+    }
+}
