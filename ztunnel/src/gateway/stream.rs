@@ -191,7 +191,7 @@ impl Stream {
         let asked = Asked::new(&shared.network, ip, identity, &self.gateway.service, authority);
         shared
             .wait_for(|snapshot| {
-                let known = decide::source(snapshot, &shared.network, ip, identity).is_some();
+                let known = snapshot.workload_by_ip(&shared.network, ip).is_some();
                 (snapshot.synced() && known).then_some(())
             })
             .await;
