@@ -102,6 +102,7 @@ pub fn start_ztunnel(config: &Config, paths: &Paths, node: u16, netns: &Path) ->
         ("POD_NAME", format!("ztunnel-{name}")),
         ("SERVICE_ACCOUNT", names::NODE_SERVICE_ACCOUNT.to_owned()),
         ("INSTANCE_IP", address::node(node).v4.to_string()),
+        ("TULLE_NAME_SERVERS", address::gateway(node).v4.to_string()),
         ("TULLE_HANDOVER", paths.handover_socket(node).display().to_string()),
     ]
     .map(|(name, value)| (name.to_owned(), value))
