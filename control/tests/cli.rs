@@ -80,7 +80,6 @@ fn what_cannot_be_done_says_why_and_what_to_do() {
         (&["explain", "a/b", "c/d", "--files", "."], 2, "needs --control"),
         (&["get", "nodes", "--files", "."], 2, "needs --control"),
         (&["check"], 2, "needs --files"),
-        (&["egress", "list"], 2, "comes with egress control"),
         (&["install", "--dry-run"], 2, "comes with Kubernetes support"),
         (&["get", "nonsense"], 2, "possible values"),
         (&["get", "workloads", "-o", "xml"], 2, "possible values"),

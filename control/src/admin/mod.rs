@@ -296,6 +296,17 @@ fn node_status(status: &NodeStatus) -> Value {
         "inboundConnections": status.inbound_connections,
         "outboundConnections": status.outbound_connections,
         "tunnels": status.tunnels,
+        "egress": status.egress.iter().map(|talk| json!({
+            "namespace": talk.namespace,
+            "account": talk.account,
+            "target": talk.target,
+            "port": talk.port,
+            "spoken": talk.spoken,
+            "verdict": talk.verdict,
+            "policy": talk.policy,
+            "attempts": talk.attempts,
+            "bytes": talk.bytes,
+        })).collect::<Vec<_>>(),
         "pods": pods,
         "certificates": certificates,
     })

@@ -5,6 +5,7 @@
 //! translation. `explain` and `status` show what the node proxies say of themselves and therefore need a running mesh.
 //! Exit codes: 0 done, 1 something is wrong, 2 wrong usage or not in this version; `explain` tells its verdict by more.
 
+mod egress;
 mod fetch;
 mod local;
 mod render;
@@ -78,10 +79,14 @@ enum Command {
     },
     /// Checks the manifests of `--files DIR`; exit code 1 if something is wrong.
     Check,
-    /// What leaves the mesh (comes with egress control).
+    /// Who talked to what outside the cluster, of namespaces labelled tulle.dev/egress, since the proxies started.
     Egress {
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
-        rest: Vec<String>,
+        /// Only of this namespace.
+        #[arg(short, long)]
+        namespace: Option<String>,
+        /// Print the EgressPolicies that would allow exactly what was seen in this namespace, as YAML to be reviewed.
+        #[arg(long, value_name = "NAMESPACE", conflicts_with = "namespace")]
+        policy: Option<String>,
     },
     /// Installs Tulle into a cluster (comes with Kubernetes support).
     Install {
@@ -190,10 +195,13 @@ fn run(cli: &Cli) -> Result<(String, u8), Failure> {
             let good = report["errors"] == 0;
             Ok((print(&report, render::check)?, u8::from(!good)))
         }
-        Command::Egress { .. } => Err(Failure::unsupported(
-            "`egress` comes with egress control, which this version does not have; a namespace labelled \
-             tulle.dev/egress=deny is closed whole",
-        )),
+        Command::Egress { namespace, policy } => {
+            let status = live(cli, "egress", "/debug/status")?;
+            if let Some(namespace) = policy {
+                return Ok((egress::policies(&status, namespace), 0));
+            }
+            Ok((print(&egress::talks(&status, namespace.as_deref()), egress::table)?, 0))
+        }
         Command::Install { .. } => Err(Failure::unsupported(
             "`install` comes with Kubernetes support, which this version does not have; `lab up <dir>` runs a mesh here",
         )),

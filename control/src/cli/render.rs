@@ -6,7 +6,7 @@
 use serde_json::Value;
 
 /// Aligned columns; an empty table says so.
-fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
+pub(super) fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
     if rows.is_empty() {
         return "none\n".into();
     }
@@ -30,7 +30,7 @@ fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
     text
 }
 
-fn cell(value: &Value) -> String {
+pub(super) fn cell(value: &Value) -> String {
     let text = match value {
         Value::Null => String::new(),
         Value::String(text) => text.clone(),

@@ -81,6 +81,20 @@ fn enforced(policy: &EgressPolicy, world: &World, settings: &Settings) -> Condit
     if !policy.ignored.is_empty() {
         return failing("NotEnforcedWhole", policy.ignored.join("; "));
     }
+    let clear = |rule: &EgressRule| rule.ports.iter().any(|port| port.protocol == EgressProtocol::Http);
+    let needs = |rule: &EgressRule| rule.originate.is_some() || rule.http.is_some() || clear(rule);
+    let without: Vec<String> = policy
+        .rules
+        .iter()
+        .enumerate()
+        .filter(|(_, rule)| needs(rule) && rule.gateway.is_none())
+        .map(|(index, _)| format!("rules[{index}]"))
+        .collect();
+    if !without.is_empty() && !policy.ceiling {
+        let text =
+            "requests in plain text, and TLS that is added, leave by gateways only; without `via` they are refused";
+        return failing("NotEnforcedWhole", format!("{}: {text}", without.join(", ")));
+    }
     if policy.record_only {
         return failing("AuditOnly", "action: Audit: its rules are recorded and allow nothing".into());
     }

@@ -1,0 +1,285 @@
+//! Promise: from a namespace labelled `tulle.dev/egress: deny` nothing leaves but what a rule allows by name or address, whatever a
+//! client claims and whatever power its container has, also while the proxy is dead. Clients, servers and name servers are real ones.
+
+use std::io::Write as _;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::Context as _;
+use e2e::address;
+use e2e::eventually::eventually;
+use e2e::lab::Lab;
+use e2e::lab::LabConfig;
+use e2e::lab::Running;
+use e2e::scenario;
+
+const POLICY: &str = "---\napiVersion: tulle.dev/v1alpha1\nkind: EgressPolicy\nmetadata: {name: out, namespace: shop}\nspec:\n  rules:\n\
+    \x20 - hosts: [api.example, inside.example]\n    ports: [{port: 443, protocol: TLS}]\n\
+    \x20 - hosts: ['*.wild.example']\n    ports: [{port: 443}]\n\
+    \x20 - hosts: [db.example]\n    ports: [{port: 9000, protocol: TCP}]\n";
+
+/// Clients on node 1 in a closed and in an open namespace, a server in the mesh, and the Internet: one host.
+fn world(egress: &str) -> String {
+    let mut text = format!(
+        "---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: shop, labels: {{tulle.dev/mesh: enabled, tulle.dev/egress: {egress}}}}}\n"
+    );
+    for part in [
+        scenario::client("shop", "web", 1),
+        scenario::server("shop", "cart", "cart", 2),
+        scenario::service("shop", "cart"),
+        scenario::namespace("plain", false),
+        scenario::client("plain", "guest", 1),
+        scenario::server("plain", "desk", "desk", 2),
+        scenario::service("plain", "desk"),
+    ] {
+        text.push_str(&part);
+    }
+    text.push_str(
+        "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: out, annotations: {lab.tulle.dev/outside: 'true'}}\n\
+         ---\napiVersion: v1\nkind: Pod\nmetadata: {name: inet, namespace: out}\n\
+         spec: {containers: [{name: main, image: none}]}\n",
+    );
+    text
+}
+
+/// The lab with an Internet, unless a tool is missing: a failure where `CI` is set, a loud skip elsewhere.
+fn lab(egress: &str, policy: &str, folder: &Path) -> anyhow::Result<Option<(Lab, Vec<Running>)>> {
+    for tool in ["dig", "unbound", "nginx", "curl", "openssl"] {
+        let found = Command::new("sh").args(["-c", &format!("PATH=$PATH:/usr/sbin command -v {tool}")]).output();
+        if !found.is_ok_and(|output| output.status.success()) {
+            anyhow::ensure!(std::env::var_os("CI").is_none(), "{tool} is missing; run .ci/tools.sh");
+            eprintln!("SKIPPED: {tool} is missing; run .ci/tools.sh");
+            return Ok(None);
+        }
+    }
+    let server = address::outside(1).v4.to_string();
+    let config = LabConfig::of(&world(egress)).env("ztunnel", "TULLE_NAME_SERVERS", &server);
+    let Some(lab) = scenario::lab(config) else { return Ok(None) };
+    let running = internet(&lab, folder)?;
+    if !policy.is_empty() {
+        lab.apply_yaml(policy)?;
+    }
+    eventually("the Internet is there", scenario::PATIENCE, || {
+        let answer = lab
+            .exec("plain/guest", &["dig", "+short", "+time=2", "+tries=1", &format!("@{server}"), "api.example"])
+            .map_err(|error| error.to_string())?;
+        let text = String::from_utf8_lossy(&answer.stdout).into_owned();
+        let get =
+            curl(&lab, "plain/guest", &["--resolve", &format!("api.example:443:{server}")], "https://api.example/");
+        match (text.contains(&server), get) {
+            (true, Ok(body)) if body.contains("inet") => Ok(()),
+            (_, get) => Err(format!("{text:?} {get:?}")),
+        }
+    })?;
+    Ok(Some((lab, running)))
+}
+
+/// A name server, a server with TLS for every name, and a server that speaks first.
+fn internet(lab: &Lab, folder: &Path) -> anyhow::Result<Vec<Running>> {
+    let ip = address::outside(1);
+    let pod = lab.pod_ip("shop", "cart")?;
+    let mut text = String::from(
+        "server:\n  interface: 0.0.0.0\n  interface: ::0\n  access-control: 0.0.0.0/0 allow\n  access-control: ::/0 allow\n\
+         \x20 chroot: \"\"\n  username: \"\"\n  pidfile: \"\"\n  use-syslog: no\n  do-daemonize: no\n  num-threads: 1\n\
+         \x20 module-config: \"iterator\"\n  local-zone: \"example.\" static\n  local-zone: \"cluster.local.\" static\n",
+    );
+    for name in ["api", "evil", "db", "a.wild", "b.a.wild", "wild"] {
+        text.push_str(&format!("  local-data: \"{name}.example. 5 IN A {}\"\n", ip.v4));
+        text.push_str(&format!("  local-data: \"{name}.example. 5 IN AAAA {}\"\n", ip.v6));
+    }
+    text.push_str(&format!("  local-data: \"inside.example. 5 IN A {pod}\"\n"));
+    text.push_str("  local-data: \"api.example. 5 IN HTTPS 1 . alpn=h2\"\n");
+    let conf = folder.join("unbound.conf");
+    std::fs::File::create(&conf)?.write_all(text.as_bytes())?;
+    let (key, cert) = (folder.join("key.pem"), folder.join("cert.pem"));
+    let made = Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"])
+        .args(["-subj", "/CN=test", "-addext", "subjectAltName=DNS:*.example,DNS:*.wild.example,DNS:evil.example"])
+        .arg("-keyout")
+        .arg(&key)
+        .arg("-out")
+        .arg(&cert)
+        .output()?;
+    anyhow::ensure!(made.status.success(), "openssl: {}", String::from_utf8_lossy(&made.stderr));
+    let at = folder.display();
+    let nginx = format!(
+        "user root; daemon off; master_process off; pid {at}/nginx.pid; error_log stderr;\nevents {{}}\n\
+         http {{\n  access_log off; client_body_temp_path {at}/b; proxy_temp_path {at}/p; fastcgi_temp_path {at}/f;\n\
+         \x20 uwsgi_temp_path {at}/u; scgi_temp_path {at}/s;\n\
+         \x20 server {{ listen 443 ssl; listen [::]:443 ssl; listen 80; listen 8443 ssl; ssl_certificate {cert}; ssl_certificate_key {key};\n\
+         \x20   location / {{ return 200 \"inet $host $remote_addr\\n\"; }} }}\n}}\n",
+        cert = cert.display(),
+        key = key.display(),
+    );
+    let conf_nginx = folder.join("nginx.conf");
+    std::fs::write(&conf_nginx, nginx)?;
+    Ok(vec![
+        lab.spawn("out/inet", &["unbound", "-d", "-c", &conf.display().to_string()])?,
+        lab.spawn("out/inet", &["nginx", "-c", &conf_nginx.display().to_string()])?,
+        lab.spawn("out/inet", &["shop", "serve", "--name", "db", "--tcp", "9000"])?,
+    ])
+}
+
+/// What curl prints.
+///
+/// # Errors
+/// What it says if it fails.
+fn curl(lab: &Lab, from: &str, more: &[&str], url: &str) -> Result<String, String> {
+    let mut argv = vec!["curl", "-sS", "-k", "--max-time", "10"];
+    argv.extend(more);
+    argv.push(url);
+    let output = lab.exec(from, &argv).map_err(|error| error.to_string())?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+}
+
+fn dig(lab: &Lab, question: &[&str]) -> anyhow::Result<String> {
+    let mut argv = vec!["dig", "+time=6", "+tries=1"];
+    argv.extend(question);
+    Ok(String::from_utf8_lossy(&lab.exec("shop/web", &argv)?.stdout).into_owned())
+}
+
+#[test]
+fn what_no_rule_names_does_not_leave_whatever_a_client_claims() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let Some((lab, _internet)) = lab("deny", POLICY, folder.path())? else { return Ok(()) };
+    let ip = address::outside(1).v4.to_string();
+    let refused = |what: &str, more: &[&str], url: &str, words: &[&str]| -> anyhow::Result<()> {
+        let got = curl(&lab, "shop/web", more, url);
+        anyhow::ensure!(got.is_err(), "{what} went through: {got:?}");
+        scenario::await_log(&lab, "node-1", words).with_context(|| what.to_owned()).map(drop)
+    };
+    // What is allowed works, by the node's own address.
+    for host in ["api.example", "a.wild.example", "b.a.wild.example"] {
+        let got = curl(&lab, "shop/web", &[], &format!("https://{host}/")).map_err(anyhow::Error::msg)?;
+        anyhow::ensure!(got.contains(&format!("inet {host}")), "{got}");
+    }
+    scenario::await_log(&lab, "node-1", &["egress=\"allowed\"", "api.example", "EgressPolicy/shop/out"])?;
+    let spoken = lab.exec_ok("shop/web", &["shop", "tcp", "db.example:9000"])?;
+    anyhow::ensure!(spoken.contains("HELLO"), "a server that speaks first: {spoken}");
+    // Names.
+    for (name, status) in
+        [("evil.example", "NXDOMAIN"), ("wild.example", "NXDOMAIN"), ("secret.evil.example", "NXDOMAIN")]
+    {
+        let answer = dig(&lab, &[name])?;
+        anyhow::ensure!(answer.contains(status) && answer.contains("EDE: 15 (Blocked)"), "{name}: {answer}");
+    }
+    let virtual_ip = dig(&lab, &["+short", "api.example"])?.trim().to_owned();
+    anyhow::ensure!(virtual_ip.starts_with("240.240."), "{virtual_ip}");
+    let own = dig(&lab, &["+short", &format!("@{ip}"), "api.example"])?.trim().to_owned();
+    anyhow::ensure!(own == virtual_ip, "the name server that a pod chooses is not asked: {own}");
+    let https = dig(&lab, &["api.example", "HTTPS"])?;
+    anyhow::ensure!(https.contains("NOERROR") && https.contains("ANSWER: 0"), "{https}");
+    // Another host, an address, an allowed name at another address, another name at an allowed address.
+    let denied = "EGRESS_DENIED";
+    anyhow::ensure!(curl(&lab, "shop/web", &[], "https://evil.example/").is_err());
+    refused("an address", &[], &format!("https://{ip}/"), &[denied, &ip, "no rule allows it"])?;
+    let spoofed = format!("api.example:443:{ip}");
+    refused(
+        "a spoofed server name",
+        &["--resolve", &spoofed],
+        "https://api.example/",
+        &[denied, "server name api.example"],
+    )?;
+    let fronted = format!("evil.example:443:{virtual_ip}");
+    let words = [denied, "its server name is evil.example, and api.example was looked up"];
+    refused("another server name", &["--resolve", &fronted], "https://evil.example/", &words)?;
+    refused("no server name", &[], &format!("https://{virtual_ip}/"), &[denied, "TLS without server name"])?;
+    refused("another port", &[], "https://api.example:8443/", &[denied, "port 8443"])?;
+    refused("plain text where TLS is", &[], "http://api.example:443/", &[denied, "GET /"])?;
+    refused("a virtual address of nobody", &[], "https://240.240.1.1/", &[denied, "was not given for any name"])?;
+    refused("a name that leads inside", &[], "https://inside.example/", &[denied, "a pod's address"])?;
+    refused("metadata", &[], "http://169.254.169.254/", &[denied, "169.254.169.254"])?;
+    // What is inside still works, in the mesh and not.
+    scenario::reaches(&lab, "shop/web", "http://cart.shop/")?;
+    scenario::reaches(&lab, "shop/web", "http://desk.plain/")?;
+    // An edit ends what it forbids.
+    lab.delete("EgressPolicy", "shop/out")?;
+    eventually("without the policy nothing leaves", scenario::PATIENCE, || {
+        match curl(&lab, "shop/web", &["--resolve", &format!("api.example:443:{virtual_ip}")], "https://api.example/") {
+            Err(_) => Ok(()),
+            Ok(got) => Err(got),
+        }
+    })?;
+    Ok(())
+}
+
+/// Counts packets of the pod, and of its node in its name, at the host outside.
+fn count(lab: &Lab, pod: &str) -> anyhow::Result<()> {
+    let rules = format!(
+        "table inet seen {{\n  chain in {{\n    type filter hook prerouting priority -400; policy accept;\n    ip saddr {pod} counter\n  }}\n}}\n"
+    );
+    lab.exec_ok("out/inet", &["sh", "-c", &format!("echo '{rules}' | PATH=$PATH:/usr/sbin nft -f -")]).map(drop)
+}
+
+fn counted(lab: &Lab) -> anyhow::Result<u64> {
+    let text = lab.exec_ok("out/inet", &["sh", "-c", "PATH=$PATH:/usr/sbin nft list table inet seen"])?;
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let at = words.iter().position(|word| *word == "packets").context("no counter")?;
+    Ok(words.get(at + 1).context("no count")?.parse()?)
+}
+
+/// Everything that a container with all power over its own network tries.
+fn attack(lab: &Lab, ip: &str) -> anyhow::Result<()> {
+    let marked = "table inet evil {\n  chain out {\n    type route hook output priority -300; policy accept;\n    meta mark set 0x539\n  }\n}\n";
+    let try_all = format!(
+        "PATH=$PATH:/usr/sbin\n\
+         go() {{ curl -sS -k -4 --max-time 2 https://{ip}/; curl -sS --max-time 2 http://{ip}/; \
+         dig +time=1 +tries=1 @{ip} api.example; dig +tcp +time=1 +tries=1 @{ip} api.example; ping -c 1 -W 1 {ip}; }}\n\
+         go\n echo '{marked}' | nft -f -\n go\n nft flush ruleset\n go\n true"
+    );
+    let output = lab.exec("shop/web", &["sh", "-c", &try_all])?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    anyhow::ensure!(!said.contains("inet "), "something went out and came back:\n{said}");
+    Ok(())
+}
+
+#[test]
+fn the_fence_holds_against_the_pod_itself_with_and_without_a_proxy() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let Some((lab, _internet)) = lab("deny", POLICY, folder.path())? else { return Ok(()) };
+    let ip = address::outside(1).v4.to_string();
+    let status = scenario::pod_status(&lab, "node-1", "web")?;
+    anyhow::ensure!(status["fence"] == "Fenced", "{status}");
+    let pod = lab.pod_ip("shop", "web")?;
+    count(&lab, &pod)?;
+    attack(&lab, &ip)?;
+    anyhow::ensure!(counted(&lab)? == 0, "{} packets of the pod came to the outside", counted(&lab)?);
+    lab.kill("node-1", "KILL")?;
+    attack(&lab, &ip)?;
+    anyhow::ensure!(counted(&lab)? == 0, "{} packets of the pod came to the outside, proxy dead", counted(&lab)?);
+    // What counts can count: the fence away, the same pod is seen.
+    lab.exec_ok("node-1", &["sh", "-c", "PATH=$PATH:/usr/sbin nft delete table inet tulle_fence"])?;
+    let _ = attack(&lab, &ip);
+    anyhow::ensure!(counted(&lab)? > 0, "the counter does not count");
+    // And it comes back with the proxy, rules and all.
+    lab.restart("node-1")?;
+    eventually("the pod is fenced again", scenario::PATIENCE, || {
+        let status = scenario::pod_status(&lab, "node-1", "web").map_err(|error| error.to_string())?;
+        if status["fence"] == "Fenced" { Ok(()) } else { Err(status.to_string()) }
+    })
+}
+
+#[test]
+fn an_audited_namespace_goes_on_as_before_and_says_what_it_did() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let Some((lab, _internet)) = lab("audit", "", folder.path())? else { return Ok(()) };
+    let ip = address::outside(1).v4.to_string();
+    let known = format!("api.example:443:{ip}");
+    let got = curl(&lab, "shop/web", &["--resolve", &known], "https://api.example/").map_err(anyhow::Error::msg)?;
+    anyhow::ensure!(got.contains("inet api.example"), "{got}");
+    let spoken = lab.exec_ok("shop/web", &["shop", "tcp", &format!("{ip}:9000")])?;
+    anyhow::ensure!(spoken.contains("HELLO"), "{spoken}");
+    scenario::await_log(&lab, "node-1", &["egress=\"audited\"", "api.example"])?;
+    let listed = lab.exec_ok("control", &["tulle", "egress"])?;
+    anyhow::ensure!(listed.contains("api.example") && listed.contains("audited"), "{listed}");
+    // The policy that it prints allows exactly that.
+    let policy = lab.exec_ok("control", &["tulle", "egress", "--policy", "shop"])?;
+    anyhow::ensure!(policy.contains("api.example") && policy.contains(&format!("{ip}/32")), "{policy}");
+    lab.apply_yaml(&format!("---\n{policy}"))?;
+    lab.apply_yaml(&world("deny"))?;
+    let got = curl(&lab, "shop/web", &[], "https://api.example/").map_err(anyhow::Error::msg)?;
+    anyhow::ensure!(got.contains("inet api.example"), "{got}");
+    anyhow::ensure!(curl(&lab, "shop/web", &[], "https://evil.example/").is_err());
+    Ok(())
+}
