@@ -17,8 +17,8 @@ use tulle_certs::SpiffeId;
 use crate::app::answers::{Answers, VERSION};
 use crate::app::pods::Pods;
 use crate::app::{
-    GOODBYE, LAST_CALL, LOOK, Level, RECORDS, bind_admin, control, discover, federation, hbone_config, logging,
-    options, outside, pages, pod_limits, raise_file_limit, reached, revocation, serve_admin, trust, wait_for_stop,
+    GOODBYE, LAST_CALL, LOOK, Level, RECORDS, bind_admin, control, discover, federation, logging, options, outside,
+    pages, pod_limits, raise_file_limit, reached, revocation, serve_admin, shared, trust, wait_for_stop,
     watch_node_addresses,
 };
 use crate::base::drain::{Drained, Phase, drain};
@@ -34,7 +34,6 @@ use crate::gateway::originate::Originator;
 use crate::gateway::recheck::{Live, live};
 use crate::gateway::{Gateway, serve};
 use crate::identity::{self, RootCa};
-use crate::relay;
 use crate::state::{self, ServiceName};
 use crate::telemetry::lines::Lines;
 use crate::telemetry::metrics::Metrics;
@@ -71,16 +70,7 @@ async fn gateway(config: Config, level: Level, dropped: Lines) -> anyhow::Result
     let (writer, reader) = state::store();
     let trust = trust(node, &reader)?;
     let identities = identity::identities(control(node, true), node.secret_ttl, trust.clone());
-    let shared = Shared {
-        reader: reader.clone(),
-        identities: identities.clone(),
-        metrics,
-        hbone: hbone_config(node),
-        relay: relay::Limits { half_open: node.half_open_timeout },
-        network: node.network.as_str().into(),
-        cluster: node.cluster_id.as_str().into(),
-        limits: Arc::default(),
-    };
+    let shared = shared(node, reader.clone(), identities.clone(), metrics);
     let (stop, stopping) = drain();
     let stop = Arc::new(stop);
     let (flows, flowing) = drain();

@@ -56,7 +56,7 @@ use crate::config::{LogFormat, Node, Switch};
 use crate::dns::own::{OwnResolver, system_servers};
 use crate::flow::{GateLimits, Limits, Shared};
 use crate::hbone;
-use crate::identity::{self, Control, RootCa, TokenSource};
+use crate::identity::{self, Control, Identities, RootCa, TokenSource};
 use crate::relay;
 use crate::state;
 use crate::telemetry::lines::{Lines, Writer};
@@ -120,16 +120,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     let (writer, reader) = state::store();
     let trust = trust(&config, &reader)?;
     let identities = identity::identities(control(&config, true), config.secret_ttl, trust.clone());
-    let shared = Shared {
-        reader: reader.clone(),
-        identities: identities.clone(),
-        metrics: metrics.clone(),
-        hbone: hbone_config(&config),
-        relay: relay::Limits { half_open: config.half_open_timeout },
-        network: config.network.as_str().into(),
-        cluster: config.cluster_id.as_str().into(),
-        limits: Arc::default(),
-    };
+    let shared = shared(&config, reader.clone(), identities.clone(), metrics.clone());
     let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let count = config.workers(cores).map_err(anyhow::Error::msg)?;
     let (context, outside) = (shared.clone(), outside(&config)?);
@@ -221,6 +212,20 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     [&pods_drain, &stop].into_iter().for_each(|drain| drain.advance(Phase::Forced));
     finish_records(&pods).await;
     Ok(())
+}
+
+/// What all flows share.
+fn shared(config: &Node, reader: state::Reader, identities: Identities, metrics: Arc<Metrics>) -> Shared {
+    Shared {
+        reader,
+        identities,
+        metrics,
+        hbone: hbone_config(config),
+        relay: relay::Limits { half_open: config.half_open_timeout },
+        network: config.network.as_str().into(),
+        cluster: config.cluster_id.as_str().into(),
+        limits: Arc::default(),
+    }
 }
 
 /// Learns what the mesh is, from control or from a file in its place. `gateway`: the name of an egress gateway.

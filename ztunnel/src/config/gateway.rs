@@ -1,4 +1,5 @@
-//! Settings of `ztunnel gateway`: those of a node that concern tunnels, control and status, and its own.
+//! Settings of `ztunnel gateway`: those of a node that concern tunnels, control and status, and its own. The node's are taken
+//! whole, so that one name means one thing in both.
 
 use std::net::IpAddr;
 
