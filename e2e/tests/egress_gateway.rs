@@ -3,11 +3,14 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use e2e::eventually::eventually;
 use e2e::lab::Lab;
 use e2e::lab::LabConfig;
+use e2e::lab::Running;
 use e2e::scenario;
 
 const WEB: &str = "shop/web";
@@ -27,7 +30,7 @@ fn replica(name: &str, node: u16) -> String {
 fn world() -> String {
     let outside = "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: net, annotations: {lab.tulle.dev/outside: 'true'}}\n\
          ---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: api\n  namespace: net\n\
-         \x20 annotations: {lab.tulle.dev/hostnames: 'api.example.test,blocked.example.test'}\n\
+         \x20 annotations: {lab.tulle.dev/hostnames: 'api.example.test,blocked.example.test,secure.example.test,tls.example.test'}\n\
          spec:\n  containers:\n  - name: main\n    image: shop\n\
          \x20   command: [shop, serve, --name, api, --http, '8080', --tcp, '9000']\n    ports: [{containerPort: 8080}]\n";
     let policy = "---\napiVersion: tulle.dev/v1alpha1\nkind: EgressPolicy\nmetadata: {name: api, namespace: shop}\nspec:\n\
@@ -98,6 +101,83 @@ fn hosts_outside_are_reached_through_the_gateway_or_not_at_all() {
     lab.delete("Pod", "egress/out-1").unwrap();
     lab.apply_yaml(&replica("out-0", 1)).unwrap();
     scenario::reaches(&lab, WEB, API).unwrap();
+}
+
+/// A server with TLS at the host outside, and the PEM of who signed its certificate. `None`: a tool is missing.
+fn secured(lab: &Lab, folder: &Path) -> Option<(Running, String)> {
+    for tool in ["nginx", "curl", "openssl"] {
+        let found = Command::new("sh").args(["-c", &format!("PATH=$PATH:/usr/sbin command -v {tool}")]).output();
+        if !found.is_ok_and(|output| output.status.success()) {
+            assert!(std::env::var_os("CI").is_none(), "{tool} is missing; run .ci/tools.sh");
+            eprintln!("SKIPPED: {tool} is missing; run .ci/tools.sh");
+            return None;
+        }
+    }
+    let at = folder.display();
+    let new = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2";
+    let script = format!(
+        "cd {at} && {new} -subj /CN=ca -keyout ca.key -out ca.pem && \
+         {new} -subj /CN=host -CA ca.pem -CAkey ca.key -keyout host.key -out host.pem \
+         -addext basicConstraints=critical,CA:FALSE \
+         -addext subjectAltName=DNS:secure.example.test,DNS:tls.example.test"
+    );
+    let made = Command::new("sh").args(["-c", &script]).output().unwrap();
+    assert!(made.status.success(), "openssl: {}", String::from_utf8_lossy(&made.stderr));
+    let nginx = format!(
+        "user root; daemon off; master_process off; pid {at}/pid; error_log stderr;\nevents {{}}\nhttp {{\n  access_log off;\n\
+         \x20 client_body_temp_path {at}/b; proxy_temp_path {at}/p; fastcgi_temp_path {at}/f; uwsgi_temp_path {at}/u;\n\
+         \x20 scgi_temp_path {at}/s;\n  server {{ listen 443 ssl; listen [::]:443 ssl; ssl_certificate {at}/host.pem;\n\
+         \x20 ssl_certificate_key {at}/host.key; location / {{ return 200 \"$scheme $ssl_protocol $host $remote_addr\\n\"; }} }}\n}}\n"
+    );
+    let conf = folder.join("nginx.conf");
+    std::fs::write(&conf, nginx).unwrap();
+    let running = lab.spawn("net/api", &["nginx", "-c", &conf.display().to_string()]).unwrap();
+    Some((running, std::fs::read_to_string(folder.join("ca.pem")).unwrap()))
+}
+
+#[test]
+fn tls_passes_through_by_its_name_and_is_added_where_a_rule_asks_for_it() {
+    let Some(lab) = scenario::lab(LabConfig::of(&world())) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let Some((_nginx, ca)) = secured(&lab, folder.path()) else { return };
+    let ca = ca.trim().replace('\n', "\n        ");
+    let via = "via: {gateway: {namespace: egress, name: out}}";
+    lab.apply_yaml(&format!(
+        "apiVersion: tulle.dev/v1alpha1\nkind: EgressPolicy\nmetadata: {{name: tls, namespace: shop}}\nspec:\n  rules:\n\
+         \x20 - hosts: [tls.example.test]\n    ports: [{{port: 443, protocol: TLS}}]\n    {via}\n\
+         \x20 - hosts: [secure.example.test]\n    ports: [{{port: 443, protocol: HTTPS}}]\n    {via}\n\
+         \x20   http: {{methods: [GET], paths: [/open/*]}}\n    tls: originate\n    originate:\n      caBundle: |\n        {ca}\n"
+    ))
+    .unwrap();
+    let gateway = addresses(&lab);
+    let curl = |more: &[&str]| {
+        let argv = [&["curl", "-sk", "--max-time", "20", "-w", " %{http_code}"][..], more].concat();
+        let output = lab.exec(WEB, &argv).unwrap();
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    };
+    let from_gateway = |said: &str| gateway.iter().any(|ip| said.contains(ip.as_str()));
+
+    eventually("TLS passes through", scenario::PATIENCE, || {
+        let said = curl(&["https://tls.example.test/"]);
+        if said.ends_with("200") && from_gateway(&said) { Ok(()) } else { Err(said) }
+    })
+    .unwrap();
+    // Another server name on a connection to the allowed host.
+    let forged =
+        curl(&["--connect-to", "secure.example.test:443:tls.example.test:443", "https://secure.example.test/"]);
+    assert!(forged.ends_with("000"), "a forged server name was let out: {forged}");
+
+    // The client speaks in plain text, the host is spoken to in TLS.
+    let open = curl(&["http://secure.example.test:443/open/x"]);
+    assert!(open.starts_with("https TLSv1.3 secure.example.test") && from_gateway(&open), "{open}");
+    for refused in [
+        &["http://secure.example.test:443/closed"][..],
+        &["http://secure.example.test:443/open/../closed", "--path-as-is"],
+        &["http://secure.example.test:443/open/x", "-X", "POST"],
+    ] {
+        let said = curl(refused);
+        assert!(!said.contains("https TLS") && !said.ends_with("200"), "{refused:?}: {said}");
+    }
 }
 
 #[test]

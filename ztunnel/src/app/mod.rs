@@ -116,11 +116,10 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     let taking = config.handover.as_deref().map(take).transpose()?.flatten();
     let taken = taking.as_ref().map(|taking| taking.taken.clone()).unwrap_or_default();
     let mut registry = Registry::default();
-    let metrics = Arc::new(Metrics::new(&mut registry));
     let (writer, reader) = state::store();
     let trust = trust(&config, &reader)?;
     let identities = identity::identities(control(&config, true), config.secret_ttl, trust.clone());
-    let shared = shared(&config, reader.clone(), identities.clone(), metrics.clone());
+    let shared = shared(&config, reader.clone(), identities.clone(), Arc::new(Metrics::new(&mut registry)));
     let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let count = config.workers(cores).map_err(anyhow::Error::msg)?;
     let (context, outside) = (shared.clone(), outside(&config)?);
