@@ -432,7 +432,7 @@ mod tests {
             (b"\x16\x03\x01\x02", None),
         ];
         for (first, expected) in cases {
-            assert_eq!(told(first), Ok(expected.clone()), "{:?}", String::from_utf8_lossy(first));
+            assert_eq!(told(first).ok(), Some(expected.clone()), "{:?}", String::from_utf8_lossy(first));
         }
         for wrong in [
             &b"GET /a HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"[..],
