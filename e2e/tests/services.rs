@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use e2e::eventually::eventually;
 use e2e::lab::Lab;
 use e2e::lab::LabConfig;
@@ -21,7 +22,7 @@ fn answered(lab: &Lab, from: &str, url: &str, family: &str) -> anyhow::Result<(B
         return Ok(Default::default());
     }
     let reports = scenario::calls(lab, from, url, &[family, "--count", &tries])?;
-    scenario::all_well(&reports, TRIES)?;
+    scenario::all_well(&reports, TRIES).with_context(|| format!("{from} asks {url} ({family})"))?;
     let all = |field: &str| reports.iter().filter_map(|report| report[field].as_str().map(str::to_owned)).collect();
     Ok((all("pod"), all("source")))
 }
