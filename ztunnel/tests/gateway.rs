@@ -134,7 +134,7 @@ fn start(lab: &Lab, reader: ztunnel::state::Reader) {
             let sockets = sockets(&netns);
             let listener = sockets.listen(PORT).await.unwrap();
             let name = PodName { uid: "", name: "out", namespace: "egress", service_account: "out", cluster: "" };
-            let names = OwnResolver::new(self::sockets("/proc/self/ns/net"), vec![name_server([10, 99, 0, 3])]);
+            let names = OwnResolver::new(node::own_sockets(), vec![name_server([10, 99, 0, 3])]);
             let gateway = Arc::new(Gateway {
                 shared: Shared {
                     reader: reader.clone(),

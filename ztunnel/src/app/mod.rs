@@ -8,7 +8,7 @@ pub mod answers;
 mod dump;
 mod explain;
 pub mod federation;
-mod fence;
+pub mod fence;
 pub mod gateway;
 pub mod handover;
 pub mod pods;

@@ -22,15 +22,17 @@ use tulle_proto::workload::{
     Address, AppProtocol, Extension, NetworkAddress, Port, PortList, Service, TunnelProtocol, Workload,
 };
 use ztunnel::app::federation;
+use ztunnel::app::fence::Fence;
 use ztunnel::app::pods::{Environment, Pods};
 use ztunnel::app::resolver::Names;
 use ztunnel::app::worker::Worker;
 use ztunnel::base::drain::{Drain, Phase, drain};
-use ztunnel::base::netns::NetnsThread;
-use ztunnel::base::sockets::Options;
+use ztunnel::base::netns::{Netns, NetnsThread};
+use ztunnel::base::sockets::{Options, PodSockets};
 use ztunnel::base::workers::Workers;
 use ztunnel::capture::pods::{ListFile, Source};
 use ztunnel::config::Preexisting;
+use ztunnel::dns::own::OwnResolver;
 use ztunnel::flow::{Limits, Shared};
 use ztunnel::identity::Identities;
 use ztunnel::state::{Change, OwnType, Reader, TrustBundle, Writer, store};
@@ -162,6 +164,13 @@ pub fn now() -> i64 {
     i64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()).unwrap()
 }
 
+/// Sockets of the test's own network.
+pub fn own_sockets() -> Arc<PodSockets> {
+    let options = Options { mark: 0, keepalive: None, user_timeout: None, reuse_port: false };
+    let netns = Netns::open(Path::new("/proc/self/ns/net")).unwrap();
+    Arc::new(PodSockets::new(netns, NetnsThread::start().unwrap(), options))
+}
+
 /// What a test may want otherwise.
 #[derive(Default)]
 pub struct Setup {
@@ -209,13 +218,18 @@ impl Node {
             limits: Arc::default(),
         };
         let context = shared.clone();
-        let workers = Workers::start(2, move |_| Worker::new(&context)).unwrap();
+        // Nobody answers names outside: what leaves the cluster by name has tests of its own.
+        let outside = OwnResolver::new(own_sockets(), Vec::new());
+        let resolver = outside.clone();
+        let workers = Workers::start(2, move |_| Worker::new(&context, resolver.clone())).unwrap();
         let watched = shared.reader.clone();
         workers.run_all(move |worker| {
             worker.entered.watch(watched.clone());
             worker.out.live.watch(watched.clone());
         });
+        let fence = runtime.block_on(Fence::new(false, shared.reader.clone()));
         let environment = Environment {
+            fence,
             shared,
             workers,
             netns: NetnsThread::start().unwrap(),

@@ -112,7 +112,7 @@ fn values_are_carried_over() {
         hostname: "db-0".into(),
         subdomain: "db".into(),
         request_auths: vec!["RequestAuthentication/shop/users".to_owned()],
-        egress_policies: vec!["EgressPolicy/shop/api".to_owned()],
+        egress_policies: vec!["EgressPolicy/shop/out".to_owned()],
     };
     let mapped = vec![0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 0, 0, 2];
     let pod = workload(wds::Workload {
