@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use nix::sched::{CloneFlags, setns, unshare};
 use node::{Node, Setup, sh};
 use ztunnel::app::resolver::Names;
+use ztunnel::dns::own::OwnResolver;
 
 /// Namespaces.
 const RING: usize = 100;
@@ -170,7 +171,8 @@ impl Churn {
         let path = world.list([SERVER].into_iter());
         let names =
             [SocketAddr::from(([127, 0, 0, 1], 15053)), SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, 15053))];
-        let names = Names::new("cluster.local", names.to_vec());
+        let outside = OwnResolver::new(node::own_sockets(), Vec::new());
+        let names = Names::new("cluster.local", names.to_vec(), outside);
         let mut node = Node::start_with(world.dir.path(), path, Setup { names: Some(names), ..Setup::default() });
         node.change(&[SERVER.described()], &[]);
         let mut churn = Self { world, node, live: VecDeque::new(), next: 1, slowest: Duration::ZERO };
