@@ -6,15 +6,18 @@ use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Request, Response};
-use hyper::body::Incoming;
+use http::header::{CONTENT_LENGTH, EXPECT, HeaderValue, TRANSFER_ENCODING};
+use http::{Request, Response, StatusCode};
+use hyper::body::{Body as _, Incoming};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::AsyncWriteExt;
-use tokio::sync::oneshot;
-use tokio::time::Instant;
+use tokio::sync::{Notify, oneshot};
+use tokio::time::{Instant, timeout};
 use tulle_certs::SpiffeId;
 
 use crate::base::workers;
@@ -26,6 +29,9 @@ use crate::outcome::{Code, Outcome, chain};
 
 /// Requests under way on one connection: what servers allow at least (RFC 9113 §6.5.2). More are queued by h2 if one allows less.
 const STREAMS: usize = 100;
+
+/// How long a server may take to say that it wants a body that was offered: what curl gives it.
+const CONTINUE: Duration = Duration::from_secs(1);
 
 /// A connection without its protocol.
 pub struct Raw {
@@ -72,6 +78,8 @@ pub enum Conn {
 pub struct Failed {
     /// The request, if not a byte of it was sent.
     pub unsent: Option<Request<Body>>,
+    /// There was an answer, which is none.
+    pub malformed: bool,
     /// What happened.
     pub outcome: Outcome,
 }
@@ -167,9 +175,11 @@ impl Conn {
     ///
     /// # Errors
     /// What is known of the request.
-    pub async fn send(&mut self, request: Request<Body>, switch: bool) -> Result<Response<Incoming>, Failed> {
+    pub async fn send(&mut self, mut request: Request<Body>, switch: bool) -> Result<Response<Incoming>, Failed> {
         let answer = match self {
             Self::One(one) => {
+                frame(&mut request);
+                until_wanted(&mut request);
                 one.switch.set(switch);
                 one.uses += 1;
                 one.sender.try_send_request(request).await
@@ -180,9 +190,17 @@ impl Conn {
             }
         };
         answer.map_err(|mut error| {
-            let unsent = error.take_message();
-            Failed { unsent, outcome: Outcome::new(Code::ServerReset, chain(error.error())) }
+            let (unsent, malformed) = (error.take_message(), error.error().is_parse());
+            Failed { unsent, malformed, outcome: Outcome::new(Code::ServerReset, chain(error.error())) }
         })
+    }
+
+    /// Whether a request was sent on it before.
+    pub fn was_used(&self) -> bool {
+        match self {
+            Self::One(one) => one.uses > 0,
+            Self::Two(_) => true,
+        }
     }
 
     /// Counts a request of an HTTP/2 connection until it is dropped.
@@ -192,6 +210,34 @@ impl Conn {
             Self::Two(two) => Some(Stream::new(&two.streams)),
         }
     }
+}
+
+/// Says that chunks follow where the body's length is not known: without, hyper would leave the body of a GET out.
+fn frame(request: &mut Request<Body>) {
+    let length = request.body().size_hint().exact();
+    if length.is_none() && !request.headers().contains_key(CONTENT_LENGTH) {
+        request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    }
+}
+
+/// Holds a body back that its client offers (`Expect: 100-continue`) until the server wants it or [`CONTINUE`] is over:
+/// asking the client for it is what tells it to go on.
+fn until_wanted(request: &mut Request<Body>) {
+    let offered = request.headers().get(EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+    if !offered || request.body().is_end_stream() {
+        return;
+    }
+    let wanted = Arc::new(Notify::new());
+    let said = wanted.clone();
+    hyper::ext::on_informational(request, move |answer| {
+        if answer.status() == StatusCode::CONTINUE {
+            said.notify_one();
+        }
+    });
+    request.body_mut().wait(async move {
+        // Servers that know nothing of it say nothing; clients wait as long for us.
+        let _ = timeout(CONTINUE, wanted.notified()).await;
+    });
 }
 
 /// One request under way.

@@ -5,6 +5,7 @@
 
 use std::cell::RefCell;
 use std::error::Error;
+use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
@@ -13,6 +14,8 @@ use bytes::Bytes;
 use http::HeaderMap;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::sync::Notify;
+
+use crate::outcome::Code;
 
 /// Most bytes kept for another attempt. Linkerd's bound, and more than nearly every request that is not an upload.
 const MOST: usize = 64 * 1024;
@@ -26,6 +29,8 @@ struct Kept {
     bytes: usize,
     /// More has passed than is kept.
     lost: bool,
+    /// Why its sender did not get to the end.
+    failed: Option<Code>,
     rest: Option<Incoming>,
     /// The attempt that may take the rest.
     attempt: u32,
@@ -60,12 +65,17 @@ impl Original {
 
     fn with(frames: Vec<Bytes>, rest: Option<Incoming>) -> Self {
         let (trailers, over) = (None, Rc::default());
-        Self(Rc::new(RefCell::new(Kept { frames, trailers, bytes: 0, lost: false, rest, attempt: 0, over })))
+        Self(Rc::new(RefCell::new(Kept { frames, trailers, bytes: 0, lost: false, failed: None, rest, attempt: 0, over })))
     }
 
     /// Whether all that has passed is still here.
     pub fn is_kept(&self) -> bool {
         !self.0.borrow().lost
+    }
+
+    /// Why its sender did not get to the end: it went away, or what it sent is no body.
+    pub fn failed(&self) -> Option<Code> {
+        self.0.borrow().failed
     }
 
     /// The body for the next attempt. The one before gets no more of it.
@@ -107,6 +117,12 @@ impl Kept {
         }
         self.frames.push(data.clone());
     }
+}
+
+/// hyper says it of chunks that are none; of a connection that broke off it says something else.
+fn is_malformed(error: &hyper::Error) -> bool {
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
+    cause.is_some_and(|cause| matches!(cause.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData))
 }
 
 impl Body for Replay {
@@ -154,6 +170,7 @@ impl Body for Replay {
             }
             Some(Err(error)) => {
                 kept.lost = true;
+                kept.failed = Some(if is_malformed(&error) { Code::BadRequest } else { Code::ClientReset });
                 Poll::Ready(Some(Err(error.into())))
             }
             None => Poll::Ready(None),

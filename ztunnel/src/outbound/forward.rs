@@ -17,8 +17,9 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::base::cut::Cut;
 use crate::http::client::{Conn, Failed};
+use crate::http::headers::{check_answer, strip_hop};
 use crate::http::pool::Key;
-use crate::http::reply;
+use crate::http::reply::{self, Reply};
 use crate::http::retry::{Tried, is_idempotent, may_repeat, pause};
 use crate::http::server::{Switch, Switches};
 use crate::http::{Body, End, Original};
@@ -109,9 +110,6 @@ impl Job<'_> {
         let most_retries = settings.and_then(|settings| settings.max_retries);
         let budget = self.client.means.budget(&self.client.pod.uid, &self.to.service, self.to.at.port());
         let counted = budget.request();
-        if self.retry.is_none() && !self.keep {
-            self.original.last();
-        }
         let (mut retries, mut fresh) = (0, false);
         let mut avoid = Vec::new();
         let mut held = Vec::new();
@@ -132,6 +130,11 @@ impl Job<'_> {
                 Err(missed) => Some(missed),
             };
             if let Some(missed) = missed {
+                if let Some(code) = self.original.failed() {
+                    let flag = if code == Code::ClientReset { "DC" } else { reply::BAD_REQUEST.flag };
+                    let reply = Reply { flag, ..reply::BAD_REQUEST };
+                    return Err(Refused::new(reply, code, "the body of the request broke off"));
+                }
                 let lost = missed.tried == Tried::Lost && is_idempotent(&self.parts.method);
                 if missed.reused && !fresh && (lost || missed.tried == Tried::Unreached) && self.original.is_kept() {
                     fresh = true;
@@ -183,14 +186,25 @@ impl Job<'_> {
         deadline: Option<Instant>,
         record: &mut HttpRecord,
     ) -> Result<Got, Missed> {
+        if !reused && self.retry.is_none() && !self.keep {
+            self.original.last();
+        }
         let count = record.request_bytes.clone();
         let body = Body::from(self.original.attempt()).until(deadline).then(move |ended| count.set(ended.bytes));
         let request = Request::from_parts(self.parts.clone(), body);
         match conn.send(request, self.switch).await {
-            Ok(response) => Ok(Got { response, conn, key, deadline }),
-            Err(Failed { unsent, outcome }) => {
+            Ok(mut response) => match check_answer(response.headers_mut()) {
+                Ok(()) => Ok(Got { response, conn, key, deadline }),
+                Err(error) => {
+                    let text = format!("the backend's answer: {}", error.0);
+                    Err(Missed::final_(Refused::new(reply::PROTOCOL, Code::ServerReset, text)))
+                }
+            },
+            Err(Failed { unsent, malformed, outcome }) => {
                 let tried = if unsent.is_some() { Tried::Unreached } else { Tried::Lost };
-                Err(Missed { tried, reused, refused: outcome.into() })
+                let refused = Refused::from(outcome);
+                let refused = if malformed { Refused { reply: reply::PROTOCOL, ..refused } } else { refused };
+                Err(Missed { tried, reused: reused && !malformed, refused })
             }
         }
     }
@@ -315,7 +329,7 @@ impl Job<'_> {
         let (mut parts, incoming) = response.into_parts();
         let switched = parts.status == http::StatusCode::SWITCHING_PROTOCOLS;
         let protocol = parts.headers.get(http::header::UPGRADE).cloned().filter(|_| switched);
-        crate::http::headers::strip_hop(&mut parts.headers, protocol.as_ref());
+        strip_hop(&mut parts.headers, protocol.as_ref());
         parts.version = http::Version::HTTP_11;
         if switched {
             if let Conn::One(one) = conn {
