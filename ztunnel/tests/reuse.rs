@@ -11,9 +11,10 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use node::messages::{Client, Message, allow_paths, backend, prefix, read, route, rule};
+use node::messages::{Client, Message, allow_paths, backend, read, route, rule};
 use node::{Lab, Node};
 use tulle_proto::workload::AppProtocol;
+use ztunnel::state::RouteMatch;
 
 /// Requests of each kind and client. A race that is lost once in a hundred times is found.
 const REQUESTS: usize = 150;
@@ -117,7 +118,7 @@ fn check(lab: &Lab, seen: &Seen) {
 #[test]
 fn a_server_that_closes_in_the_worst_moment_costs_no_request() {
     let (lab, mut node, seen) = world("u");
-    node.apply(vec![route("1", vec![rule(vec![prefix("/")], vec![backend("web", 1)])])]);
+    node.apply(vec![route("1", vec![rule(vec![RouteMatch::default()], vec![backend("web", 1)])])]);
     check(&lab, &seen);
 }
 
