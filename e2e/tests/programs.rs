@@ -176,6 +176,12 @@ spec:
     world.run("curl -4sSf --http2-prior-knowledge http://api.shop:81/big | cmp - www/big")?;
     world
         .run("curl -4sSf --http2-prior-knowledge -D - -o /dev/null http://api.shop:81/big | grep -i 'x-routed: two'")?;
+    // Fifty large answers at once on one connection, each whole.
+    world.run(
+        "for i in $(seq 50); do printf 'url=http://api.shop:81/big?%s\noutput=out.%s\n' $i $i; done > many
+        curl -4sSf -Z --parallel-max 50 --http2-prior-knowledge -K many
+        for i in $(seq 50); do cmp out.$i www/big; done; rm out.*",
+    )?;
     scenario::await_log(&world.lab, "node-1", &["request complete", "HTTP/2", "HTTPRoute/shop/two"])?;
     world.came_through_the_mesh(8080)
 }
