@@ -20,6 +20,7 @@ if [ "${1:-}" = all ]; then
     need unbound unbound
     need curl curl
     need nginx-light nginx
+    need nghttp2-client h2load
     need redis-server redis-server
     need redis-tools redis-cli redis-benchmark
     need openssh-server sshd

@@ -100,7 +100,9 @@ fn frames() {
     let start = begun(&[]);
     attack("pings", &start, |_| frame(PING, 0, 0, &[0; 8]));
     attack("settings", &start, |_| frame(SETTINGS, 0, 0, &[]));
-    attack("empty DATA", &[start.clone(), frame(HEADERS, END_HEADERS, 1, &get("/sink"))].concat(), |_| frame(0, 0, 1, &[]));
+    attack("empty DATA", &[start.clone(), frame(HEADERS, END_HEADERS, 1, &get("/sink"))].concat(), |_| {
+        frame(0, 0, 1, &[])
+    });
     for path in ["/sink", "/"] {
         attack("streams that are reset at once", &start, |number| {
             let headers = frame(HEADERS, END_HEADERS | END_STREAM, stream(number), &get(path));

@@ -59,7 +59,11 @@ fn serve(seen: Seen, length_first: bool) -> impl FnOnce() + Send + 'static {
             std::thread::spawn(move || {
                 let mut from = BufReader::new(tcp.try_clone().unwrap());
                 let mut next = || {
-                    if length_first { read(&mut from).map(|message| message.first) } else { read_chunks_first(&mut from) }
+                    if length_first {
+                        read(&mut from).map(|message| message.first)
+                    } else {
+                        read_chunks_first(&mut from)
+                    }
                 };
                 while let Some(first) = next() {
                     let target = first.split(' ').nth(1).unwrap_or_default().to_owned();
@@ -106,7 +110,11 @@ fn spellings() -> Vec<(&'static str, String, u16)> {
         ("a list that ends in chunked", alone(" identity, chunked"), 400),
         ("a list that does not", alone(" chunked, identity"), 400),
         ("no coding", alone(""), 400),
-        ("a space before the colon", post(&format!("transfer-encoding : chunked\r\ncontent-length: {all}\r\n"), chunks), 400),
+        (
+            "a space before the colon",
+            post(&format!("transfer-encoding : chunked\r\ncontent-length: {all}\r\n"), chunks),
+            400,
+        ),
         ("a folded coding", post("transfer-encoding:\r\n chunked\r\n", chunks), 400),
         ("a folded line first", post(&format!(" x: y\r\n{te}"), chunks), 400),
         ("a NUL in a name", post(&format!("trans\0fer-encoding: chunked\r\ncontent-length: {all}\r\n"), chunks), 400),
@@ -129,9 +137,17 @@ fn spellings() -> Vec<(&'static str, String, u16)> {
         ("a chunk extension without an end", chunk(&format!("1;{long}\r\na\r\n0\r\n\r\n")), 400),
         ("a line break in a chunk extension", chunk("1;x\ry\r\na\r\n0\r\n\r\n"), 400),
         ("chunks in HTTP/1.0", format!(" HTTP/1.0\r\nhost: web\r\n{te}\r\n{chunks}{SMUGGLED}"), 400),
-        ("lines that end in LF", format!(" HTTP/1.1\nhost: web\ncontent-length: {}\n\n{SMUGGLED}", SMUGGLED.len()), 200),
+        (
+            "lines that end in LF",
+            format!(" HTTP/1.1\nhost: web\ncontent-length: {}\n\n{SMUGGLED}", SMUGGLED.len()),
+            200,
+        ),
         ("a length that counts all", post(&format!("content-length: {}\r\n", SMUGGLED.len()), ""), 200),
-        ("the same length twice", post(&format!("content-length: {0}\r\ncontent-length: {0}\r\n", SMUGGLED.len()), ""), 200),
+        (
+            "the same length twice",
+            post(&format!("content-length: {0}\r\ncontent-length: {0}\r\n", SMUGGLED.len()), ""),
+            200,
+        ),
         ("all in one chunk", post(te, &format!("{:x}\r\n", SMUGGLED.len())) + "\r\n0\r\n\r\n", 200),
         ("a chunk extension", post(te, &format!("{:X};a=b\r\n", SMUGGLED.len())) + "\r\n0\r\n\r\n", 200),
     ]
@@ -139,15 +155,27 @@ fn spellings() -> Vec<(&'static str, String, u16)> {
 
 /// Answers by number: what each is, how it is spelled, and the status that a client gets.
 const ANSWERS: &[(&str, &str, u16)] = &[
-    ("a length and chunks", "HTTP/1.1 200 OK\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n", 502),
-    ("chunks and a length", "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ncontent-length: 3\r\n\r\n1\r\na\r\n0\r\n\r\n", 502),
+    (
+        "a length and chunks",
+        "HTTP/1.1 200 OK\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n",
+        502,
+    ),
+    (
+        "chunks and a length",
+        "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ncontent-length: 3\r\n\r\n1\r\na\r\n0\r\n\r\n",
+        502,
+    ),
     ("two lengths", "HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nab", 502),
     ("a length that is none", "HTTP/1.1 200 OK\r\ncontent-length: +1\r\n\r\na", 502),
     ("a folded line", "HTTP/1.1 200 OK\r\nx: 1\r\n 2\r\ncontent-length: 0\r\n\r\n", 502),
     ("a space before the colon", "HTTP/1.1 200 OK\r\ncontent-length : 1\r\n\r\na", 502),
     ("no HTTP", "SSH-2.0-OpenSSH_9.2\r\n\r\n", 502),
     ("the same length twice", "HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 1\r\n\r\na", 200),
-    ("two answers", "HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\naHTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nother", 200),
+    (
+        "two answers",
+        "HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\naHTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nother",
+        200,
+    ),
 ];
 
 /// The client's side of the test. Requests to `/cl` are answered by one server, those to `/te` by the other.

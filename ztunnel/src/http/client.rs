@@ -3,6 +3,7 @@
 //! What can be known of a request that failed is kept apart ([`Failed`]), because it decides whether it may be sent again.
 
 use std::cell::Cell;
+use std::error::Error as _;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::rc::Rc;
@@ -60,6 +61,8 @@ pub struct Two {
     sender: http2::SendRequest<Body>,
     /// Requests under way.
     pub streams: Rc<Cell<usize>>,
+    /// The server takes no more requests; hyper finds out in its own time.
+    closing: Rc<Cell<bool>>,
     /// When it was opened.
     pub since: Instant,
     /// Who the other side proved to be.
@@ -76,8 +79,8 @@ pub enum Conn {
 
 /// Why there is no answer.
 pub struct Failed {
-    /// The request, if not a byte of it was sent.
-    pub unsent: Option<Request<Body>>,
+    /// Nobody has read it: it was not sent, or the server says so.
+    pub unsent: bool,
     /// There was an answer, which is none.
     pub malformed: bool,
     /// What happened.
@@ -104,12 +107,12 @@ impl One {
 impl Two {
     /// Whether there is room for another request.
     pub fn has_room(&self) -> bool {
-        !self.sender.is_closed() && self.streams.get() < STREAMS
+        self.is_open() && self.streams.get() < STREAMS
     }
 
     /// Whether it may be of use later.
     pub fn is_open(&self) -> bool {
-        !self.sender.is_closed()
+        !self.sender.is_closed() && !self.closing.get()
     }
 }
 
@@ -158,7 +161,8 @@ impl Conn {
                         _ = connection => {}
                     }
                 });
-                Ok(Self::Two(Two { sender, streams: Rc::default(), since: Instant::now(), peer }))
+                let (streams, closing) = Default::default();
+                Ok(Self::Two(Two { sender, streams, closing, since: Instant::now(), peer }))
             }
         }
     }
@@ -190,7 +194,11 @@ impl Conn {
             }
         };
         answer.map_err(|mut error| {
-            let (unsent, malformed) = (error.take_message(), error.error().is_parse());
+            let malformed = error.error().is_parse();
+            let unsent = error.take_message().is_some() || is_unread(error.error());
+            if let (Self::Two(two), true) = (&*self, unsent) {
+                two.closing.set(true);
+            }
             Failed { unsent, malformed, outcome: Outcome::new(Code::ServerReset, chain(error.error())) }
         })
     }
@@ -212,6 +220,16 @@ impl Conn {
     }
 }
 
+/// Whether the server proves that it has not read a request: it refused the stream, or said goodbye before it (RFC 9113
+/// §8.7). h2 gives that error to the streams behind the last one that the server names, and to no others.
+fn is_unread(error: &hyper::Error) -> bool {
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<h2::Error>());
+    cause.is_some_and(|cause| {
+        let refused = cause.is_reset() && cause.reason() == Some(h2::Reason::REFUSED_STREAM);
+        cause.is_remote() && (cause.is_go_away() || refused)
+    })
+}
+
 /// Says that chunks follow where the body's length is not known: without, hyper would leave the body of a GET out.
 fn frame(request: &mut Request<Body>) {
     let length = request.body().size_hint().exact();
@@ -223,7 +241,8 @@ fn frame(request: &mut Request<Body>) {
 /// Holds a body back that its client offers (`Expect: 100-continue`) until the server wants it or [`CONTINUE`] is over:
 /// asking the client for it is what tells it to go on.
 fn until_wanted(request: &mut Request<Body>) {
-    let offered = request.headers().get(EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+    let offered =
+        request.headers().get(EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"));
     if !offered || request.body().is_end_stream() {
         return;
     }

@@ -214,7 +214,8 @@ mod tests {
     fn refused(bytes: &[u8]) -> Option<&'static str> {
         let whole = Gate::default().follow(bytes).err();
         let mut gate = Gate::default();
-        let single = bytes.iter().enumerate().find_map(|(at, byte)| gate.follow(&[*byte]).err().map(|stop| (at, stop.why)));
+        let single =
+            bytes.iter().enumerate().find_map(|(at, byte)| gate.follow(&[*byte]).err().map(|stop| (at, stop.why)));
         assert_eq!(whole.map(|stop| (stop.at, stop.why)), single, "{:?}", String::from_utf8_lossy(bytes));
         single.map(|(_, why)| why)
     }
@@ -237,7 +238,11 @@ mod tests {
             ("Transfer-Encoding:\tChunked \r\n", "2;x=y\r\nab\r\n0\r\nx-trailer: 1\r\n\r\n", None),
             ("content-length: 2\r\nTransfer-Encoding: chunked\r\n", "", both),
             ("Transfer-Encoding: chunked\r\ncontent-length: 2\r\n", "", both),
-            ("transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n", "", Some("more than one Transfer-Encoding header")),
+            (
+                "transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n",
+                "",
+                Some("more than one Transfer-Encoding header"),
+            ),
             ("transfer-encoding: gzip, chunked\r\n", "", coding),
             ("transfer-encoding: xchunked\r\n", "", coding),
             ("transfer-encoding: identity\r\n", "", coding),
@@ -251,7 +256,11 @@ mod tests {
             ("transfer-encoding: chunked\r\n", "ffffffffffffffff\r\n", Some("a chunk size that is none")),
             ("transfer-encoding: chunked\r\n", "2\nab", Some("a line between chunks that does not end in CR LF")),
             ("transfer-encoding: chunked\r\n", "2\r\nabc\r\n", Some("a chunk that is longer than it says")),
-            ("transfer-encoding: chunked\r\n", "0\r\nx: 1\n\r\n", Some("a line between chunks that does not end in CR LF")),
+            (
+                "transfer-encoding: chunked\r\n",
+                "0\r\nx: 1\n\r\n",
+                Some("a line between chunks that does not end in CR LF"),
+            ),
         ] {
             assert_eq!(refused(post(headers, body).as_bytes()), expected, "{headers:?} {body:?}");
         }

@@ -65,7 +65,16 @@ impl Original {
 
     fn with(frames: Vec<Bytes>, rest: Option<Incoming>) -> Self {
         let (trailers, over) = (None, Rc::default());
-        Self(Rc::new(RefCell::new(Kept { frames, trailers, bytes: 0, lost: false, failed: None, rest, attempt: 0, over })))
+        Self(Rc::new(RefCell::new(Kept {
+            frames,
+            trailers,
+            bytes: 0,
+            lost: false,
+            failed: None,
+            rest,
+            attempt: 0,
+            over,
+        })))
     }
 
     /// Whether all that has passed is still here.

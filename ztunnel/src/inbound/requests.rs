@@ -298,7 +298,7 @@ impl Connection {
                         return Err(Refused::new(reply::BAD_REQUEST, outcome));
                     }
                     // Closed by the application between two requests.
-                    let again = unsent.is_some() || (reused && is_idempotent(&parts.method));
+                    let again = unsent || (reused && is_idempotent(&parts.method));
                     if fresh || !again || !original.is_kept() {
                         let reply = if malformed { reply::PROTOCOL } else { reply::RESET };
                         return Err(Refused::new(reply, outcome));
