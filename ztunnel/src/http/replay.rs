@@ -1,13 +1,14 @@
 //! A request's body that may be sent again: what was passed on is kept, up to a bound, and given first the next time.
 //!
-//! Nothing waits for the whole of it: the first attempt streams as it would without. Once more than [`MOST`] has passed,
-//! what was kept is let go, and there is no further attempt.
+//! Nothing waits for the whole of it: the first attempt streams as it would without. Once more than [`MOST`] has passed, or
+//! more than the pod may buffer, what was kept is let go, and there is no further attempt.
 
 use std::cell::RefCell;
 use std::error::Error;
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -15,6 +16,7 @@ use http::HeaderMap;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::sync::Notify;
 
+use crate::base::budget::{Budget, Charge};
 use crate::outcome::Code;
 
 /// Most bytes kept for another attempt. Linkerd's bound, and more than nearly every request that is not an upload.
@@ -24,7 +26,9 @@ const MOST: usize = 64 * 1024;
 const MOST_FRAMES: usize = 64;
 
 struct Kept {
+    budget: Option<Arc<Budget>>,
     frames: Vec<Bytes>,
+    charges: Vec<Charge>,
     trailers: Option<HeaderMap>,
     bytes: usize,
     /// More has passed than is kept.
@@ -52,21 +56,23 @@ pub struct Replay {
 }
 
 impl Original {
-    /// Of a request that was just received.
-    pub fn new(body: Incoming) -> Self {
+    /// Of a request that was just received. What is kept of it counts in `budget`.
+    pub fn new(body: Incoming, budget: &Arc<Budget>) -> Self {
         let rest = (!body.is_end_stream()).then_some(body);
-        Self::with(Vec::new(), rest)
+        Self::with(Vec::new(), rest, Some(budget.clone()))
     }
 
     /// Of bytes.
     pub fn of(bytes: Bytes) -> Self {
-        Self::with(if bytes.is_empty() { Vec::new() } else { vec![bytes] }, None)
+        Self::with(if bytes.is_empty() { Vec::new() } else { vec![bytes] }, None, None)
     }
 
-    fn with(frames: Vec<Bytes>, rest: Option<Incoming>) -> Self {
-        let (trailers, over) = (None, Rc::default());
+    fn with(frames: Vec<Bytes>, rest: Option<Incoming>, budget: Option<Arc<Budget>>) -> Self {
+        let (charges, trailers, over) = (Vec::new(), None, Rc::default());
         Self(Rc::new(RefCell::new(Kept {
+            budget,
             frames,
+            charges,
             trailers,
             bytes: 0,
             lost: false,
@@ -120,10 +126,13 @@ impl Original {
 impl Kept {
     fn keep(&mut self, data: &Bytes) {
         self.bytes += data.len();
-        if self.lost || self.bytes > MOST || self.frames.len() >= MOST_FRAMES {
+        let full = self.lost || self.bytes > MOST || self.frames.len() >= MOST_FRAMES;
+        let charge = self.budget.as_ref().filter(|_| !full).and_then(|budget| budget.charge(data.len()));
+        if full || (self.budget.is_some() && charge.is_none()) {
             self.lost = true;
             return;
         }
+        self.charges.extend(charge);
         self.frames.push(data.clone());
     }
 }
@@ -167,6 +176,7 @@ impl Body for Replay {
                     kept.keep(data);
                     if kept.lost {
                         kept.frames.clear();
+                        kept.charges.clear();
                         this.sent = 0;
                     } else {
                         this.sent = kept.frames.len();

@@ -280,7 +280,7 @@ impl Connection {
         if framing == Framing::One {
             parts.version = http::Version::HTTP_11;
         }
-        let original = Original::new(body);
+        let original = Original::new(body, &self.pod.buffers);
         let mut fresh = false;
         let (response, conn) = loop {
             let (mut conn, reused) =
