@@ -45,7 +45,7 @@ const PURE: &[&str] = &[
 
 /// External crates that only some places may name: a new place is a decision, not an accident.
 const FENCES: &[(&str, &str, &[&str])] = &[
-    ("ztunnel", "h2::", &["hbone", "relay", "inbound", "outbound", "gateway"]),
+    ("ztunnel", "h2::", &["hbone", "http", "relay", "inbound", "outbound", "gateway"]),
     ("ztunnel", "hyper::", &["http", "inbound", "outbound", "gateway", "admin"]),
     ("ztunnel", "nix::", &["base", "capture", "relay", "app"]),
     ("ztunnel", "tonic::", &["xds", "identity"]),

@@ -93,7 +93,7 @@ impl Connection {
                 Ok(server.into_io())
             })
         });
-        let solo = Rc::new(Solo::new(self.framing, dial));
+        let solo = Rc::new(Solo::new(self.framing, &self.gateway.pod.buffers, dial));
         *way = Some((grant, solo.clone()));
         solo
     }

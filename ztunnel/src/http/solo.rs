@@ -8,15 +8,18 @@ use std::cell::RefCell;
 use std::future::{Future, pending};
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use http::{Request, Response, StatusCode, Version, header};
 use hyper::body::Incoming;
 
+use crate::base::budget::Budget;
 use crate::http::client::{Conn, Failed};
 use crate::http::reply::{self, Reply};
+use crate::http::retry::is_idempotent;
 use crate::http::server::{Switch, Switches};
-use crate::http::{Body, BoxIo, End, Framing, grpc_status, headers};
-use crate::outcome::Outcome;
+use crate::http::{Body, BoxIo, End, Framing, Original, grpc_status, headers};
+use crate::outcome::{Code, Outcome};
 use crate::telemetry::HttpRecord;
 
 /// Makes a connection to the server.
@@ -25,24 +28,25 @@ pub type Dial = Box<dyn Fn() -> Pin<Box<dyn Future<Output = Result<BoxIo, Outcom
 /// See the module's header.
 pub struct Solo {
     framing: Framing,
+    budget: Arc<Budget>,
     dial: Dial,
     /// The server's side while no request is under way (HTTP/1), or for all of them (HTTP/2).
     waiting: RefCell<Option<Conn>>,
 }
 
 impl Solo {
-    /// Dials at the first request.
-    pub fn new(framing: Framing, dial: Dial) -> Self {
-        Self { framing, dial, waiting: RefCell::default() }
+    /// Dials at the first request. What is kept of requests for another attempt counts in `budget`.
+    pub fn new(framing: Framing, budget: &Arc<Budget>, dial: Dial) -> Self {
+        Self { framing, budget: budget.clone(), dial, waiting: RefCell::default() }
     }
 
     /// Begins on a connection that is there.
     ///
     /// # Errors
     /// If the server does not take it.
-    pub async fn begin(io: BoxIo, framing: Framing, dial: Dial) -> Result<Self, Outcome> {
+    pub async fn begin(io: BoxIo, framing: Framing, budget: &Arc<Budget>, dial: Dial) -> Result<Self, Outcome> {
         let conn = Conn::begin(io, framing, None, pending()).await?;
-        Ok(Self { framing, dial, waiting: RefCell::new(Some(conn)) })
+        Ok(Self { waiting: RefCell::new(Some(conn)), ..Self::new(framing, budget, dial) })
     }
 
     /// Passes a request on. `switch`: it asks for another protocol.
@@ -56,22 +60,40 @@ impl Solo {
         switches: Switches,
         record: &mut HttpRecord,
     ) -> Result<Response<Body>, (Reply, Outcome)> {
-        let count = record.request_bytes.clone();
-        let mut request = request.map(|body| Body::from(body).then(move |ended| count.set(ended.bytes)));
+        let (mut parts, body) = request.into_parts();
         if self.framing == Framing::One {
-            *request.version_mut() = Version::HTTP_11;
+            parts.version = Version::HTTP_11;
         }
+        let original = Original::new(body, &self.budget);
         let mut fresh = false;
         let (response, conn) = loop {
-            let mut conn = self.connected(fresh).await.map_err(|outcome| (reply::CONNECT_FAILED, outcome))?;
-            match conn.send(request, switch).await {
+            let (mut conn, reused) = self.connected(fresh).await.map_err(|outcome| (reply::CONNECT_FAILED, outcome))?;
+            if !reused {
+                original.last();
+            }
+            let count = record.request_bytes.clone();
+            let body = Body::from(original.attempt()).then(move |ended| count.set(ended.bytes));
+            match conn.send(Request::from_parts(parts.clone(), body), switch).await {
                 Ok(response) => break (response, conn),
-                // Closed by the server between two requests; nothing was sent.
-                Err(Failed { unsent: Some(unsent), .. }) if !fresh => (request, fresh) = (unsent, true),
-                Err(Failed { outcome, .. }) => return Err((reply::RESET, outcome)),
+                Err(Failed { unsent, malformed, outcome }) => {
+                    if let Some(code) = original.failed() {
+                        let outcome = Outcome::new(code, "the body of the request broke off");
+                        return Err((reply::BAD_REQUEST, outcome));
+                    }
+                    // Closed by the server between two requests.
+                    let again = unsent || (reused && is_idempotent(&parts.method));
+                    if fresh || !again || !original.is_kept() {
+                        return Err((if malformed { reply::PROTOCOL } else { reply::RESET }, outcome));
+                    }
+                    fresh = true;
+                }
             }
         };
         let (mut parts, incoming) = response.into_parts();
+        headers::check_answer(&mut parts.headers).map_err(|error| {
+            let text = format!("the server's answer: {}", error.0);
+            (reply::PROTOCOL, Outcome::new(Code::ServerReset, text))
+        })?;
         let switched = parts.status == StatusCode::SWITCHING_PROTOCOLS;
         let protocol = parts.headers.get(header::UPGRADE).cloned().filter(|_| switched);
         headers::strip_hop(&mut parts.headers, protocol.as_ref());
@@ -92,8 +114,8 @@ impl Solo {
         Ok(Response::from_parts(parts, body))
     }
 
-    /// The connection to the server, or a new one.
-    async fn connected(&self, fresh: bool) -> Result<Conn, Outcome> {
+    /// The connection to the server, or a new one; true: it was used before.
+    async fn connected(&self, fresh: bool) -> Result<(Conn, bool), Outcome> {
         let waiting = self.waiting.borrow_mut().take().filter(|_| !fresh);
         let again = match waiting {
             // Ready as soon as the connection's own task has seen the end of the answer before.
@@ -105,12 +127,13 @@ impl Solo {
             _ => None,
         };
         if let Some(conn) = again {
-            return Ok(conn);
+            let used = conn.was_used();
+            return Ok((conn, used));
         }
         let conn = Conn::begin((self.dial)().await?, self.framing, None, pending()).await?;
         if let Conn::Two(two) = &conn {
             *self.waiting.borrow_mut() = Some(Conn::Two(two.clone()));
         }
-        Ok(conn)
+        Ok((conn, false))
     }
 }

@@ -111,7 +111,7 @@ pub(super) async fn serve(
         }
     };
     let connection = Rc::new(connection);
-    let application = match Solo::begin(Box::new(server), framing, connection.dial()).await {
+    let application = match Solo::begin(Box::new(server), framing, &pod.buffers, connection.dial()).await {
         Ok(application) => Rc::new(application),
         Err(outcome) => return outcome,
     };
