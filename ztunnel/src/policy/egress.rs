@@ -149,13 +149,13 @@ fn contradiction(attempt: &Attempt<'_>) -> Option<String> {
 
 fn grant(policy: &Arc<EgressPolicy>, attempt: &Attempt<'_>) -> Option<Grant> {
     policy.rules.iter().enumerate().find_map(|(index, rule)| {
-        let target = allows(rule, attempt)?;
+        let target = allows(rule, policy.ceiling, attempt)?;
         Some(Grant { policy: policy.clone(), rule: index, target })
     })
 }
 
 /// The port at the other side, if `rule` allows it.
-fn allows(rule: &EgressRule, attempt: &Attempt<'_>) -> Option<u16> {
+fn allows(rule: &EgressRule, ceiling: bool, attempt: &Attempt<'_>) -> Option<u16> {
     let by_name = attempt.host.is_some_and(|host| rule.hosts.iter().any(|pattern| pattern.matches(host)));
     let by_address =
         attempt.host.is_none() && attempt.address.is_some_and(|address| covered(&rule.cidrs, address.to_canonical()));
@@ -165,7 +165,10 @@ fn allows(rule: &EgressRule, attempt: &Attempt<'_>) -> Option<u16> {
     let any = [EgressPort { number: attempt.port, protocol: EgressProtocol::Detected, target: attempt.port }];
     let ports = if rule.ports.is_empty() { &any[..] } else { &rule.ports };
     let mut fitting = ports.iter().filter(|port| port.number == attempt.port);
-    let found = fitting.find(|port| speaks(port.protocol, rule, attempt, by_name))?;
+    let found = fitting.find(|port| {
+        // A ceiling that does not say what is spoken leaves that to the rule below it.
+        (ceiling && port.protocol == EgressProtocol::Detected) || speaks(port.protocol, rule, attempt, by_name)
+    })?;
     let requests = rule.http.as_ref().is_none_or(|http| match attempt.spoken {
         Spoken::Http { method, path, .. } => {
             let path_fits = |pattern: &EgressPath| match pattern {
@@ -204,15 +207,21 @@ fn speaks(protocol: EgressProtocol, rule: &EgressRule, attempt: &Attempt<'_>, by
 /// bytes. Where none is, a server may speak first.
 pub fn needs_first_bytes(snapshot: &Snapshot, workload: &Workload, attempt: &Attempt<'_>) -> bool {
     let policies = workload.egress_policies.iter().filter_map(|id| snapshot.egress_policy(id));
-    let about = |rule: &&EgressRule| {
+    let about = |rule: &EgressRule| {
         let by_name = attempt.host.is_some_and(|host| rule.hosts.iter().any(|pattern| pattern.matches(host)));
         by_name || attempt.address.is_some_and(|address| covered(&rule.cidrs, address.to_canonical()))
     };
-    let mut rules = policies.flat_map(|policy| &policy.rules).filter(about);
-    rules.any(|rule| {
-        let plain = |port: &EgressPort| port.protocol == EgressProtocol::Bytes;
-        let mut here = rule.ports.iter().filter(|port| port.number == attempt.port);
-        rule.http.is_some() || rule.ports.is_empty() || here.any(|port| !plain(port))
+    let mut enforced = policies.filter(|policy| !policy.record_only);
+    enforced.any(|policy| {
+        policy.rules.iter().filter(|rule| about(rule)).any(|rule| {
+            let asks = |port: &EgressPort| match port.protocol {
+                EgressProtocol::Bytes => false,
+                EgressProtocol::Detected => !policy.ceiling,
+                EgressProtocol::Tls | EgressProtocol::Http | EgressProtocol::Https => true,
+            };
+            let mut here = rule.ports.iter().filter(|port| port.number == attempt.port);
+            rule.http.is_some() || (rule.ports.is_empty() && !policy.ceiling) || here.any(asks)
+        })
     })
 }
 
