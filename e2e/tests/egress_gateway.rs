@@ -127,7 +127,7 @@ fn secured(lab: &Lab, folder: &Path) -> Option<(Running, String)> {
         "user root; daemon off; master_process off; pid {at}/pid; error_log stderr;\nevents {{}}\nhttp {{\n  access_log off;\n\
          \x20 client_body_temp_path {at}/b; proxy_temp_path {at}/p; fastcgi_temp_path {at}/f; uwsgi_temp_path {at}/u;\n\
          \x20 scgi_temp_path {at}/s;\n  server {{ listen 443 ssl; listen [::]:443 ssl; ssl_certificate {at}/host.pem;\n\
-         \x20 ssl_certificate_key {at}/host.key; location / {{ return 200 \"$scheme $ssl_protocol $host $remote_addr\\n\"; }} }}\n}}\n"
+         \x20 ssl_certificate_key {at}/host.key; ssl_protocols TLSv1.2 TLSv1.3; location / {{ return 200 \"$scheme $ssl_protocol $host $remote_addr\\n\"; }} }}\n}}\n"
     );
     let conf = folder.join("nginx.conf");
     std::fs::write(&conf, nginx).unwrap();
