@@ -108,7 +108,7 @@ impl Connection {
         let grpc = record.grpc;
         let switch = headers::upgrade(incoming.headers(), incoming.version());
         let response = match self.admit(&mut incoming, switch.as_ref(), &mut record) {
-            Err(refused) => Err(refused),
+            Err(refused) => Err(*refused),
             Ok(grant) => self.solo(grant).pass(incoming, switch.is_some(), switches, &mut record).await,
         };
         let response = response.unwrap_or_else(|(reply, outcome)| {
@@ -131,11 +131,11 @@ impl Connection {
         incoming: &mut Request<Incoming>,
         switch: Option<&HeaderValue>,
         record: &mut HttpRecord,
-    ) -> Result<Grant, (Reply, Outcome)> {
-        let malformed = |text: &str| (reply::BAD_REQUEST, Outcome::new(Code::BadRequest, text.to_owned()));
+    ) -> Result<Grant, Box<(Reply, Outcome)>> {
+        let malformed = |text: &str| Box::new((reply::BAD_REQUEST, Outcome::new(Code::BadRequest, text.to_owned())));
         if incoming.method() == Method::CONNECT {
             let text = "CONNECT inside a connection that leaves by an egress gateway";
-            return Err((reply::NO_CONNECT, Outcome::new(Code::BadRequest, text)));
+            return Err(Box::new((reply::NO_CONNECT, Outcome::new(Code::BadRequest, text))));
         }
         headers::check(incoming, &self.asked.target()).map_err(|error| malformed(error.0))?;
         headers::strip_hop(incoming.headers_mut(), switch);
@@ -147,7 +147,7 @@ impl Connection {
         let method = incoming.method().as_str();
         let grant = request(&snapshot, &self.asked, host.as_deref(), method, &path).map_err(|outcome| {
             let pending = outcome.code == Code::PolicyPending;
-            (if pending { reply::PENDING } else { reply::DENIED }, outcome)
+            Box::new((if pending { reply::PENDING } else { reply::DENIED }, outcome))
         })?;
         (record.policy, record.rule) = (Some(grant.policy.id.clone()), Some(grant.rule));
         headers::respell(incoming, &path).ok_or_else(|| malformed("a path that is none"))?;

@@ -70,7 +70,7 @@ pub(super) fn is_broken() -> bool {
 /// As if the gateway's Service had been dialled at its own address; a headless one, at the family of the pod.
 fn dialled(service: &Service, source: &Workload) -> IpAddr {
     let own = service.vips.first().map(|(_, vip)| vip.addr());
-    own.or_else(|| source.addresses.first().copied()).unwrap_or(IpAddr::from([0; 4]))
+    own.or_else(|| source.addresses.first().copied()).unwrap_or_else(|| IpAddr::from([0; 4]))
 }
 
 #[cfg(test)]
