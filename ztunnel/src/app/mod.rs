@@ -111,6 +111,20 @@ fn logging(config: &Node) -> anyhow::Result<(Level, Lines, Writer)> {
     Ok((level, dropped, guard))
 }
 
+/// What all flows share.
+fn shared(config: &Node, reader: state::Reader, identities: identity::Identities, metrics: Arc<Metrics>) -> Shared {
+    Shared {
+        reader,
+        identities,
+        metrics,
+        hbone: hbone_config(config),
+        relay: relay::Limits { half_open: config.half_open_timeout },
+        network: config.network.as_str().into(),
+        cluster: config.cluster_id.as_str().into(),
+        limits: Arc::default(),
+    }
+}
+
 async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> {
     let taking = config.handover.as_deref().map(take).transpose()?.flatten();
     let taken = taking.as_ref().map(|taking| taking.taken.clone()).unwrap_or_default();
@@ -119,16 +133,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     let (writer, reader) = state::store();
     let trust = trust(&config, &reader)?;
     let identities = identity::identities(control(&config, true), config.secret_ttl, trust.clone());
-    let shared = Shared {
-        reader: reader.clone(),
-        identities: identities.clone(),
-        metrics: metrics.clone(),
-        hbone: hbone_config(&config),
-        relay: relay::Limits { half_open: config.half_open_timeout },
-        network: config.network.as_str().into(),
-        cluster: config.cluster_id.as_str().into(),
-        limits: Arc::default(),
-    };
+    let shared = shared(&config, reader.clone(), identities.clone(), metrics.clone());
     let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let count = config.workers(cores).map_err(anyhow::Error::msg)?;
     let (context, outside) = (shared.clone(), outside(&config)?);
