@@ -177,8 +177,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
         &pods,
         pods_stop,
         (taken.clone(), was_replaced.clone()),
-        outside,
-        fence,
+        (outside, fence),
     )?;
     let attended = Arc::new(AtomicBool::new(false));
     let giver = |admin: Vec<TcpListener>| Giver {
@@ -286,8 +285,7 @@ fn start_pods(
     pods: &Pods,
     stop: Drain,
     (taken, replaced): (Arc<Taken>, Drained),
-    outside: OwnResolver,
-    fence: Arc<Fence>,
+    (outside, fence): (OwnResolver, Arc<Fence>),
 ) -> anyhow::Result<Arc<Drain>> {
     let changed = Arc::new(Notify::new());
     let (source, watcher, agent) = match (&config.pods, &config.inpod_uds) {

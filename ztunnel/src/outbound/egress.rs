@@ -69,7 +69,7 @@ impl Said {
     }
 
     /// As if the client had said the name that it is bound to.
-    fn as_bound(self, bound: &Bound) -> Self {
+    fn to_the_letter_of(self, bound: &Bound) -> Self {
         match self {
             Self::Tls { .. } => Self::Tls { name: bound.host.as_deref().map(str::to_owned) },
             other => other,
@@ -191,7 +191,7 @@ pub(super) async fn reach(
     } else {
         Said::Bytes
     };
-    let said = if server_names_are_broken() { said.as_bound(&bound) } else { said };
+    let said = if server_names_are_broken() { said.to_the_letter_of(&bound) } else { said };
     let attempt = bound.attempt(said.spoken());
     let decided = egress::decide(snapshot, source, &attempt);
     record.left = Some(Box::new(left(&bound, &said, source, &decided)));

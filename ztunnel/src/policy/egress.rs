@@ -315,7 +315,7 @@ impl Attempt<'_> {
 /// Why not, as one clause.
 pub fn may_dial(snapshot: &Snapshot, network: &str, rule: &EgressRule, address: IpAddr) -> Result<(), String> {
     let address = address.to_canonical();
-    let Some(why) = inside(snapshot, network, address).or(is_azure(address).then_some("cloud metadata")) else {
+    let Some(why) = inside(snapshot, network, address).or_else(|| is_azure(address).then_some("cloud metadata")) else {
         return Ok(());
     };
     let refused = |hint: &str| Err(format!("{address} is {why}{hint}"));
