@@ -5,6 +5,7 @@
 //! policy, present as [`Spec::Unreadable`] so that it can fail closed.
 
 mod condition;
+mod keys;
 mod meta;
 mod network;
 mod policy;
@@ -16,6 +17,7 @@ mod workload;
 mod world;
 
 pub use condition::{Condition, ObjectConditions, ObjectKey, ParentStatus, Status};
+pub use keys::{FetchedKeys, KeySource, KeySources};
 pub use meta::{Expression, Meta, Operator, Owner, Selector};
 pub use network::{NetworkPeer, NetworkPolicy, NetworkPort, NetworkRule, PortMatch};
 pub use policy::{

@@ -6,6 +6,7 @@
 //! it takes under a minute.
 
 mod canary;
+mod requests;
 mod steps;
 
 use std::path::PathBuf;
@@ -24,7 +25,7 @@ use crate::topology;
 /// Arguments of `lab demo`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Break a part of the proxy on purpose: `rules`, `authz`, `tls` or `weights`.
+    /// Break a part of the proxy on purpose: `rules`, `authz`, `tls`, `weights` or `jwt`.
     #[arg(long = "break", env = "BREAK")]
     broken: Option<String>,
     /// Leave the lab running afterwards.

@@ -12,13 +12,14 @@ use serde_json::Value;
 
 use crate::demo::Step;
 use crate::demo::canary;
+use crate::demo::requests;
 use crate::eventually::eventually;
 use crate::lab::Lab;
 use crate::lab::Running;
 use crate::scenario;
 
 /// Parts that `--break` can break.
-pub(super) const PARTS: [&str; 4] = ["rules", "authz", "tls", "weights"];
+pub(super) const PARTS: [&str; 5] = ["rules", "authz", "tls", "weights", "jwt"];
 /// Without it there is nothing to show.
 pub(super) const FIRST: &str = "shop-runs";
 
@@ -85,6 +86,18 @@ pub(super) const STEPS: &[Step] = &[
         show: canary::pins,
     },
     Step {
+        name: "jwt",
+        claim: "A path asks for a token of the right issuer; others do not.",
+        rests_on: &["rules", "authz", "jwt"],
+        show: requests::token_asked,
+    },
+    Step {
+        name: "rate-limit",
+        claim: "Each caller may come three times an hour, whoever else comes.",
+        rests_on: &["rules"],
+        show: requests::limited,
+    },
+    Step {
         name: "control-killed",
         claim: "Control is killed; connections old and new go on.",
         rests_on: &[],
@@ -122,7 +135,7 @@ spec: {nodeName: node-1, serviceAccountName: ledger, containers: [{name: main, i
 ";
 
 pub(super) const FRONTEND: &str = "shop/frontend";
-const CLERK: &str = "office/clerk";
+pub(super) const CLERK: &str = "office/clerk";
 const PAYMENTS: &str = "http://payments.shop/";
 
 fn shop_runs(lab: &Lab) -> anyhow::Result<String> {

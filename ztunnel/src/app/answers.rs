@@ -3,18 +3,23 @@
 //! Explanations are made by [`explain`], on the snapshot in force.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde_json::{Value, json};
 use tulle_proto::node::node_message::Answer;
 use tulle_proto::node::node_question::Question;
-use tulle_proto::node::{CertificateStatus, NodeMessage, NodeQuestion, NodeStatus, PodStatus, TrustAnswer};
+use tulle_proto::node::{
+    CertificateStatus, NodeMessage, NodeQuestion, NodeStatus, PodStatus, ServiceSeen, TrafficAnswer, TrustAnswer,
+};
 
 use crate::app::handover::successor::Taken;
 use crate::app::pods::Pods;
 use crate::app::view::Status;
 use crate::app::{dump, explain};
+use crate::base::unix_now;
 use crate::flow::Shared;
 use crate::identity::CertStatus;
+use crate::telemetry::Seen;
 use crate::xds::Monitor;
 
 /// Version of this program.
@@ -44,13 +49,14 @@ impl Answers {
                 explain::outbound(&self.shared.reader.load(), &self.shared.network, &question).map(Answer::Outbound)
             }
             Some(Question::Inbound(question)) => {
-                explain::inbound(&self.shared.reader.load(), &question).map(Answer::Inbound)
+                explain::inbound(&self.shared.reader.load(), &question, unix_now()).map(Answer::Inbound)
             }
             Some(Question::Trust(question)) => {
                 let renewing = self.shared.identities.trust(&question.roots, &question.issuer);
                 tracing::info!(renewing, "control told the CA's roots and issuer");
                 Ok(Answer::Trust(TrustAnswer { renewing }))
             }
+            Some(Question::Traffic(_)) => Ok(Answer::Traffic(self.traffic())),
             None => Err("this node does not know the question; is it older than control?".to_owned()),
         };
         NodeMessage { id: question.id, answer: Some(answer.unwrap_or_else(Answer::Error)) }
@@ -89,6 +95,18 @@ impl Answers {
             outbound_connections: outbound as u64,
             tunnels: u64::try_from(self.shared.metrics.tunnels.get()).unwrap_or(0),
         }
+    }
+
+    /// How long requests took lately.
+    fn traffic(&self) -> TrafficAnswer {
+        let seen = |seen: Seen| ServiceSeen {
+            service: seen.service,
+            reporter: seen.direction.reporter().to_owned(),
+            failed: seen.failed,
+            micros: seen.times.keys().copied().collect(),
+            counts: seen.times.values().copied().collect(),
+        };
+        TrafficAnswer { services: self.shared.metrics.services.seen(Instant::now()).into_iter().map(seen).collect() }
     }
 
     /// The same as JSON, for the admin page.

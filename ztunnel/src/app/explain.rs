@@ -1,15 +1,17 @@
 //! What this node would do with a connection, for `tulle explain`: control asks, this answers.
 //!
 //! Explanations come from the same `decide` functions that traffic goes through, and for datagrams from the same
-//! findings that their filters are made of; there is no second implementation that could disagree. Pure. Limits: a question
-//! is about a connection and not about a request. Where requests are read, the answer says so, and what becomes of one is in
-//! its record.
+//! findings that their filters are made of; there is no second implementation that could disagree. Pure. A question is about
+//! a connection, or about one request on it ([`requests`]). Where requests are read and none is asked about, the answer says
+//! so.
+
+mod requests;
 
 use std::net::{IpAddr, SocketAddr};
 
 use tulle_certs::SpiffeId;
 use tulle_proto::node::{
-    EndpointChoice, InboundAnswer, InboundQuestion, OutboundAnswer, OutboundQuestion, Transport as Asked,
+    EndpointChoice, InboundAnswer, InboundQuestion, OutboundAnswer, OutboundQuestion, RequestAnswer, Transport as Asked,
 };
 
 use crate::inbound;
@@ -52,6 +54,13 @@ pub(super) fn outbound(
         unenrolled(snapshot, network, source, destination, &mut answer);
     } else {
         stream(snapshot, network, source, destination, &mut answer);
+        if let Some(head) = &question.request {
+            let asked = requests::request(head)?;
+            requests::leaving(snapshot, network, source, destination, asked, &mut answer);
+        }
+    }
+    if question.request.is_some() {
+        answer.request.get_or_insert_default();
     }
     Ok(answer)
 }
@@ -209,11 +218,11 @@ fn unenrolled(
     }
 }
 
-/// What would become of a connection to a pod of this node.
+/// What would become of a connection to a pod of this node. `now` is Unix seconds.
 ///
 /// # Errors
 /// Why the question has no answer.
-pub(super) fn inbound(snapshot: &Snapshot, question: &InboundQuestion) -> Result<InboundAnswer, String> {
+pub(super) fn inbound(snapshot: &Snapshot, question: &InboundQuestion, now: i64) -> Result<InboundAnswer, String> {
     let workload = snapshot
         .workload(&question.destination_uid)
         .ok_or_else(|| format!("this node does not know the workload {}", question.destination_uid))?;
@@ -233,19 +242,19 @@ pub(super) fn inbound(snapshot: &Snapshot, question: &InboundQuestion) -> Result
         code: "OK".to_owned(),
         rule: -1,
         transport: question.transport,
+        request: question.request.as_ref().map(|_| RequestAnswer::default()),
         ..InboundAnswer::default()
     };
     if workload.protocol != Protocol::Hbone {
         answer.text = format!("{}/{} is not in the mesh; no policy is enforced", workload.namespace, workload.name);
         return Ok(answer);
     }
-    let rule = |rule: Option<usize>| rule.and_then(|rule| i32::try_from(rule).ok()).unwrap_or(-1);
     let by_network = network::ingress(snapshot, workload, identity.as_ref(), source, transport, target.port());
     if transport != Transport::Tcp {
         match by_network.outcome() {
             Ok(()) => {
                 let (policy, by) = allowing(&by_network);
-                (answer.policy, answer.rule) = (policy, by.and_then(|by| i32::try_from(by).ok()).unwrap_or(-1));
+                (answer.policy, answer.rule) = (policy, rule_index(by.map(|by| by as usize)));
                 answer.text = format!("{by_network}; no AuthorizationPolicy holds for what is not TCP");
             }
             Err(outcome) => deny(&mut answer, outcome),
@@ -268,12 +277,21 @@ pub(super) fn inbound(snapshot: &Snapshot, question: &InboundQuestion) -> Result
                 by_network => format!("{by_network}; {text}"),
             };
             answer.policy = verdict.policy.as_deref().unwrap_or_default().to_owned();
-            answer.rule = rule(verdict.rule);
+            answer.rule = rule_index(verdict.rule);
             answer.dry_run = verdict.dry_run.iter().map(ToString::to_string).collect();
         }
         Err(outcome) => deny(&mut answer, outcome),
     }
+    if let Some(head) = question.request.as_ref().filter(|_| read && answer.allowed) {
+        let ends = (identity.as_ref(), source, target);
+        requests::entering(snapshot, workload, ends, requests::request(head)?, now, &mut answer);
+    }
     Ok(answer)
+}
+
+/// On the wire; -1: none.
+fn rule_index(rule: Option<usize>) -> i32 {
+    rule.and_then(|rule| i32::try_from(rule).ok()).unwrap_or(-1)
 }
 
 fn deny(answer: &mut InboundAnswer, outcome: Outcome) {
@@ -281,7 +299,7 @@ fn deny(answer: &mut InboundAnswer, outcome: Outcome) {
     answer.code = outcome.code.name().to_owned();
     answer.dry_run = outcome.dry_run.iter().map(ToString::to_string).collect();
     answer.policy = outcome.policy.as_deref().unwrap_or_default().to_owned();
-    answer.rule = outcome.rule.and_then(|rule| i32::try_from(rule).ok()).unwrap_or(-1);
+    answer.rule = rule_index(outcome.rule);
     answer.text = outcome.detail.into_owned();
 }
 
@@ -417,6 +435,7 @@ mod tests {
                 port: 8080,
                 ..InboundQuestion::default()
             },
+            0,
         );
         let into = into.unwrap();
         assert!(into.allowed && into.text.contains("decide each request"), "{into:?}");

@@ -12,6 +12,7 @@ pub mod handover;
 pub mod pods;
 pub mod resolver;
 pub mod revocation;
+mod spans;
 pub mod view;
 pub mod wanted;
 pub mod worker;
@@ -41,6 +42,7 @@ use crate::app::handover::Giver;
 use crate::app::handover::successor::{Taken, Taking, take};
 use crate::app::pods::{Environment, Pods};
 use crate::app::resolver::Names;
+use crate::app::spans::Exporter;
 use crate::app::worker::Worker;
 use crate::base::drain::{Drain, Drained, Phase, drain};
 use crate::base::memory;
@@ -112,6 +114,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     let taken = taking.as_ref().map(|taking| taking.taken.clone()).unwrap_or_default();
     let mut registry = Registry::default();
     let metrics = Arc::new(Metrics::new(&mut registry));
+    let exporter = Exporter::start(&config, &metrics)?;
     let (writer, reader) = state::store();
     let trust = trust(&config, &reader)?;
     let identities = identity::identities(control(&config, true), config.secret_ttl, trust.clone());
@@ -202,6 +205,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     tracing::info!("drained");
     [&pods_drain, &stop].into_iter().for_each(|drain| drain.advance(Phase::Forced));
     finish_records(&pods).await;
+    exporter.finish().await;
     Ok(())
 }
 

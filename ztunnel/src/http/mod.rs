@@ -7,6 +7,7 @@
 
 mod body;
 pub mod client;
+pub mod export;
 pub mod headers;
 mod io;
 pub mod limit;

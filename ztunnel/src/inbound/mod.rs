@@ -21,6 +21,7 @@ use tulle_certs::SpiffeId;
 
 pub use hbone::serve as serve_tunnel;
 pub use plaintext::serve as serve_plaintext;
+pub use requests::explained as explained_request;
 
 use crate::base::drain::Drained;
 use crate::flow::{LocalPod, PATIENCE, Shared};

@@ -10,6 +10,7 @@ mod attempts;
 pub mod decide;
 mod dial;
 mod exchange;
+pub mod explained;
 mod forward;
 pub mod recheck;
 mod requests;

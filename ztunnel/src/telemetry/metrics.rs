@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Instant;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -15,6 +16,8 @@ use prometheus_client::registry::Registry;
 use crate::outcome::DryRun;
 use crate::telemetry::dns::DnsMetrics;
 use crate::telemetry::http::HttpMetrics;
+use crate::telemetry::services::ServiceTimes;
+use crate::telemetry::trace::Spans;
 
 /// Labels of the TCP metrics.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -132,6 +135,10 @@ pub struct Metrics {
     pub dns: DnsMetrics,
     /// Requests.
     pub http: HttpMetrics,
+    /// How long requests to each service take.
+    pub services: ServiceTimes,
+    /// Spans of sampled requests.
+    pub spans: Spans,
 }
 
 impl Metrics {
@@ -156,6 +163,8 @@ impl Metrics {
             log_dropped: Gauge::default(),
             dns: DnsMetrics::new(registry),
             http: HttpMetrics::new(registry),
+            services: ServiceTimes::new(Instant::now()),
+            spans: Spans::new(registry),
         };
         let build = Family::<BuildLabels, Gauge>::default();
         build.get_or_create(&BuildLabels { component: "ztunnel", tag: env!("CARGO_PKG_VERSION") }).set(1);

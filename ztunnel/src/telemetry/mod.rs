@@ -9,6 +9,9 @@ pub mod dns;
 mod http;
 pub mod lines;
 pub mod metrics;
+mod services;
+pub mod trace;
 
 pub use conn::{ConnRecord, Direction, Peer};
 pub use http::{HttpMetrics, HttpRecord};
+pub use services::{Seen, ServiceTimes};
