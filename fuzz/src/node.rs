@@ -16,6 +16,7 @@ use ztunnel::policy::jwt::by_rules;
 use ztunnel::route::path::normalise;
 use ztunnel::route::{RequestFacts, RoutePlan, find};
 use ztunnel::state::{Change, ServiceSpec, Snapshot, store};
+use ztunnel::telemetry::trace::Context;
 use ztunnel::xds::decode::{self, Strings};
 
 /// A target.
@@ -96,6 +97,10 @@ pub fn traceparent(data: &[u8]) {
             assert_eq!(TraceId::parse(header.to_str().unwrap_or_default()), Ok(id));
         }
         Err(reason) => assert!(reason.contains("traceparent"), "{reason}"),
+    }
+    // That of a request.
+    if let Some(context) = Context::parse(data) {
+        assert_eq!(Context::parse(context.header().as_bytes()), Some(context));
     }
 }
 

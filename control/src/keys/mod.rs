@@ -18,6 +18,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+pub use set::{key_set, keys_of_issuer};
+
 use crate::base::Stop;
 use crate::keys::fetch::{Client, FetchError};
 use crate::model::{FetchedKeys, KeySource, KeySources};

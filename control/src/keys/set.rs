@@ -14,7 +14,7 @@ const PRIVATE: [&str; 8] = ["d", "p", "q", "dp", "dq", "qi", "oth", "k"];
 ///
 /// # Errors
 /// What is wrong with the document.
-pub(super) fn key_set(document: &[u8]) -> Result<String, String> {
+pub fn key_set(document: &[u8]) -> Result<String, String> {
     let mut set = object(document)?;
     let Some(Value::Array(mut keys)) = set.remove("keys") else {
         return Err("has no list `keys`, which a JWK Set has".to_owned());
@@ -32,7 +32,7 @@ pub(super) fn key_set(document: &[u8]) -> Result<String, String> {
 ///
 /// # Errors
 /// What is wrong with the document.
-pub(super) fn keys_of_issuer(document: &[u8]) -> Result<String, String> {
+pub fn keys_of_issuer(document: &[u8]) -> Result<String, String> {
     match object(document)?.remove("jwks_uri") {
         Some(Value::String(uri)) => Ok(uri),
         _ => Err("has no text `jwks_uri`, which the description of an issuer has".to_owned()),

@@ -145,6 +145,8 @@ pub struct Node {
     pub reader: Reader,
     stop: Arc<Drain>,
     pub runtime: tokio::runtime::Runtime,
+    /// Its counters, and what it would send to a collector.
+    pub metrics: Arc<Metrics>,
     foreign: Vec<(&'static str, &'static str)>,
 }
 
@@ -194,10 +196,11 @@ impl Node {
         });
         let identities = Identities::new(fetch, Arc::new(|| now() * 1000));
         let mut registry = prometheus_client::registry::Registry::default();
+        let metrics = Arc::new(Metrics::new(&mut registry));
         let shared = Shared {
             reader,
             identities: identities.clone(),
-            metrics: Arc::new(Metrics::new(&mut registry)),
+            metrics: metrics.clone(),
             hbone,
             relay,
             network: "".into(),
@@ -230,7 +233,7 @@ impl Node {
         runtime.spawn(federation::watch(environment.shared.reader.clone(), trust.federated));
         let source = Source::File(ListFile::new(path));
         runtime.spawn(pods.clone().run(Arc::new(environment), source, Arc::default(), stop.clone()));
-        Self { pods, workers, writer, reader, stop, runtime, foreign }
+        Self { pods, workers, writer, reader, stop, runtime, metrics, foreign }
     }
 
     pub fn describe(&mut self, hbone: &[&str]) {
