@@ -504,10 +504,11 @@ fn each_request_of_a_live_connection_is_decided_by_its_path() {
 fn a_trace_has_a_span_of_each_side_and_goes_on_to_the_application() {
     const GIVEN: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331";
     let (lab, mut node) = world("t", AppProtocol::Http11);
-    node.apply(vec![route("1", vec![rule(vec![prefix("/")], vec![backend("v1", 1)])]), policy("1", "/open")]);
+    let every = rule(vec![RouteMatch::default()], vec![backend("v1", 1)]);
+    node.apply(vec![route("1", vec![every]), policy("1", "/open")]);
     let parent = |answer: &Message| {
         let line = answer.text().lines().find_map(|line| line.strip_prefix("traceparent: ").map(str::to_owned));
-        line.unwrap_or_default()
+        line.unwrap_or_else(|| format!("none in {}: {}", answer.first, answer.text()))
     };
     let asked = |header: &str, closed: bool| {
         let header = header.to_owned();

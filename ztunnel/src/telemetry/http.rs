@@ -285,7 +285,11 @@ impl HttpRecord {
             attributes: attributes.into_iter().flatten().collect(),
             status: Some(otlp::Status { message: String::new(), code: if failed { 2 } else { 0 } }),
         };
-        let service = own.workload.as_deref().map(|w| format!("{}.{}", w.canonical_name, w.namespace));
+        let service = own.workload.as_deref().map(|w| {
+            let names = [&w.canonical_name, &w.workload_name, &w.name];
+            let name = names.into_iter().find(|name| !name.is_empty()).map(|name| &**name).unwrap_or_default();
+            format!("{name}.{}", w.namespace)
+        });
         Span { service: service.unwrap_or_else(|| "unknown".to_owned()).into(), span }
     }
 
