@@ -41,7 +41,7 @@ pub enum LogFormat {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve nodes until stopped.
-    Serve(Serve),
+    Serve(Box<Serve>),
     /// Print a token for a node proxy or a service account.
     Token(Token),
     /// Replace the root (in three steps, one a call) or the intermediate, without dropping a connection.

@@ -73,7 +73,7 @@ impl Mesh {
         let args = args[..2].iter().chain(self.more).chain(&args[2..]).map(Into::into);
         let cli = Cli::try_parse_from(args.chain([ca.into_os_string()])).expect("arguments");
         let Command::Serve(serve) = cli.command else { unreachable!("serve was given") };
-        self.running = Some(app::start(serve).await.expect("start"));
+        self.running = Some(app::start(*serve).await.expect("start"));
     }
 
     fn put(&self, name: &str, text: &str) {

@@ -22,10 +22,13 @@ const DEADLINE: Duration = Duration::from_secs(30);
 const ONE: &str = r#"{"keys":[{"kid":"one"}]}"#;
 const BOTH: &str = r#"{"keys":[{"kid":"one"},{"kid":"two"}]}"#;
 
-/// An issuer: what it answers to each path, as status, headers and body.
+/// What is answered to each path: status, headers and body.
+type Answers = BTreeMap<String, (u16, String, String)>;
+
+/// An issuer.
 struct Issuer {
     at: String,
-    answers: Arc<Mutex<BTreeMap<String, (u16, String, String)>>>,
+    answers: Arc<Mutex<Answers>>,
     folder: tempfile::TempDir,
     server: tokio::task::JoinHandle<()>,
 }
@@ -81,7 +84,7 @@ impl Issuer {
 
 async fn serve(
     mut stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
-    answers: &Mutex<BTreeMap<String, (u16, String, String)>>,
+    answers: &Mutex<Answers>,
 ) {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
@@ -93,7 +96,7 @@ async fn serve(
     let head = String::from_utf8(head).unwrap();
     let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
     let found = answers.lock().unwrap().get(&path).cloned();
-    let (status, headers, body) = found.unwrap_or((404, String::new(), "not here".to_owned()));
+    let (status, headers, body) = found.unwrap_or_else(|| (404, String::new(), "not here".to_owned()));
     let text = format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\n{headers}\r\n{body}", body.len());
     let _ = stream.write_all(text.as_bytes()).await;
     let _ = stream.shutdown().await;
