@@ -124,6 +124,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
         network: config.network.as_str().into(),
         cluster: config.cluster_id.as_str().into(),
         limits: Arc::default(),
+        destinations: Arc::default(),
     };
     let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let count = config.workers(cores).map_err(anyhow::Error::msg)?;

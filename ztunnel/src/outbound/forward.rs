@@ -2,9 +2,12 @@
 //!
 //! An endpoint that cannot be reached is left for another one as with any connection (`attempts`); that is no retry. A
 //! retry of the route happens only for what `http::retry` allows, within the budget, and with a body that was kept whole.
+//! How endpoints are chosen and what limits hold is the traffic policy's (`breaker`).
 //! One more attempt is made unasked: a connection that waited may be closed by its server in the moment in which it is used.
 
+use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,13 +20,16 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::base::cut::Cut;
 use crate::http::client::{Conn, Failed};
-use crate::http::pool::Key;
-use crate::http::reply;
-use crate::http::retry::{Tried, is_idempotent, may_repeat, pause};
+use crate::http::pool::{IDLE, Key};
+use crate::http::retry::{Budget, Counted, Tried, is_idempotent, may_repeat, pause};
+use crate::http::{headers, reply};
 use crate::http::server::{Switch, Switches};
 use crate::http::{Body, End, Original};
+use crate::lb::outlier::Seen;
+use crate::lb::{Chance, Held, Kind, Live};
 use crate::outbound::ask::Known;
 use crate::outbound::attempts::{Failure, LONGEST, MOST, SHORT};
+use crate::outbound::breaker::{Passage, Toward};
 use crate::outbound::decide::{Plan, permit, to_service};
 use crate::outbound::dial;
 use crate::outbound::exchange::Refused;
@@ -32,7 +38,7 @@ use crate::outbound::requests::Client;
 use crate::outbound::{forbidden, stopped};
 use crate::outcome::{Code, Outcome};
 use crate::route::Forward;
-use crate::state::{Retry, Service, Workload};
+use crate::state::{Retry, Service, TrafficSettings, Workload};
 use crate::telemetry::HttpRecord;
 
 /// Copies of requests of one client connection that are under way: a mirror that is slow loses copies and nothing else.
@@ -41,11 +47,19 @@ const MIRRORED: usize = 16;
 /// How long a copy may take altogether.
 const MIRROR_TIME: Duration = Duration::from_secs(15);
 
+/// How long a request waits for a connection where no more may be opened (`maxConnections`): a client's usual patience.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+
+/// Before such a request looks again unasked: a connection may end without anybody being told.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
 /// A port of a Service.
 pub(super) struct Target {
     pub(super) service: Arc<Service>,
     /// One of its addresses, or one of the family that is preferred, and the port.
     pub(super) at: SocketAddr,
+    /// How it is used. None: a waypoint decides.
+    pub(super) toward: Option<Rc<Toward>>,
     /// What the request is decided on.
     pub(super) known: Known,
 }
@@ -65,6 +79,8 @@ pub(super) struct Job<'a> {
     pub(super) deadline: Option<Instant>,
     /// For each.
     pub(super) attempt: Option<Duration>,
+    /// What chooses the endpoint, where a policy says so.
+    pub(super) hash: Option<u64>,
 }
 
 /// The head of an answer, and what it came on.
@@ -72,8 +88,18 @@ struct Got {
     response: Response<Incoming>,
     conn: Conn,
     key: Key,
+    passage: Option<Passage>,
     deadline: Option<Instant>,
 }
+
+/// A connection that waited, or room for a new one, with what is counted until it is there.
+enum Room {
+    Waited(Conn),
+    New { held: Option<Held>, pending: Option<Held> },
+}
+
+/// The use of an endpoint that is under way; whoever ends it takes it out.
+type UnderWay = RefCell<Option<Passage>>;
 
 /// An attempt without an answer.
 struct Missed {
@@ -91,22 +117,16 @@ impl Missed {
 
 impl Job<'_> {
     /// Sends it until there is an answer to pass on.
-    pub(super) async fn run(self, switches: Switches, record: &mut HttpRecord) -> Result<Response<Body>, Refused> {
-        let (service, port) = (&self.to.service, self.to.at.port());
-        let policy = self.to.known.snapshot.traffic_for(service, port, &self.to.known.source.namespace);
-        let settings = policy.map(|(_, settings)| settings);
-        let active = match settings.and_then(|settings| settings.max_requests) {
-            None => None,
-            Some(most) => {
-                let limits = &self.client.shared.limits;
-                let active = limits.request(&self.client.pod.uid, &service.hostname, port, most);
-                Some(active.ok_or_else(|| {
-                    let text = format!("{most} requests of the pod to {}:{port} are under way", service.hostname);
-                    Refused::from(Outcome::new(Code::Overflow, text))
-                })?)
-            }
-        };
-        let most_retries = settings.and_then(|settings| settings.max_retries);
+    pub(super) async fn run(mut self, switches: Switches, record: &mut HttpRecord) -> Result<Response<Body>, Refused> {
+        let toward = self.to.toward.clone();
+        let live = toward.as_ref().filter(|toward| toward.settings().is_some()).map(|toward| toward.live());
+        let counts = || toward.as_ref().zip(live.as_ref());
+        let active = counts().map(|(toward, live)| toward.take(live, Kind::Requests)).transpose()?;
+        let mut cookie = None;
+        if let Some(toward) = &toward {
+            (self.hash, cookie) = toward.key_of_request(&self.parts, self.client.addr.ip());
+        }
+        let retry = |budget: &Budget| retry(budget, counts());
         let budget = self.client.means.budget(&self.client.pod.uid, &self.to.service, self.to.at.port());
         let counted = budget.request();
         if self.retry.is_none() && !self.keep {
@@ -124,7 +144,7 @@ impl Job<'_> {
                     if !again(Tried::Answered(got.response.status())) {
                         break got;
                     }
-                    let Some(counted) = budget.retry(most_retries) else { break got };
+                    let Some(counted) = retry(&budget) else { break got };
                     held.push(counted);
                     avoid.push(got.key.endpoint);
                     None
@@ -137,7 +157,7 @@ impl Job<'_> {
                     fresh = true;
                     continue;
                 }
-                let counted = if again(missed.tried) { budget.retry(most_retries) } else { None };
+                let counted = if again(missed.tried) { retry(&budget) } else { None };
                 let Some(counted) = counted else { return Err(missed.refused) };
                 held.push(counted);
             }
@@ -146,7 +166,11 @@ impl Job<'_> {
             sleep(pause(least, retries, rand::rng().random())).await;
         };
         drop(held);
-        Ok(self.pass_on(got, switches, record).map(|body| body.hold(counted).hold(active)))
+        let mut response = self.pass_on(got, switches, record).map(|body| body.hold(counted).hold(active));
+        if let Some(cookie) = cookie {
+            response.headers_mut().append(http::header::SET_COOKIE, cookie);
+        }
+        Ok(response)
     }
 
     fn may_again(&self, tried: Tried, retries: u32) -> bool {
@@ -163,12 +187,16 @@ impl Job<'_> {
     async fn try_once(&self, fresh: bool, avoid: &[SocketAddr], record: &mut HttpRecord) -> Result<Got, Missed> {
         let own = self.attempt.map(|time| Instant::now() + time);
         let deadline = [self.deadline, own].into_iter().flatten().min();
+        let under_way = UnderWay::default();
         let attempt = async {
-            let (conn, key, reused) = self.connected(fresh, avoid, record).await?;
-            self.send(conn, key, reused, deadline, record).await
+            let (conn, key, reused) = self.connected(fresh, avoid, record, &under_way).await?;
+            self.send(conn, key, reused, deadline, record, &under_way).await
         };
         let Some(at) = deadline else { return attempt.await };
         timeout_at(at, attempt).await.unwrap_or_else(|_| {
+            if let Some(passage) = under_way.take() {
+                passage.saw(Seen::Lost { late: true });
+            }
             let text = "the backend did not answer in the time that the route gives";
             let refused = Refused::new(reply::TIMEOUT, Code::RequestTimeout, text);
             Err(Missed { tried: Tried::Late, reused: false, refused })
@@ -182,13 +210,25 @@ impl Job<'_> {
         reused: bool,
         deadline: Option<Instant>,
         record: &mut HttpRecord,
+        under_way: &UnderWay,
     ) -> Result<Got, Missed> {
         let count = record.request_bytes.clone();
         let body = Body::from(self.original.attempt()).until(deadline).then(move |ended| count.set(ended.bytes));
         let request = Request::from_parts(self.parts.clone(), body);
-        match conn.send(request, self.switch).await {
-            Ok(response) => Ok(Got { response, conn, key, deadline }),
+        let sent = conn.send(request, self.switch).await;
+        let passage = under_way.take();
+        match sent {
+            Ok(response) => {
+                if let Some(passage) = &passage {
+                    passage.answered(response.status(), response.headers(), headers::is_grpc(&self.parts.headers));
+                }
+                Ok(Got { response, conn, key, passage, deadline })
+            }
             Err(Failed { unsent, outcome }) => {
+                // A connection that waited may have ended by itself; that says nothing of its endpoint.
+                if let Some(passage) = passage.filter(|_| !reused) {
+                    passage.saw(Seen::Lost { late: false });
+                }
                 let tried = if unsent.is_some() { Tried::Unreached } else { Tried::Lost };
                 Err(Missed { tried, reused, refused: outcome.into() })
             }
@@ -201,6 +241,7 @@ impl Job<'_> {
         fresh: bool,
         avoid: &[SocketAddr],
         record: &mut HttpRecord,
+        under_way: &UnderWay,
     ) -> Result<(Conn, Key, bool), Missed> {
         let (client, begin) = (self.client, Instant::now());
         let mut tried: Vec<SocketAddr> = avoid.to_vec();
@@ -217,26 +258,44 @@ impl Job<'_> {
                 Err(outcome) => return Err(self.unreached(last.unwrap_or(outcome))),
             };
             permit(&self.to.known.snapshot, &self.to.known.source, &plan).map_err(Missed::final_)?;
+            let endpoint = plan.endpoint();
+            let passage = match self.to.toward.as_ref().map(|toward| toward.enter(endpoint)) {
+                None => None,
+                Some(Some(passage)) => Some(passage),
+                // Somebody else began to try it in this moment, so it is not chosen again.
+                Some(None) => continue,
+            };
             record.destination.workload = plan.destination().cloned();
-            record.destination.addr = Some(plan.endpoint());
+            record.destination.addr = Some(endpoint);
             let key = self.key(&plan);
-            let waiting = if fresh || self.switch { None } else { client.means.connections.take(&key) };
-            if let Some(conn) = waiting {
-                prove(record, &self.to.known.source, &conn);
-                return Ok((conn, key, true));
-            }
+            let (held, pending) = match self.room(&key, !fresh && !self.switch).await.map_err(Missed::final_)? {
+                Room::Waited(conn) => {
+                    under_way.replace(passage);
+                    prove(record, &self.to.known.source, &conn);
+                    return Ok((conn, key, true));
+                }
+                Room::New { held, pending } => (held, pending),
+            };
+            under_way.replace(passage);
             let others = plan.others() && failures + 1 < MOST && begin.elapsed() < LONGEST;
-            match self.open(&plan, &key, others).await {
+            let opened = self.open(&plan, &key, others, held).await;
+            drop(pending);
+            match opened {
                 Ok(conn) => {
+                    if let Some(passage) = &*under_way.borrow() {
+                        passage.saw(Seen::Connected);
+                    }
                     prove(record, &self.to.known.source, &conn);
                     client.attempts().reached(&plan, self.to.at.port());
                     return Ok((conn, key, false));
                 }
                 Err(Failure { outcome, elsewhere }) => {
+                    if let Some(passage) = under_way.take().filter(|_| elsewhere) {
+                        passage.saw(Seen::Lost { late: outcome.code == Code::ConnectTimeout });
+                    }
                     if !elsewhere {
                         return Err(Missed::final_(outcome));
                     }
-                    let endpoint = plan.endpoint();
                     client.means.failing.borrow_mut().failed(endpoint, std::time::Instant::now());
                     if !others {
                         return Err(self.unreached(outcome));
@@ -249,14 +308,55 @@ impl Job<'_> {
         }
     }
 
+    /// A connection that waits, or leave to open one; waits for either where the policy's limit is reached.
+    async fn room(&self, key: &Key, may_reuse: bool) -> Result<Room, Outcome> {
+        let connections = &self.client.means.connections;
+        let waiting = || if may_reuse { connections.take(key) } else { None };
+        if let Some(conn) = waiting() {
+            return Ok(Room::Waited(conn));
+        }
+        let Some(toward) = self.to.toward.as_ref().filter(|toward| toward.settings().is_some()) else {
+            return Ok(Room::New { held: None, pending: None });
+        };
+        let live = toward.live();
+        let pending = toward.take(&live, Kind::Pending)?;
+        let give_up = Instant::now() + LONGEST_WAIT;
+        let mut counted = false;
+        loop {
+            // Listened first, looked second: nothing that is freed can slip between.
+            let mut freed = pin!(live.freed.notified());
+            freed.as_mut().enable();
+            if let Some(conn) = waiting() {
+                return Ok(Room::Waited(conn));
+            }
+            let most = toward.settings().and_then(|settings| settings.max_connections);
+            if let Some(held) = live.take(Kind::Connections, most) {
+                return Ok(Room::New { held: Some(held), pending: Some(pending) });
+            }
+            if !std::mem::replace(&mut counted, true) {
+                toward.count_overflow(Kind::Connections);
+            }
+            live.wanted.notify_waiters();
+            let look = Instant::now() + LOOK_AGAIN;
+            if timeout_at(look.min(give_up), freed).await.is_err() && Instant::now() >= give_up {
+                return Err(toward.overflow(Kind::Connections));
+            }
+        }
+    }
+
     fn unreached(&self, outcome: Outcome) -> Missed {
         Missed { tried: Tried::Unreached, reused: false, refused: outcome.into() }
     }
 
     fn choose(&self, tried: &[SocketAddr]) -> Result<Plan, Outcome> {
-        self.client.attempts().with_chance(tried, |chance| {
+        let decide = |chance: &Chance<'_>| {
             to_service(&self.to.known.snapshot, &self.to.known.source, &self.to.service, self.to.at, chance)
-        })
+        };
+        let attempts = self.client.attempts();
+        match &self.to.toward {
+            None => attempts.with_chance(tried, decide),
+            Some(toward) => toward.with_chance(attempts, tried, self.hash, decide),
+        }
     }
 
     fn key(&self, plan: &Plan) -> Key {
@@ -272,7 +372,7 @@ impl Job<'_> {
         Key { pod, endpoint: plan.endpoint(), asked, identities, framing }
     }
 
-    async fn open(&self, plan: &Plan, key: &Key, others: bool) -> Result<Conn, Failure> {
+    async fn open(&self, plan: &Plan, key: &Key, others: bool, room: Option<Held>) -> Result<Conn, Failure> {
         let client = self.client;
         let connections = &client.means.connections;
         let opening = connections.opening(key);
@@ -285,33 +385,59 @@ impl Job<'_> {
         }
         let held = client.pod.connection(&client.pod.outbound).map_err(Failure::last)?;
         let patience = if others { SHORT } else { client.shared.hbone.patience() };
-        let (io, peer, order) =
-            dial::connection(client.attempts(), client.addr, &self.to.known.source, plan, patience).await?;
+        let settings = self.settings();
+        let dialled = dial::connection(client.attempts(), client.addr, &self.to.known.source, plan, patience);
+        let limit = settings.and_then(|settings| settings.connect_timeout);
+        let (io, peer, order) = dial::within(limit, dialled).await?;
         // What else had to be asked for is held by the client's own connection.
         let leases = self.to.known.leases.clone();
         let left = Left { pod: client.pod.clone(), target: plan.endpoint(), leases };
         let registration = client.means.live.register_decided(left, &client.shared.reader);
         let outside = plan.destination().is_none_or(|workload| !workload.is_pod());
         let (pod, shared) = (client.pod.clone(), client.shared.clone());
+        let waits = Rc::<Cell<bool>>::default();
+        let live = room.as_ref().map(|room| room.live().clone());
+        let (idle, squeezed_by) = (waits.clone(), live.clone());
         let stop = async move {
             let outcome = tokio::select! {
                 outcome = stopped(&pod, &registration) => outcome,
                 outcome = ordered(order) => outcome,
                 outcome = forbidden(&shared, &pod), if outside => outcome,
+                outcome = squeezed(squeezed_by, &idle) => outcome,
             };
             tracing::debug!(%outcome, "a connection for requests is cut");
-            drop(held);
+            drop((held, room));
         };
-        let conn = Conn::begin(io, key.framing, peer, stop).await.map_err(Failure::last)?;
-        if let Conn::Two(two) = &conn {
-            connections.share(key, two.clone());
+        let mut conn = Conn::begin(io, key.framing, peer, stop).await.map_err(Failure::last)?;
+        match (&mut conn, live) {
+            (Conn::One(one), Some(live)) => {
+                one.waits = Some(Rc::new(move |waiting| {
+                    waits.set(waiting);
+                    if waiting {
+                        live.freed.notify_waiters();
+                    }
+                }));
+            }
+            (Conn::Two(two), live) => {
+                two.most_uses = settings.and_then(|settings| settings.max_requests_per_connection).unwrap_or(u32::MAX);
+                two.idle = settings.and_then(|settings| settings.http_idle_timeout).unwrap_or(two.idle);
+                connections.share(key, two.clone());
+                if let Some(live) = live {
+                    live.freed.notify_waiters();
+                }
+            }
+            (Conn::One(_), None) => {}
         }
         Ok(conn)
     }
 
+    fn settings(&self) -> Option<&TrafficSettings> {
+        self.to.toward.as_ref()?.settings()
+    }
+
     /// The answer as the client gets it. Its connection waits for the next request once it was read.
     fn pass_on(&self, got: Got, switches: Switches, record: &mut HttpRecord) -> Response<Body> {
-        let Got { response, conn, key, deadline } = got;
+        let Got { response, conn, key, passage, deadline } = got;
         let (mut parts, incoming) = response.into_parts();
         let switched = parts.status == http::StatusCode::SWITCHING_PROTOCOLS;
         let protocol = parts.headers.get(http::header::UPGRADE).cloned().filter(|_| switched);
@@ -319,25 +445,53 @@ impl Job<'_> {
         parts.version = http::Version::HTTP_11;
         if switched {
             if let Conn::One(one) = conn {
-                *switches.borrow_mut() = Some(Switch { server: one.into_raw(), held: Box::new(()) });
+                *switches.borrow_mut() = Some(Switch { server: one.into_raw(), held: Box::new(passage) });
             }
             return Response::from_parts(parts, Body::empty());
         }
         record.grpc_status = crate::http::grpc_status(&parts.headers);
         let stream = conn.stream();
         let connections = Rc::downgrade(&self.client.means.connections);
-        let policy =
-            self.to.known.snapshot.traffic_for(&self.to.service, self.to.at.port(), &self.to.known.source.namespace);
-        let uses = policy.and_then(|(_, settings)| settings.max_requests_per_connection).unwrap_or(u32::MAX);
+        let settings = self.settings();
+        let uses = settings.and_then(|settings| settings.max_requests_per_connection).unwrap_or(u32::MAX);
+        let idle = settings.and_then(|settings| settings.http_idle_timeout).unwrap_or(IDLE);
+        let live = settings.and_then(|_| self.to.toward.as_ref()).map(|toward| toward.live());
+        let told = record.grpc_status.is_some();
         let body = Body::from(incoming).until(deadline).then(move |ended| {
             drop(stream);
+            if let Some(passage) = passage.filter(|_| !told) {
+                passage.ended(ended.grpc_status.as_deref());
+            }
             if let (End::Complete, Conn::One(one), Some(connections)) = (&ended.end, conn, connections.upgrade())
                 && one.uses < uses
             {
-                connections.give_back(key, one);
+                connections.give_back(key, one, idle);
+            }
+            // A stream of a shared connection has ended.
+            if let Some(live) = live {
+                live.freed.notify_waiters();
             }
         });
         Response::from_parts(parts, body)
+    }
+}
+
+/// A retry, within the policy's `maxRetries`, or within the budget.
+fn retry(budget: &Budget, limit: Option<(&Rc<Toward>, &Arc<Live>)>) -> Option<(Option<Counted>, Option<Held>)> {
+    match limit.filter(|(toward, _)| toward.settings().is_some_and(|settings| settings.max_retries.is_some())) {
+        None => budget.retry().map(|counted| (Some(counted), None)),
+        Some((toward, live)) => toward.take(live, Kind::Retries).ok().map(|held| (None, Some(held))),
+    }
+}
+
+/// Completes when a connection waits for a request while another one may not be opened because of it.
+async fn squeezed(live: Option<Arc<Live>>, waits: &Cell<bool>) -> Outcome {
+    let Some(live) = live else { return std::future::pending().await };
+    loop {
+        live.wanted.notified().await;
+        if waits.get() {
+            return Outcome::new(Code::Ok, "another one is needed more");
+        }
     }
 }
 
@@ -391,6 +545,7 @@ impl Client {
             retry: None,
             deadline: Some(Instant::now() + MIRROR_TIME),
             attempt: None,
+            hash: None,
         };
         let Ok(response) = job.run(Switches::default(), &mut record).await else { return };
         record.answered(response.status().as_u16());
