@@ -43,7 +43,7 @@ impl Load {
 
 /// See the module's header.
 #[derive(Debug, Default)]
-pub struct Loads {
+pub(super) struct Loads {
     entries: HashMap<SocketAddr, Load>,
 }
 
@@ -61,20 +61,20 @@ impl Loads {
     }
 
     /// A request begins.
-    pub fn begin(&mut self, endpoint: SocketAddr, now: Instant) {
+    pub(super) fn begin(&mut self, endpoint: SocketAddr, now: Instant) {
         let load = self.entry(endpoint, now);
         load.under_way = load.under_way.saturating_add(1);
     }
 
     /// It is over.
-    pub fn end(&mut self, endpoint: SocketAddr) {
+    pub(super) fn end(&mut self, endpoint: SocketAddr) {
         if let Some(load) = self.entries.get_mut(&endpoint) {
             load.under_way = load.under_way.saturating_sub(1);
         }
     }
 
     /// It took so long until its answer began.
-    pub fn took(&mut self, endpoint: SocketAddr, time: Duration, now: Instant) {
+    pub(super) fn took(&mut self, endpoint: SocketAddr, time: Duration, now: Instant) {
         let load = self.entry(endpoint, now);
         let (time, weight) = (time.as_secs_f64(), load.weight(now));
         let old = load.estimate;
@@ -83,12 +83,12 @@ impl Loads {
     }
 
     /// Requests under way.
-    pub fn under_way(&self, endpoint: SocketAddr) -> u32 {
+    pub(super) fn under_way(&self, endpoint: SocketAddr) -> u32 {
         self.entries.get(&endpoint).map_or(0, |load| load.under_way)
     }
 
     /// What one more request would wait for: estimate × requests under way with it.
-    pub fn cost(&mut self, endpoint: SocketAddr, now: Instant) -> f64 {
+    pub(super) fn cost(&mut self, endpoint: SocketAddr, now: Instant) -> f64 {
         let load = self.entry(endpoint, now);
         load.estimate * load.weight(now) * f64::from(load.under_way + 1)
     }

@@ -12,6 +12,7 @@
 //! Only endpoints that failed have an entry, and at most [`MOST`]; the one that has been quiet for longest makes room.
 
 use std::collections::{BTreeSet, HashMap};
+use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -165,6 +166,17 @@ pub struct Ejected {
     pub left: Option<Duration>,
     /// Ejections in a row.
     pub times: u32,
+}
+
+impl fmt::Display for Ejected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let whom = if self.pod.is_some() { " for this pod" } else { "" };
+        write!(f, "ejected{whom} ({}, {} in a row), ", self.why.name(), self.times)?;
+        match self.left {
+            Some(left) => write!(f, "tried again in {:.1} s", left.as_secs_f64()),
+            None => f.write_str("and tried again by the next one that comes"),
+        }
+    }
 }
 
 /// See the module's header.
@@ -369,8 +381,8 @@ impl Outliers {
         let most = (all.len() * rules.max_ejection_percent as usize / 100).max(1);
         let began = self.began;
         let entry = self.entries.entry((endpoint, whose)).or_insert_with(|| Entry::new(now));
-        // An endpoint that failed as the one that was tried is not used by more than before.
-        if others >= most && why != Why::Probe {
+        if others >= most {
+            // One that failed when it was tried goes on being tried by one at a time.
             entry.run = Run::default();
             return Verdict::TooMany(why);
         }
@@ -414,3 +426,6 @@ fn at_interval(moment: Instant, began: Instant, interval: Duration) -> Instant {
     let wait = if rest == 0 { 0 } else { every - rest };
     moment + Duration::from_nanos(u64::try_from(wait).unwrap_or(u64::MAX).min(LONGEST.as_nanos() as u64))
 }
+
+#[cfg(test)]
+mod tests;

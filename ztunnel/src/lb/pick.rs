@@ -63,8 +63,8 @@ pub struct Chance<'a> {
 impl Chance<'_> {
     /// No experience.
     pub fn of(random: u64) -> Self {
-        let (failing, ejected) = (&|_| false, &|_| false);
-        Self { random, pod: "", tried: &[], failing, ejected, way: Way::Usual, bound: &|_, _| None }
+        let bound = &|_: &Service, _| None;
+        Self { random, pod: "", tried: &[], failing: &|_| false, ejected: &|_| false, way: Way::Usual, bound }
     }
 }
 

@@ -184,11 +184,11 @@ impl Attempts<'_> {
             self.pod.bound.lock().unwrap_or_else(PoisonError::into_inner).get(&service.key(), port, now)
         };
         then(&Chance {
-            random: rand::rng().random(),
             pod: &self.pod.uid,
             tried,
             failing: &|endpoint| failing.is(endpoint, now),
             bound: &bound,
+            ..Chance::of(rand::rng().random())
         })
     }
 

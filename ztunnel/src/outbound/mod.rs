@@ -38,6 +38,7 @@ use crate::outbound::attempts::{Attempts, Next};
 use crate::outbound::breaker::Lasting;
 use crate::outbound::recheck::{Left, Live, Registration};
 pub use crate::outbound::requests::wanted;
+pub use crate::outbound::waypoint::decides as waypoint_decides;
 use crate::outcome::{Code, Outcome};
 use crate::state::{EgressMode, Lease, Service};
 use crate::telemetry::{ConnRecord, Direction};

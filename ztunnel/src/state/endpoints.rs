@@ -33,9 +33,6 @@ struct Column {
 /// A place, and tables by nearness to it.
 pub type Tiers = (String, Arc<[PortTable]>);
 
-/// Where on the ring, and which row.
-pub type Ring = Box<[(u64, u32)]>;
-
 /// Candidates to draw from.
 #[derive(Debug, Default)]
 pub struct PortTable {
@@ -47,8 +44,8 @@ pub struct PortTable {
     /// The rows by nearness to the first place that asked, nearest first: `lb` makes it, and says by the key which place
     /// that was.
     pub tiers: OnceLock<Box<Tiers>>,
-    /// Points of the rows on a ring of hashes, in order: `lb` makes it for the first choice by hash.
-    pub ring: OnceLock<Ring>,
+    /// Points of the rows on a ring of hashes, in order, each with its row: `lb` makes it for the first choice by hash.
+    pub ring: OnceLock<Box<[(u64, u32)]>>,
 }
 
 impl PortTable {
