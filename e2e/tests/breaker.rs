@@ -147,13 +147,13 @@ fn together(lab: &Lab, from: &str, count: usize, path: &str) -> anyhow::Result<V
 fn limits_hold_for_each_pod_and_what_goes_beyond_is_told() -> anyhow::Result<()> {
     let Some(lab) = scenario::lab(LabConfig::of(&scenario::world(true))) else { return Ok(()) };
     lab.apply_yaml(&rule(
-        "{connectionPool: {tcp: {maxConnections: 2}, http: {http1MaxPendingRequests: 1}}, loadBalancer: {simple: RANDOM}}",
+        "{connectionPool: {tcp: {maxConnections: 2}, http: {http1MaxPendingRequests: 3}}, loadBalancer: {simple: RANDOM}}",
     ))?;
     let reports = together(&lab, "shop/web", 12, "/delay?ms=3000")?;
     assert_eq!(reports.len(), 12);
     let (well, refused) = (with_status(&reports, 200), with_status(&reports, 503));
     assert_eq!(well + refused, 12, "{reports:?}");
-    assert!(refused > 0 && well >= 2, "{well} went well");
+    assert!(refused > 0 && well > 0, "{well} went well");
     assert!(most_at_once(&lab, "cart") <= 2, "{} at once", most_at_once(&lab, "cart"));
     assert!(reports.iter().any(|report| report["answer"].as_str().is_some_and(|text| text.ends_with("reset reason: overflow"))));
     scenario::await_log(&lab, "node-1", &["flags=\"UO\"", "http1MaxPendingRequests", "DestinationRule/shop/cart"])?;

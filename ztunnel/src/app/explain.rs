@@ -116,9 +116,11 @@ fn eject(
     let now = std::time::Instant::now();
     for (by, ejected) in known.ejected(now) {
         let is_its = by == policy.id && ejected.pod.as_ref().is_none_or(|pod| *pod == source.pod_uid);
-        let octets = octets(ejected.endpoint.ip());
         let of = endpoints.iter_mut().filter(|endpoint| {
-            is_its && endpoint.address == octets && endpoint.port == u32::from(ejected.endpoint.port())
+            let workload = snapshot.workload(&endpoint.uid);
+            is_its
+                && endpoint.port == u32::from(ejected.endpoint.port())
+                && workload.is_some_and(|workload| workload.addresses.first() == Some(&ejected.endpoint.ip()))
         });
         of.for_each(|endpoint| endpoint.ejected = format!("{ejected}, by {by}"));
     }
@@ -384,6 +386,7 @@ mod tests {
     use tulle_proto::node::{InboundQuestion, OutboundQuestion};
 
     use super::{inbound, outbound};
+    use crate::lb::Destinations;
     use crate::state::fixtures::{behind, policy, service, snapshot, workload};
     use crate::state::{
         Action, Change, Filters, HTTP_ROUTE, HttpMatch, HttpRule, Policy, Route, RouteKind, RouteMatch, RouteParent,

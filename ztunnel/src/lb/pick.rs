@@ -35,7 +35,7 @@ pub enum Way<'a> {
     Random,
     /// In turn; this is the number of the turn.
     Turn(u64),
-    /// Two by weight and chance, and of them the one that costs less.
+    /// Two by weight and chance, and of them the one that costs less, asked by its first address.
     Better(&'a dyn Fn(SocketAddr) -> f64),
     /// The one that a hash means.
     Hash(u64),
@@ -52,7 +52,7 @@ pub struct Chance<'a> {
     pub tried: &'a [SocketAddr],
     /// Whether an endpoint failed lately. It is chosen only if there is no other.
     pub failing: &'a dyn Fn(SocketAddr) -> bool,
-    /// Whether an endpoint is ejected. It is not chosen.
+    /// Whether an endpoint, by its first address, is ejected. It is not chosen.
     pub ejected: &'a dyn Fn(SocketAddr) -> bool,
     /// How to choose.
     pub way: Way<'a>,
@@ -166,8 +166,8 @@ pub fn pick(
         let row = drawn.and_then(|(index, tier)| tier.candidates.get(index));
         row.and_then(|row| choice(service, row, prefer, others)).ok_or_else(|| {
             // Only now does it matter whether there was one that could not be used.
-            let all = tiers.iter().flat_map(|tier| addresses_of(service, tier, prefer));
-            let count = all.filter(|one| !chance.tried.contains(one) && (chance.ejected)(*one)).count();
+            let all = tiers.iter().flat_map(|tier| first_addresses(service, tier));
+            let count = all.filter(|first| (chance.ejected)(*first)).count();
             match count {
                 0 => no_endpoint(service, port),
                 count => NoChoice::Ejected { service: service.key(), count },
@@ -176,17 +176,18 @@ pub fn pick(
     })?
 }
 
-/// The addresses of every endpoint for `port`, of the family of `like` where they have one.
-pub fn addresses(service: &Service, port: u16, like: IpAddr) -> Vec<SocketAddr> {
+/// The first address of every endpoint for `port`: what it is known by, whichever of its addresses is used.
+pub fn addresses(service: &Service, port: u16) -> Vec<SocketAddr> {
     let tables = service.endpoints.ports.get(&port);
-    tables.map(|tables| addresses_of(service, &tables.all, IpFamily::of(like)).collect()).unwrap_or_default()
+    tables.map(|tables| first_addresses(service, &tables.all).collect()).unwrap_or_default()
 }
 
-fn addresses_of(service: &Service, table: &PortTable, prefer: IpFamily) -> impl Iterator<Item = SocketAddr> {
-    table.candidates.iter().filter_map(move |row| {
-        let ip = address(service.endpoints.all.get(row.endpoint as usize)?, service.ip_families, prefer)?;
-        Some(SocketAddr::new(ip, row.target_port))
-    })
+fn first_addresses(service: &Service, table: &PortTable) -> impl Iterator<Item = SocketAddr> {
+    table.candidates.iter().filter_map(move |row| first_address(&service.endpoints.all, row))
+}
+
+fn first_address(all: &[Arc<Record>], row: &Candidate) -> Option<SocketAddr> {
+    Some(SocketAddr::new(all.get(row.endpoint as usize)?.addresses().next()?, row.target_port))
 }
 
 /// Every endpoint that [`pick`] may choose while none fails, with its share in percent.
@@ -253,11 +254,14 @@ fn draw<'a>(
         let ip = address(all.get(row.endpoint as usize)?, service.ip_families, prefer)?;
         Some(SocketAddr::new(ip, row.target_port))
     };
-    let may = |address: SocketAddr| !chance.tried.contains(&address) && !(chance.ejected)(address);
-    let untried = |row: &Candidate| address(row).is_some_and(may);
-    let well = |row: &Candidate| address(row).is_some_and(|address| may(address) && !(chance.failing)(address));
+    let is_in = |row: &Candidate| first_address(all, row).is_some_and(|first| !(chance.ejected)(first));
+    let untried = |row: &Candidate| address(row).is_some_and(|address| !chance.tried.contains(&address)) && is_in(row);
+    let well = |row: &Candidate| {
+        let may = |address| !chance.tried.contains(&address) && !(chance.failing)(address);
+        address(row).is_some_and(may) && is_in(row)
+    };
     let cost = |of: &dyn Fn(SocketAddr) -> f64, row: usize, tier: &PortTable| {
-        address(&tier.candidates[row]).map_or(f64::INFINITY, of)
+        first_address(all, &tier.candidates[row]).map_or(f64::INFINITY, of)
     };
     let bound = bound.and_then(|uid| all.binary_search_by(|endpoint| endpoint.cmp_uid_with(uid)).ok());
     let bound = bound.and_then(|index| u32::try_from(index).ok());

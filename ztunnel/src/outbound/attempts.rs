@@ -110,7 +110,7 @@ impl Attempts<'_> {
             let others = plan.others() && tried.len() + 1 < MOST && begin.elapsed() < LONGEST;
             let patience = if others { SHORT } else { self.shared.hbone.patience() };
             let endpoint = plan.endpoint();
-            let passage = match toward.map(|toward| toward.enter(endpoint)) {
+            let passage = match toward.map(|toward| toward.enter(&plan)) {
                 None => None,
                 Some(Some(passage)) => Some(passage),
                 Some(None) => {

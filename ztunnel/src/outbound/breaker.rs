@@ -23,6 +23,7 @@ use crate::http::grpc_status;
 use crate::lb::outlier::{Report, Seen, Verdict};
 use crate::lb::{self, Chance, Destination, Held, Kind, Live, Way};
 use crate::outbound::attempts::Attempts;
+use crate::outbound::decide::Plan;
 use crate::outbound::waypoint;
 use crate::outcome::{Code, Outcome};
 use crate::state::{Balancer, HashKey, Service, Snapshot, TrafficPolicy, TrafficSettings, Workload};
@@ -158,7 +159,11 @@ impl Toward {
     }
 
     /// Begins to use an endpoint that was chosen. None: another one began to try it in this moment; choose again.
-    pub(super) fn enter(self: &Rc<Self>, endpoint: SocketAddr) -> Option<Passage> {
+    pub(super) fn enter(self: &Rc<Self>, plan: &Plan) -> Option<Passage> {
+        let at = plan.endpoint();
+        // One of two families is the same endpoint, and what fails by one fails by both.
+        let first = plan.destination().and_then(|workload| workload.addresses.first());
+        let endpoint = first.map_or(at, |first| SocketAddr::new(*first, at.port()));
         let now = Instant::now();
         let probe = match self.rules() {
             // Chosen although it is ejected, because too few are left.
@@ -269,6 +274,7 @@ fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 /// The use of one endpoint.
 pub(super) struct Passage {
     toward: Rc<Toward>,
+    /// Its first address.
     endpoint: SocketAddr,
     /// It tries a half-open endpoint, and has not said yet how it went.
     probe: Cell<bool>,
@@ -280,7 +286,7 @@ impl Passage {
     pub(super) fn saw(&self, seen: Seen) {
         let Some((policy, rules)) = self.toward.rules().filter(|_| !is_broken()) else { return };
         let (toward, now, endpoint) = (&*self.toward, Instant::now(), self.endpoint);
-        let all = || lb::addresses(&toward.service, toward.port, endpoint.ip());
+        let all = || lb::addresses(&toward.service, toward.port);
         let probe = self.probe.get();
         let report = Report { rules, endpoint, pod: &toward.pod, seen, probe, all: &all, now };
         let verdict = toward.destination.outliers(&policy.id, now, |outliers| outliers.saw(report));

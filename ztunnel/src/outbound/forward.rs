@@ -259,7 +259,7 @@ impl Job<'_> {
             };
             permit(&self.to.known.snapshot, &self.to.known.source, &plan).map_err(Missed::final_)?;
             let endpoint = plan.endpoint();
-            let passage = match self.to.toward.as_ref().map(|toward| toward.enter(endpoint)) {
+            let passage = match self.to.toward.as_ref().map(|toward| toward.enter(&plan)) {
                 None => None,
                 Some(Some(passage)) => Some(passage),
                 // Somebody else began to try it in this moment, so it is not chosen again.
