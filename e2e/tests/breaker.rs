@@ -1,6 +1,7 @@
 //! Promise: a DestinationRule's breakers open and close as its outlierDetection says, its limits hold for each source pod
 //! across all workers, and its balancing is what it names; the servers' own logs count.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use e2e::eventually::eventually;
@@ -136,9 +137,8 @@ fn most_at_once(lab: &Lab, pod: &str) -> usize {
 
 /// Starts `count` requests at once, each by a process of its own; their reports.
 fn together(lab: &Lab, from: &str, count: usize, path: &str) -> anyhow::Result<Vec<Value>> {
-    let script = format!(
-        "for i in $(seq {count}); do shop call http://cart.shop{path} --json --timeout-ms 50000 & done; wait"
-    );
+    let script =
+        format!("for i in $(seq {count}); do shop call http://cart.shop{path} --json --timeout-ms 50000 & done; wait");
     let output = lab.exec(from, &["sh", "-c", &script])?;
     Ok(scenario::json_lines(&output.stdout))
 }
@@ -155,7 +155,11 @@ fn limits_hold_for_each_pod_and_what_goes_beyond_is_told() -> anyhow::Result<()>
     assert_eq!(well + refused, 12, "{reports:?}");
     assert!(refused > 0 && well > 0, "{well} went well");
     assert!(most_at_once(&lab, "cart") <= 2, "{} at once", most_at_once(&lab, "cart"));
-    assert!(reports.iter().any(|report| report["answer"].as_str().is_some_and(|text| text.ends_with("reset reason: overflow"))));
+    assert!(
+        reports
+            .iter()
+            .any(|report| report["answer"].as_str().is_some_and(|text| text.ends_with("reset reason: overflow")))
+    );
     scenario::await_log(&lab, "node-1", &["flags=\"UO\"", "http1MaxPendingRequests", "DestinationRule/shop/cart"])?;
     let (_, metrics) = lab.get("node-1", 15020, "/metrics")?;
     assert!(metrics.contains("kind=\"rq_pending\"") && metrics.contains("tulle_upstream_overflow_total"), "{metrics}");
@@ -164,6 +168,15 @@ fn limits_hold_for_each_pod_and_what_goes_beyond_is_told() -> anyhow::Result<()>
     lab.apply_yaml(&rule("{connectionPool: {tcp: {maxConnections: 1}}}"))?;
     scenario::all_well(&together(&lab, "shop/web", 8, "/delay?ms=20")?, 8)?;
     assert!(most_at_once(&lab, "cart") <= 2);
+
+    lab.apply_yaml(&rule("{connectionPool: {http: {maxRequestsPerConnection: 2}}}"))?;
+    scenario::all_well(&scenario::calls(&lab, "shop/web", URL, &["--keep-alive", "--count", "10"])?, 10)?;
+    let lines = scenario::json_lines(lab.log("shop/cart").as_bytes());
+    let mut uses: BTreeMap<String, usize> = BTreeMap::new();
+    for line in lines.iter().filter(|line| line["path"] == "/work") {
+        *uses.entry(line["source"].to_string()).or_default() += 1;
+    }
+    assert!(uses.values().all(|uses| *uses <= 2) && uses.values().sum::<usize>() == 10, "{uses:?}");
 
     // Bytes: the third connection is one too many until one has ended; another pod has its own.
     lab.apply_yaml(&rule("{connectionPool: {tcp: {maxConnections: 2}}}"))?;

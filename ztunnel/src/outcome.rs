@@ -158,8 +158,14 @@ const REQUEST_TIMEOUT: Row =
 const TOKEN_REFUSED: Row = row("TOKEN_REFUSED", "-", 401, Fault::Policy, Retry::No, "the request's token is not valid");
 const RATE_LIMITED: Row =
     row("RATE_LIMITED", "RL", 429, Fault::Client, Retry::Later, "the route's rate limit is used up");
-const OVERFLOW: Row =
-    row("OVERFLOW", "UO", 503, Fault::Client, Retry::Later, "a DestinationRule's limit of connections or requests is reached");
+const OVERFLOW: Row = row(
+    "OVERFLOW",
+    "UO",
+    503,
+    Fault::Client,
+    Retry::Later,
+    "a DestinationRule's limit of connections or requests is reached",
+);
 const EJECTED: Row = row(
     "EJECTED",
     "UH",

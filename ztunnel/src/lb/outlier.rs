@@ -274,9 +274,10 @@ impl Outliers {
     /// Endpoints that `pod`, or for none everybody, may not use before some time.
     fn open(&self, pod: Option<&Arc<str>>, now: Instant) -> BTreeSet<SocketAddr> {
         let counts = |whose: &Whose| whose.1.is_none() || whose.1.as_ref() == pod;
-        let open = self.entries.iter().filter(|(whose, entry)| {
-            counts(whose) && matches!(entry.standing(now), Standing::Open(_))
-        });
+        let open = self
+            .entries
+            .iter()
+            .filter(|(whose, entry)| counts(whose) && matches!(entry.standing(now), Standing::Open(_)));
         open.map(|((endpoint, _), _)| *endpoint).collect()
     }
 

@@ -427,10 +427,11 @@ fn turns_go_round_and_follow_weights() {
     let turns = |count| (0..count).map(|turn| Chance { way: Way::Turn(turn), ..Chance::of(0) });
     let even = mesh(cart(), endpoints());
     assert_eq!(by(&even, turns(6)), ["a", "b", "c", "a", "b", "c"]);
-    let weighted = mesh(cart(), endpoints().map(|one| Workload { capacity: if &*one.name == "a" { 8 } else { 1 }, ..one }));
+    let weighted =
+        mesh(cart(), endpoints().map(|one| Workload { capacity: if &*one.name == "a" { 8 } else { 1 }, ..one }));
     let names = by(&weighted, turns(100));
     let a = names.iter().filter(|name| *name == "a").count();
-    assert!((79..=81).contains(&a), "{a} of 100");
+    assert!((76..=84).contains(&a), "{a} of 100");
     let longest = names.split(|name| name != "a").map(<[String]>::len).max().unwrap();
     assert!(longest <= 12, "{longest} turns in a row");
 }
@@ -440,9 +441,11 @@ fn the_better_of_two_is_chosen_and_two_of_two_are_looked_at() {
     let snapshot = mesh(cart(), ["a", "b"].map(|name| at(name, "", "", "")));
     let a = SocketAddr::new(at("a", "", "", "").addresses[0], 8080);
     let costly: &'static dyn Fn(SocketAddr) -> f64 = Box::leak(Box::new(move |one| if one == a { 2.0 } else { 1.0 }));
-    let names = by(&snapshot, numbers(1).take(50).map(|random| Chance { way: Way::Better(costly), ..Chance::of(random) }));
+    let names =
+        by(&snapshot, numbers(1).take(50).map(|random| Chance { way: Way::Better(costly), ..Chance::of(random) }));
     assert!(names.iter().all(|name| name == "b"), "{names:?}");
-    let names = by(&snapshot, numbers(1).take(50).map(|random| Chance { way: Way::Better(&|_| 1.0), ..Chance::of(random) }));
+    let names =
+        by(&snapshot, numbers(1).take(50).map(|random| Chance { way: Way::Better(&|_| 1.0), ..Chance::of(random) }));
     assert!(names.iter().any(|name| name == "a") && names.iter().any(|name| name == "b"), "equal ones share");
 }
 

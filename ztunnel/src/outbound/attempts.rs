@@ -93,6 +93,7 @@ impl Attempts<'_> {
         let begin = Instant::now();
         let toward = Toward::of_connection(self.shared, self.pod, snapshot, source, destination);
         let toward = toward.as_ref();
+        record.service = toward.map(|toward| toward.service.clone());
         let mut held = toward.map(|toward| toward.take(&toward.live(), Kind::Connections)).transpose()?;
         let limit = toward.and_then(|toward| toward.settings()?.connect_timeout);
         let mut tried: Vec<SocketAddr> = Vec::new();

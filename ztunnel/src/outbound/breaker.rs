@@ -40,7 +40,8 @@ const LOOK: (Duration, Duration) = (Duration::from_millis(50), Duration::from_se
 pub(super) struct Toward {
     metrics: Arc<Metrics>,
     destination: Arc<Destination>,
-    service: Arc<Service>,
+    /// Where to.
+    pub(super) service: Arc<Service>,
     port: u16,
     policy: Option<Arc<TrafficPolicy>>,
     pod: Arc<str>,
@@ -397,7 +398,8 @@ async fn over(idle: Option<Duration>, longest: Option<Duration>, counts: Rc<Coun
             Some(longest) => tokio::time::sleep(longest).await,
             None => std::future::pending().await,
         }
-        let text = format!("it lasted for {longest:?}, the connectionPool.tcp.maxConnectionDuration of its DestinationRule");
+        let text =
+            format!("it lasted for {longest:?}, the connectionPool.tcp.maxConnectionDuration of its DestinationRule");
         Outcome::new(Code::Expired, text)
     };
     let silence = async {

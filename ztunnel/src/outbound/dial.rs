@@ -45,7 +45,8 @@ pub(super) async fn within<T>(
 ) -> Result<T, Failure> {
     let Some(limit) = limit else { return dial.await };
     timeout(limit, dial).await.unwrap_or_else(|_| {
-        let text = format!("no connection within {limit:?}, the connectionPool.tcp.connectTimeout of its DestinationRule");
+        let text =
+            format!("no connection within {limit:?}, the connectionPool.tcp.connectTimeout of its DestinationRule");
         Err(not_opened(Outcome::new(Code::ConnectTimeout, text)))
     })
 }

@@ -7,7 +7,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
-use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,12 +20,12 @@ use tokio::time::{Instant, sleep, timeout_at};
 use crate::base::cut::Cut;
 use crate::http::client::{Conn, Failed};
 use crate::http::pool::{IDLE, Key};
-use crate::http::retry::{Budget, Counted, Tried, is_idempotent, may_repeat, pause};
-use crate::http::{headers, reply};
+use crate::http::retry::{Budget, Tried, is_idempotent, may_repeat, pause};
 use crate::http::server::{Switch, Switches};
 use crate::http::{Body, End, Original};
+use crate::http::{headers, reply};
 use crate::lb::outlier::Seen;
-use crate::lb::{Chance, Held, Kind, Live};
+use crate::lb::{Chance, Held, Kind};
 use crate::outbound::ask::Known;
 use crate::outbound::attempts::{Failure, LONGEST, MOST, SHORT};
 use crate::outbound::breaker::{Passage, Toward};
@@ -35,23 +34,11 @@ use crate::outbound::dial;
 use crate::outbound::exchange::Refused;
 use crate::outbound::recheck::Left;
 use crate::outbound::requests::Client;
+use crate::outbound::room::{Room, retry, squeezed};
 use crate::outbound::{forbidden, stopped};
 use crate::outcome::{Code, Outcome};
-use crate::route::Forward;
 use crate::state::{Retry, Service, TrafficSettings, Workload};
 use crate::telemetry::HttpRecord;
-
-/// Copies of requests of one client connection that are under way: a mirror that is slow loses copies and nothing else.
-const MIRRORED: usize = 16;
-
-/// How long a copy may take altogether.
-const MIRROR_TIME: Duration = Duration::from_secs(15);
-
-/// How long a request waits for a connection where no more may be opened (`maxConnections`): a client's usual patience.
-const LONGEST_WAIT: Duration = Duration::from_secs(60);
-
-/// Before such a request looks again unasked: a connection may end without anybody being told.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// A port of a Service.
 pub(super) struct Target {
@@ -90,12 +77,6 @@ struct Got {
     key: Key,
     passage: Option<Passage>,
     deadline: Option<Instant>,
-}
-
-/// A connection that waited, or room for a new one, with what is counted until it is there.
-enum Room {
-    Waited(Conn),
-    New { held: Option<Held>, pending: Option<Held> },
 }
 
 /// The use of an endpoint that is under way; whoever ends it takes it out.
@@ -308,42 +289,6 @@ impl Job<'_> {
         }
     }
 
-    /// A connection that waits, or leave to open one; waits for either where the policy's limit is reached.
-    async fn room(&self, key: &Key, may_reuse: bool) -> Result<Room, Outcome> {
-        let connections = &self.client.means.connections;
-        let waiting = || if may_reuse { connections.take(key) } else { None };
-        if let Some(conn) = waiting() {
-            return Ok(Room::Waited(conn));
-        }
-        let Some(toward) = self.to.toward.as_ref().filter(|toward| toward.settings().is_some()) else {
-            return Ok(Room::New { held: None, pending: None });
-        };
-        let live = toward.live();
-        let pending = toward.take(&live, Kind::Pending)?;
-        let give_up = Instant::now() + LONGEST_WAIT;
-        let mut counted = false;
-        loop {
-            // Listened first, looked second: nothing that is freed can slip between.
-            let mut freed = pin!(live.freed.notified());
-            freed.as_mut().enable();
-            if let Some(conn) = waiting() {
-                return Ok(Room::Waited(conn));
-            }
-            let most = toward.settings().and_then(|settings| settings.max_connections);
-            if let Some(held) = live.take(Kind::Connections, most) {
-                return Ok(Room::New { held: Some(held), pending: Some(pending) });
-            }
-            if !std::mem::replace(&mut counted, true) {
-                toward.count_overflow(Kind::Connections);
-            }
-            live.wanted.notify_waiters();
-            let look = Instant::now() + LOOK_AGAIN;
-            if timeout_at(look.min(give_up), freed).await.is_err() && Instant::now() >= give_up {
-                return Err(toward.overflow(Kind::Connections));
-            }
-        }
-    }
-
     fn unreached(&self, outcome: Outcome) -> Missed {
         Missed { tried: Tried::Unreached, reused: false, refused: outcome.into() }
     }
@@ -476,25 +421,6 @@ impl Job<'_> {
     }
 }
 
-/// A retry, within the policy's `maxRetries`, or within the budget.
-fn retry(budget: &Budget, limit: Option<(&Rc<Toward>, &Arc<Live>)>) -> Option<(Option<Counted>, Option<Held>)> {
-    match limit.filter(|(toward, _)| toward.settings().is_some_and(|settings| settings.max_retries.is_some())) {
-        None => budget.retry().map(|counted| (Some(counted), None)),
-        Some((toward, live)) => toward.take(live, Kind::Retries).ok().map(|held| (None, Some(held))),
-    }
-}
-
-/// Completes when a connection waits for a request while another one may not be opened because of it.
-async fn squeezed(live: Option<Arc<Live>>, waits: &Cell<bool>) -> Outcome {
-    let Some(live) = live else { return std::future::pending().await };
-    loop {
-        live.wanted.notified().await;
-        if waits.get() {
-            return Outcome::new(Code::Ok, "another one is needed more");
-        }
-    }
-}
-
 async fn ordered(order: Option<Rc<Cut<Outcome>>>) -> Outcome {
     match order {
         Some(order) => order.ordered().await,
@@ -506,51 +432,4 @@ async fn ordered(order: Option<Rc<Cut<Outcome>>>) -> Outcome {
 fn prove(record: &mut HttpRecord, source: &Workload, conn: &Conn) {
     record.destination.identity = conn.peer().cloned();
     record.source.identity = conn.peer().map(|_| source.identity.clone());
-}
-
-impl Client {
-    /// Sends copies, as soon as the body has passed if there is one. Nobody waits for them.
-    pub(super) fn mirror(self: &Rc<Self>, known: &Known, forward: &Forward, parts: &Parts, original: &Original) {
-        for mirror in forward.mirrors() {
-            if self.copies.get() >= MIRRORED {
-                tracing::debug!(service = %mirror.service.hostname, "a mirror is too slow; a copy is left out");
-                continue;
-            }
-            self.copies.set(self.copies.get() + 1);
-            let (client, snapshot, source) = (self.clone(), known.snapshot.clone(), known.source.clone());
-            let (mirror, parts, original) = (mirror.clone(), parts.clone(), original.clone());
-            crate::base::workers::spawn(async move {
-                let copy = async {
-                    // Asked for here, so that the request itself does not wait for it.
-                    let Ok(to) = client.target(&snapshot, &source, &mirror.service, mirror.port).await else { return };
-                    client.copy(to, parts, original).await;
-                };
-                let _ = tokio::time::timeout(MIRROR_TIME, copy).await;
-                client.copies.set(client.copies.get() - 1);
-            });
-        }
-    }
-
-    async fn copy(&self, to: Target, parts: Parts, original: Original) {
-        let Some(body) = original.passed().await else { return };
-        let mut record = self.empty_record(&to.known.snapshot);
-        record.attempts = 1;
-        let job = Job {
-            client: self,
-            to,
-            parts,
-            original: Original::of(body),
-            switch: false,
-            keep: false,
-            retry: None,
-            deadline: Some(Instant::now() + MIRROR_TIME),
-            attempt: None,
-            hash: None,
-        };
-        let Ok(response) = job.run(Switches::default(), &mut record).await else { return };
-        record.answered(response.status().as_u16());
-        // Read and forgotten, so that the connection can be used again.
-        let mut body = response.into_body();
-        while let Some(Ok(_)) = http_body_util::BodyExt::frame(&mut body).await {}
-    }
 }

@@ -12,8 +12,10 @@ pub mod decide;
 mod dial;
 mod exchange;
 mod forward;
+mod mirror;
 pub mod recheck;
 mod requests;
+mod room;
 mod waypoint;
 
 use std::cell::RefCell;
