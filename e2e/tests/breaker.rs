@@ -184,8 +184,11 @@ fn limits_hold_for_each_pod_and_what_goes_beyond_is_told() -> anyhow::Result<()>
     let second = scenario::hold(&lab, "shop/web")?;
     let open = |from: &str| anyhow::Ok(lab.exec(from, &["shop", "tcp", "cart.shop:9000"])?.status.success());
     assert!(!open("shop/web")?, "a third one");
-    scenario::await_log(&lab, "node-1", &["OVERFLOW", "tcp.maxConnections", "response_flags=\"UO\""])
-        .or_else(|_| scenario::await_log(&lab, "node-1", &["OVERFLOW", "tcp.maxConnections"]))?;
+    scenario::await_log(&lab, "node-1", &["OVERFLOW", "tcp.maxConnections", "cart.shop.svc.cluster.local"])?;
+    let (_, metrics) = lab.get("node-1", 15020, "/metrics")?;
+    let failed =
+        |line: &&str| line.starts_with("istio_tcp_connections_failed") && line.contains("response_flags=\"UO\"");
+    assert!(metrics.lines().find(failed).is_some_and(|line| line.contains("cart.shop.svc")), "{metrics}");
     assert!(open("shop/other")?, "another pod's first");
     first.finish()?;
     eventually("there is room again", PATIENCE, || match open("shop/web") {
