@@ -349,7 +349,8 @@ impl Outliers {
         let entry = self.entries.entry((endpoint, whose.clone())).or_insert_with(|| Entry::new(now));
         entry.at = now;
         entry.run.failed(gateway);
-        let run_of = |whose: Option<Arc<str>>| self.entries.get(&(endpoint, whose)).map_or(Run::default(), |e| e.run);
+        let run_of =
+            |whose: Option<Arc<str>>| self.entries.get(&(endpoint, whose)).map(|entry| entry.run).unwrap_or_default();
         let (everybody, own) = (run_of(None), run_of(Some(pod.clone())));
         let full = |limit: Option<u32>, count: u32| limit.is_some_and(|limit| count >= limit);
         let (local, answers) = (whose.is_some(), !rules.split_local || whose.is_none());

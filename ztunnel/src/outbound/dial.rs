@@ -285,8 +285,7 @@ pub(super) async fn plain(pod: &LocalPod, plan: &Plain, patience: Patience, said
 pub(super) async fn relay_plain(
     shared: &Shared,
     pod: &LocalPod,
-    tcp: TcpStream,
-    server: TcpStream,
+    (tcp, server): (TcpStream, TcpStream),
     outside: bool,
     registration: &Registration,
     lasting: &mut Option<Box<Lasting>>,

@@ -400,7 +400,7 @@ impl Job<'_> {
         let settings = self.settings();
         let uses = settings.and_then(|settings| settings.max_requests_per_connection).unwrap_or(u32::MAX);
         let idle = settings.and_then(|settings| settings.http_idle_timeout).unwrap_or(IDLE);
-        let live = settings.and_then(|_| self.to.toward.as_ref()).map(|toward| toward.live());
+        let live = settings.and(self.to.toward.as_ref()).map(|toward| toward.live());
         let told = record.grpc_status.is_some();
         let body = Body::from(incoming).until(deadline).then(move |ended| {
             drop(stream);

@@ -187,7 +187,7 @@ async fn carry(
         }
         Ok((_permit, Way::Bytes(Next::Plain { server, outside }, registration, mut lasting))) => {
             // Boxed: tunnels are not to make room for it.
-            let relay = dial::relay_plain(shared, pod, tcp, server, outside, &registration, &mut lasting, counts);
+            let relay = dial::relay_plain(shared, pod, (tcp, server), outside, &registration, &mut lasting, counts);
             Box::pin(relay).await
         }
         Ok((_permit, Way::Requests(framing, _leases))) => {

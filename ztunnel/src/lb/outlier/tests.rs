@@ -63,6 +63,13 @@ impl World {
         self.outliers.enter(endpoint(number), &pod.into(), now)
     }
 
+    /// Three failures in a row.
+    fn fails(&mut self, number: u8) {
+        for _ in 0..3 {
+            self.uses("a", number, Seen::Answer(500));
+        }
+    }
+
     /// Uses an endpoint as traffic does: entered, and reported if it was.
     fn uses(&mut self, pod: &str, number: u8, seen: Seen) -> Option<Verdict> {
         let probe = self.enter(pod, number)?;
@@ -160,7 +167,7 @@ fn each_ejection_lasts_longer_and_one_request_tries_the_endpoint() {
 fn ejected_endpoints_are_looked_at_at_intervals() {
     let mut world = World::new(OutlierDetection { base_ejection: Duration::from_secs(1), ..rules() });
     world.now = Duration::from_secs(3);
-    (0..3).for_each(|_| drop(world.uses("a", 1, Seen::Answer(500))));
+    world.fails(1);
     world.now = Duration::from_millis(9_999);
     assert!(world.is_out("a", 1));
     world.now = Duration::from_secs(10);
@@ -172,7 +179,7 @@ fn no_more_than_a_share_is_ejected_but_always_one() {
     for (percent, expected) in [(0, 1), (10, 1), (49, 1), (50, 2), (74, 2), (75, 3), (100, 4)] {
         let mut world = World::new(OutlierDetection { max_ejection_percent: percent, ..rules() });
         for number in 1..=4 {
-            (0..3).for_each(|_| drop(world.uses("a", number, Seen::Answer(500))));
+            world.fails(number);
         }
         let out = (1..=4).filter(|number| world.is_out("a", *number)).count();
         assert_eq!(out, expected, "{percent} %");
@@ -186,7 +193,7 @@ fn with_too_few_left_ejection_does_not_count() {
     let panics = |world: &World| world.outliers.panics(&rules, 4, &"a".into(), world.at());
     for number in 1..=3 {
         assert!(!panics(&world), "{number}");
-        (0..3).for_each(|_| drop(world.uses("a", number, Seen::Answer(500))));
+        world.fails(number);
     }
     assert!(panics(&world), "one of four is left");
 }
