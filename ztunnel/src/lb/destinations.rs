@@ -238,3 +238,60 @@ impl Drop for Held {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    use super::{Destinations, Kind, MOST_EACH};
+    use crate::state::Service;
+    use crate::state::fixtures::{service, snapshot};
+
+    fn cart() -> Arc<Service> {
+        let spec = service("shop", "cart", "10.96.0.1");
+        let snapshot = snapshot([crate::state::Change::Service(Arc::new(spec))]);
+        snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap().clone()
+    }
+
+    #[test]
+    fn limits_are_for_each_pod_and_port_and_what_ends_is_given_back() {
+        let (all, service) = (Destinations::default(), cart());
+        let pods: [Arc<str>; 2] = ["a".into(), "b".into()];
+        let live = |port, pod: usize| all.of(&service, port).live(&pods[pod]);
+        let held: Vec<_> = (0..5).filter_map(|_| live(80, 0).take(Kind::Requests, Some(2))).collect();
+        assert_eq!(held.len(), 2, "whoever asks");
+        assert!(live(80, 0).take(Kind::Retries, Some(1)).is_some(), "another count");
+        assert!(live(80, 1).take(Kind::Requests, Some(1)).is_some(), "another pod");
+        assert!(live(81, 0).take(Kind::Requests, Some(1)).is_some(), "another port");
+        drop(held);
+        assert_eq!(live(80, 0).count(Kind::Requests), 0);
+        assert!(live(80, 0).take(Kind::Requests, Some(1)).is_some());
+        assert!(live(80, 0).take(Kind::Requests, None).is_some(), "no limit");
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_is_told_of_a_connection_that_ends() {
+        let (all, service, pod) = (Destinations::default(), cart(), Arc::<str>::from("a"));
+        let live = all.of(&service, 80).live(&pod);
+        let held = live.take(Kind::Connections, Some(1)).unwrap();
+        assert!(live.take(Kind::Connections, Some(1)).is_none());
+        let mut freed = std::pin::pin!(live.freed.notified());
+        freed.as_mut().enable();
+        drop(held);
+        tokio::time::timeout(Duration::from_secs(30), freed).await.unwrap();
+    }
+
+    #[test]
+    fn pods_that_are_idle_make_room() {
+        let destination = Destinations::default().of(&cart(), 80);
+        let kept = destination.live(&"kept".into());
+        let _held = kept.take(Kind::Requests, None);
+        for pod in 0..MOST_EACH * 2 {
+            destination.live(&pod.to_string().into());
+        }
+        assert!(destination.pods().len() <= MOST_EACH);
+        assert_eq!(destination.live(&"kept".into()).count(Kind::Requests), 1);
+        assert!(destination.ejected(Instant::now()).is_empty());
+    }
+}
