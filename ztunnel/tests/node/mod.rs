@@ -205,6 +205,7 @@ impl Node {
             network: "".into(),
             cluster: "Kubernetes".into(),
             limits: Arc::default(),
+            destinations: Arc::default(),
         };
         let context = shared.clone();
         let workers = Workers::start(2, move |_| Worker::new(&context)).unwrap();
