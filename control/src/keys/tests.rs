@@ -82,10 +82,7 @@ impl Issuer {
     }
 }
 
-async fn serve(
-    mut stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
-    answers: &Mutex<Answers>,
-) {
+async fn serve(mut stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin, answers: &Mutex<Answers>) {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         match stream.read_u8().await {

@@ -5,6 +5,7 @@
 //! then expects exactly the steps that rest on the broken part to fail. Limits: it needs no Kubernetes and no network;
 //! it takes under a minute.
 
+mod breaker;
 mod canary;
 mod requests;
 mod steps;
@@ -25,7 +26,7 @@ use crate::topology;
 /// Arguments of `lab demo`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Break a part of the proxy on purpose: `rules`, `authz`, `tls`, `weights` or `jwt`.
+    /// Break a part of the proxy on purpose: `rules`, `authz`, `tls`, `weights`, `jwt` or `breaker`.
     #[arg(long = "break", env = "BREAK")]
     broken: Option<String>,
     /// Leave the lab running afterwards.

@@ -11,6 +11,7 @@ use anyhow::ensure;
 use serde_json::Value;
 
 use crate::demo::Step;
+use crate::demo::breaker;
 use crate::demo::canary;
 use crate::demo::requests;
 use crate::eventually::eventually;
@@ -19,7 +20,7 @@ use crate::lab::Running;
 use crate::scenario;
 
 /// Parts that `--break` can break.
-pub(super) const PARTS: [&str; 5] = ["rules", "authz", "tls", "weights", "jwt"];
+pub(super) const PARTS: [&str; 6] = ["rules", "authz", "tls", "weights", "jwt", "breaker"];
 /// Without it there is nothing to show.
 pub(super) const FIRST: &str = "shop-runs";
 
@@ -96,6 +97,12 @@ pub(super) const STEPS: &[Step] = &[
         claim: "Each caller may come three times an hour, whoever else comes.",
         rests_on: &["rules"],
         show: requests::limited,
+    },
+    Step {
+        name: "breaker",
+        claim: "One of two carts gets slow, then dies: a breaker leaves it alone, tries it, and takes it back when it is well.",
+        rests_on: &["rules", "breaker"],
+        show: breaker::opens_and_closes,
     },
     Step {
         name: "control-killed",

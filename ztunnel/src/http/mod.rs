@@ -8,6 +8,8 @@
 mod body;
 pub mod client;
 pub mod export;
+pub mod frames;
+pub mod gate;
 pub mod headers;
 mod io;
 pub mod limit;

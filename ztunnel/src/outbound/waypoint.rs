@@ -39,7 +39,7 @@ pub(super) fn all_of(service: &Service) -> impl Iterator<Item = &GatewayAddress>
 
 /// Whether the requests of `source` to `service` are a waypoint's to decide, and not its own node's: then the routes and
 /// traffic policies of the Service are carried out there, and nothing of them twice.
-pub(super) fn decides(snapshot: &Snapshot, source: &Workload, service: &Service) -> bool {
+pub fn decides(snapshot: &Snapshot, source: &Workload, service: &Service) -> bool {
     let is_own = |gateway: &GatewayAddress| match find(snapshot, source, gateway) {
         Some(Found::Service(waypoint)) => source.services.contains_key(&waypoint.key()),
         Some(Found::Workload(workload)) => workload.uid == source.uid,

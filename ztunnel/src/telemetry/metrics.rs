@@ -14,6 +14,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 use crate::outcome::DryRun;
+use crate::telemetry::breakers::BreakerMetrics;
 use crate::telemetry::dns::DnsMetrics;
 use crate::telemetry::http::HttpMetrics;
 use crate::telemetry::services::ServiceTimes;
@@ -139,6 +140,8 @@ pub struct Metrics {
     pub services: ServiceTimes,
     /// Spans of sampled requests.
     pub spans: Spans,
+    /// Traffic policies.
+    pub breakers: BreakerMetrics,
 }
 
 impl Metrics {
@@ -165,6 +168,7 @@ impl Metrics {
             http: HttpMetrics::new(registry),
             services: ServiceTimes::new(Instant::now()),
             spans: Spans::new(registry),
+            breakers: BreakerMetrics::new(registry),
         };
         let build = Family::<BuildLabels, Gauge>::default();
         build.get_or_create(&BuildLabels { component: "ztunnel", tag: env!("CARGO_PKG_VERSION") }).set(1);

@@ -11,9 +11,11 @@ use tulle_proto::node::{
     EndpointChoice, InboundAnswer, OutboundAnswer, ProxyAnswer, RequestAnswer, RequestHead, RequestHeader,
 };
 
-use crate::app::explain::{deny, endpoints, rule_index};
+use crate::app::explain::{deny, eject, endpoints, rule_index};
 use crate::inbound::explained_request;
+use crate::lb::Destinations;
 use crate::outbound::explained::{Becomes, Explained, explained};
+use crate::outbound::waypoint_decides;
 use crate::state::{Snapshot, Workload};
 
 /// Most headers and bytes of a head; nobody asks about more.
@@ -60,7 +62,7 @@ fn head(request: &Request<()>) -> RequestHead {
 /// Adds what the source does with a request of its own. `answer` says what it does with the connection.
 pub(super) fn leaving(
     snapshot: &Snapshot,
-    network: &str,
+    (network, destinations): (&str, &Destinations),
     source: &Workload,
     destination: SocketAddr,
     asked: Request<()>,
@@ -84,7 +86,13 @@ pub(super) fn leaving(
                     request: Some(head(&sent.request)),
                     ..endpoint
                 };
-                answer.endpoints.extend(endpoints(snapshot, source, &sent.plan, sent.at).into_iter().map(scaled));
+                let mut found = endpoints(snapshot, source, &sent.plan, sent.at);
+                if let Some(service) =
+                    sent.plan.service().filter(|service| !waypoint_decides(snapshot, source, service))
+                {
+                    eject(snapshot, destinations, source, service, sent.at.port(), &mut found);
+                }
+                answer.endpoints.extend(found.into_iter().map(scaled));
             }
         }
     }
