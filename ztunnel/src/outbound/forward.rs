@@ -2,8 +2,9 @@
 //!
 //! An endpoint that cannot be reached is left for another one as with any connection (`attempts`); that is no retry. A
 //! retry of the route happens only for what `http::retry` allows, within the budget, and with a body that was kept whole.
-//! How endpoints are chosen and what limits hold is the traffic policy's (`breaker`).
-//! One more attempt is made unasked: a connection that waited may be closed by its server in the moment in which it is used.
+//! How endpoints are chosen and what limits hold is the traffic policy's (`breaker`, `room`).
+//! Unasked, and counted in no budget, a request is sent anew that nobody has read, or that was lost with a connection that
+//! waited: its server may close it in the moment in which it is used (RFC 9110 §9.2.2, RFC 9112 §9.3.1, RFC 9113 §8.7).
 
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
@@ -19,11 +20,12 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::base::cut::Cut;
 use crate::http::client::{Conn, Failed};
+use crate::http::headers::{check_answer, is_grpc, strip_hop};
 use crate::http::pool::{IDLE, Key};
+use crate::http::reply::{self, Reply};
 use crate::http::retry::{Budget, Tried, is_idempotent, may_repeat, pause};
 use crate::http::server::{Switch, Switches};
-use crate::http::{Body, End, Original};
-use crate::http::{headers, reply};
+use crate::http::{Body, End, Framing, Original};
 use crate::lb::outlier::Seen;
 use crate::lb::{Chance, Held, Kind};
 use crate::outbound::ask::Known;
@@ -39,6 +41,9 @@ use crate::outbound::{forbidden, stopped};
 use crate::outcome::{Code, Outcome};
 use crate::state::{Retry, Service, TrafficSettings, Workload};
 use crate::telemetry::HttpRecord;
+
+/// How often a request that nobody has read is sent anew: a server that closes each connection has another reason.
+const MOST_ANEW: u32 = 4;
 
 /// A port of a Service.
 pub(super) struct Target {
@@ -85,14 +90,14 @@ type UnderWay = RefCell<Option<Passage>>;
 /// An attempt without an answer.
 struct Missed {
     tried: Tried,
-    /// On a connection that had waited.
-    reused: bool,
+    /// Nobody has read the request, or the connection had waited and was closed by its server: sent anew, it is no retry.
+    anew: bool,
     refused: Refused,
 }
 
 impl Missed {
     fn final_(refused: impl Into<Refused>) -> Self {
-        Self { tried: Tried::Answered(http::StatusCode::OK), reused: false, refused: refused.into() }
+        Self { tried: Tried::Answered(http::StatusCode::OK), anew: false, refused: refused.into() }
     }
 }
 
@@ -110,15 +115,12 @@ impl Job<'_> {
         let retry = |budget: &Budget| retry(budget, counts());
         let budget = self.client.means.budget(&self.client.pod.uid, &self.to.service, self.to.at.port());
         let counted = budget.request();
-        if self.retry.is_none() && !self.keep {
-            self.original.last();
-        }
-        let (mut retries, mut fresh) = (0, false);
+        let (mut retries, mut sent_anew) = (0, 0);
         let mut avoid = Vec::new();
         let mut held = Vec::new();
         let got = loop {
             record.attempts += 1;
-            let result = self.try_once(fresh, &avoid, record).await;
+            let result = self.try_once(sent_anew > 0, &avoid, record).await;
             let again = |tried| self.may_again(tried, retries);
             let missed = match result {
                 Ok(got) => {
@@ -133,9 +135,13 @@ impl Job<'_> {
                 Err(missed) => Some(missed),
             };
             if let Some(missed) = missed {
-                let lost = missed.tried == Tried::Lost && is_idempotent(&self.parts.method);
-                if missed.reused && !fresh && (lost || missed.tried == Tried::Unreached) && self.original.is_kept() {
-                    fresh = true;
+                if let Some(code) = self.original.failed() {
+                    let flag = if code == Code::ClientReset { "DC" } else { reply::BAD_REQUEST.flag };
+                    let reply = Reply { flag, ..reply::BAD_REQUEST };
+                    return Err(Refused::new(reply, code, "the body of the request broke off"));
+                }
+                if missed.anew && sent_anew < MOST_ANEW && self.original.is_kept() {
+                    sent_anew += 1;
                     continue;
                 }
                 let counted = if again(missed.tried) { retry(&budget) } else { None };
@@ -180,7 +186,7 @@ impl Job<'_> {
             }
             let text = "the backend did not answer in the time that the route gives";
             let refused = Refused::new(reply::TIMEOUT, Code::RequestTimeout, text);
-            Err(Missed { tried: Tried::Late, reused: false, refused })
+            Err(Missed { tried: Tried::Late, anew: false, refused })
         })
     }
 
@@ -193,25 +199,42 @@ impl Job<'_> {
         record: &mut HttpRecord,
         under_way: &UnderWay,
     ) -> Result<Got, Missed> {
+        if !reused && self.retry.is_none() && !self.keep {
+            self.original.last();
+        }
         let count = record.request_bytes.clone();
         let body = Body::from(self.original.attempt()).until(deadline).then(move |ended| count.set(ended.bytes));
         let request = Request::from_parts(self.parts.clone(), body);
         let sent = conn.send(request, self.switch).await;
         let passage = under_way.take();
         match sent {
-            Ok(response) => {
-                if let Some(passage) = &passage {
-                    passage.answered(response.status(), response.headers(), headers::is_grpc(&self.parts.headers));
+            Ok(mut response) => match check_answer(response.headers_mut()) {
+                Ok(()) => {
+                    if let Some(passage) = &passage {
+                        passage.answered(response.status(), response.headers(), is_grpc(&self.parts.headers));
+                    }
+                    Ok(Got { response, conn, key, passage, deadline })
                 }
-                Ok(Got { response, conn, key, passage, deadline })
-            }
-            Err(Failed { unsent, outcome }) => {
-                // A connection that waited may have ended by itself; that says nothing of its endpoint.
-                if let Some(passage) = passage.filter(|_| !reused) {
+                Err(error) => {
+                    if let Some(passage) = &passage {
+                        passage.saw(Seen::Answer(502));
+                    }
+                    let text = format!("the backend's answer: {}", error.0);
+                    Err(Missed::final_(Refused::new(reply::PROTOCOL, Code::ServerReset, text)))
+                }
+            },
+            Err(Failed { unsent, malformed, outcome }) => {
+                // A connection that waited may have ended by itself, and a body may break off at the client: neither says
+                // anything of the endpoint.
+                let innocent = (reused && !malformed) || self.original.failed().is_some();
+                if let Some(passage) = passage.filter(|_| !innocent) {
                     passage.saw(Seen::Lost { late: false });
                 }
-                let tried = if unsent.is_some() { Tried::Unreached } else { Tried::Lost };
-                Err(Missed { tried, reused, refused: outcome.into() })
+                let tried = if unsent { Tried::Unreached } else { Tried::Lost };
+                let anew = unsent || (reused && !malformed && is_idempotent(&self.parts.method));
+                let refused = Refused::from(outcome);
+                let refused = if malformed { Refused { reply: reply::PROTOCOL, ..refused } } else { refused };
+                Err(Missed { tried, anew, refused })
             }
         }
     }
@@ -249,7 +272,9 @@ impl Job<'_> {
             record.destination.workload = plan.destination().cloned();
             record.destination.addr = Some(endpoint);
             let key = self.key(&plan);
-            let (held, pending) = match self.room(&key, !fresh && !self.switch).await.map_err(Missed::final_)? {
+            // One that many share says of itself when it is closing; one that waits may be as dead as the one before.
+            let may_reuse = !(self.switch || (fresh && key.framing == Framing::One));
+            let (held, pending) = match self.room(&key, may_reuse).await.map_err(Missed::final_)? {
                 Room::Waited(conn) => {
                     under_way.replace(passage);
                     prove(record, &self.to.known.source, &conn);
@@ -262,13 +287,13 @@ impl Job<'_> {
             let opened = self.open(&plan, &key, others, held).await;
             drop(pending);
             match opened {
-                Ok(conn) => {
+                Ok((conn, used)) => {
                     if let Some(passage) = &*under_way.borrow() {
                         passage.saw(Seen::Connected);
                     }
                     prove(record, &self.to.known.source, &conn);
                     client.attempts().reached(&plan, self.to.at.port());
-                    return Ok((conn, key, false));
+                    return Ok((conn, key, used));
                 }
                 Err(Failure { outcome, elsewhere }) => {
                     if let Some(passage) = under_way.take().filter(|_| elsewhere) {
@@ -290,7 +315,7 @@ impl Job<'_> {
     }
 
     fn unreached(&self, outcome: Outcome) -> Missed {
-        Missed { tried: Tried::Unreached, reused: false, refused: outcome.into() }
+        Missed { tried: Tried::Unreached, anew: false, refused: outcome.into() }
     }
 
     fn choose(&self, tried: &[SocketAddr]) -> Result<Plan, Outcome> {
@@ -317,16 +342,17 @@ impl Job<'_> {
         Key { pod, endpoint: plan.endpoint(), asked, identities, framing }
     }
 
-    async fn open(&self, plan: &Plan, key: &Key, others: bool, room: Option<Held>) -> Result<Conn, Failure> {
+    /// A new connection, or one that somebody else has opened meanwhile (true).
+    async fn open(&self, plan: &Plan, key: &Key, others: bool, room: Option<Held>) -> Result<(Conn, bool), Failure> {
         let client = self.client;
         let connections = &client.means.connections;
         let opening = connections.opening(key);
         // Streams of many requests share a connection, so a burst of them opens one.
-        let _one = if key.framing == crate::http::Framing::Two { Some(opening.lock().await) } else { None };
+        let _one = if key.framing == Framing::Two { Some(opening.lock().await) } else { None };
         if _one.is_some()
             && let Some(conn) = connections.take(key)
         {
-            return Ok(conn);
+            return Ok((conn, true));
         }
         let held = client.pod.connection(&client.pod.outbound).map_err(Failure::last)?;
         let patience = if others { SHORT } else { client.shared.hbone.patience() };
@@ -373,7 +399,7 @@ impl Job<'_> {
             }
             (Conn::One(_), None) => {}
         }
-        Ok(conn)
+        Ok((conn, false))
     }
 
     fn settings(&self) -> Option<&TrafficSettings> {
@@ -386,7 +412,7 @@ impl Job<'_> {
         let (mut parts, incoming) = response.into_parts();
         let switched = parts.status == http::StatusCode::SWITCHING_PROTOCOLS;
         let protocol = parts.headers.get(http::header::UPGRADE).cloned().filter(|_| switched);
-        crate::http::headers::strip_hop(&mut parts.headers, protocol.as_ref());
+        strip_hop(&mut parts.headers, protocol.as_ref());
         parts.version = http::Version::HTTP_11;
         if switched {
             if let Conn::One(one) = conn {
