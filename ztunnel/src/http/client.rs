@@ -31,12 +31,11 @@ use crate::outcome::{Code, Outcome, chain};
 /// Requests under way on one connection: what servers allow at least (RFC 9113 §6.5.2). More are queued by h2 if one allows less.
 const STREAMS: usize = 100;
 
+/// How long a server may take to say that it wants a body that was offered: what curl gives it.
+const CONTINUE: Duration = Duration::from_secs(1);
 /// How long a connection for many requests is kept without one, unless a policy says otherwise: as long as it may get new
 /// ones, since it costs little and its server says goodbye before it closes.
 const MOST_IDLE: Duration = Duration::from_secs(600);
-
-/// How long a server may take to say that it wants a body that was offered: what curl gives it.
-const CONTINUE: Duration = Duration::from_secs(1);
 
 /// A connection without its protocol.
 pub struct Raw {

@@ -2,9 +2,9 @@
 //!
 //! An endpoint that cannot be reached is left for another one as with any connection (`attempts`); that is no retry. A
 //! retry of the route happens only for what `http::retry` allows, within the budget, and with a body that was kept whole.
-//! How endpoints are chosen and what limits hold is the traffic policy's (`breaker`, `room`).
 //! Unasked, and counted in no budget, a request is sent anew that nobody has read, or that was lost with a connection that
 //! waited: its server may close it in the moment in which it is used (RFC 9110 §9.2.2, RFC 9112 §9.3.1, RFC 9113 §8.7).
+//! How endpoints are chosen and what limits hold is the traffic policy's (`breaker`).
 
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
@@ -20,7 +20,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::base::cut::Cut;
 use crate::http::client::{Conn, Failed};
-use crate::http::headers::{check_answer, is_grpc, strip_hop};
+use crate::http::headers::{self, check_answer, strip_hop};
 use crate::http::pool::{IDLE, Key};
 use crate::http::reply::{self, Reply};
 use crate::http::retry::{Budget, Tried, is_idempotent, may_repeat, pause};
@@ -207,28 +207,28 @@ impl Job<'_> {
         let request = Request::from_parts(self.parts.clone(), body);
         let sent = conn.send(request, self.switch).await;
         let passage = under_way.take();
+        let saw = |seen| {
+            if let Some(passage) = &passage {
+                passage.saw(seen)
+            }
+        };
         match sent {
-            Ok(mut response) => match check_answer(response.headers_mut()) {
-                Ok(()) => {
-                    if let Some(passage) = &passage {
-                        passage.answered(response.status(), response.headers(), is_grpc(&self.parts.headers));
-                    }
-                    Ok(Got { response, conn, key, passage, deadline })
-                }
-                Err(error) => {
-                    if let Some(passage) = &passage {
-                        passage.saw(Seen::Answer(502));
-                    }
+            Ok(mut response) => {
+                if let Err(error) = check_answer(response.headers_mut()) {
+                    saw(Seen::Lost { late: false });
                     let text = format!("the backend's answer: {}", error.0);
-                    Err(Missed::final_(Refused::new(reply::PROTOCOL, Code::ServerReset, text)))
+                    return Err(Missed::final_(Refused::new(reply::PROTOCOL, Code::ServerReset, text)));
                 }
-            },
+                if let Some(passage) = &passage {
+                    passage.answered(response.status(), response.headers(), headers::is_grpc(&self.parts.headers));
+                }
+                Ok(Got { response, conn, key, passage, deadline })
+            }
             Err(Failed { unsent, malformed, outcome }) => {
                 // A connection that waited may have ended by itself, and a body may break off at the client: neither says
                 // anything of the endpoint.
-                let innocent = (reused && !malformed) || self.original.failed().is_some();
-                if let Some(passage) = passage.filter(|_| !innocent) {
-                    passage.saw(Seen::Lost { late: false });
+                if (!reused || malformed) && self.original.failed().is_none() {
+                    saw(Seen::Lost { late: false });
                 }
                 let tried = if unsent { Tried::Unreached } else { Tried::Lost };
                 let anew = unsent || (reused && !malformed && is_idempotent(&self.parts.method));
@@ -273,7 +273,7 @@ impl Job<'_> {
             record.destination.addr = Some(endpoint);
             let key = self.key(&plan);
             // One that many share says of itself when it is closing; one that waits may be as dead as the one before.
-            let may_reuse = !(self.switch || (fresh && key.framing == Framing::One));
+            let may_reuse = !self.switch && !(fresh && key.framing == Framing::One);
             let (held, pending) = match self.room(&key, may_reuse).await.map_err(Missed::final_)? {
                 Room::Waited(conn) => {
                     under_way.replace(passage);
