@@ -225,8 +225,9 @@ impl Job<'_> {
                 Ok(Got { response, conn, key, passage, deadline })
             }
             Err(Failed { unsent, malformed, outcome }) => {
-                // A connection that waited may have ended by itself; that says nothing of its endpoint.
-                if !reused || malformed {
+                // A connection that waited may have ended by itself, and a body may break off at the client: neither says
+                // anything of the endpoint.
+                if (!reused || malformed) && self.original.failed().is_none() {
                     saw(Seen::Lost { late: false });
                 }
                 let tried = if unsent { Tried::Unreached } else { Tried::Lost };
