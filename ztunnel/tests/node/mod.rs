@@ -29,7 +29,7 @@ use ztunnel::base::drain::{Drain, Phase, drain};
 use ztunnel::base::netns::NetnsThread;
 use ztunnel::base::sockets::Options;
 use ztunnel::base::workers::Workers;
-use ztunnel::capture::pods::{ListFile, Source};
+use ztunnel::capture::pods::{ListFile, Source, watch_directory};
 use ztunnel::config::Preexisting;
 use ztunnel::flow::{Limits, Shared};
 use ztunnel::identity::Identities;
@@ -146,6 +146,8 @@ pub struct Node {
     stop: Arc<Drain>,
     pub runtime: tokio::runtime::Runtime,
     foreign: Vec<(&'static str, &'static str)>,
+    /// Tells of changes of the list.
+    watcher: Option<notify::RecommendedWatcher>,
 }
 
 /// The authority of a trust domain.
@@ -228,9 +230,11 @@ impl Node {
         let stop = Arc::new(drain().0);
         runtime.spawn(identities.run(std::future::pending()));
         runtime.spawn(federation::watch(environment.shared.reader.clone(), trust.federated));
+        let changed = Arc::default();
+        let watcher = watch_directory(&path, Arc::clone(&changed));
         let source = Source::File(ListFile::new(path));
-        runtime.spawn(pods.clone().run(Arc::new(environment), source, Arc::default(), stop.clone()));
-        Self { pods, workers, writer, reader, stop, runtime, foreign }
+        runtime.spawn(pods.clone().run(Arc::new(environment), source, changed, stop.clone()));
+        Self { pods, workers, writer, reader, stop, runtime, foreign, watcher }
     }
 
     pub fn describe(&mut self, hbone: &[&str]) {
