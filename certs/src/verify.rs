@@ -215,12 +215,17 @@ mod tests {
 
     #[test]
     fn an_anchors_key_is_the_der_of_its_root() {
-        for length in [0, 1, 127, 128, 255, 256, 70_000] {
-            let value = vec![7; length];
-            let der = sequence(&value);
-            let (rest, read) = x509_parser::der_parser::parse_der(&der).unwrap();
-            assert!(rest.is_empty());
-            assert_eq!(read.header.length().definite().unwrap(), length, "{length}");
+        let cases: [(usize, &[u8]); 6] = [
+            (0, &[0]),
+            (1, &[1]),
+            (127, &[127]),
+            (128, &[0x81, 128]),
+            (256, &[0x82, 1, 0]),
+            (70_000, &[0x83, 1, 0x11, 0x70]),
+        ];
+        for (length, octets) in cases {
+            let expected = [&[0x30], octets, &vec![7; length]].concat();
+            assert_eq!(sequence(&vec![7; length]), expected, "{length}");
         }
     }
 

@@ -13,6 +13,7 @@ use crate::app::handover::successor::Taken;
 use crate::app::pods::Pods;
 use crate::app::view::Status;
 use crate::app::{dump, explain};
+use crate::base::unix_now;
 use crate::flow::Shared;
 use crate::identity::CertStatus;
 use crate::xds::Monitor;
@@ -41,10 +42,11 @@ impl Answers {
         let answer = match question.question {
             Some(Question::Status(_)) => Ok(Answer::Status(self.status())),
             Some(Question::Outbound(question)) => {
-                explain::outbound(&self.shared.reader.load(), &self.shared.network, &question).map(Answer::Outbound)
+                let snapshot = self.shared.reader.load();
+                explain::outbound(&snapshot, &self.shared.network, &question, unix_now()).map(Answer::Outbound)
             }
             Some(Question::Inbound(question)) => {
-                explain::inbound(&self.shared.reader.load(), &question).map(Answer::Inbound)
+                explain::inbound(&self.shared.reader.load(), &question, unix_now()).map(Answer::Inbound)
             }
             Some(Question::Trust(question)) => {
                 let renewing = self.shared.identities.trust(&question.roots, &question.issuer);

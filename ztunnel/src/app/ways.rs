@@ -6,16 +6,16 @@ use crate::identity::{Control, Link, RootCa, TokenSource};
 use crate::tls::Revoked;
 
 /// How control is reached.
-pub struct Ways {
+pub(super) struct Ways {
     /// For discovery, and for the questions of control.
-    pub xds: Control,
+    pub(super) xds: Control,
     /// For certificates.
-    pub ca: Control,
+    pub(super) ca: Control,
 }
 
 impl Ways {
     /// As the settings say. `revoked`: certificates that control must not show.
-    pub fn new(config: &Node, revoked: &Revoked) -> Self {
+    pub(super) fn new(config: &Node, revoked: &Revoked) -> Self {
         let way = |address: &str, root: &str, alt: &Option<String>, headers: &str| {
             let mut headers = Node::headers(headers);
             headers.push(("clusterid".to_owned(), config.cluster_id.clone()));

@@ -17,7 +17,7 @@ use std::time::Duration;
 use http::Uri;
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::{CertificateError, ClientConfig, RootCertStore};
 use socket2::TcpKeepalive;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -346,7 +346,7 @@ impl Connector {
             Ok::<Box<dyn Stream>, io::Error>(match self.tls {
                 None => Box::new(tcp),
                 Some(Tls { connector, name, anchors }) => {
-                    let stream = connector.connect(name, tcp).await?;
+                    let stream = connector.connect(name, tcp).await.map_err(readable)?;
                     let shown = stream.get_ref().1.peer_certificates().unwrap_or_default();
                     let shown: Vec<_> = shown.iter().cloned().map(CertificateDer::into_owned).collect();
                     let revoked = self.revoked;
@@ -356,6 +356,16 @@ impl Connector {
         };
         let silent = || io::Error::new(io::ErrorKind::TimedOut, "no TCP and TLS connection within 5 s");
         Ok(TokioIo::new(tokio::time::timeout(CONNECT_TIMEOUT, dial).await.map_err(|_| silent())??))
+    }
+}
+
+/// A refusal of our own in its own words; rustls shows its insides.
+fn readable(error: io::Error) -> io::Error {
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        Some(rustls::Error::InvalidCertificate(CertificateError::Other(other))) => {
+            io::Error::new(error.kind(), other.0.to_string())
+        }
+        _ => error,
     }
 }
 
