@@ -196,7 +196,10 @@ impl PodTask {
         let old = match &serving.inherited {
             // The tunnels of the process before this one would look like strangers.
             Some(inherited) => inherited.old.clone(),
-            None => preexisting::list(&serving.netns).await.map_err(|error| error.to_string())?,
+            None => {
+                let listening = Some(serving.listening);
+                preexisting::list(&serving.netns, listening).await.map_err(|error| error.to_string())?
+            }
         };
         tracing::info!(pod = %self.name(), preexisting = old.len(), by_agent = self.is_by_agent(), "captured");
         self.post(|entry| {
