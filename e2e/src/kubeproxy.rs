@@ -218,8 +218,10 @@ impl<'a> OnePort<'a> {
     /// Name of the set of an endpoint's clients, where clients are bound. Other times are another set.
     fn bound(&self, endpoint: &Member) -> Option<String> {
         let seconds = self.service.proxy.affinity?;
-        let address: String =
-            endpoint.pair.texts()[self.family].chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+        let address: String = endpoint.pair.texts()[self.family]
+            .chars()
+            .map(|c| if c.is_ascii_alphanumeric() { c } else { '_' })
+            .collect();
         let service = self.name(BOUND.trim_end_matches('-'));
         Some(format!("{service}-{address}-{}-{seconds}s", endpoint.port))
     }
@@ -404,7 +406,8 @@ mod tests {
             format!("\tset {name} {{\n\t\ttype ipv4_addr\n\t\ttimeout 1m\n{elements}\t}}\n\n")
         };
         let two = "\t\telements = { 10.20.1.3 expires 59s,\n\t\t\t     10.20.1.4 expires 2s }\n";
-        let listed = [set(&name(1, 60), two), set(&name(2, 60), ""), set(&name(3, 60), two), set("other", two)].concat();
+        let listed =
+            [set(&name(1, 60), two), set(&name(2, 60), ""), set(&name(3, 60), two), set("other", two)].concat();
         let listed = format!("table inet lab_services {{\n{listed}\tchain x {{\n\t}}\n}}\n");
         let kept = with_clients(&text, &listed);
         assert_eq!(kept.matches("elements = { 10.20.1.3 expires 59s").count(), 1, "{kept}");

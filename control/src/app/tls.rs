@@ -148,7 +148,8 @@ impl Lists {
         }
         self.read = stamp;
         // What cannot be read takes nothing back here, as on the nodes; `control revoke` refuses to add to it.
-        let Ok(crls) = std::fs::read(&path).map_err(|_| ()).and_then(|bytes| Crls::parse(&bytes).map_err(|_| ())) else {
+        let Ok(crls) = std::fs::read(&path).map_err(|_| ()).and_then(|bytes| Crls::parse(&bytes).map_err(|_| ()))
+        else {
             return false;
         };
         let now = UnixTime::since_unix_epoch(Duration::from_secs(now.unsigned_abs()));

@@ -106,10 +106,8 @@ fn inside(snapshot: &Snapshot, source: &Workload, network: &str, destination: So
     let service = snapshot.service_at(network, destination, &source.namespace)?;
     let shares = lb::shares(snapshot, service, destination.port(), source, destination.ip()).ok()?;
     let at = shares.iter().map(|(choice, _)| (&choice.workload, SocketAddr::new(choice.ip, choice.port)));
-    let outside: Vec<SocketAddr> = at
-        .filter(|(workload, at)| may_go_to(source, service, workload, *at).is_err())
-        .map(|(_, at)| at)
-        .collect();
+    let outside: Vec<SocketAddr> =
+        at.filter(|(workload, at)| may_go_to(source, service, workload, *at).is_err()).map(|(_, at)| at).collect();
     let chance = Chance { tried: &outside, ..Chance::of(0) };
     choose(snapshot, source, network, destination, &chance).ok()
 }

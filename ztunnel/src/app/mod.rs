@@ -231,11 +231,7 @@ fn answer_control(config: &Node, control: Control, answers: Answers, replaced: D
     if config.local_xds.is_some() {
         return;
     }
-    let service = xds::NodeConfig {
-        control,
-        node_name: config.node_name.clone(),
-        version: VERSION.to_owned(),
-    };
+    let service = xds::NodeConfig { control, node_name: config.node_name.clone(), version: VERSION.to_owned() };
     let answer = move |question| answers.answer(question);
     tokio::spawn(xds::run_node_service(service, answer, reached(replaced, Phase::Draining)));
 }

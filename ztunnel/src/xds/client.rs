@@ -154,9 +154,8 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
         Err(error) => return unreachable(&error),
     };
     let ended = converse(connected.channel.clone(), control, session, writer, monitor).await;
-    if ended.reason != Termination::Complete {
-        control.link.broken(&connected).await;
-    }
+    // Whatever ended it: another connection may lead to another replica of control.
+    control.link.broken(&connected).await;
     ended
 }
 

@@ -158,8 +158,7 @@ async fn proxy(
         requests.send(subscription(&node, url)).await?;
     }
     let channel = connected(&endpoint).await?;
-    let mut xds =
-        AggregatedDiscoveryServiceClient::new(channel.clone()).max_decoding_message_size(MAX_RESPONSE);
+    let mut xds = AggregatedDiscoveryServiceClient::new(channel.clone()).max_decoding_message_size(MAX_RESPONSE);
     let request = authorized(queue, &token)?;
     let mut responses = xds.delta_aggregated_resources(request).await?.into_inner();
     // Nobody asks it anything, and the sender keeps the stream open.

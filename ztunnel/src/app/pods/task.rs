@@ -19,8 +19,8 @@ use crate::app::wanted::Wanted;
 use crate::base::drain::{Drain, Phase, drain};
 use crate::base::netns::{Netns, local_addresses, run_blocking};
 use crate::capture::pods::Pod;
-use crate::capture::rules::{Rules, rules_are_broken};
 use crate::capture::probe::{self, Claims};
+use crate::capture::rules::{Rules, rules_are_broken};
 use crate::capture::{self, preexisting};
 use crate::policy::datagrams::Filter;
 
