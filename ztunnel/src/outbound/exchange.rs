@@ -210,7 +210,7 @@ impl Client {
         retarget(&mut parts, self.framing, &path, authority.as_deref())
             .map_err(|text| Refused::new(reply::BAD_REQUEST, Code::BadRequest, text))?;
         let now = Instant::now();
-        let original = Original::new(body);
+        let original = Original::new(body, &self.pod.buffers);
         let mirrored = forward.as_ref().is_some_and(|forward| forward.mirrors().next().is_some()) && !switch;
         if mirrored && let Some(forward) = &forward {
             self.mirror(&to.known, forward, &parts, &original);

@@ -2,7 +2,8 @@
 //!
 //! An endpoint that cannot be reached is left for another one as with any connection (`attempts`); that is no retry. A
 //! retry of the route happens only for what `http::retry` allows, within the budget, and with a body that was kept whole.
-//! One more attempt is made unasked: a connection that waited may be closed by its server in the moment in which it is used.
+//! Unasked, and counted in no budget, a request is sent anew that nobody has read, or that was lost with a connection that
+//! waited: its server may close it in the moment in which it is used (RFC 9110 §9.2.2, RFC 9112 §9.3.1, RFC 9113 §8.7).
 
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -17,11 +18,12 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::base::cut::Cut;
 use crate::http::client::{Conn, Failed};
+use crate::http::headers::{check_answer, strip_hop};
 use crate::http::pool::Key;
-use crate::http::reply;
+use crate::http::reply::{self, Reply};
 use crate::http::retry::{Tried, is_idempotent, may_repeat, pause};
 use crate::http::server::{Switch, Switches};
-use crate::http::{Body, End, Original};
+use crate::http::{Body, End, Framing, Original};
 use crate::outbound::ask::Known;
 use crate::outbound::attempts::{Failure, LONGEST, MOST, SHORT};
 use crate::outbound::decide::{Plan, permit, to_service};
@@ -40,6 +42,9 @@ const MIRRORED: usize = 16;
 
 /// How long a copy may take altogether.
 const MIRROR_TIME: Duration = Duration::from_secs(15);
+
+/// How often a request that nobody has read is sent anew: a server that closes each connection has another reason.
+const MOST_ANEW: u32 = 4;
 
 /// A port of a Service.
 pub(super) struct Target {
@@ -78,14 +83,14 @@ struct Got {
 /// An attempt without an answer.
 struct Missed {
     tried: Tried,
-    /// On a connection that had waited.
-    reused: bool,
+    /// Nobody has read the request, or the connection had waited and was closed by its server: sent anew, it is no retry.
+    anew: bool,
     refused: Refused,
 }
 
 impl Missed {
     fn final_(refused: impl Into<Refused>) -> Self {
-        Self { tried: Tried::Answered(http::StatusCode::OK), reused: false, refused: refused.into() }
+        Self { tried: Tried::Answered(http::StatusCode::OK), anew: false, refused: refused.into() }
     }
 }
 
@@ -109,15 +114,12 @@ impl Job<'_> {
         let most_retries = settings.and_then(|settings| settings.max_retries);
         let budget = self.client.means.budget(&self.client.pod.uid, &self.to.service, self.to.at.port());
         let counted = budget.request();
-        if self.retry.is_none() && !self.keep {
-            self.original.last();
-        }
-        let (mut retries, mut fresh) = (0, false);
+        let (mut retries, mut sent_anew) = (0, 0);
         let mut avoid = Vec::new();
         let mut held = Vec::new();
         let got = loop {
             record.attempts += 1;
-            let result = self.try_once(fresh, &avoid, record).await;
+            let result = self.try_once(sent_anew > 0, &avoid, record).await;
             let again = |tried| self.may_again(tried, retries);
             let missed = match result {
                 Ok(got) => {
@@ -132,9 +134,13 @@ impl Job<'_> {
                 Err(missed) => Some(missed),
             };
             if let Some(missed) = missed {
-                let lost = missed.tried == Tried::Lost && is_idempotent(&self.parts.method);
-                if missed.reused && !fresh && (lost || missed.tried == Tried::Unreached) && self.original.is_kept() {
-                    fresh = true;
+                if let Some(code) = self.original.failed() {
+                    let flag = if code == Code::ClientReset { "DC" } else { reply::BAD_REQUEST.flag };
+                    let reply = Reply { flag, ..reply::BAD_REQUEST };
+                    return Err(Refused::new(reply, code, "the body of the request broke off"));
+                }
+                if missed.anew && sent_anew < MOST_ANEW && self.original.is_kept() {
+                    sent_anew += 1;
                     continue;
                 }
                 let counted = if again(missed.tried) { budget.retry(most_retries) } else { None };
@@ -171,7 +177,7 @@ impl Job<'_> {
         timeout_at(at, attempt).await.unwrap_or_else(|_| {
             let text = "the backend did not answer in the time that the route gives";
             let refused = Refused::new(reply::TIMEOUT, Code::RequestTimeout, text);
-            Err(Missed { tried: Tried::Late, reused: false, refused })
+            Err(Missed { tried: Tried::Late, anew: false, refused })
         })
     }
 
@@ -183,14 +189,26 @@ impl Job<'_> {
         deadline: Option<Instant>,
         record: &mut HttpRecord,
     ) -> Result<Got, Missed> {
+        if !reused && self.retry.is_none() && !self.keep {
+            self.original.last();
+        }
         let count = record.request_bytes.clone();
         let body = Body::from(self.original.attempt()).until(deadline).then(move |ended| count.set(ended.bytes));
         let request = Request::from_parts(self.parts.clone(), body);
         match conn.send(request, self.switch).await {
-            Ok(response) => Ok(Got { response, conn, key, deadline }),
-            Err(Failed { unsent, outcome }) => {
-                let tried = if unsent.is_some() { Tried::Unreached } else { Tried::Lost };
-                Err(Missed { tried, reused, refused: outcome.into() })
+            Ok(mut response) => match check_answer(response.headers_mut()) {
+                Ok(()) => Ok(Got { response, conn, key, deadline }),
+                Err(error) => {
+                    let text = format!("the backend's answer: {}", error.0);
+                    Err(Missed::final_(Refused::new(reply::PROTOCOL, Code::ServerReset, text)))
+                }
+            },
+            Err(Failed { unsent, malformed, outcome }) => {
+                let tried = if unsent { Tried::Unreached } else { Tried::Lost };
+                let anew = unsent || (reused && !malformed && is_idempotent(&self.parts.method));
+                let refused = Refused::from(outcome);
+                let refused = if malformed { Refused { reply: reply::PROTOCOL, ..refused } } else { refused };
+                Err(Missed { tried, anew, refused })
             }
         }
     }
@@ -220,17 +238,22 @@ impl Job<'_> {
             record.destination.workload = plan.destination().cloned();
             record.destination.addr = Some(plan.endpoint());
             let key = self.key(&plan);
-            let waiting = if fresh || self.switch { None } else { client.means.connections.take(&key) };
+            // One that many share says of itself when it is closing; one that waits may be as dead as the one before.
+            let waiting = if (fresh && key.framing == Framing::One) || self.switch {
+                None
+            } else {
+                client.means.connections.take(&key)
+            };
             if let Some(conn) = waiting {
                 prove(record, &self.to.known.source, &conn);
                 return Ok((conn, key, true));
             }
             let others = plan.others() && failures + 1 < MOST && begin.elapsed() < LONGEST;
             match self.open(&plan, &key, others).await {
-                Ok(conn) => {
+                Ok((conn, used)) => {
                     prove(record, &self.to.known.source, &conn);
                     client.attempts().reached(&plan, self.to.at.port());
-                    return Ok((conn, key, false));
+                    return Ok((conn, key, used));
                 }
                 Err(Failure { outcome, elsewhere }) => {
                     if !elsewhere {
@@ -250,7 +273,7 @@ impl Job<'_> {
     }
 
     fn unreached(&self, outcome: Outcome) -> Missed {
-        Missed { tried: Tried::Unreached, reused: false, refused: outcome.into() }
+        Missed { tried: Tried::Unreached, anew: false, refused: outcome.into() }
     }
 
     fn choose(&self, tried: &[SocketAddr]) -> Result<Plan, Outcome> {
@@ -272,16 +295,17 @@ impl Job<'_> {
         Key { pod, endpoint: plan.endpoint(), asked, identities, framing }
     }
 
-    async fn open(&self, plan: &Plan, key: &Key, others: bool) -> Result<Conn, Failure> {
+    /// A new connection, or one that somebody else has opened meanwhile (true).
+    async fn open(&self, plan: &Plan, key: &Key, others: bool) -> Result<(Conn, bool), Failure> {
         let client = self.client;
         let connections = &client.means.connections;
         let opening = connections.opening(key);
         // Streams of many requests share a connection, so a burst of them opens one.
-        let _one = if key.framing == crate::http::Framing::Two { Some(opening.lock().await) } else { None };
+        let _one = if key.framing == Framing::Two { Some(opening.lock().await) } else { None };
         if _one.is_some()
             && let Some(conn) = connections.take(key)
         {
-            return Ok(conn);
+            return Ok((conn, true));
         }
         let held = client.pod.connection(&client.pod.outbound).map_err(Failure::last)?;
         let patience = if others { SHORT } else { client.shared.hbone.patience() };
@@ -306,7 +330,7 @@ impl Job<'_> {
         if let Conn::Two(two) = &conn {
             connections.share(key, two.clone());
         }
-        Ok(conn)
+        Ok((conn, false))
     }
 
     /// The answer as the client gets it. Its connection waits for the next request once it was read.
@@ -315,7 +339,7 @@ impl Job<'_> {
         let (mut parts, incoming) = response.into_parts();
         let switched = parts.status == http::StatusCode::SWITCHING_PROTOCOLS;
         let protocol = parts.headers.get(http::header::UPGRADE).cloned().filter(|_| switched);
-        crate::http::headers::strip_hop(&mut parts.headers, protocol.as_ref());
+        strip_hop(&mut parts.headers, protocol.as_ref());
         parts.version = http::Version::HTTP_11;
         if switched {
             if let Conn::One(one) = conn {
