@@ -49,7 +49,7 @@ impl Answers {
             Some(Question::Status(_)) => Ok(Answer::Status(self.status())),
             Some(Question::Outbound(question)) => {
                 let Shared { reader, network, destinations, .. } = &self.shared;
-                explain::outbound(&reader.load(), network, destinations, &question).map(Answer::Outbound)
+                explain::outbound(&reader.load(), network, destinations, &question, unix_now()).map(Answer::Outbound)
             }
             Some(Question::Inbound(question)) => {
                 explain::inbound(&self.shared.reader.load(), &question, unix_now()).map(Answer::Inbound)

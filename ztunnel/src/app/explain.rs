@@ -1,15 +1,16 @@
 //! What this node would do with a connection, for `tulle explain`: control asks, this answers.
 //!
 //! Explanations come from the same `decide` functions that traffic goes through, and for datagrams from the same
-//! findings that their filters are made of; there is no second implementation that could disagree. Pure. A question is about
-//! a connection, or about one request on it ([`requests`]). Where requests are read and none is asked about, the answer says
-//! so.
+//! findings that their filters are made of; there is no second implementation that could disagree. Pure. What only a
+//! handshake finds out is told as far as it is known before: that nobody vouches for the peer's trust domain. A question is
+//! about a connection, or about one request on it ([`requests`]). Where requests are read and none is asked about, the answer
+//! says so.
 
 mod requests;
 
 use std::net::{IpAddr, SocketAddr};
 
-use tulle_certs::SpiffeId;
+use tulle_certs::{SpiffeId, VerifyError};
 use tulle_proto::node::{
     EndpointChoice, InboundAnswer, InboundQuestion, OutboundAnswer, OutboundQuestion, RequestAnswer, Transport as Asked,
 };
@@ -24,7 +25,7 @@ use crate::policy;
 use crate::policy::network::{self, Finding};
 use crate::state::{EgressMode, IpFamily, NETWORK_POLICY, Protocol, Service, Snapshot, Transport, Workload};
 
-/// What would become of a connection that a pod of this node opens. `network` is the node's own.
+/// What would become of a connection that a pod of this node opens, at `now` (Unix seconds). `network` is the node's own.
 ///
 /// # Errors
 /// Why the question has no answer.
@@ -33,6 +34,7 @@ pub(super) fn outbound(
     network: &str,
     destinations: &Destinations,
     question: &OutboundQuestion,
+    now: i64,
 ) -> Result<OutboundAnswer, String> {
     let source = snapshot
         .workload(&question.source_uid)
@@ -55,6 +57,7 @@ pub(super) fn outbound(
         unenrolled(snapshot, network, source, destination, &mut answer);
     } else {
         stream(snapshot, network, source, destination, &mut answer);
+        believe(snapshot, source, &mut answer, now);
         let service = snapshot.service_at(network, destination, &source.namespace);
         if let Some(service) = service.filter(|service| !outbound::waypoint_decides(snapshot, source, service)) {
             eject(snapshot, destinations, source, service, destination.port(), &mut answer.endpoints);
@@ -75,6 +78,7 @@ fn stream(snapshot: &Snapshot, network: &str, source: &Workload, destination: So
     // Endpoints have each their own verdict, so the plan is made without those that the source's policies forbid; where
     // there is no endpoint to tell it of, the plan itself is refused.
     let chosen = choose(snapshot, source, network, destination, &Chance::of(0));
+    let chosen = chosen.or_else(|outcome| inside(snapshot, source, network, destination).ok_or(outcome));
     let planned = chosen.and_then(|plan| match plan.destination() {
         Some(_) => Ok(plan),
         None => decide(snapshot, source, network, destination, &Chance::of(0)),
@@ -133,6 +137,47 @@ fn eject(
         });
         of.for_each(|endpoint| endpoint.ejected = format!("{ejected}, by {by}"));
     }
+}
+
+/// The plan by those endpoints of a Service that the source may go to, where some are outside the cluster and some are not.
+fn inside(snapshot: &Snapshot, source: &Workload, network: &str, destination: SocketAddr) -> Option<Plan> {
+    let service = snapshot.service_at(network, destination, &source.namespace)?;
+    let shares = lb::shares(snapshot, service, destination.port(), source, destination.ip()).ok()?;
+    let at = shares.iter().map(|(choice, _)| (&choice.workload, SocketAddr::new(choice.ip, choice.port)));
+    let outside: Vec<SocketAddr> =
+        at.filter(|(workload, at)| may_go_to(source, service, workload, *at).is_err()).map(|(_, at)| at).collect();
+    let chance = Chance { tried: &outside, ..Chance::of(0) };
+    choose(snapshot, source, network, destination, &chance).ok()
+}
+
+/// Says of which endpoints the handshake fails, since nobody vouches for them.
+fn believe(snapshot: &Snapshot, source: &Workload, answer: &mut OutboundAnswer, now: i64) {
+    for endpoint in &mut answer.endpoints {
+        let expected = endpoint.expected_identities.iter().map(|text| text.parse::<SpiffeId>());
+        let doubts: Option<Vec<Outcome>> =
+            expected.map(|identity| untrusted(snapshot, source, &identity.ok()?, now)).collect();
+        if let Some(doubt) = doubts.and_then(|doubts| doubts.into_iter().next())
+            && endpoint.code.is_empty()
+        {
+            *endpoint = refused(std::mem::take(endpoint), doubt);
+        }
+    }
+}
+
+/// Why nothing that `peer` shows proves to `own` that it is that, as handshakes say it.
+fn untrusted(snapshot: &Snapshot, own: &Workload, peer: &SpiffeId, now: i64) -> Option<Outcome> {
+    if !snapshot.is_foreign(own, peer) {
+        return None;
+    }
+    let trust_domain = peer.trust_domain();
+    let error = match snapshot.trust().get(trust_domain) {
+        None => VerifyError::UntrustedDomain { identity: peer.clone() },
+        Some(roots) if roots.valid_at(now).is_none() => {
+            VerifyError::ExpiredRoots { trust_domain: trust_domain.to_owned() }
+        }
+        Some(_) => return None,
+    };
+    Some(Outcome::new(Code::UntrustedDomain, error.to_string()))
 }
 
 /// What is to be added where requests do not simply follow the connection.
@@ -247,7 +292,7 @@ fn unenrolled(
     }
 }
 
-/// What would become of a connection to a pod of this node. `now` is Unix seconds.
+/// What would become of a connection to a pod of this node, at `now` (Unix seconds).
 ///
 /// # Errors
 /// Why the question has no answer.
@@ -288,6 +333,10 @@ pub(super) fn inbound(snapshot: &Snapshot, question: &InboundQuestion, now: i64)
             }
             Err(outcome) => deny(&mut answer, outcome),
         }
+        return Ok(answer);
+    }
+    if let Some(outcome) = identity.as_ref().and_then(|peer| untrusted(snapshot, workload, peer, now)) {
+        deny(&mut answer, outcome);
         return Ok(answer);
     }
     let read = requests_are_read(snapshot, workload, target.port());
@@ -407,9 +456,11 @@ mod tests {
     use crate::lb::Destinations;
     use crate::state::fixtures::{behind, policy, service, snapshot, workload};
     use crate::state::{
-        Action, Change, Filters, HTTP_ROUTE, HttpMatch, HttpRule, Policy, Route, RouteKind, RouteMatch, RouteParent,
-        RouteRule, Scope, ServiceName,
+        Action, Change, EgressMode, Filters, HTTP_ROUTE, HttpMatch, HttpRule, Policy, Protocol, Route, RouteKind,
+        RouteMatch, RouteParent, RouteRule, Scope, ServiceName, TrustBundle, Workload,
     };
+
+    const NOW: i64 = 1_800_000_000;
 
     #[test]
     fn where_requests_are_read_the_connection_s_verdict_is_not_sold_as_theirs() {
@@ -453,6 +504,7 @@ mod tests {
                 port: 80,
                 ..OutboundQuestion::default()
             },
+            NOW,
         );
         let text = out.unwrap().text;
         assert!(text.ends_with("go where the routes say: HTTPRoute/shop/cart"), "{text}");
@@ -466,9 +518,81 @@ mod tests {
                 port: 8080,
                 ..InboundQuestion::default()
             },
-            0,
+            NOW,
         );
         let into = into.unwrap();
         assert!(into.allowed && into.text.contains("decide each request"), "{into:?}");
+    }
+
+    fn ask(port: u32) -> OutboundQuestion {
+        OutboundQuestion {
+            source_uid: "Kubernetes//Pod/shop/web".into(),
+            address: vec![10, 96, 0, 1].into(),
+            port,
+            ..OutboundQuestion::default()
+        }
+    }
+
+    #[test]
+    fn of_a_service_that_leads_inside_and_outside_only_what_is_outside_is_refused() {
+        let web = Workload { egress: EgressMode::Deny, ..workload("shop", "web", "10.0.0.9") };
+        let inside = || behind(workload("shop", "b", "10.0.0.2"), "shop", "cart");
+        let outside = |name: &str, ip: &str| Workload {
+            uid: format!("Kubernetes/discovery.k8s.io/EndpointSlice/shop/{name}").into(),
+            protocol: Protocol::Plain,
+            ..behind(workload("shop", name, ip), "shop", "cart")
+        };
+        let changes = |inside: Option<Workload>| {
+            let all = [outside("a", "203.0.113.1"), outside("c", "203.0.113.3"), web.clone()];
+            let all = all.into_iter().chain(inside).map(|workload| Change::Workload(workload.into()));
+            all.chain([Change::Service(service("shop", "cart", "10.96.0.1").into())]).collect::<Vec<_>>()
+        };
+        let answer = outbound(&snapshot(changes(Some(inside()))), "", &Destinations::default(), &ask(80), NOW).unwrap();
+        assert_eq!((answer.plan.as_str(), answer.code.as_str()), ("hbone", ""), "{answer:?}");
+        let mut codes: Vec<_> = answer.endpoints.iter().map(|one| (one.name.as_str(), one.code.as_str())).collect();
+        codes.sort_unstable();
+        assert_eq!(codes, [("a", "EGRESS_DENIED"), ("b", ""), ("c", "EGRESS_DENIED")]);
+        let none = outbound(&snapshot(changes(None)), "", &Destinations::default(), &ask(80), NOW).unwrap();
+        assert_eq!((none.plan.as_str(), none.code.as_str()), ("refuse", "EGRESS_DENIED"), "{none:?}");
+    }
+
+    #[test]
+    fn whom_nobody_vouches_for_is_told_as_the_handshake_tells_it() {
+        let foreign: tulle_certs::SpiffeId = "spiffe://other.example/ns/shop/sa/a".parse().unwrap();
+        let there = Workload { identity: foreign.clone(), ..behind(workload("shop", "a", "10.0.0.1"), "shop", "cart") };
+        let dir = tempfile::tempdir().unwrap();
+        let roots = tulle_certs::ca::Authority::open(dir.path(), NOW).unwrap().roots().clone();
+        let bundle = TrustBundle {
+            id: "TrustBundle/other.example".into(),
+            version: "v".into(),
+            trust_domain: "other.example".into(),
+            roots,
+        };
+        for (bundle, now, code) in [
+            (None, NOW, "UNTRUSTED_DOMAIN"),
+            (Some(&bundle), NOW, ""),
+            (Some(&bundle), NOW + 20 * tulle_certs::ca::INTERMEDIATE_LIFE_S, "UNTRUSTED_DOMAIN"),
+        ] {
+            let bundle = bundle.map(|bundle| Change::TrustBundle(Arc::new(bundle.clone())));
+            let changes = [
+                Change::Workload(there.clone().into()),
+                Change::Workload(workload("shop", "web", "10.0.0.9").into()),
+                Change::Service(service("shop", "cart", "10.96.0.1").into()),
+            ];
+            let snapshot = snapshot(changes.into_iter().chain(bundle));
+            let out = outbound(&snapshot, "", &Destinations::default(), &ask(80), now).unwrap();
+            assert_eq!((out.plan.as_str(), out.endpoints[0].code.as_str()), ("hbone", code), "{out:?}");
+            assert_eq!(out.endpoints[0].text.contains("other.example"), !code.is_empty(), "{out:?}");
+            let question = InboundQuestion {
+                destination_uid: "Kubernetes//Pod/shop/web".into(),
+                source_identity: foreign.to_string(),
+                source_address: vec![10, 0, 0, 1].into(),
+                address: vec![10, 0, 0, 9].into(),
+                port: 8080,
+                ..InboundQuestion::default()
+            };
+            let into = inbound(&snapshot, &question, now).unwrap();
+            assert_eq!(into.code, if code.is_empty() { "OK" } else { code }, "{into:?}");
+        }
     }
 }

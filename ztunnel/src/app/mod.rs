@@ -15,6 +15,7 @@ pub mod revocation;
 mod spans;
 pub mod view;
 pub mod wanted;
+mod ways;
 pub mod worker;
 
 use std::io;
@@ -43,6 +44,7 @@ use crate::app::handover::successor::{Taken, Taking, take};
 use crate::app::pods::{Environment, Pods};
 use crate::app::resolver::Names;
 use crate::app::spans::Exporter;
+use crate::app::ways::Ways;
 use crate::app::worker::Worker;
 use crate::base::drain::{Drain, Drained, Phase, drain};
 use crate::base::memory;
@@ -53,7 +55,7 @@ use crate::capture::pods::{ListFile, Pods as List, Source, watch_directory};
 use crate::config::{LogFormat, Node, Switch};
 use crate::flow::{GateLimits, Limits, Shared};
 use crate::hbone;
-use crate::identity::{self, Control, RootCa, TokenSource};
+use crate::identity::{self, Control};
 use crate::relay;
 use crate::state;
 use crate::telemetry::lines::{Lines, Writer};
@@ -117,7 +119,8 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     let exporter = Exporter::start(&config, &metrics)?;
     let (writer, reader) = state::store();
     let trust = trust(&config, &reader)?;
-    let identities = identity::identities(control(&config, true), config.secret_ttl, trust.clone());
+    let ways = Ways::new(&config, &trust.revoked);
+    let identities = identity::identities(ways.ca, config.secret_ttl, trust.clone());
     let shared = Shared {
         reader: reader.clone(),
         identities: identities.clone(),
@@ -163,7 +166,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
         tokio::spawn(revocation::watch(path, trust.revoked, identities.clone(), stopping.clone()));
     }
     tokio::spawn(identities.run(reached(stopping.clone(), Phase::Forced)));
-    discover(&config, writer, monitor, stopping.clone());
+    discover(&config, ways.xds.clone(), writer, monitor, stopping.clone());
     tokio::spawn(federation::watch(reader.clone(), trust.federated));
     tokio::spawn(watch_node_addresses(reader.clone()));
     let counted = pods.clone();
@@ -195,7 +198,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
         }
         (None, ..) => {}
     }
-    answer_control(&config, answers, was_replaced);
+    answer_control(&config, ways.xds, answers, was_replaced);
     tracing::info!(node = %config.node_name, workers = count, version = VERSION, "started");
 
     wait_for_stop(&stopping).await?;
@@ -211,11 +214,11 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
 }
 
 /// Learns what the mesh is, from control or from a file in its place.
-fn discover(config: &Node, writer: state::Writer, monitor: xds::Monitor, stopping: Drained) {
+fn discover(config: &Node, control: Control, writer: state::Writer, monitor: xds::Monitor, stopping: Drained) {
     let end = reached(stopping, Phase::Forced);
     match config.local_xds.clone() {
         Some(path) => drop(tokio::spawn(xds::local::run(path, writer, monitor, end))),
-        None => drop(tokio::spawn(xds::run(xds_config(config), writer, monitor, end))),
+        None => drop(tokio::spawn(xds::run(xds_config(config, control), writer, monitor, end))),
     }
 }
 
@@ -228,16 +231,12 @@ fn trust(config: &Node, reader: &state::Reader) -> anyhow::Result<Trust> {
 }
 
 /// Answers control's questions while this process is the one that serves.
-fn answer_control(config: &Node, answers: Answers, replaced: Drained) {
+fn answer_control(config: &Node, control: Control, answers: Answers, replaced: Drained) {
     // With a file in the place of discovery nobody may be there to ask.
     if config.local_xds.is_some() {
         return;
     }
-    let service = xds::NodeConfig {
-        control: control(config, false),
-        node_name: config.node_name.clone(),
-        version: VERSION.to_owned(),
-    };
+    let service = xds::NodeConfig { control, node_name: config.node_name.clone(), version: VERSION.to_owned() };
     let answer = move |question| answers.answer(question);
     tokio::spawn(xds::run_node_service(service, answer, reached(replaced, Phase::Draining)));
 }
@@ -399,30 +398,13 @@ async fn take_over(
     taking.ready(giver(admin)).await.context("successors of this process could not find it")
 }
 
-fn control(config: &Node, ca: bool) -> Control {
-    let (address, root, alt, prefix) = if ca {
-        (&config.ca_address, &config.ca_root_ca, &config.alt_ca_hostname, "CA_HEADER_")
-    } else {
-        (&config.xds_address, &config.xds_root_ca, &config.alt_xds_hostname, "XDS_HEADER_")
-    };
-    let mut headers = Node::headers(prefix);
-    headers.push(("clusterid".to_owned(), config.cluster_id.clone()));
-    Control {
-        address: address.clone(),
-        root_ca: RootCa::parse(root),
-        alt_hostname: alt.clone(),
-        token: TokenSource::parse(&config.auth_token),
-        headers,
-    }
-}
-
-fn xds_config(config: &Node) -> xds::Config {
+fn xds_config(config: &Node, control: Control) -> xds::Config {
     let mut metadata = config.metadata();
     metadata.insert(names::METADATA_TULLE_VERSION.to_owned(), VERSION.into());
     let types: Vec<&str> = xds::own_types(config.network_policy == Switch::On).collect();
     metadata.insert(names::METADATA_TULLE_TYPES.to_owned(), types.join(",").into());
     xds::Config {
-        control: control(config, false),
+        control,
         node_name: config.node_name.clone(),
         instance_ip: config.instance_ip.clone(),
         pod_name: config.pod_name.clone(),

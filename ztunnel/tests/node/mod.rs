@@ -31,7 +31,7 @@ use ztunnel::base::drain::{Drain, Phase, drain};
 use ztunnel::base::netns::NetnsThread;
 use ztunnel::base::sockets::Options;
 use ztunnel::base::workers::Workers;
-use ztunnel::capture::pods::{ListFile, Source};
+use ztunnel::capture::pods::{ListFile, Source, watch_directory};
 use ztunnel::config::Preexisting;
 use ztunnel::flow::{Limits, Shared};
 use ztunnel::identity::Identities;
@@ -150,6 +150,8 @@ pub struct Node {
     /// Its counters, and what it would send to a collector.
     pub metrics: Arc<Metrics>,
     foreign: Vec<(&'static str, &'static str)>,
+    /// Tells of changes of the list.
+    watcher: Option<notify::RecommendedWatcher>,
 }
 
 /// The authority of a trust domain.
@@ -234,9 +236,11 @@ impl Node {
         let stop = Arc::new(drain().0);
         runtime.spawn(identities.run(std::future::pending()));
         runtime.spawn(federation::watch(environment.shared.reader.clone(), trust.federated));
+        let changed = Arc::default();
+        let watcher = watch_directory(&path, Arc::clone(&changed));
         let source = Source::File(ListFile::new(path));
-        runtime.spawn(pods.clone().run(Arc::new(environment), source, Arc::default(), stop.clone()));
-        Self { pods, workers, writer, reader, stop, runtime, metrics, foreign }
+        runtime.spawn(pods.clone().run(Arc::new(environment), source, changed, stop.clone()));
+        Self { pods, workers, writer, reader, stop, runtime, metrics, foreign, watcher }
     }
 
     pub fn describe(&mut self, hbone: &[&str]) {
