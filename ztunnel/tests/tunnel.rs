@@ -73,7 +73,13 @@ fn dialer(cert: Arc<WorkloadCert>) -> Dialer {
 }
 
 fn key(expected: &str, address: SocketAddr) -> Key {
-    Key { source: A.parse().unwrap(), pod: "a".into(), expected: vec![expected.parse().unwrap()].into(), address }
+    Key {
+        source: A.parse().unwrap(),
+        pod: "a".into(),
+        expected: vec![expected.parse().unwrap()].into(),
+        address,
+        beyond: None,
+    }
 }
 
 /// What the serving side has.

@@ -6,6 +6,7 @@
 //! its record.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use tulle_certs::SpiffeId;
 use tulle_proto::node::{
@@ -16,7 +17,7 @@ use crate::inbound;
 use crate::inbound::decide::{decide_connection, requests_are_read};
 use crate::lb::{self, Chance};
 use crate::outbound;
-use crate::outbound::decide::{Plan, choose, decide, may_go_to};
+use crate::outbound::decide::{Plan, choose, decide, may_go_to, through_gateway};
 use crate::outcome::{Code, Outcome};
 use crate::policy;
 use crate::policy::network::{self, Finding};
@@ -76,9 +77,13 @@ fn stream(snapshot: &Snapshot, network: &str, source: &Workload, destination: So
         Plan::Hbone(plan) => {
             answer.plan = "hbone".to_owned();
             answer.source_identity = source.identity.to_string();
-            answer.text = match plan.through {
-                false => "through a mutual TLS tunnel".to_owned(),
-                true => {
+            answer.text = match (plan.through, &plan.beyond) {
+                (false, _) => "through a mutual TLS tunnel".to_owned(),
+                (true, Some(beyond)) => format!(
+                    "through a mutual TLS tunnel to {} inside another one to the gateway of network {} at {}",
+                    beyond.authority, plan.destination.network, plan.address
+                ),
+                (true, None) => {
                     let waypoint = &plan.destination;
                     format!("through a mutual TLS tunnel to the waypoint {}/{}", waypoint.namespace, waypoint.name)
                 }
@@ -173,8 +178,18 @@ fn endpoints(snapshot: &Snapshot, source: &Workload, plan: &Plan, destination: S
     let shares = plan
         .service()
         .and_then(|service| lb::shares(snapshot, service, destination.port(), source, destination.ip()).ok());
-    let endpoint = |workload: &Workload, ip: IpAddr, port: u16, percent: f64| {
-        let (at, described) = (SocketAddr::new(ip, port), endpoint(workload, ip, port, percent));
+    let endpoint = |workload: &Arc<Workload>, ip: IpAddr, port: u16, percent: f64| {
+        let described = endpoint(workload, ip, port, percent);
+        let at = match plan.service().filter(|_| ip.is_unspecified()) {
+            None => SocketAddr::new(ip, port),
+            Some(service) => match through_gateway(snapshot, source, service, workload, destination) {
+                Ok(at) => at,
+                Err(outcome) => return refused(described, outcome),
+            },
+        };
+        if ip.is_unspecified() {
+            return with_finding(described, &network::egress(snapshot, source, Transport::Tcp, at));
+        }
         // The plan is about one endpoint; others may be outside the cluster.
         match plan.service().map_or(Ok(()), |service| may_go_to(source, service, workload, at)) {
             Ok(()) => with_finding(described, &network::egress(snapshot, source, Transport::Tcp, at)),

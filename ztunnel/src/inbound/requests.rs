@@ -62,7 +62,7 @@ impl Connection {
         Self {
             shared: shared.clone(),
             pod: pod.clone(),
-            request: super::Request { identity: identity.clone(), source: *source, target: *target },
+            request: super::Request { identity: identity.clone(), source: *source, target: *target, inside: false },
             source: record.source.clone(),
             destination: Peer { addr: Some(*target), ..record.destination.clone() },
             service: record.service.clone(),
@@ -73,7 +73,7 @@ impl Connection {
     fn decide_bytes(&self, snapshot: &Snapshot) -> Result<(), Outcome> {
         let gone = || Outcome::new(Code::UnknownWorkload, "control no longer describes the pod");
         let workload = self.pod.workload(snapshot).ok_or_else(gone)?;
-        let super::Request { identity, source, target } = &self.request;
+        let super::Request { identity, source, target, .. } = &self.request;
         decide::decide_bytes(snapshot, workload, identity.as_ref(), *source, *target).map(drop)
     }
 }
@@ -253,7 +253,7 @@ impl Connection {
             let outcome = Outcome::new(Code::UnknownWorkload, "control no longer describes the pod");
             return Err(Refused::new(reply::NO_ENDPOINT, outcome));
         };
-        let super::Request { identity, source, target } = &self.request;
+        let super::Request { identity, source, target, .. } = &self.request;
         let connection = decide::facts(&snapshot, workload, identity.as_ref(), *source, *target);
         let verdict = authorise(&snapshot, connection, request, &path, unix_now()).map_err(token_refused)?;
         if !verdict.allowed && !authorization_is_broken() {

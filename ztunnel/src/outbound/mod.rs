@@ -9,6 +9,7 @@ mod ask;
 mod attempts;
 pub mod decide;
 mod dial;
+mod elsewhere;
 mod exchange;
 mod forward;
 pub mod recheck;
