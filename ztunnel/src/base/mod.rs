@@ -9,6 +9,7 @@ pub mod cut;
 pub mod drain;
 pub mod gather;
 pub mod handover;
+pub mod lent;
 pub mod memory;
 pub mod netns;
 pub mod pace;

@@ -14,7 +14,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use h2::client::SendRequest;
 use rustls::pki_types::{CertificateDer, ServerName};
-use tokio::io::{AsyncRead, AsyncWrite, BufReader};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_rustls::TlsConnector;
@@ -23,6 +23,7 @@ use tulle_certs::{SpiffeId, Usage};
 use crate::base::budget::Budget;
 use crate::base::cut::Cut;
 use crate::base::gather::Gathered;
+use crate::base::lent::Lent;
 use crate::base::pace::Paced;
 use crate::base::sockets::PodSockets;
 use crate::base::window::{Slot, Window};
@@ -191,7 +192,7 @@ where
 {
     // The name is never sent nor looked at; the verifier knows the expected identities.
     let name = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into());
-    let transport = Paced::new(BufReader::with_capacity(READ_BUFFER, io));
+    let transport = Paced::new(Lent::new(READ_BUFFER, io));
     let mut tls = TlsConnector::from(dialer.cert.client_config(expected))
         .connect(name, transport)
         .await

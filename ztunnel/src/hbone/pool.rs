@@ -5,7 +5,8 @@
 //! way, and everybody who waits for it gets its result; a tunnel whose certificate was renewed, or that said goodbye,
 //! gets no new streams and closes when its last one ends. The next tunnel of a pair is opened in the background when
 //! the best one is [`CROWDED`] full, so that nobody waits for it. Idle tunnels are closed by one task a pool that
-//! sleeps until the next one is due; an idle pool has no task. A tunnel behind a gateway is one of the pool too: it lives in
+//! sleeps until the next one is due; an idle pool has no task. Of the tunnels of a key that are idle one stays, the others,
+//! which a peak had opened, are closed soon: each holds some 200 KB at either end. A tunnel behind a gateway is one of the pool too: it lives in
 //! a stream of the tunnel to the gateway, which is found here like any other.
 
 use std::borrow::Borrow;
@@ -19,8 +20,8 @@ use bytes::Bytes;
 use h2::SendStream;
 use h2::client::ResponseFuture;
 use http::{HeaderMap, Request, StatusCode};
-use tokio::sync::watch;
-use tokio::time::{sleep_until, timeout};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Duration, Instant, sleep, sleep_until, timeout};
 use tulle_certs::SpiffeId;
 
 use crate::base::cut::Cut;
@@ -39,6 +40,9 @@ const ATTEMPTS: usize = 4;
 
 /// Unused tunnels that a worker keeps: some 100 KB each. Beyond, the ones unused for longest go.
 const MOST_IDLE: usize = 1024;
+
+/// How long the other tunnels of a key stay open whose one is idle too: long enough for clients that come back at once.
+const SURPLUS: Duration = Duration::from_secs(4);
 
 /// Tunnels of one key. With 100 streams each it is far more than a pod's connection budget.
 const MOST_TUNNELS: usize = 256;
@@ -80,6 +84,9 @@ pub struct Pool {
     config: Config,
     entries: RefCell<HashMap<Key, Entry>>,
     janitor: Cell<bool>,
+    /// When the janitor looks next.
+    due: Cell<Option<Instant>>,
+    sooner: Rc<Notify>,
     this: Weak<Self>,
 }
 
@@ -134,9 +141,11 @@ impl Drop for Lease {
         let streams = self.tunnel.streams.get().saturating_sub(1);
         self.tunnel.streams.set(streams);
         if streams == 0 {
-            self.tunnel.idle_since.set(tokio::time::Instant::now());
+            let now = Instant::now();
+            self.tunnel.idle_since.set(now);
             if let Some(pool) = self.pool.upgrade() {
                 pool.start_janitor();
+                pool.look_by(now + SURPLUS);
             }
         }
     }
@@ -149,6 +158,8 @@ impl Pool {
             config,
             entries: RefCell::default(),
             janitor: Cell::new(false),
+            due: Cell::new(None),
+            sooner: Rc::default(),
             this: this.clone(),
         })
     }
@@ -295,10 +306,23 @@ impl Pool {
                     pool.janitor.set(false);
                     return;
                 };
+                pool.due.set(Some(due));
+                let sooner = pool.sooner.clone();
                 drop(pool);
-                sleep_until(due).await;
+                tokio::select! {
+                    () = sleep_until(due) => {}
+                    () = sooner.notified() => sleep(SURPLUS).await,
+                }
             }
         });
+    }
+
+    /// Has the janitor look no later than `latest`. It is told once for each of its looks, however many tunnels become idle.
+    fn look_by(&self, latest: Instant) {
+        if self.due.get().is_some_and(|due| due > latest) {
+            self.due.set(Some(latest));
+            self.sooner.notify_one();
+        }
     }
 
     /// Retires the longest unused tunnels beyond [`MOST_IDLE`].
@@ -313,16 +337,19 @@ impl Pool {
     }
 
     /// Closes what has been idle for long enough; when the next one is due.
-    fn sweep(&self) -> Option<tokio::time::Instant> {
-        let now = tokio::time::Instant::now();
+    fn sweep(&self) -> Option<Instant> {
+        let now = Instant::now();
         self.cap_idle();
-        let mut next: Option<tokio::time::Instant> = None;
+        let mut next: Option<Instant> = None;
         self.entries.borrow_mut().retain(|_, entry| {
+            let mut idle_ones = 0;
             entry.tunnels.retain(|tunnel| {
                 if tunnel.streams.get() > 0 {
                     return true;
                 }
-                let due = tunnel.idle_since.get() + self.config.idle;
+                idle_ones += usize::from(tunnel.is_open());
+                let patience = if idle_ones > 1 { SURPLUS.min(self.config.idle) } else { self.config.idle };
+                let due = tunnel.idle_since.get() + patience;
                 let keep = tunnel.is_open() && due > now;
                 if keep {
                     next = Some(next.map_or(due, |next| next.min(due)));

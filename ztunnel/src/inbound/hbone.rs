@@ -15,13 +15,14 @@ use h2::RecvStream;
 use h2::server::SendResponse;
 use http::Response;
 use rustls::pki_types::CertificateDer;
-use tokio::io::{AsyncWriteExt as _, BufReader};
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tulle_certs::{SpiffeId, Usage};
 
 use crate::base::cut::Cut;
+use crate::base::lent::Lent;
 use crate::base::pace::Paced;
 use crate::base::sockets::reset;
 use crate::base::window::Window;
@@ -100,7 +101,7 @@ async fn tunnel(
     let permit = pod.handshake(peer.ip()).await?;
     let (_, workload) = shared.known(pod).await?;
     let cert = shared.certificate(&workload).await?;
-    let transport = Paced::new(BufReader::with_capacity(READ_BUFFER, tcp));
+    let transport = Paced::new(Lent::new(READ_BUFFER, tcp));
     let accept = TlsAcceptor::from(cert.server_config()).accept(transport);
     let mut tls = timeout(shared.hbone.handshake_timeout, accept)
         .await

@@ -176,7 +176,7 @@ fn the_program_is_at_home_under_an_istiod() {
 
     // Policies come and go, and what cannot be read is refused by name.
     istiod.policy(&only("x"));
-    program.until("refused", || call(&lab, 1).map_or(Ok(()), |greeting| Err(greeting)));
+    program.until("refused", || call(&lab, 1).map_or(Ok(()), Err));
     istiod.remove(TYPE_AUTHORIZATION, "shop/only");
     program.until("allowed again", || call(&lab, 1).map(drop).map_err(|error| error.to_string()));
     istiod.broken(TYPE_ADDRESS, "c1//Pod/shop/broken");

@@ -130,7 +130,6 @@ async fn connection(shared: Arc<Shared>, tcp: TcpStream, peer: SocketAddr) -> Op
         suites: said.cipher_suites().to_vec(),
         groups: said.named_groups().unwrap_or_default().to_vec(),
     };
-    drop(said);
     shared.hellos.lock().unwrap().push(hello);
     let tls = start.into_stream(shared.cert.server_config()).await.ok()?;
     let identity = tulle_certs::leaf_identity(tls.get_ref().1.peer_certificates()?.first()?).ok()?;
