@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use e2e::eventually::eventually;
 use e2e::lab::Lab;
 use e2e::lab::LabConfig;
@@ -12,6 +13,8 @@ use e2e::scenario;
 
 /// Requests for one cell. A set of 4 misses one of its pods once in some 20,000 tries.
 const TRIES: usize = 40;
+/// Milliseconds for each: a resolver whose datagram was lost asks again after five seconds, which is no balancing.
+const PATIENT: &str = "15000";
 
 /// Who answers `from` at `url`, and what addresses they see; nobody where nothing does.
 fn answered(lab: &Lab, from: &str, url: &str, family: &str) -> anyhow::Result<(BTreeSet<String>, BTreeSet<String>)> {
@@ -20,8 +23,8 @@ fn answered(lab: &Lab, from: &str, url: &str, family: &str) -> anyhow::Result<(B
     if first[0]["ok"] != true {
         return Ok(Default::default());
     }
-    let reports = scenario::calls(lab, from, url, &[family, "--count", &tries])?;
-    scenario::all_well(&reports, TRIES)?;
+    let reports = scenario::calls(lab, from, url, &[family, "--count", &tries, "--timeout-ms", PATIENT])?;
+    scenario::all_well(&reports, TRIES).with_context(|| format!("{from} asks {url} ({family})"))?;
     let all = |field: &str| reports.iter().filter_map(|report| report[field].as_str().map(str::to_owned)).collect();
     Ok((all("pod"), all("source")))
 }

@@ -59,6 +59,7 @@ pub(super) async fn call(options: &Call) -> anyhow::Result<bool> {
         family: family(options.v4, options.v6),
         keep_alive: options.keep_alive,
         sender: None,
+        step: Step::default(),
     };
     let mut all_well = true;
     let began = tokio::time::Instant::now();
@@ -113,8 +114,9 @@ pub(super) async fn tcp(options: &Tcp) -> anyhow::Result<bool> {
 
 async fn tcp_attempt(number: u64, address: &str, line: &str, family: Family, timeout: Duration) -> Value {
     let (began, t_us) = (Instant::now(), now_us());
+    let step = Step::default();
     let attempt = async {
-        let stream = connect(address, family).await?;
+        let stream = connect(address, family, &step).await?;
         let mut stream = BufReader::new(stream);
         let greeting = read_line(&mut stream).await?;
         stream.get_mut().write_all(format!("{line}\n").as_bytes()).await?;
@@ -122,7 +124,7 @@ async fn tcp_attempt(number: u64, address: &str, line: &str, family: Family, tim
         anyhow::ensure!(echoed == line, "sent {line:?}, got {echoed:?} back");
         anyhow::Ok(greeting)
     };
-    let result = tokio::time::timeout(timeout, attempt).await.unwrap_or_else(|_| Err(late(timeout)));
+    let result = tokio::time::timeout(timeout, attempt).await.unwrap_or_else(|_| Err(late(timeout, &step)));
     let ms = began.elapsed().as_secs_f64() * 1000.0;
     match result {
         Ok(greeting) => {
@@ -141,15 +143,17 @@ async fn hold(options: &Tcp, family: Family, pause: Duration, timeout: Duration)
     let ended = Arc::new(Notify::new());
     notify_at_eof(ended.clone());
     let mut lines = 0_u64;
+    let step = Step::default();
+    let late = |_| late(timeout, &step);
     let exchange = async {
-        let stream =
-            tokio::time::timeout(timeout, connect(&options.address, family)).await.map_err(|_| late(timeout))??;
+        let connecting = connect(&options.address, family, &step);
+        let stream = tokio::time::timeout(timeout, connecting).await.map_err(late)??;
         let mut stream = BufReader::new(stream);
-        let greeting = tokio::time::timeout(timeout, read_line(&mut stream)).await.map_err(|_| late(timeout))??;
+        let greeting = tokio::time::timeout(timeout, read_line(&mut stream)).await.map_err(late)??;
         println!("{}", json!({"t_us": now_us(), "kind": "open", "greeting": greeting}));
         loop {
             stream.get_mut().write_all(format!("{}\n", options.send).as_bytes()).await?;
-            let echoed = tokio::time::timeout(timeout, read_line(&mut stream)).await.map_err(|_| late(timeout))??;
+            let echoed = tokio::time::timeout(timeout, read_line(&mut stream)).await.map_err(late)??;
             anyhow::ensure!(echoed == options.send, "sent {:?}, got {echoed:?} back", options.send);
             lines += 1;
             tokio::time::sleep(pause).await;
@@ -209,6 +213,7 @@ async fn load_one(target: &str, options: &Load, failures: &Rc<Cell<u64>>) -> any
             family,
             keep_alive: options.keep_alive,
             sender: None,
+            step: Step::default(),
         })
     };
     let kept = match (is_http, options.keep_alive) {
@@ -285,12 +290,18 @@ struct Client {
     family: Family,
     keep_alive: bool,
     sender: Option<SendRequest<Full<Bytes>>>,
+    step: Step,
 }
+
+/// What a call waits for just now, for the message when it is late: a slow name server is not a slow server.
+#[derive(Default)]
+struct Step(Cell<Option<&'static str>>);
 
 impl Client {
     async fn attempt(&mut self, number: u64, timeout: Duration) -> Value {
         let (began, t_us) = (Instant::now(), now_us());
-        let result = tokio::time::timeout(timeout, self.request()).await.unwrap_or_else(|_| Err(late(timeout)));
+        let result = tokio::time::timeout(timeout, self.request()).await;
+        let result = result.unwrap_or_else(|_| Err(late(timeout, &self.step)));
         let ms = began.elapsed().as_secs_f64() * 1000.0;
         if result.is_err() {
             self.sender = None;
@@ -316,7 +327,7 @@ impl Client {
         let mut sender = match self.sender.take().filter(|sender| !sender.is_closed()) {
             Some(sender) => sender,
             None => {
-                let stream = connect(&self.target.address, self.family).await?;
+                let stream = connect(&self.target.address, self.family, &self.step).await?;
                 let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
                 tokio::task::spawn_local(connection);
                 sender
@@ -360,10 +371,13 @@ pub(super) async fn look_up(address: &str, family: Family) -> anyhow::Result<Soc
     found.first().copied().with_context(|| format!("{address} has no address of the asked family"))
 }
 
-async fn connect(address: &str, family: Family) -> anyhow::Result<TcpStream> {
+async fn connect(address: &str, family: Family, step: &Step) -> anyhow::Result<TcpStream> {
+    step.0.set(Some("the name"));
     let first = look_up(address, family).await?;
+    step.0.set(Some("the connection"));
     let stream = TcpStream::connect(first).await.with_context(|| format!("{first} does not accept"))?;
     stream.set_nodelay(true)?;
+    step.0.set(None);
     Ok(stream)
 }
 
@@ -373,6 +387,7 @@ async fn read_line(stream: &mut BufReader<TcpStream>) -> anyhow::Result<String> 
     Ok(line.trim_end().to_owned())
 }
 
-fn late(timeout: Duration) -> anyhow::Error {
-    anyhow::anyhow!("no answer within {} ms", timeout.as_millis())
+fn late(timeout: Duration, step: &Step) -> anyhow::Error {
+    let waited = step.0.get().map(|step| format!(", still waiting for {step}")).unwrap_or_default();
+    anyhow::anyhow!("no answer within {} ms{waited}", timeout.as_millis())
 }
