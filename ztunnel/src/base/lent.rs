@@ -103,12 +103,12 @@ mod tests {
         let all: Vec<u8> = (0..250_u8).collect();
         there.write_all(&all).await.unwrap();
         other_there.write_all(&all[..30]).await.unwrap();
-        let (mut read, mut buffer) = (Vec::new(), [0; 70]);
+        let (mut read, mut buffer) = (Vec::<u8>::new(), [0; 70]);
         // Two readers by turns, one of which has not taken all of its part.
         while read.len() < all.len() {
             let size = one.read(&mut buffer).await.unwrap();
             read.extend(&buffer[..size]);
-            let _ = other.read(&mut [0; 7]).await.unwrap();
+            let _ = other.read(&mut [0; 3]).await.unwrap();
         }
         assert_eq!(read, all);
         assert_eq!((one.buffer.capacity(), other.buffer.capacity()), (0, 100));

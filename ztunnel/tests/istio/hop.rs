@@ -4,13 +4,14 @@
 use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::net::{Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use h2::server::SendResponse;
 use h2::{RecvStream, SendStream};
-use http::{Request, Response, StatusCode};
+use http::{HeaderMap, Request, Response, StatusCode};
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -57,6 +58,8 @@ struct Shared {
     role: Mutex<Role>,
     seen: Mutex<Vec<Seen>>,
     hellos: Mutex<Vec<Hello>>,
+    answers: Mutex<Vec<HeaderMap>>,
+    pongs: AtomicUsize,
 }
 
 /// One that runs, until dropped.
@@ -71,8 +74,9 @@ impl Hop {
     pub fn start(lab: &Lab, pod: &str, port: u16, account: &str, role: Role) -> Self {
         let _ = (*ztunnel::tls::provider()).clone().install_default();
         let cert = lab.certificate(account);
-        let (seen, hellos) = (Mutex::default(), Mutex::default());
-        let shared = Arc::new(Shared { cert, role: Mutex::new(role), seen, hellos });
+        let (seen, hellos, answers) = (Mutex::default(), Mutex::default(), Mutex::default());
+        let pongs = AtomicUsize::default();
+        let shared = Arc::new(Shared { cert, role: Mutex::new(role), seen, hellos, answers, pongs });
         let (ready, is_ready) = channel();
         let (stop, stopped) = oneshot::channel::<()>();
         let own = shared.clone();
@@ -99,6 +103,16 @@ impl Hop {
     /// The streams that it was asked for.
     pub fn seen(&self) -> Vec<Seen> {
         self.shared.seen.lock().unwrap().clone()
+    }
+
+    /// What it was answered where it went on as a waypoint.
+    pub fn answers(&self) -> Vec<HeaderMap> {
+        self.shared.answers.lock().unwrap().clone()
+    }
+
+    /// Pings that were answered: one for each tunnel.
+    pub fn pongs(&self) -> usize {
+        self.shared.pongs.load(Ordering::SeqCst)
     }
 
     /// How tunnels to it began.
@@ -141,6 +155,11 @@ async fn connection(shared: Arc<Shared>, tcp: TcpStream, peer: SocketAddr) -> Op
         .handshake(tls)
         .await
         .ok()?;
+    let (mut ping, own) = (tunnel.ping_pong()?, shared.clone());
+    tokio::spawn(async move {
+        let answered = ping.ping(h2::Ping::opaque()).await.is_ok();
+        own.pongs.fetch_add(usize::from(answered), Ordering::SeqCst);
+    });
     while let Some(Ok((request, respond))) = tunnel.accept().await {
         let seen = Seen {
             peer,
@@ -228,6 +247,7 @@ async fn further(
     let request = Request::builder().method("CONNECT").uri(target.to_string()).body(()).ok()?;
     let (response, send) = client.send_request(request, false).ok()?;
     let response = response.await.ok()?;
+    shared.answers.lock().unwrap().push(response.headers().clone());
     (response.status() == StatusCode::OK).then(|| (send, response.into_body()))
 }
 

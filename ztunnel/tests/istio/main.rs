@@ -1,6 +1,23 @@
 //! Among Istio's parts, each of our own making and strict about what it hears: an istiod (discovery and certificates), a
 //! waypoint, a gateway to another network. What runs for the proxy is the real thing: namespaces, rules, TLS, and in
 //! `control` the program itself.
+//!
+//! What whoever takes the place of Istio's ztunnel has to do, and what shows it:
+//! * the CNI agent's protocol and its pods: `e2e/src/zds/tests.rs`, `e2e/tests/zds.rs`; our own parser: `capture::zds`;
+//! * marks, original destinations, the client's address at the last hop, the ports: `tests/flow.rs`, `e2e/tests/capture.rs`;
+//! * who the node says it is, subscriptions, acknowledgements, reconnecting, refusals by name, tokens and headers:
+//!   `control`, `tests/wire.rs`; what is asked for on demand: `xds::tests`, `e2e/tests/on_demand.rs`;
+//! * certificates in the name of accounts, the last element as the roots, renewal at half life: `control`,
+//!   `identity::tests`, `certs::issued`;
+//! * TLS 1.3, `h2`, no SNI, suites and groups, pings, larger frames and windows than ours: `waypoint`, `hop`; goodbyes,
+//!   limits of streams: `tests/tunnel.rs`;
+//! * authorities by address and by name, and which others are refused: `inbound::target`, `tests/malformed.rs`;
+//! * `baggage`, `forwarded`, `traceparent`, the answer's `baggage`, `x-forwarded-network`: `waypoint`, `network`,
+//!   `tests/wire.rs`;
+//! * waypoints, east-west gateways, PROXY headers: `waypoint`, `network`, `header`;
+//! * names of metrics, labels and fields of the log, keys of `/config_dump`: `tests/wire.rs`, `app::dump`.
+//!
+//! With a ztunnel of Istio itself: `lab interop`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, unreachable_pub)]
 

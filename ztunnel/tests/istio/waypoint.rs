@@ -103,6 +103,14 @@ fn tunnels_begin_as_istios_peers_expect_it() {
     let groups = [NamedGroup::X25519, NamedGroup::secp256r1, NamedGroup::X25519MLKEM768];
     assert!(groups[..1].iter().all(|group| hello.groups.contains(group)), "{:?}", hello.groups);
     assert!(hello.groups.contains(&groups[2]), "for peers that take nothing else: {:?}", hello.groups);
+    let answers = hop.answers();
+    let [answer] = &answers[..] else { panic!("{answers:?}") };
+    assert_eq!(answer["baggage"], "k8s.cluster.name=Kubernetes,k8s.namespace.name=shop", "who was reached");
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while hop.pongs() == 0 {
+        assert!(Instant::now() < deadline, "the ping in a tunnel is not answered");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]
