@@ -179,19 +179,19 @@ fn endpoints(snapshot: &Snapshot, source: &Workload, plan: &Plan, destination: S
         .service()
         .and_then(|service| lb::shares(snapshot, service, destination.port(), source, destination.ip()).ok());
     let endpoint = |workload: &Arc<Workload>, ip: IpAddr, port: u16, percent: f64| {
-        let described = endpoint(workload, ip, port, percent);
-        let at = match plan.service().filter(|_| ip.is_unspecified()) {
-            None => SocketAddr::new(ip, port),
-            Some(service) => match through_gateway(snapshot, source, service, workload, destination) {
-                Ok(at) => at,
-                Err(outcome) => return refused(described, outcome),
-            },
+        let elsewhere = plan.service().filter(|_| ip.is_unspecified());
+        let found = match elsewhere {
+            None => Ok(SocketAddr::new(ip, port)),
+            Some(service) => through_gateway(snapshot, source, service, workload, destination),
         };
-        if ip.is_unspecified() {
-            return with_finding(described, &network::egress(snapshot, source, Transport::Tcp, at));
-        }
-        // The plan is about one endpoint; others may be outside the cluster.
-        match plan.service().map_or(Ok(()), |service| may_go_to(source, service, workload, at)) {
+        let at = match found {
+            Ok(at) => at,
+            Err(outcome) => return refused(endpoint(workload, ip, port, percent), outcome),
+        };
+        let described = endpoint(workload, at.ip(), at.port(), percent);
+        // The plan is about one endpoint; others may be outside the cluster. What a gateway is for was asked above.
+        let inside = plan.service().filter(|_| elsewhere.is_none());
+        match inside.map_or(Ok(()), |service| may_go_to(source, service, workload, at)) {
             Ok(()) => with_finding(described, &network::egress(snapshot, source, Transport::Tcp, at)),
             Err(outcome) => refused(described, outcome),
         }
