@@ -140,7 +140,7 @@ fn ask(lab: &Lab, when: &str) -> anyhow::Result<Seen> {
         let expected: BTreeSet<String> = expected.split_whitespace().map(str::to_owned).collect();
         for (family, url) in ["-4", "-6"].into_iter().zip(urls) {
             for client in ["shop/web", "plain/guest"] {
-                let (pods, seen) = answered(lab, client, url, family)?;
+                let (pods, seen) = answered(lab, client, url, family).with_context(|| when.to_owned())?;
                 if pods != expected {
                     wrong.insert((name, family, client), pods);
                 }

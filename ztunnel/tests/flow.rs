@@ -95,6 +95,42 @@ fn hundreds_of_idle_connections_do_not_stop_the_next_one() {
     assert_eq!(answered.join().unwrap(), Ok(400));
 }
 
+/// The proxy speaks to the application from the client's address, on a port that the pod's kernel chooses; the client's
+/// own kernel chooses without knowing it. Here nearly all ports of both are in use, so most are the same.
+#[test]
+fn a_client_and_the_proxy_in_its_name_may_have_the_same_port() {
+    const PORTS: usize = 30;
+    let lab = Lab::new("p");
+    drop(lab.within("b", || serve(TcpListener::bind("[::]:8080").unwrap())));
+    let mut node = Node::start(&lab, lab.pods_file(&["b"]));
+    node.describe(&["b"]);
+    node.wait(&[("b", "Captured")]);
+    for pod in ["b", "c"] {
+        sh(&format!("ip netns exec {} sysctl -qw net.ipv4.ip_local_port_range='40000 40031'", lab.netns(pod)));
+    }
+    let answered = lab.within("c", || {
+        for (to, own) in [("10.99.0.2:8080", "10.99.0.3"), ("[fd99::2]:8080", "fd99::3")] {
+            let mut open = Vec::new();
+            for number in 0..PORTS {
+                let mut tcp = TcpStream::connect(to).unwrap();
+                tcp.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+                let port = tcp.local_addr().unwrap().port();
+                let seen = greeting(&mut tcp).map_err(|error| format!("{to}, number {number}, port {port}: {error}"))?;
+                assert_eq!(seen, own);
+                open.push(tcp);
+            }
+            for (number, tcp) in open.iter_mut().enumerate() {
+                let mut back = [0; 5];
+                tcp.write_all(b"still").unwrap();
+                tcp.read_exact(&mut back).map_err(|error| format!("{to}, number {number} later: {error}"))?;
+                assert_eq!(&back, b"still");
+            }
+        }
+        Ok::<_, String>(())
+    });
+    assert_eq!(answered.join().unwrap(), Ok(()));
+}
+
 #[test]
 fn a_client_that_goes_before_its_application_answers_ends_the_attempt() {
     let lab = Lab::new("r");

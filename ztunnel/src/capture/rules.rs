@@ -211,9 +211,16 @@ const OLD: &str = "    tcp flags & (fin | syn | rst | ack) != syn counter accept
 
 /// Tag connections from the proxy to the application, and route the application's replies back to the proxy, although
 /// they are addressed to a client elsewhere.
+///
+/// The proxy has the client's address and a port of the pod's choice; the client may have the same port for a connection
+/// of its own to the same application, and one of the two would be taken for a part of the other. So what the proxy sends
+/// is looked up in a conntrack zone of its own. Only that: replies to the client come from the proxy's port, replies to
+/// the proxy from the application's, so they differ without one.
 fn marks() -> String {
     format!(
-        "  chain mark_in {{\n    type filter hook prerouting priority mangle; policy accept;\n    \
+        "  chain zone_app {{\n    type filter hook output priority raw; policy accept;\n    \
+         oifname \"lo\" meta l4proto tcp meta mark & {MARK_MASK:#x} == {MARK_PROXY:#x} ct original zone set 1\n  }}\n  \
+         chain mark_in {{\n    type filter hook prerouting priority mangle; policy accept;\n    \
          meta mark & {MARK_MASK:#x} == {MARK_PROXY:#x} counter ct mark set {CONNMARK_PROXY:#x}\n  }}\n  \
          chain mark_out {{\n    type route hook output priority mangle; policy accept;\n    \
          ct mark & {MARK_MASK:#x} == {CONNMARK_PROXY:#x} counter meta mark set ct mark\n  }}\n"
