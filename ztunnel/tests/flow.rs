@@ -115,7 +115,8 @@ fn a_client_and_the_proxy_in_its_name_may_have_the_same_port() {
                 let mut tcp = TcpStream::connect(to).unwrap();
                 tcp.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
                 let port = tcp.local_addr().unwrap().port();
-                let seen = greeting(&mut tcp).map_err(|error| format!("{to}, number {number}, port {port}: {error}"))?;
+                let seen =
+                    greeting(&mut tcp).map_err(|error| format!("{to}, number {number}, port {port}: {error}"))?;
                 assert_eq!(seen, own);
                 open.push(tcp);
             }

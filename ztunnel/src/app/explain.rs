@@ -372,11 +372,40 @@ mod tests {
     use tulle_proto::node::{InboundQuestion, OutboundQuestion};
 
     use super::{inbound, outbound};
-    use crate::state::fixtures::{behind, policy, service, snapshot, workload};
+    use crate::state::fixtures::{behind, identity, policy, service, snapshot, workload};
     use crate::state::{
-        Action, Change, Filters, HTTP_ROUTE, HttpMatch, HttpRule, Policy, Route, RouteKind, RouteMatch, RouteParent,
-        RouteRule, Scope, ServiceName,
+        Action, Change, Filters, GatewayAddress, GatewayTarget, HTTP_ROUTE, HttpMatch, HttpRule, Policy, Route,
+        RouteKind, RouteMatch, RouteParent, RouteRule, Scope, ServiceName, ServiceSpec, Workload,
     };
+
+    #[test]
+    fn an_endpoint_in_another_network_is_shown_at_its_gateway_with_who_may_be_behind_it() {
+        let target = GatewayTarget::Address { network: "far".into(), ip: "198.51.100.1".parse().unwrap() };
+        let remote = Workload {
+            network: "far".into(),
+            addresses: Vec::new(),
+            network_gateway: Some(Box::new(GatewayAddress { target, hbone_port: 15008 })),
+            ..behind(workload("shop", "cart", "10.0.0.1"), "shop", "cart")
+        };
+        let gateway = Workload { network: "far".into(), ..workload("infra", "east-west", "198.51.100.1") };
+        let subject_alt_names = vec![identity("shop", "cart")];
+        let snapshot = snapshot([
+            Change::Workload(remote.into()),
+            Change::Workload(gateway.into()),
+            Change::Workload(workload("shop", "web", "10.0.0.9").into()),
+            Change::Service(ServiceSpec { subject_alt_names, ..service("shop", "cart", "10.96.0.1") }.into()),
+        ]);
+        let question = OutboundQuestion {
+            source_uid: "Kubernetes//Pod/shop/web".into(),
+            address: vec![10, 96, 0, 1].into(),
+            port: 80,
+            ..OutboundQuestion::default()
+        };
+        let answer = outbound(&snapshot, "", &question).unwrap();
+        assert!(answer.text.contains("the gateway of network far at 198.51.100.1:15008"), "{}", answer.text);
+        let [endpoint] = &answer.endpoints[..] else { panic!("{answer:?}") };
+        assert_eq!((&endpoint.address[..], endpoint.port, &*endpoint.code), (&[198, 51, 100, 1][..], 15008, ""));
+    }
 
     #[test]
     fn where_requests_are_read_the_connection_s_verdict_is_not_sold_as_theirs() {
