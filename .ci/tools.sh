@@ -20,6 +20,9 @@ if [ "${1:-}" = all ]; then
     need unbound unbound
     need curl curl
     need nginx-light nginx
+    need nghttp2-client h2load
+    [ -d /usr/lib/python3/dist-packages/websockets ] || missing="$missing python3-websockets"
+    [ -d /usr/lib/python3/dist-packages/grpc ] || missing="$missing python3-grpcio"
     need redis-server redis-server
     need redis-tools redis-cli redis-benchmark
     need openssh-server sshd

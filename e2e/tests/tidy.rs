@@ -43,7 +43,7 @@ const PURE: &[&str] = &[
 
 /// External crates that only some places may name: a new place is a decision, not an accident.
 const FENCES: &[(&str, &str, &[&str])] = &[
-    ("ztunnel", "h2::", &["hbone", "relay", "inbound", "outbound"]),
+    ("ztunnel", "h2::", &["hbone", "http", "relay", "inbound", "outbound"]),
     ("ztunnel", "hyper::", &["http", "inbound", "outbound", "admin"]),
     ("ztunnel", "nix::", &["base", "capture", "relay", "app"]),
     ("ztunnel", "tonic::", &["xds", "identity"]),

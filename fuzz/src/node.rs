@@ -12,6 +12,10 @@ use tulle_proto::workload::address::Type;
 use ztunnel::capture::zds::{self, PACKET_MAX};
 use ztunnel::dns::wire;
 use ztunnel::hbone::headers::{self, Authority, Baggage, Forwarded, TraceId};
+use ztunnel::http::frames::Frames;
+use ztunnel::http::gate::Gate;
+use ztunnel::http::headers as hygiene;
+use ztunnel::http::{Sniffed, sniff};
 use ztunnel::policy::jwt::by_rules;
 use ztunnel::route::path::normalise;
 use ztunnel::route::{RequestFacts, RoutePlan, find};
@@ -40,6 +44,10 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("request-auth", request_auth),
     ("path", path),
     ("request", request),
+    ("first-words", first_words),
+    ("messages", messages),
+    ("frames", frames),
+    ("headers", sanitised),
     ("token", token),
     ("duration", duration),
     ("spiffe", spiffe),
@@ -262,6 +270,72 @@ pub fn request(data: &[u8]) {
     let (method, target) = lines.next().unwrap_or_default().split_once(' ').unwrap_or(("GET", "/"));
     let headers: Vec<(&str, &str)> = lines.filter_map(|line| line.split_once(':')).take(32).collect();
     follow(&reader.load(), method, target, &headers);
+}
+
+/// The first words of a client: more of them never change an answer that was given.
+pub fn first_words(data: &[u8]) {
+    let all = sniff(data);
+    for size in 0..data.len().min(64) {
+        let found = sniff(&data[..size]);
+        assert!(found == Sniffed::More || found == all, "{found:?} became {all:?}");
+    }
+}
+
+/// Requests of a client, followed: in pieces of any size the answer is the same, at the same byte.
+pub fn messages(data: &[u8]) {
+    let whole = Gate::default().follow(data);
+    for size in [1, 3, 64] {
+        let mut gate = Gate::default();
+        let mut before = 0;
+        let mut found = Ok(());
+        for piece in data.chunks(size) {
+            found = gate.follow(piece);
+            if found.is_err() {
+                break;
+            }
+            before += piece.len();
+        }
+        let found = found.map_err(|stop| (stop.at + before, stop.why));
+        assert_eq!(found, whole.map_err(|stop| (stop.at, stop.why)), "in pieces of {size}");
+    }
+    assert!(whole.is_ok() || whole.is_err_and(|stop| stop.at < data.len()));
+}
+
+/// Frames of a client, followed in pieces.
+pub fn frames(data: &[u8]) {
+    let whole = Frames::default().follow(data, std::time::Duration::ZERO);
+    let mut frames = Frames::default();
+    let pieces = data.chunks(7).try_for_each(|piece| frames.follow(piece, std::time::Duration::ZERO));
+    assert_eq!(pieces, whole);
+}
+
+/// Headers of a request, one on a line: what goes on has one Host and nothing that belongs to one connection.
+pub fn sanitised(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let mut lines = text.lines();
+    let Ok(uri) = lines.next().unwrap_or_default().parse::<Uri>() else { return };
+    let mut request = Request::new(());
+    *request.uri_mut() = uri;
+    for line in lines.take(64) {
+        let Some((name, value)) = line.split_once(':') else { continue };
+        let (Ok(name), Ok(value)) = (name.parse::<HeaderName>(), HeaderValue::from_str(value)) else { continue };
+        request.headers_mut().append(name, value);
+    }
+    if hygiene::check(&mut request, "10.0.0.1:80").is_err() {
+        return;
+    }
+    let upgrade = hygiene::upgrade(request.headers(), request.version());
+    hygiene::strip_hop(request.headers_mut(), upgrade.as_ref());
+    hygiene::strip_forged(request.headers_mut());
+    assert_eq!(request.headers().get_all("host").iter().count(), 1, "one Host");
+    assert!(!hygiene::authority(&request).contains('@'));
+    for name in request.headers().keys() {
+        let name = name.as_str();
+        let own =
+            ["transfer-encoding", "keep-alive", "proxy-connection", "http2-settings", "forwarded"].contains(&name);
+        assert!(!own && !name.starts_with("x-envoy-"), "{name} went on");
+        assert!(upgrade.is_some() || !["connection", "upgrade"].contains(&name), "{name} went on");
+    }
 }
 
 /// A DestinationRule, from control.

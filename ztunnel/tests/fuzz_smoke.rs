@@ -48,6 +48,25 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         "request" => {
             texts(&["GET /api/v2?v=2&w=%41+b\ncookie:a=b;v=2\ncookie:c=d\nhost:cart", "POST /x\nx-canary:yes"])
         }
+        "first-words" => texts(&["GET /a HTTP/1.1\r\n", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "\r\nPOST * HTTP/1.1"]),
+        "messages" => texts(&[
+            "GET / HTTP/1.1\r\nhost: a\r\n\r\nPOST / HTTP/1.1\r\ncontent-length: 3\r\n\r\nabcGET / HTTP/1.1\r\n\r\n",
+            "POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n0\r\nx: y\r\n\r\nGET / HTTP/1.1\r\n\r\n",
+            "POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\ncontent-length: 3\r\n\r\n",
+        ]),
+        "frames" => vec![
+            [
+                &b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..],
+                &[0, 0, 0, 4, 0, 0, 0, 0, 0],
+                &[0, 0, 8, 6, 0, 0, 0, 0, 0],
+                &[1; 8],
+            ]
+            .concat(),
+        ],
+        "headers" => texts(&[
+            "/a?b\nhost:cart\nconnection:close, x-a\nx-a:1\nte:trailers\nx-envoy-retry-on:5xx",
+            "http://u@cart/a\nhost:other\nconnection:upgrade\nupgrade:websocket\nforwarded:for=1.2.3.4",
+        ]),
         "token" => texts(&[
             "eyJhbGciOiJFUzI1NiIsImtpZCI6ImEifQ.eyJpc3MiOiJqb2UiLCJzdWIiOiJhbm4iLCJleHAiOjE5MDAwMDAwMDB9.DtEhU3ljbEg8L38VWAfUAqOyKAM6-Xx-F4GawxaepmXFCgfTjDxw5djxLa8ISlSApmWQxfKTUJqPP3-Kg6NU1Q",
         ]),

@@ -228,6 +228,9 @@ async fn endpoint(
         "protocol": choice.protocol,
         "expectedIdentities": choice.expected_identities,
     });
+    if !choice.ejected.is_empty() {
+        value["ejected"] = json!(choice.ejected);
+    }
     if !choice.text.is_empty() {
         value["egress"] = json!({
             "allowed": choice.code.is_empty(),

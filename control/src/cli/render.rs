@@ -276,6 +276,9 @@ pub(super) fn explain(value: &Value) -> String {
             cell(&endpoint["node"]),
             cell(&endpoint["protocol"]),
         ));
+        if let Some(why) = endpoint["ejected"].as_str() {
+            text.push_str(&format!("          {why}\n"));
+        }
         if endpoint["egress"].is_object() {
             text.push_str(&format!("          {}\n", sentence(&endpoint["egress"])));
         }

@@ -5,6 +5,7 @@
 //! then expects exactly the steps that rest on the broken part to fail. Limits: it needs no Kubernetes and no network;
 //! it takes under a minute.
 
+mod breaker;
 mod canary;
 mod steps;
 
@@ -24,7 +25,7 @@ use crate::topology;
 /// Arguments of `lab demo`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Break a part of the proxy on purpose: `rules`, `authz`, `tls` or `weights`.
+    /// Break a part of the proxy on purpose: `rules`, `authz`, `tls`, `weights` or `breaker`.
     #[arg(long = "break", env = "BREAK")]
     broken: Option<String>,
     /// Leave the lab running afterwards.

@@ -11,6 +11,7 @@ use anyhow::ensure;
 use serde_json::Value;
 
 use crate::demo::Step;
+use crate::demo::breaker;
 use crate::demo::canary;
 use crate::eventually::eventually;
 use crate::lab::Lab;
@@ -18,7 +19,7 @@ use crate::lab::Running;
 use crate::scenario;
 
 /// Parts that `--break` can break.
-pub(super) const PARTS: [&str; 4] = ["rules", "authz", "tls", "weights"];
+pub(super) const PARTS: [&str; 5] = ["rules", "authz", "tls", "weights", "breaker"];
 /// Without it there is nothing to show.
 pub(super) const FIRST: &str = "shop-runs";
 
@@ -83,6 +84,12 @@ pub(super) const STEPS: &[Step] = &[
         claim: "Who asks for the new version by a header gets it, whatever the weights.",
         rests_on: &["rules"],
         show: canary::pins,
+    },
+    Step {
+        name: "breaker",
+        claim: "One of two carts gets slow, then dies: a breaker leaves it alone, tries it, and takes it back when it is well.",
+        rests_on: &["rules", "breaker"],
+        show: breaker::opens_and_closes,
     },
     Step {
         name: "control-killed",

@@ -15,6 +15,8 @@ use crate::app::view::Status;
 use crate::app::{dump, explain};
 use crate::flow::Shared;
 use crate::identity::CertStatus;
+use crate::lb::{Destination, Kind};
+use crate::telemetry::breakers::DestinationLabels;
 use crate::xds::Monitor;
 
 /// Version of this program.
@@ -41,7 +43,8 @@ impl Answers {
         let answer = match question.question {
             Some(Question::Status(_)) => Ok(Answer::Status(self.status())),
             Some(Question::Outbound(question)) => {
-                explain::outbound(&self.shared.reader.load(), &self.shared.network, &question).map(Answer::Outbound)
+                let Shared { reader, network, destinations, .. } = &self.shared;
+                explain::outbound(&reader.load(), network, destinations, &question).map(Answer::Outbound)
             }
             Some(Question::Inbound(question)) => {
                 explain::inbound(&self.shared.reader.load(), &question).map(Answer::Inbound)
@@ -124,6 +127,51 @@ impl Answers {
                 "rejected": self.monitor.status().last_rejections,
             },
         })
+    }
+
+    /// The Services that pods of this node use, with what their traffic policies count and eject.
+    pub fn destinations_json(&self) -> Value {
+        let now = std::time::Instant::now();
+        let of = |known: &Destination| {
+            let ejected = known.ejected(now).into_iter().map(|(policy, ejected)| {
+                json!({
+                    "endpoint": ejected.endpoint,
+                    "policy": &*policy,
+                    "pod": ejected.pod.as_deref(),
+                    "why": ejected.why.name(),
+                    "secondsLeft": ejected.left.map(|left| left.as_secs_f64()),
+                    "times": ejected.times,
+                })
+            });
+            let pods = known.pods().into_iter().map(|(pod, live)| {
+                let count = |kind| live.count(kind);
+                json!({
+                    "pod": &*pod,
+                    "connections": count(Kind::Connections),
+                    "pendingRequests": count(Kind::Pending),
+                    "requests": count(Kind::Requests),
+                    "retries": count(Kind::Retries),
+                })
+            });
+            json!({
+                "service": format!("{}/{}", known.namespace, known.hostname),
+                "port": known.port,
+                "pods": pods.collect::<Vec<_>>(),
+                "ejected": ejected.collect::<Vec<_>>(),
+            })
+        };
+        self.shared.destinations.all().iter().map(|known| of(known)).collect()
+    }
+
+    /// Brings the gauges of ejected endpoints up to date.
+    pub fn show_ejected(&self) {
+        let (now, active) = (std::time::Instant::now(), &self.shared.metrics.breakers.active);
+        active.clear();
+        for known in self.shared.destinations.all() {
+            let out = known.ejected(now).iter().filter(|(_, ejected)| ejected.left.is_some()).count();
+            let labels = DestinationLabels { destination_service: known.hostname.clone() };
+            active.get_or_create(&labels).inc_by(i64::try_from(out).unwrap_or(i64::MAX));
+        }
     }
 
     /// The applied-version log.

@@ -15,13 +15,13 @@ use tulle_proto::node::{
 
 use crate::inbound;
 use crate::inbound::decide::{decide_connection, requests_are_read};
-use crate::lb::{self, Chance};
+use crate::lb::{self, Chance, Destinations};
 use crate::outbound;
 use crate::outbound::decide::{Plan, choose, decide, may_go_to, through_gateway};
 use crate::outcome::{Code, Outcome};
 use crate::policy;
 use crate::policy::network::{self, Finding};
-use crate::state::{EgressMode, IpFamily, NETWORK_POLICY, Protocol, Snapshot, Transport, Workload};
+use crate::state::{EgressMode, IpFamily, NETWORK_POLICY, Protocol, Service, Snapshot, Transport, Workload};
 
 /// What would become of a connection that a pod of this node opens. `network` is the node's own.
 ///
@@ -30,6 +30,7 @@ use crate::state::{EgressMode, IpFamily, NETWORK_POLICY, Protocol, Snapshot, Tra
 pub(super) fn outbound(
     snapshot: &Snapshot,
     network: &str,
+    destinations: &Destinations,
     question: &OutboundQuestion,
 ) -> Result<OutboundAnswer, String> {
     let source = snapshot
@@ -53,6 +54,10 @@ pub(super) fn outbound(
         unenrolled(snapshot, network, source, destination, &mut answer);
     } else {
         stream(snapshot, network, source, destination, &mut answer);
+        let service = snapshot.service_at(network, destination, &source.namespace);
+        if let Some(service) = service.filter(|service| !outbound::waypoint_decides(snapshot, source, service)) {
+            eject(snapshot, destinations, source, service, destination.port(), &mut answer.endpoints);
+        }
     }
     Ok(answer)
 }
@@ -100,6 +105,30 @@ fn stream(snapshot: &Snapshot, network: &str, source: &Workload, destination: So
         }
     }
     answer.text.extend(routed);
+}
+
+/// Says of the endpoints which are left alone for now.
+fn eject(
+    snapshot: &Snapshot,
+    destinations: &Destinations,
+    source: &Workload,
+    service: &Service,
+    port: u16,
+    endpoints: &mut [EndpointChoice],
+) {
+    let Some((policy, _)) = snapshot.traffic_for(service, port, &source.namespace) else { return };
+    let Some(known) = destinations.known(service, port) else { return };
+    let now = std::time::Instant::now();
+    for (by, ejected) in known.ejected(now) {
+        let is_its = by == policy.id && ejected.pod.as_ref().is_none_or(|pod| *pod == source.pod_uid);
+        let of = endpoints.iter_mut().filter(|endpoint| {
+            let workload = snapshot.workload(&endpoint.uid);
+            is_its
+                && endpoint.port == u32::from(ejected.endpoint.port())
+                && workload.is_some_and(|workload| workload.addresses.first() == Some(&ejected.endpoint.ip()))
+        });
+        of.for_each(|endpoint| endpoint.ejected = format!("{ejected}, by {by}"));
+    }
 }
 
 /// What is to be added where requests do not simply follow the connection.
@@ -372,6 +401,7 @@ mod tests {
     use tulle_proto::node::{InboundQuestion, OutboundQuestion};
 
     use super::{inbound, outbound};
+    use crate::lb::Destinations;
     use crate::state::fixtures::{behind, identity, policy, service, snapshot, workload};
     use crate::state::{
         Action, Change, Filters, GatewayAddress, GatewayTarget, HTTP_ROUTE, HttpMatch, HttpRule, Policy, Route,
@@ -442,6 +472,7 @@ mod tests {
         let out = outbound(
             &snapshot,
             "",
+            &Destinations::default(),
             &OutboundQuestion {
                 source_uid: "Kubernetes//Pod/shop/web".into(),
                 address: vec![10, 96, 0, 1].into(),

@@ -124,6 +124,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
         network: config.network.as_str().into(),
         cluster: config.cluster_id.as_str().into(),
         limits: Arc::default(),
+        destinations: Arc::default(),
     };
     let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let count = config.workers(cores).map_err(anyhow::Error::msg)?;
@@ -451,6 +452,7 @@ fn pages(answers: &Answers, registry: Arc<Registry>, stop: Arc<Drain>, level: Le
     let admin_routes = Routes::default()
         .route("/status", page(answers, Answers::status_json))
         .route("/config_dump", page(answers, Answers::config_dump))
+        .route("/debug/destinations", page(answers, Answers::destinations_json))
         .route("/debug/versions", page(answers, Answers::versions_json))
         .route("/logging", move |method, query| {
             let level = level.clone();
@@ -468,9 +470,10 @@ fn pages(answers: &Answers, registry: Arc<Registry>, stop: Arc<Drain>, level: Le
         });
     let metrics_routes = ["/metrics", "/stats/prometheus"].into_iter().fold(Routes::default(), |routes, path| {
         let (registry, metrics, dropped) = (registry.clone(), answers.shared.metrics.clone(), dropped.clone());
-        let pods = answers.pods.clone();
+        let (pods, shown) = (answers.pods.clone(), answers.clone());
         routes.route(path, move |_, _| {
             pods.show_buffers(&metrics);
+            shown.show_ejected();
             metrics.log_dropped.set(dropped.dropped());
             let mut body = String::new();
             let encoded = prometheus_client::encoding::text::encode(&mut body, &registry);

@@ -63,6 +63,15 @@ impl Budget {
         room
     }
 
+    /// Counts `bytes` that are held already, if there is room for all of them.
+    pub fn charge(self: &Arc<Self>, bytes: usize) -> Option<Charge> {
+        let room = self.take(bytes);
+        if !room {
+            self.waits.fetch_add(1, Ordering::Relaxed);
+        }
+        room.then(|| Charge { budget: self.clone(), bytes })
+    }
+
     /// Takes `bytes` although there may be no room: what everybody may always have.
     pub(super) fn overdraw(&self, bytes: usize) {
         self.used.fetch_add(bytes, Ordering::Relaxed);
@@ -105,6 +114,19 @@ impl Budget {
         } else {
             self.short.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+}
+
+/// Bytes that count until it is dropped.
+#[derive(Debug)]
+pub struct Charge {
+    budget: Arc<Budget>,
+    bytes: usize,
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.budget.give_back(self.bytes);
     }
 }
 
@@ -220,6 +242,16 @@ mod tests {
         drop(all);
         assert_eq!(other.buffer(64_000).await.size(), 64_000);
         assert_eq!(budget.used(), 0, "every byte came back");
+    }
+
+    #[test]
+    fn what_is_held_counts_if_there_is_room() {
+        let budget = Budget::new(100);
+        let held = budget.charge(60);
+        assert!(held.is_some() && budget.charge(60).is_none());
+        assert_eq!((budget.used(), budget.waits()), (60, 1));
+        drop(held);
+        assert_eq!(budget.used(), 0);
     }
 
     #[tokio::test]

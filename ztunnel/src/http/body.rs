@@ -68,6 +68,7 @@ pub struct Body {
     bytes: u64,
     grpc_status: Option<String>,
     deadline: Option<Pin<Box<Sleep>>>,
+    wait: Option<Pin<Box<dyn Future<Output = ()>>>>,
     then: Vec<Then>,
     held: Vec<Box<dyn Any>>,
 }
@@ -92,7 +93,7 @@ impl From<Replay> for Body {
 
 impl Body {
     fn of(kind: Kind) -> Self {
-        Self { kind, bytes: 0, grpc_status: None, deadline: None, then: Vec::new(), held: Vec::new() }
+        Self { kind, bytes: 0, grpc_status: None, deadline: None, wait: None, then: Vec::new(), held: Vec::new() }
     }
 
     /// No body.
@@ -110,6 +111,11 @@ impl Body {
     pub fn until(mut self, deadline: Option<Instant>) -> Self {
         self.deadline = deadline.map(|at| Box::pin(sleep_until(at)));
         self
+    }
+
+    /// Gives nothing before `ready`.
+    pub fn wait(&mut self, ready: impl Future<Output = ()> + 'static) {
+        self.wait = Some(Box::pin(ready));
     }
 
     /// Calls `then` once when it is over, however it ends; after what was asked for before.
@@ -167,6 +173,10 @@ impl HttpBody for Body {
             let cut = Cut("the time for the request is over".to_owned());
             this.over(End::Failed(cut.to_string()));
             return Poll::Ready(Some(Err(cut.into())));
+        }
+        if let Some(wait) = &mut this.wait {
+            ready!(wait.as_mut().poll(cx));
+            this.wait = None;
         }
         let frame = match &mut this.kind {
             Kind::Nothing => None,

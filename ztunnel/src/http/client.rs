@@ -3,18 +3,22 @@
 //! What can be known of a request that failed is kept apart ([`Failed`]), because it decides whether it may be sent again.
 
 use std::cell::Cell;
+use std::error::Error as _;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Request, Response};
-use hyper::body::Incoming;
+use http::header::{CONTENT_LENGTH, EXPECT, HeaderValue, TRANSFER_ENCODING};
+use http::{Request, Response, StatusCode};
+use hyper::body::{Body as _, Incoming};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::AsyncWriteExt;
-use tokio::sync::oneshot;
-use tokio::time::Instant;
+use tokio::sync::{Notify, oneshot};
+use tokio::time::{Instant, timeout};
 use tulle_certs::SpiffeId;
 
 use crate::base::workers;
@@ -26,6 +30,12 @@ use crate::outcome::{Code, Outcome, chain};
 
 /// Requests under way on one connection: what servers allow at least (RFC 9113 §6.5.2). More are queued by h2 if one allows less.
 const STREAMS: usize = 100;
+
+/// How long a server may take to say that it wants a body that was offered: what curl gives it.
+const CONTINUE: Duration = Duration::from_secs(1);
+/// How long a connection for many requests is kept without one, unless a policy says otherwise: as long as it may get new
+/// ones, since it costs little and its server says goodbye before it closes.
+const MOST_IDLE: Duration = Duration::from_secs(600);
 
 /// A connection without its protocol.
 pub struct Raw {
@@ -46,6 +56,8 @@ pub struct One {
     pub peer: Option<SpiffeId>,
     /// Requests sent before.
     pub uses: u32,
+    /// Told when it begins to wait for the next request (true), and when it is taken for one.
+    pub waits: Option<Rc<dyn Fn(bool)>>,
 }
 
 /// A connection for many requests at a time. Cheap to clone.
@@ -54,8 +66,18 @@ pub struct Two {
     sender: http2::SendRequest<Body>,
     /// Requests under way.
     pub streams: Rc<Cell<usize>>,
+    /// The server takes no more requests; hyper finds out in its own time.
+    closing: Rc<Cell<bool>>,
     /// When it was opened.
     pub since: Instant,
+    /// Requests sent before.
+    pub uses: Rc<Cell<u32>>,
+    /// Requests that it may carry altogether.
+    pub most_uses: u32,
+    /// How long it may be without a request.
+    pub idle: Duration,
+    /// Since when it was seen without one.
+    pub idle_since: Rc<Cell<Option<Instant>>>,
     /// Who the other side proved to be.
     pub peer: Option<SpiffeId>,
 }
@@ -70,8 +92,10 @@ pub enum Conn {
 
 /// Why there is no answer.
 pub struct Failed {
-    /// The request, if not a byte of it was sent.
-    pub unsent: Option<Request<Body>>,
+    /// Nobody has read it: it was not sent, or the server says so.
+    pub unsent: bool,
+    /// There was an answer, which is none.
+    pub malformed: bool,
     /// What happened.
     pub outcome: Outcome,
 }
@@ -96,12 +120,12 @@ impl One {
 impl Two {
     /// Whether there is room for another request.
     pub fn has_room(&self) -> bool {
-        !self.sender.is_closed() && self.streams.get() < STREAMS
+        self.is_open() && self.streams.get() < STREAMS && self.uses.get() < self.most_uses
     }
 
     /// Whether it may be of use later.
     pub fn is_open(&self) -> bool {
-        !self.sender.is_closed()
+        !self.sender.is_closed() && !self.closing.get()
     }
 }
 
@@ -129,7 +153,7 @@ impl Conn {
                 let switch = Rc::<Cell<bool>>::default();
                 let (give, raw) = oneshot::channel();
                 workers::spawn(drive(connection, switch.clone(), give, stop));
-                Ok(Self::One(One { sender, raw, switch, peer, uses: 0 }))
+                Ok(Self::One(One { sender, raw, switch, peer, uses: 0, waits: None }))
             }
             Framing::Two => {
                 let (sender, connection) = http2::Builder::new(OnWorker)
@@ -150,7 +174,18 @@ impl Conn {
                         _ = connection => {}
                     }
                 });
-                Ok(Self::Two(Two { sender, streams: Rc::default(), since: Instant::now(), peer }))
+                let since = Instant::now();
+                Ok(Self::Two(Two {
+                    sender,
+                    streams: Rc::default(),
+                    closing: Rc::default(),
+                    since,
+                    uses: Rc::default(),
+                    most_uses: u32::MAX,
+                    idle: MOST_IDLE,
+                    idle_since: Rc::default(),
+                    peer,
+                }))
             }
         }
     }
@@ -167,22 +202,38 @@ impl Conn {
     ///
     /// # Errors
     /// What is known of the request.
-    pub async fn send(&mut self, request: Request<Body>, switch: bool) -> Result<Response<Incoming>, Failed> {
+    pub async fn send(&mut self, mut request: Request<Body>, switch: bool) -> Result<Response<Incoming>, Failed> {
         let answer = match self {
             Self::One(one) => {
+                frame(&mut request);
+                until_wanted(&mut request);
                 one.switch.set(switch);
                 one.uses += 1;
                 one.sender.try_send_request(request).await
             }
             Self::Two(two) => {
                 let _stream = Stream::new(&two.streams);
+                two.uses.set(two.uses.get().saturating_add(1));
+                two.idle_since.set(None);
                 two.sender.try_send_request(request).await
             }
         };
         answer.map_err(|mut error| {
-            let unsent = error.take_message();
-            Failed { unsent, outcome: Outcome::new(Code::ServerReset, chain(error.error())) }
+            let malformed = error.error().is_parse();
+            let unsent = error.take_message().is_some() || is_unread(error.error());
+            if let (Self::Two(two), true) = (&*self, unsent) {
+                two.closing.set(true);
+            }
+            Failed { unsent, malformed, outcome: Outcome::new(Code::ServerReset, chain(error.error())) }
         })
+    }
+
+    /// Whether a request was sent on it before.
+    pub fn was_used(&self) -> bool {
+        match self {
+            Self::One(one) => one.uses > 0,
+            Self::Two(_) => true,
+        }
     }
 
     /// Counts a request of an HTTP/2 connection until it is dropped.
@@ -192,6 +243,45 @@ impl Conn {
             Self::Two(two) => Some(Stream::new(&two.streams)),
         }
     }
+}
+
+/// Whether the server proves that it has not read a request: it refused the stream, or said goodbye before it (RFC 9113
+/// §8.7). h2 gives that error to the streams behind the last one that the server names, and to no others.
+fn is_unread(error: &hyper::Error) -> bool {
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<h2::Error>());
+    cause.is_some_and(|cause| {
+        let refused = cause.is_reset() && cause.reason() == Some(h2::Reason::REFUSED_STREAM);
+        cause.is_remote() && (cause.is_go_away() || refused)
+    })
+}
+
+/// Says that chunks follow where the body's length is not known: without, hyper would leave the body of a GET out.
+fn frame(request: &mut Request<Body>) {
+    let length = request.body().size_hint().exact();
+    if length.is_none() && !request.headers().contains_key(CONTENT_LENGTH) {
+        request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    }
+}
+
+/// Holds a body back that its client offers (`Expect: 100-continue`) until the server wants it or [`CONTINUE`] is over:
+/// asking the client for it is what tells it to go on.
+fn until_wanted(request: &mut Request<Body>) {
+    let offered =
+        request.headers().get(EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+    if !offered || request.body().is_end_stream() {
+        return;
+    }
+    let wanted = Arc::new(Notify::new());
+    let said = wanted.clone();
+    hyper::ext::on_informational(request, move |answer| {
+        if answer.status() == StatusCode::CONTINUE {
+            said.notify_one();
+        }
+    });
+    request.body_mut().wait(async move {
+        // Servers that know nothing of it say nothing; clients wait as long for us.
+        let _ = timeout(CONTINUE, wanted.notified()).await;
+    });
 }
 
 /// One request under way.

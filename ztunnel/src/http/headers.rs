@@ -137,6 +137,22 @@ pub fn check<B>(request: &mut Request<B>, default_host: &str) -> Result<(), Malf
     Ok(())
 }
 
+/// Checks how an answer says its length, and leaves one way of saying it.
+///
+/// # Errors
+/// What two readers could read differently: such an answer is two (RFC 9112 §6.3).
+pub fn check_answer(headers: &mut HeaderMap) -> Result<(), Malformed> {
+    if headers.contains_key(TRANSFER_ENCODING) && headers.contains_key(CONTENT_LENGTH) {
+        return Err(Malformed("both Content-Length and Transfer-Encoding"));
+    }
+    // hyper has compared them.
+    let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
+    if let (Some(first), Some(_)) = (lengths.next().cloned(), lengths.next()) {
+        headers.insert(CONTENT_LENGTH, first);
+    }
+    Ok(())
+}
+
 fn check_h2<B>(request: &mut Request<B>) -> Result<(), Malformed> {
     let Some(authority) = request.uri().authority() else {
         return if request.headers().contains_key(HOST) { Ok(()) } else { Err(Malformed("no :authority")) };
@@ -253,6 +269,14 @@ mod tests {
             let found = found.map(|()| (path.as_str(), authority(&request))).map_err(|error| error.0);
             assert_eq!(found, *expected, "{uri} {version:?} {headers:?}");
         }
+    }
+
+    #[test]
+    fn an_answer_says_its_length_in_one_way() {
+        let mut headers = map(&[("content-length", "1"), ("content-length", "1")]);
+        assert_eq!((check_answer(&mut headers), headers), (Ok(()), map(&[("content-length", "1")])));
+        let mut headers = map(&[("content-length", "1"), ("transfer-encoding", "chunked")]);
+        assert!(check_answer(&mut headers).is_err());
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Connections as hyper takes them, and the clock that a slow header is measured by. hyper's own clock would close
-//! connections that are kept for later; the limit itself is the server's.
+//! Connections as hyper takes them: what a client sends is followed on its way in (`gate`, `frames`), and a slow header is
+//! measured by a clock. hyper's own clock would close connections that are kept for later; the limit itself is the server's.
 
 use std::cell::Cell;
 use std::future::Future;
@@ -16,6 +16,9 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 use crate::base::{Counts, workers};
+use crate::http::Framing;
+use crate::http::frames::Frames;
+use crate::http::gate::{Gate, Stop};
 
 /// Bytes both ways.
 pub trait Duplex: AsyncRead + AsyncWrite + Unpin {}
@@ -47,6 +50,7 @@ pub struct HeadClock {
     since: Cell<Option<Instant>>,
     busy: Cell<bool>,
     began: Notify,
+    refused: Cell<Option<&'static str>>,
 }
 
 impl HeadClock {
@@ -68,6 +72,11 @@ impl HeadClock {
         self.busy.set(false);
     }
 
+    /// Why no more of the client's bytes are taken.
+    pub fn refused(&self) -> Option<&'static str> {
+        self.refused.get()
+    }
+
     /// Completes when a head has taken longer than `limit`.
     pub async fn overdue(&self, limit: Duration) {
         loop {
@@ -80,18 +89,77 @@ impl HeadClock {
     }
 }
 
+/// Put in the place of a byte that must not pass. No parser takes it in a head or between chunks, so hyper refuses the
+/// message, with an answer where one can still be given.
+const POISON: u8 = 0;
+
+/// Comes behind it: a head that has an end is looked at.
+const END: &[u8] = b"\r\n\r\n";
+
+/// What follows a client's bytes.
+enum Guard {
+    Nobody,
+    Messages(Gate),
+    Frames(Frames, Instant),
+    /// Nothing is read any more.
+    Closed,
+}
+
 /// A client's connection: bytes that were read to tell its protocol come first, and bytes are counted as the client's.
 pub struct Downstream {
     first: Bytes,
     io: BoxIo,
     counts: Rc<Counts>,
     clock: Rc<HeadClock>,
+    guard: Guard,
 }
 
 impl Downstream {
     /// A connection of which `first` was read already.
     pub fn new(first: Bytes, io: BoxIo, counts: Rc<Counts>, clock: Rc<HeadClock>) -> Self {
-        Self { first, io, counts, clock }
+        Self { first, io, counts, clock, guard: Guard::Nobody }
+    }
+
+    /// Follows what the client sends from now on.
+    #[must_use]
+    pub fn guarded(mut self, framing: Framing) -> Self {
+        self.guard = match framing {
+            Framing::One => Guard::Messages(Gate::default()),
+            Framing::Two => Guard::Frames(Frames::default(), Instant::now()),
+        };
+        self
+    }
+
+    /// Lets everything pass: it is another protocol from now on, or nobody reads it as anything.
+    pub fn unguarded(&mut self) {
+        if matches!(self.guard, Guard::Closed) {
+            self.first.clear();
+        }
+        self.guard = Guard::Nobody;
+    }
+
+    /// Looks at what was read into `buf` behind `before`.
+    fn look(&mut self, buf: &mut ReadBuf<'_>, before: usize) -> io::Result<()> {
+        match &mut self.guard {
+            Guard::Nobody | Guard::Closed => {}
+            Guard::Messages(gate) => {
+                if let Err(Stop { at, why }) = gate.follow(&buf.filled()[before..]) {
+                    buf.filled_mut()[before + at] = POISON;
+                    buf.set_filled(before + at + 1);
+                    self.first = Bytes::from_static(END);
+                    self.clock.refused.set(Some(why));
+                    self.guard = Guard::Closed;
+                }
+            }
+            Guard::Frames(frames, began) => {
+                if let Err(why) = frames.follow(&buf.filled()[before..], began.elapsed()) {
+                    self.clock.refused.set(Some(why));
+                    self.guard = Guard::Closed;
+                    return Err(io::Error::other(why));
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -103,9 +171,12 @@ impl AsyncRead for Downstream {
             let taken = this.first.len().min(buf.remaining());
             buf.put_slice(&this.first[..taken]);
             this.first.advance(taken);
+        } else if matches!(this.guard, Guard::Closed) {
+            return Poll::Ready(Ok(()));
         } else {
             std::task::ready!(Pin::new(&mut this.io).poll_read(cx, buf))?;
         }
+        this.look(buf, before)?;
         let read = buf.filled().len() - before;
         if read > 0 {
             this.counts.up.set(this.counts.up.get() + read as u64);

@@ -7,6 +7,8 @@
 
 mod body;
 pub mod client;
+pub mod frames;
+pub mod gate;
 pub mod headers;
 mod io;
 pub mod limit;

@@ -1,18 +1,23 @@
 //! A request's body that may be sent again: what was passed on is kept, up to a bound, and given first the next time.
 //!
-//! Nothing waits for the whole of it: the first attempt streams as it would without. Once more than [`MOST`] has passed,
-//! what was kept is let go, and there is no further attempt.
+//! Nothing waits for the whole of it: the first attempt streams as it would without. Once more than [`MOST`] has passed, or
+//! more than the pod may buffer, what was kept is let go, and there is no further attempt.
 
 use std::cell::RefCell;
 use std::error::Error;
+use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use http::HeaderMap;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::sync::Notify;
+
+use crate::base::budget::{Budget, Charge};
+use crate::outcome::Code;
 
 /// Most bytes kept for another attempt. Linkerd's bound, and more than nearly every request that is not an upload.
 const MOST: usize = 64 * 1024;
@@ -21,11 +26,15 @@ const MOST: usize = 64 * 1024;
 const MOST_FRAMES: usize = 64;
 
 struct Kept {
+    budget: Option<Arc<Budget>>,
     frames: Vec<Bytes>,
+    charges: Vec<Charge>,
     trailers: Option<HeaderMap>,
     bytes: usize,
     /// More has passed than is kept.
     lost: bool,
+    /// Why its sender did not get to the end.
+    failed: Option<Code>,
     rest: Option<Incoming>,
     /// The attempt that may take the rest.
     attempt: u32,
@@ -47,25 +56,41 @@ pub struct Replay {
 }
 
 impl Original {
-    /// Of a request that was just received.
-    pub fn new(body: Incoming) -> Self {
+    /// Of a request that was just received. What is kept of it counts in `budget`.
+    pub fn new(body: Incoming, budget: &Arc<Budget>) -> Self {
         let rest = (!body.is_end_stream()).then_some(body);
-        Self::with(Vec::new(), rest)
+        Self::with(Vec::new(), rest, Some(budget.clone()))
     }
 
     /// Of bytes.
     pub fn of(bytes: Bytes) -> Self {
-        Self::with(if bytes.is_empty() { Vec::new() } else { vec![bytes] }, None)
+        Self::with(if bytes.is_empty() { Vec::new() } else { vec![bytes] }, None, None)
     }
 
-    fn with(frames: Vec<Bytes>, rest: Option<Incoming>) -> Self {
-        let (trailers, over) = (None, Rc::default());
-        Self(Rc::new(RefCell::new(Kept { frames, trailers, bytes: 0, lost: false, rest, attempt: 0, over })))
+    fn with(frames: Vec<Bytes>, rest: Option<Incoming>, budget: Option<Arc<Budget>>) -> Self {
+        let (charges, trailers, over) = (Vec::new(), None, Rc::default());
+        Self(Rc::new(RefCell::new(Kept {
+            budget,
+            frames,
+            charges,
+            trailers,
+            bytes: 0,
+            lost: false,
+            failed: None,
+            rest,
+            attempt: 0,
+            over,
+        })))
     }
 
     /// Whether all that has passed is still here.
     pub fn is_kept(&self) -> bool {
         !self.0.borrow().lost
+    }
+
+    /// Why its sender did not get to the end: it went away, or what it sent is no body.
+    pub fn failed(&self) -> Option<Code> {
+        self.0.borrow().failed
     }
 
     /// The body for the next attempt. The one before gets no more of it.
@@ -101,12 +126,21 @@ impl Original {
 impl Kept {
     fn keep(&mut self, data: &Bytes) {
         self.bytes += data.len();
-        if self.lost || self.bytes > MOST || self.frames.len() >= MOST_FRAMES {
+        let full = self.lost || self.bytes > MOST || self.frames.len() >= MOST_FRAMES;
+        let charge = self.budget.as_ref().filter(|_| !full).and_then(|budget| budget.charge(data.len()));
+        if full || (self.budget.is_some() && charge.is_none()) {
             self.lost = true;
             return;
         }
+        self.charges.extend(charge);
         self.frames.push(data.clone());
     }
+}
+
+/// hyper says it of chunks that are none; of a connection that broke off it says something else.
+fn is_malformed(error: &hyper::Error) -> bool {
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
+    cause.is_some_and(|cause| matches!(cause.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData))
 }
 
 impl Body for Replay {
@@ -142,6 +176,7 @@ impl Body for Replay {
                     kept.keep(data);
                     if kept.lost {
                         kept.frames.clear();
+                        kept.charges.clear();
                         this.sent = 0;
                     } else {
                         this.sent = kept.frames.len();
@@ -154,6 +189,7 @@ impl Body for Replay {
             }
             Some(Err(error)) => {
                 kept.lost = true;
+                kept.failed = Some(if is_malformed(&error) { Code::BadRequest } else { Code::ClientReset });
                 Poll::Ready(Some(Err(error.into())))
             }
             None => Poll::Ready(None),

@@ -25,12 +25,14 @@ pub struct Reply {
     pub retry_after: Option<u64>,
     /// gRPC status, where it is not the one that stands for `status`.
     pub grpc: Option<u32>,
+    /// The connection ends with it, if it is an HTTP/1 one: what comes behind may not be what it seems.
+    pub close: bool,
 }
 
 impl Reply {
     /// An answer with `status`.
     pub const fn new(status: StatusCode, text: &'static str, flag: &'static str) -> Self {
-        Self { status, text, flag, overloaded: false, retry_after: None, grpc: None }
+        Self { status, text, flag, overloaded: false, retry_after: None, grpc: None, close: false }
     }
 
     /// A limit of the proxy or of a breaker was reached.
@@ -63,6 +65,10 @@ impl Reply {
         if self.overloaded {
             response.headers_mut().insert("x-envoy-overloaded", HeaderValue::from_static("true"));
         }
+        if self.close {
+            // hyper leaves it out of HTTP/2.
+            response.headers_mut().insert(http::header::CONNECTION, HeaderValue::from_static("close"));
+        }
         if let Some(seconds) = self.retry_after {
             response.headers_mut().insert(http::header::RETRY_AFTER, HeaderValue::from(seconds));
         }
@@ -84,6 +90,12 @@ pub const RESET: Reply = Reply::new(
     "upstream connect error or disconnect/reset before headers. reset reason: connection termination",
     "UC",
 );
+/// The endpoint's answer is one that two readers could read differently, or none.
+pub const PROTOCOL: Reply = Reply::new(
+    StatusCode::BAD_GATEWAY,
+    "upstream connect error or disconnect/reset before headers. reset reason: protocol error",
+    "UPE",
+);
 /// It took too long.
 pub const TIMEOUT: Reply = Reply::new(StatusCode::GATEWAY_TIMEOUT, "upstream request timeout", "UT");
 /// The pod has too many requests under way.
@@ -96,7 +108,7 @@ pub const DENIED: Reply = Reply::new(StatusCode::FORBIDDEN, "RBAC: access denied
 /// A policy that has not arrived.
 pub const PENDING: Reply = Reply::new(StatusCode::SERVICE_UNAVAILABLE, "a policy has not arrived; retry", "-");
 /// What HTTP alone forbids.
-pub const BAD_REQUEST: Reply = Reply::new(StatusCode::BAD_REQUEST, "Bad Request", "DPE");
+pub const BAD_REQUEST: Reply = Reply { close: true, ..Reply::new(StatusCode::BAD_REQUEST, "Bad Request", "DPE") };
 /// A request to be a tunnel, which the mesh's HTTP routes are not for.
 pub const NO_CONNECT: Reply = Reply::new(StatusCode::NOT_IMPLEMENTED, "CONNECT is not supported here", "DPE");
 

@@ -9,6 +9,7 @@ use std::convert::Infallible;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, Response};
@@ -16,8 +17,9 @@ use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncWriteExt, copy_bidirectional};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 use crate::base::drain::Drained;
 use crate::http::io::{HeadClock, OnWorker};
@@ -26,6 +28,10 @@ use crate::http::{
     PING, PONG, SEND_BUFFER, STREAM_WINDOW, STREAMS, client, headers,
 };
 use crate::outcome::{Code, Outcome, chain};
+
+/// How long a client may go on sending after the last answer, and how many bytes.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: usize = 256 * 1024;
 
 /// An answer on its way.
 pub type Answer = Pin<Box<dyn Future<Output = Response<Body>>>>;
@@ -53,10 +59,10 @@ pub async fn serve(
     stop: impl Future<Output = Outcome>,
     service: Service,
 ) -> Outcome {
-    let mut stop = pin!(stop);
+    let (connection, mut stop) = (connection.guarded(framing), pin!(stop));
     match framing {
         Framing::One => one(connection, clock, drained, stop.as_mut(), service).await,
-        Framing::Two => two(connection, drained, stop.as_mut(), service).await,
+        Framing::Two => two(connection, &clock, drained, stop.as_mut(), service).await,
     }
 }
 
@@ -110,17 +116,21 @@ async fn one(
             ended = poll_fn(|cx| connection.poll_without_shutdown(cx)) => break ended,
         }
     };
-    if let Err(error) = ended {
-        return refused(&error);
-    }
+    let failed = failed(&clock, ended);
     let parts = connection.into_parts();
     let mut io = parts.io.into_inner();
+    if let Err(outcome) = failed {
+        if outcome.code == Code::BadRequest {
+            farewell(io).await;
+        }
+        return outcome;
+    }
     let Some(switch) = switches.borrow_mut().take() else {
-        // The client may be gone; then there is nobody to tell.
-        let _ = io.shutdown().await;
+        farewell(io).await;
         return Outcome::ok();
     };
     drop(parts.service);
+    io.unguarded();
     tokio::select! {
         biased;
         outcome = stop => outcome,
@@ -158,6 +168,7 @@ pub async fn bytes(mut client: Downstream, said: Bytes, server: client::Raw) -> 
 
 async fn two(
     connection: Downstream,
+    clock: &HeadClock,
     drained: &Drained,
     mut stop: Pin<&mut impl Future<Output = Outcome>>,
     service: Service,
@@ -190,8 +201,37 @@ async fn two(
                 draining = true;
                 connection.as_mut().graceful_shutdown();
             }
-            ended = &mut connection => return ended.map_or_else(|error| refused(&error), |()| Outcome::ok()),
+            ended = &mut connection => return failed(clock, ended).map_or_else(|outcome| outcome, |()| Outcome::ok()),
         }
+    }
+}
+
+/// Closes a connection. Closing with bytes unread would reset it and take the last answer back, so they are read for a
+/// moment.
+async fn farewell(mut io: Downstream) {
+    io.unguarded();
+    let rest = async {
+        // A client that is gone already misses nothing.
+        if io.shutdown().await.is_err() {
+            return;
+        }
+        let mut left = LINGER_BYTES;
+        let mut buffer = [0; 1024];
+        while let Ok(size @ 1..) = io.read(&mut buffer).await
+            && left > 0
+        {
+            left = left.saturating_sub(size);
+        }
+    };
+    let _ = timeout(LINGER, Box::pin(rest)).await;
+}
+
+/// How a connection failed, if it did.
+fn failed(clock: &HeadClock, ended: hyper::Result<()>) -> Result<(), Outcome> {
+    match (clock.refused(), ended) {
+        (Some(why), _) => Err(Outcome::new(Code::BadRequest, why)),
+        (None, Err(error)) => Err(refused(&error)),
+        (None, Ok(())) => Ok(()),
     }
 }
 

@@ -22,9 +22,11 @@ use crate::base::{Counts, unix_now};
 use crate::flow::{LocalPod, PATIENCE, Shared};
 use crate::http::client::{Conn, Failed, Raw};
 use crate::http::reply::{self, Reply};
+use crate::http::retry::is_idempotent;
 use crate::http::server::{self, Switch, Switches};
 use crate::http::{
-    Body, BoxIo, Downstream, ENOUGH, End, Framing, HEAD_TIME, HeadClock, Sniffed, grpc_status, headers, recorded, sniff,
+    Body, BoxIo, Downstream, ENOUGH, End, Framing, HEAD_TIME, HeadClock, Original, Sniffed, grpc_status, headers,
+    recorded, sniff,
 };
 use crate::inbound::decide::{self, Declared, authorization_is_broken, declared};
 use crate::inbound::recheck::{Admitted, Registration};
@@ -274,23 +276,42 @@ impl Connection {
         switches: Switches,
         record: &mut HttpRecord,
     ) -> Result<Response<Body>, Refused> {
-        let count = record.request_bytes.clone();
-        let mut request = request.map(|body| Body::from(body).then(move |ended| count.set(ended.bytes)));
+        let (mut parts, body) = request.into_parts();
         if framing == Framing::One {
-            *request.version_mut() = http::Version::HTTP_11;
+            parts.version = http::Version::HTTP_11;
         }
+        let original = Original::new(body, &self.pod.buffers);
         let mut fresh = false;
         let (response, conn) = loop {
-            let mut conn =
+            let (mut conn, reused) =
                 self.connected(framing, fresh).await.map_err(|outcome| Refused::new(reply::CONNECT_FAILED, outcome))?;
-            match conn.send(request, switch).await {
+            if !reused {
+                original.last();
+            }
+            let count = record.request_bytes.clone();
+            let body = Body::from(original.attempt()).then(move |ended| count.set(ended.bytes));
+            match conn.send(Request::from_parts(parts.clone(), body), switch).await {
                 Ok(response) => break (response, conn),
-                // Closed by the application between two requests; nothing was sent.
-                Err(Failed { unsent: Some(unsent), .. }) if !fresh => (request, fresh) = (unsent, true),
-                Err(Failed { outcome, .. }) => return Err(Refused::new(reply::RESET, outcome)),
+                Err(Failed { unsent, malformed, outcome }) => {
+                    if let Some(code) = original.failed() {
+                        let outcome = Outcome::new(code, "the body of the request broke off");
+                        return Err(Refused::new(reply::BAD_REQUEST, outcome));
+                    }
+                    // Closed by the application between two requests.
+                    let again = unsent || (reused && is_idempotent(&parts.method));
+                    if fresh || !again || !original.is_kept() {
+                        let reply = if malformed { reply::PROTOCOL } else { reply::RESET };
+                        return Err(Refused::new(reply, outcome));
+                    }
+                    fresh = true;
+                }
             }
         };
         let (mut parts, incoming) = response.into_parts();
+        headers::check_answer(&mut parts.headers).map_err(|error| {
+            let text = format!("the application's answer: {}", error.0);
+            Refused::new(reply::PROTOCOL, Outcome::new(Code::ServerReset, text))
+        })?;
         let switched = parts.status == StatusCode::SWITCHING_PROTOCOLS;
         let protocol = parts.headers.get(header::UPGRADE).cloned().filter(|_| switched);
         headers::strip_hop(&mut parts.headers, protocol.as_ref());
@@ -311,8 +332,8 @@ impl Connection {
         Ok(Response::from_parts(parts, body))
     }
 
-    /// The connection to the application, or a new one.
-    async fn connected(&self, framing: Framing, fresh: bool) -> Result<Conn, Outcome> {
+    /// The connection to the application, or a new one; true: it was used before.
+    async fn connected(&self, framing: Framing, fresh: bool) -> Result<(Conn, bool), Outcome> {
         let waiting = self.server.borrow_mut().take().filter(|_| !fresh);
         let again = match waiting {
             // Ready as soon as the connection's own task has seen the end of the answer before.
@@ -324,7 +345,8 @@ impl Connection {
             _ => None,
         };
         if let Some(conn) = again {
-            return Ok(conn);
+            let used = conn.was_used();
+            return Ok((conn, used));
         }
         let super::Request { source, target, .. } = &self.request;
         let dial = self.pod.sockets.connect_from(*source, *target);
@@ -341,7 +363,7 @@ impl Connection {
         if let Conn::Two(two) = &conn {
             *self.server.borrow_mut() = Some(Conn::Two(two.clone()));
         }
-        Ok(conn)
+        Ok((conn, false))
     }
 }
 

@@ -18,7 +18,9 @@ use tokio::net::TcpStream;
 use crate::flow::{LocalPod, Shared};
 use crate::hbone::client::Patience;
 use crate::hbone::pool::Pool;
-use crate::lb::{Chance, Failing};
+use crate::lb::outlier::Seen;
+use crate::lb::{Chance, Failing, Kind};
+use crate::outbound::breaker::{Lasting, Toward};
 use crate::outbound::decide::{Plan, choose, permit};
 use crate::outbound::dial;
 use crate::outcome::{Code, Outcome};
@@ -76,7 +78,7 @@ impl Failure {
 }
 
 impl Attempts<'_> {
-    /// Decides and dials until a next hop is there or none is left.
+    /// Decides and dials until a next hop is there or none is left. What a traffic policy counts lasts as long as the third.
     ///
     /// # Errors
     /// How the last attempt failed.
@@ -87,13 +89,18 @@ impl Attempts<'_> {
         destination: SocketAddr,
         tcp: &TcpStream,
         record: &mut ConnRecord,
-    ) -> Result<(Next, SocketAddr), Outcome> {
+    ) -> Result<(Next, SocketAddr, Option<Box<Lasting>>), Outcome> {
         let begin = Instant::now();
+        let toward = Toward::of_connection(self.shared, self.pod, snapshot, source, destination);
+        let toward = toward.as_ref();
+        record.service = toward.map(|toward| toward.service.clone());
+        let mut held = toward.map(|toward| toward.take(&toward.live(), Kind::Connections)).transpose()?;
+        let limit = toward.and_then(|toward| toward.settings()?.connect_timeout);
         let mut tried: Vec<SocketAddr> = Vec::new();
         let mut said = Said::new(&self.pod.buffers);
         let mut last = None;
         loop {
-            let plan = match self.choose(snapshot, source, destination, &tried) {
+            let plan = match self.choose(snapshot, source, destination, &tried, toward) {
                 Ok(plan) => plan,
                 // What a real attempt met says more than that nothing else is left.
                 Err(outcome) => return Err(last.unwrap_or(outcome)),
@@ -104,23 +111,43 @@ impl Attempts<'_> {
             let others = plan.others() && tried.len() + 1 < MOST && begin.elapsed() < LONGEST;
             let patience = if others { SHORT } else { self.shared.hbone.patience() };
             let endpoint = plan.endpoint();
-            let result = match &plan {
-                Plan::Hbone(plan) => {
-                    let kept = (plan.others || !said.is_nothing()).then_some(&mut said);
-                    dial::tunnel(self, tcp, source, plan, patience, kept, record).await.map(Next::Tunnel)
-                }
-                Plan::Plain(plan) => {
-                    record.hbone = None;
-                    let outside = plan.destination.as_ref().is_none_or(|workload| !workload.is_pod());
-                    dial::plain(self.pod, plan, patience, &said).await.map(|server| Next::Plain { server, outside })
+            let passage = match toward.map(|toward| toward.enter(&plan)) {
+                None => None,
+                Some(Some(passage)) => Some(passage),
+                Some(None) => {
+                    tried.push(endpoint);
+                    continue;
                 }
             };
-            match result {
+            let result = dial::within(limit, async {
+                match &plan {
+                    Plan::Hbone(plan) => {
+                        // A policy wants to know whether the application took the connection.
+                        let waits = plan.others || !said.is_nothing() || passage.is_some();
+                        let kept = waits.then_some(&mut said);
+                        dial::tunnel(self, tcp, source, plan, patience, kept, record).await.map(Next::Tunnel)
+                    }
+                    Plan::Plain(plan) => {
+                        record.hbone = None;
+                        let outside = plan.destination.as_ref().is_none_or(|workload| !workload.is_pod());
+                        dial::plain(self.pod, plan, patience, &said).await.map(|server| Next::Plain { server, outside })
+                    }
+                }
+            });
+            match result.await {
                 Ok(next) => {
                     self.reached(&plan, destination.port());
-                    return Ok((next, endpoint));
+                    let counted = passage.zip(held.take());
+                    let lasting = counted.map(|(passage, held)| {
+                        passage.saw(Seen::Served);
+                        Lasting::new(held, passage, &record.counts)
+                    });
+                    return Ok((next, endpoint, lasting));
                 }
                 Err(Failure { outcome, elsewhere }) => {
+                    if let Some(passage) = passage.filter(|_| elsewhere) {
+                        passage.saw(Seen::Lost { late: outcome.code == Code::ConnectTimeout });
+                    }
                     if elsewhere && plan.service().is_some() {
                         self.failing.borrow_mut().failed(endpoint, Instant::now());
                     }
@@ -141,8 +168,13 @@ impl Attempts<'_> {
         source: &Workload,
         destination: SocketAddr,
         tried: &[SocketAddr],
+        toward: Option<&Rc<Toward>>,
     ) -> Result<Plan, Outcome> {
-        self.with_chance(tried, |chance| choose(snapshot, source, &self.shared.network, destination, chance))
+        let decide = |chance: &Chance<'_>| choose(snapshot, source, &self.shared.network, destination, chance);
+        match toward {
+            None => self.with_chance(tried, decide),
+            Some(toward) => toward.with_chance(self, tried, toward.key_of_connection(), decide),
+        }
     }
 
     /// Calls `then` with the worker's experience.
@@ -153,11 +185,11 @@ impl Attempts<'_> {
             self.pod.bound.lock().unwrap_or_else(PoisonError::into_inner).get(&service.key(), port, now)
         };
         then(&Chance {
-            random: rand::rng().random(),
             pod: &self.pod.uid,
             tried,
             failing: &|endpoint| failing.is(endpoint, now),
             bound: &bound,
+            ..Chance::of(rand::rng().random())
         })
     }
 

@@ -213,6 +213,7 @@ pub fn to_service(
             let service = Some(service.clone());
             Ok(Plan::Plain(Plain { address: destination, destination: None, service, others: false }))
         }
+        Err(none @ NoChoice::Ejected { .. }) => Err(Outcome::new(Code::Ejected, none.to_string())),
         Err(none) => Err(Outcome::new(Code::NoEndpoint, none.to_string())),
     }
 }

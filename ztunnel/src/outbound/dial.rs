@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::ResponseFuture;
@@ -27,6 +28,7 @@ use crate::hbone::headers::{self, Baggage, Forwarded, TraceId};
 use crate::hbone::pool::{Key, Lease, Opened, Pool};
 use crate::http::BoxIo;
 use crate::outbound::attempts::{Attempts, Failure, not_opened};
+use crate::outbound::breaker::{Lasting, expired};
 use crate::outbound::decide::{Hbone, Plain, Plan};
 use crate::outbound::recheck::Registration;
 use crate::outbound::{forbidden, stopped};
@@ -35,6 +37,19 @@ use crate::relay::early::{self, Said};
 use crate::relay::{self, StreamIo, TcpSide, Terms};
 use crate::state::Workload;
 use crate::telemetry::ConnRecord;
+
+/// What `dial` gives, within a policy's `connectTimeout`.
+pub(super) async fn within<T>(
+    limit: Option<Duration>,
+    dial: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    let Some(limit) = limit else { return dial.await };
+    timeout(limit, dial).await.unwrap_or_else(|_| {
+        let text =
+            format!("no connection within {limit:?}, the connectionPool.tcp.connectTimeout of its DestinationRule");
+        Err(not_opened(Outcome::new(Code::ConnectTimeout, text)))
+    })
+}
 
 /// A stream of a tunnel; its answer may still be to come.
 pub(super) struct Stream {
@@ -95,6 +110,7 @@ pub(super) async fn relay_tunnel(
     tcp: TcpStream,
     stream: Stream,
     registration: &Registration,
+    lasting: &mut Option<Box<Lasting>>,
     counts: &Rc<Counts>,
 ) -> Outcome {
     let Stream { send, answer, lease } = stream;
@@ -110,6 +126,7 @@ pub(super) async fn relay_tunnel(
         tokio::select! {
             outcome = stopped(pod, registration) => outcome,
             outcome = lease.cut() => outcome,
+            outcome = expired(lasting) => outcome,
         }
     });
     relay::tunnel(tcp, send, recv, TcpSide::Client, terms, &lease.window, stop).await
@@ -275,16 +292,17 @@ pub(super) async fn plain(pod: &LocalPod, plan: &Plain, patience: Patience, said
 pub(super) async fn relay_plain(
     shared: &Shared,
     pod: &LocalPod,
-    tcp: TcpStream,
-    server: TcpStream,
+    (tcp, server): (TcpStream, TcpStream),
     outside: bool,
     registration: &Registration,
+    lasting: &mut Option<Box<Lasting>>,
     counts: &Rc<Counts>,
 ) -> Outcome {
     // What is outside the cluster may become forbidden while it lasts.
     let stop = pin!(async {
         tokio::select! {
             outcome = stopped(pod, registration) => outcome,
+            outcome = expired(lasting) => outcome,
             outcome = forbidden(shared, pod), if outside => outcome,
         }
     });

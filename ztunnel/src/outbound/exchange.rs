@@ -15,6 +15,7 @@ use crate::http::reply::{self, Reply};
 use crate::http::server::Switches;
 use crate::http::{Body, Framing, Original, headers, recorded};
 use crate::outbound::ask::{self, Known};
+use crate::outbound::breaker::Toward;
 use crate::outbound::forward::{Job, Target};
 use crate::outbound::requests::Client;
 use crate::outbound::waypoint;
@@ -41,7 +42,7 @@ impl From<Outcome> for Refused {
     /// What a client is told of a next hop that could not be reached or must not be.
     fn from(outcome: Outcome) -> Self {
         let reply = match outcome.code {
-            Code::NoEndpoint | Code::UnknownWorkload => reply::NO_ENDPOINT,
+            Code::NoEndpoint | Code::Ejected | Code::UnknownWorkload => reply::NO_ENDPOINT,
             Code::OverBudget | Code::Overflow => reply::OVER_BUDGET,
             Code::ServerReset => reply::RESET,
             code if code.fault() == Fault::Policy => reply::DENIED,
@@ -187,7 +188,9 @@ impl Client {
         let own = service.vips.iter().any(|(_, vip)| vip.contains(&dialled.to_canonical()));
         let vips = service.vips.iter().map(|(_, vip)| vip.addr());
         let ip = if own { dialled } else { vips.min_by_key(|ip| ip.is_ipv4() != dialled.is_ipv4()).unwrap_or(dialled) };
-        Ok(Target { service: service.clone(), at: std::net::SocketAddr::new(ip, port), known })
+        let (shared, pod) = (&self.shared, &self.pod);
+        let toward = Toward::of_requests(shared, pod, &known.snapshot, &known.source, service, port);
+        Ok(Target { service: service.clone(), at: std::net::SocketAddr::new(ip, port), toward, known })
     }
 
     #[allow(clippy::too_many_arguments, reason = "what is known of one request, each used once")]
@@ -210,7 +213,7 @@ impl Client {
         retarget(&mut parts, self.framing, &path, authority.as_deref())
             .map_err(|text| Refused::new(reply::BAD_REQUEST, Code::BadRequest, text))?;
         let now = Instant::now();
-        let original = Original::new(body);
+        let original = Original::new(body, &self.pod.buffers);
         let mirrored = forward.as_ref().is_some_and(|forward| forward.mirrors().next().is_some()) && !switch;
         if mirrored && let Some(forward) = &forward {
             self.mirror(&to.known, forward, &parts, &original);
@@ -225,6 +228,7 @@ impl Client {
             retry: forward.as_ref().and_then(Forward::retry).filter(|_| !switch),
             deadline: forward.as_ref().and_then(Forward::request_timeout).filter(|_| !switch).map(|time| now + time),
             attempt: forward.as_ref().and_then(Forward::backend_timeout).filter(|_| !switch),
+            hash: None,
         };
         let mut response = job.run(switches, record).await?;
         if let Some(forward) = &forward {

@@ -26,6 +26,9 @@ use crate::state::{AppProtocol, Snapshot, Workload};
 /// such a client of a protocol in which the server speaks first waits longer than without the route.
 const SILENCE: Duration = Duration::from_millis(200);
 
+/// How long such a client may take for its first word. Longer, it is somebody who speaks another protocol of words.
+const FIRST_WORD: Duration = Duration::from_secs(1);
+
 /// Before the second look at a client that has sent too little to tell; the socket wakes nobody for bytes that were peeked.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -67,6 +70,7 @@ pub fn wanted(snapshot: &Snapshot, source: &Workload, network: &str, destination
 pub(super) async fn told(tcp: &TcpStream, declared: AppProtocol) -> Result<Option<Framing>, Outcome> {
     let sure = declared != AppProtocol::Unknown;
     let begin = Instant::now();
+    let patient = if sure { HEAD_TIME } else { FIRST_WORD };
     // A client that knows that it speaks first may take its time, as on any idle connection; a head has its own clock.
     let patience = if sure { None } else { Some(begin + SILENCE) };
     let mut first = [0; ENOUGH];
@@ -82,7 +86,7 @@ pub(super) async fn told(tcp: &TcpStream, declared: AppProtocol) -> Result<Optio
         match sniff(&first[..size]) {
             Sniffed::Http1 => return Ok(Some(Framing::One)),
             Sniffed::Http2 => return Ok(Some(Framing::Two)),
-            Sniffed::More if size > 0 && begin.elapsed() < HEAD_TIME => sleep(pause(begin.elapsed())).await,
+            Sniffed::More if size > 0 && begin.elapsed() < patient => sleep(pause(begin.elapsed())).await,
             _ if size == 0 || !sure => return Ok(None),
             _ => {
                 let text = "the Service's port is declared to be HTTP and has routes, and the client speaks something else; \

@@ -29,7 +29,7 @@ pub(super) struct Asked<'a> {
 
 /// Whether the requests of `source` to `service` are a waypoint's to decide, and not its own node's: then the routes and
 /// traffic policies of the Service are carried out there, and nothing of them twice.
-pub(super) fn decides(snapshot: &Snapshot, source: &Workload, service: &Service) -> bool {
+pub fn decides(snapshot: &Snapshot, source: &Workload, service: &Service) -> bool {
     let is_own =
         |gateway: &GatewayAddress| snapshot.gateway(gateway, &source.namespace).is_some_and(|found| found.is(source));
     let mut all = service.waypoints().peekable();

@@ -44,6 +44,8 @@ pub struct PortTable {
     /// The rows by nearness to the first place that asked, nearest first: `lb` makes it, and says by the key which place
     /// that was.
     pub tiers: OnceLock<Box<Tiers>>,
+    /// Points of the rows on a ring of hashes, in order, each with its row: `lb` makes it for the first choice by hash.
+    pub ring: OnceLock<Box<[(u64, u32)]>>,
 }
 
 impl PortTable {
@@ -57,7 +59,7 @@ impl PortTable {
         let total = candidates.iter().map(|row| u64::from(row.weight)).sum();
         let columns =
             (!candidates.windows(2).all(|pair| pair[0].weight == pair[1].weight)).then(|| columns(&candidates, total));
-        Self { candidates, total, columns, tiers: OnceLock::new() }
+        Self { candidates, total, columns, tiers: OnceLock::new(), ring: OnceLock::new() }
     }
 
     /// Sum of all weights.

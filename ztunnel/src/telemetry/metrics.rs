@@ -13,6 +13,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 use crate::outcome::DryRun;
+use crate::telemetry::breakers::BreakerMetrics;
 use crate::telemetry::dns::DnsMetrics;
 use crate::telemetry::http::HttpMetrics;
 
@@ -132,6 +133,8 @@ pub struct Metrics {
     pub dns: DnsMetrics,
     /// Requests.
     pub http: HttpMetrics,
+    /// Traffic policies.
+    pub breakers: BreakerMetrics,
 }
 
 impl Metrics {
@@ -156,6 +159,7 @@ impl Metrics {
             log_dropped: Gauge::default(),
             dns: DnsMetrics::new(registry),
             http: HttpMetrics::new(registry),
+            breakers: BreakerMetrics::new(registry),
         };
         let build = Family::<BuildLabels, Gauge>::default();
         build.get_or_create(&BuildLabels { component: "ztunnel", tag: env!("CARGO_PKG_VERSION") }).set(1);

@@ -4,6 +4,7 @@
 //! or counted twice. The log line goes through tracing's `access` target to a writer thread that drops lines (counted)
 //! rather than blocking a worker. Metric and label names are Istio's, because people's dashboards know them.
 
+pub mod breakers;
 mod conn;
 pub mod dns;
 mod http;

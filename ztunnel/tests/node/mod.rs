@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, dead_code, unreachable_pub, reason = "each test file uses a part")]
 
+pub mod messages;
+
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -203,6 +205,7 @@ impl Node {
             network: "".into(),
             cluster: "Kubernetes".into(),
             limits: Arc::default(),
+            destinations: Arc::default(),
         };
         let context = shared.clone();
         let workers = Workers::start(2, move |_| Worker::new(&context)).unwrap();
