@@ -431,7 +431,7 @@ mod tests {
             port: 80,
             ..OutboundQuestion::default()
         };
-        let answer = outbound(&snapshot, "", &question).unwrap();
+        let answer = outbound(&snapshot, "", &Destinations::default(), &question).unwrap();
         assert!(answer.text.contains("the gateway of network far at 198.51.100.1:15008"), "{}", answer.text);
         let [endpoint] = &answer.endpoints[..] else { panic!("{answer:?}") };
         assert_eq!((&endpoint.address[..], endpoint.port, &*endpoint.code), (&[198, 51, 100, 1][..], 15008, ""));
