@@ -159,7 +159,7 @@ pub struct Node {
     /// Streams on a tunnel before another is opened.
     #[arg(long, env = "POOL_MAX_STREAMS_PER_CONNECTION", default_value_t = 100)]
     pub pool_max_streams: usize,
-    /// How long an unused tunnel stays open.
+    /// How long an unused tunnel stays open, if it is the only one of its kind between two pods; others are closed soon.
     #[arg(long, env = "POOL_UNUSED_RELEASE_TIMEOUT", default_value = "5m", value_parser = duration)]
     pub pool_idle: Duration,
     /// Receive window of a stream, bytes.

@@ -33,6 +33,8 @@ pub enum Code {
     EgressDenied,
     /// The service has no endpoint to choose from.
     NoEndpoint,
+    /// The destination is in another network, whose gateway cannot be used.
+    NoNetworkGateway,
     /// Every endpoint of the service is ejected for now.
     Ejected,
     /// A route says that the request goes nowhere: none matches, or its backend is invalid.
@@ -153,6 +155,14 @@ const NOT_HTTP: Row = row(
 );
 const NO_ROUTE: Row =
     row("NO_ROUTE", "NR", 404, Fault::Client, Retry::No, "no rule of the Service's routes sends the request anywhere");
+const NO_NETWORK_GATEWAY: Row = row(
+    "NO_NETWORK_GATEWAY",
+    "CONNECT",
+    503,
+    Fault::Destination,
+    Retry::Later,
+    "the destination is in another network, whose gateway cannot be used",
+);
 const REQUEST_TIMEOUT: Row =
     row("REQUEST_TIMEOUT", "UT", 504, Fault::Destination, Retry::Later, "no answer in the time that the route gives");
 const TOKEN_REFUSED: Row = row("TOKEN_REFUSED", "-", 401, Fault::Policy, Retry::No, "the request's token is not valid");
@@ -223,6 +233,7 @@ impl Code {
         Self::PolicyChanged,
         Self::EgressDenied,
         Self::NoEndpoint,
+        Self::NoNetworkGateway,
         Self::Ejected,
         Self::NoRoute,
         Self::NoWaypoint,
@@ -283,6 +294,7 @@ impl Code {
             Self::NoEndpoint => {
                 row("NO_ENDPOINT", "CONNECT", 503, F::Destination, R::Later, "the service has no usable endpoint")
             }
+            Self::NoNetworkGateway => NO_NETWORK_GATEWAY,
             Self::Ejected => EJECTED,
             Self::NoRoute => NO_ROUTE,
             Self::NoWaypoint => row("NO_WAYPOINT", "CONNECT", 503, F::Destination, R::Later, "no usable waypoint"),

@@ -101,7 +101,7 @@ fn hundreds_of_idle_connections_do_not_stop_the_next_one() {
 #[test]
 fn a_client_and_the_proxy_in_its_name_may_have_the_same_port() {
     const PORTS: usize = 30;
-    let lab = Lab::new("p");
+    let lab = Lab::new("sp");
     drop(lab.within("b", || serve(TcpListener::bind("[::]:8080").unwrap())));
     let mut node = Node::start(&lab, lab.pods_file(&["b"]));
     node.describe(&["b"]);

@@ -9,6 +9,7 @@
 mod requests;
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use tulle_certs::{SpiffeId, VerifyError};
 use tulle_proto::node::{
@@ -19,7 +20,7 @@ use crate::inbound;
 use crate::inbound::decide::{decide_connection, requests_are_read};
 use crate::lb::{self, Chance, Destinations};
 use crate::outbound;
-use crate::outbound::decide::{Plan, choose, decide, may_go_to};
+use crate::outbound::decide::{Plan, choose, decide, may_go_to, through_gateway};
 use crate::outcome::{Code, Outcome};
 use crate::policy;
 use crate::policy::network::{self, Finding};
@@ -94,9 +95,13 @@ fn stream(snapshot: &Snapshot, network: &str, source: &Workload, destination: So
         Plan::Hbone(plan) => {
             answer.plan = "hbone".to_owned();
             answer.source_identity = source.identity.to_string();
-            answer.text = match plan.through {
-                false => "through a mutual TLS tunnel".to_owned(),
-                true => {
+            answer.text = match (plan.through, &plan.beyond) {
+                (false, _) => "through a mutual TLS tunnel".to_owned(),
+                (true, Some(beyond)) => format!(
+                    "through a mutual TLS tunnel to {} inside another one to the gateway of network {} at {}",
+                    beyond.authority, plan.destination.network, plan.address
+                ),
+                (true, None) => {
                     let waypoint = &plan.destination;
                     format!("through a mutual TLS tunnel to the waypoint {}/{}", waypoint.namespace, waypoint.name)
                 }
@@ -256,10 +261,20 @@ fn endpoints(snapshot: &Snapshot, source: &Workload, plan: &Plan, destination: S
     let shares = plan
         .service()
         .and_then(|service| lb::shares(snapshot, service, destination.port(), source, destination.ip()).ok());
-    let endpoint = |workload: &Workload, ip: IpAddr, port: u16, percent: f64| {
-        let (at, described) = (SocketAddr::new(ip, port), endpoint(workload, ip, port, percent));
-        // The plan is about one endpoint; others may be outside the cluster.
-        match plan.service().map_or(Ok(()), |service| may_go_to(source, service, workload, at)) {
+    let endpoint = |workload: &Arc<Workload>, ip: IpAddr, port: u16, percent: f64| {
+        let elsewhere = plan.service().filter(|_| ip.is_unspecified());
+        let found = match elsewhere {
+            None => Ok(SocketAddr::new(ip, port)),
+            Some(service) => through_gateway(snapshot, source, service, workload, destination),
+        };
+        let at = match found {
+            Ok(at) => at,
+            Err(outcome) => return refused(endpoint(workload, ip, port, percent), outcome),
+        };
+        let described = endpoint(workload, at.ip(), at.port(), percent);
+        // The plan is about one endpoint; others may be outside the cluster. What a gateway is for was asked above.
+        let inside = plan.service().filter(|_| elsewhere.is_none());
+        match inside.map_or(Ok(()), |service| may_go_to(source, service, workload, at)) {
             Ok(()) => with_finding(described, &network::egress(snapshot, source, Transport::Tcp, at)),
             Err(outcome) => refused(described, outcome),
         }
@@ -454,13 +469,43 @@ mod tests {
 
     use super::{inbound, outbound};
     use crate::lb::Destinations;
-    use crate::state::fixtures::{behind, policy, service, snapshot, workload};
+    use crate::state::fixtures::{behind, identity, policy, service, snapshot, workload};
     use crate::state::{
-        Action, Change, EgressMode, Filters, HTTP_ROUTE, HttpMatch, HttpRule, Policy, Protocol, Route, RouteKind,
-        RouteMatch, RouteParent, RouteRule, Scope, ServiceName, TrustBundle, Workload,
+        Action, Change, EgressMode, Filters, GatewayAddress, GatewayTarget, HTTP_ROUTE, HttpMatch, HttpRule, Policy,
+        Protocol, Route, RouteKind, RouteMatch, RouteParent, RouteRule, Scope, ServiceName, ServiceSpec, TrustBundle,
+        Workload,
     };
 
     const NOW: i64 = 1_800_000_000;
+
+    #[test]
+    fn an_endpoint_in_another_network_is_shown_at_its_gateway_with_who_may_be_behind_it() {
+        let target = GatewayTarget::Address { network: "far".into(), ip: "198.51.100.1".parse().unwrap() };
+        let remote = Workload {
+            network: "far".into(),
+            addresses: Vec::new(),
+            network_gateway: Some(Box::new(GatewayAddress { target, hbone_port: 15008 })),
+            ..behind(workload("shop", "cart", "10.0.0.1"), "shop", "cart")
+        };
+        let gateway = Workload { network: "far".into(), ..workload("infra", "east-west", "198.51.100.1") };
+        let subject_alt_names = vec![identity("shop", "cart")];
+        let snapshot = snapshot([
+            Change::Workload(remote.into()),
+            Change::Workload(gateway.into()),
+            Change::Workload(workload("shop", "web", "10.0.0.9").into()),
+            Change::Service(ServiceSpec { subject_alt_names, ..service("shop", "cart", "10.96.0.1") }.into()),
+        ]);
+        let question = OutboundQuestion {
+            source_uid: "Kubernetes//Pod/shop/web".into(),
+            address: vec![10, 96, 0, 1].into(),
+            port: 80,
+            ..OutboundQuestion::default()
+        };
+        let answer = outbound(&snapshot, "", &Destinations::default(), &question, NOW).unwrap();
+        assert!(answer.text.contains("the gateway of network far at 198.51.100.1:15008"), "{}", answer.text);
+        let [endpoint] = &answer.endpoints[..] else { panic!("{answer:?}") };
+        assert_eq!((&endpoint.address[..], endpoint.port, &*endpoint.code), (&[198, 51, 100, 1][..], 15008, ""));
+    }
 
     #[test]
     fn where_requests_are_read_the_connection_s_verdict_is_not_sold_as_theirs() {

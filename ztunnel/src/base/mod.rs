@@ -9,6 +9,7 @@ pub mod cut;
 pub mod drain;
 pub mod gather;
 pub mod handover;
+pub mod lent;
 pub mod memory;
 mod netlink;
 pub mod netns;

@@ -41,10 +41,10 @@ const SETTLE: Duration = Duration::from_secs(5);
 pub struct Key {
     /// Uid of the pod that the connection comes from.
     pub pod: Arc<str>,
-    /// The application's address, or its waypoint's.
+    /// The application's address, or its waypoint's or gateway's.
     pub endpoint: SocketAddr,
-    /// What a waypoint at that address is asked for; none: the endpoint is the application.
-    pub asked: Option<SocketAddr>,
+    /// What a waypoint or gateway at that address is asked for; none: the endpoint is the application.
+    pub asked: Option<Arc<str>>,
     /// Who we are and who may be there; none: plain TCP.
     pub identities: Option<(SpiffeId, Arc<[SpiffeId]>)>,
     /// What is spoken.

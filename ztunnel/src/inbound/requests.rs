@@ -66,7 +66,7 @@ impl Connection {
         Self {
             shared: shared.clone(),
             pod: pod.clone(),
-            request: super::Request { identity: identity.clone(), source: *source, target: *target },
+            request: super::Request { identity: identity.clone(), source: *source, target: *target, inside: false },
             source: record.source.clone(),
             destination: Peer { addr: Some(*target), ..record.destination.clone() },
             service: record.service.clone(),
@@ -77,7 +77,7 @@ impl Connection {
     fn decide_bytes(&self, snapshot: &Snapshot) -> Result<(), Outcome> {
         let gone = || Outcome::new(Code::UnknownWorkload, "control no longer describes the pod");
         let workload = self.pod.workload(snapshot).ok_or_else(gone)?;
-        let super::Request { identity, source, target } = &self.request;
+        let super::Request { identity, source, target, .. } = &self.request;
         decide::decide_bytes(snapshot, workload, identity.as_ref(), *source, *target).map(drop)
     }
 }
@@ -248,7 +248,7 @@ impl Connection {
             let outcome = Outcome::new(Code::UnknownWorkload, "control no longer describes the pod");
             return Err(Refused::new(reply::NO_ENDPOINT, outcome));
         };
-        let super::Request { identity, source, target } = &self.request;
+        let super::Request { identity, source, target, .. } = &self.request;
         let ends = (identity.as_ref(), *source, *target);
         record.dry_run = judge(&snapshot, workload, ends, request, switch, unix_now())?.dry_run;
         Ok(())

@@ -6,7 +6,7 @@
 //! when there is no other. What takes the place of the draw, where a policy or HTTP asks for it, is a [`Way`].
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use crate::lb::{Bound, locality, ring, work};
@@ -17,12 +17,19 @@ use crate::state::{Candidate, IpFamilies, IpFamily, Mode, PortTable, Record, Ser
 pub struct Choice {
     /// The endpoint.
     pub workload: Arc<Workload>,
-    /// Which of its addresses.
+    /// Which of its addresses. The unspecified one: it is in another network, behind that network's gateway.
     pub ip: IpAddr,
     /// Port of the application.
     pub port: u16,
     /// There are endpoints besides that were not tried yet.
     pub others: bool,
+}
+
+impl Choice {
+    /// Whether it is in another network.
+    pub fn is_elsewhere(&self) -> bool {
+        self.ip.is_unspecified()
+    }
 }
 
 /// How an endpoint is chosen among the nearest that can be used.
@@ -153,7 +160,7 @@ pub fn pick(
     dialled: IpAddr,
     chance: &Chance<'_>,
 ) -> Result<Choice, NoChoice> {
-    let _ = snapshot; // Waypoints and gateways will be looked up in it.
+    let _ = snapshot;
     let binds = service.lb.affinity.is_some() && matches!(chance.way, Way::Usual);
     let bound = if binds { (chance.bound)(service, port) } else { None };
     let prefer = IpFamily::of(dialled);
@@ -161,10 +168,10 @@ pub fn pick(
         let known = tiers.iter().map(|tier| tier.candidates.len()).sum::<usize>();
         let random = if binds { Bound::first(chance.pod, &service.key(), port) } else { chance.random };
         let chance = Chance { random, ..*chance };
-        let drawn = draw(service, tiers, prefer, &chance, bound.as_deref());
+        let drawn = draw(service, tiers, (prefer, &client.network), &chance, bound.as_deref());
         let others = known > chance.tried.len() + 1;
         let row = drawn.and_then(|(index, tier)| tier.candidates.get(index));
-        row.and_then(|row| choice(service, row, prefer, others)).ok_or_else(|| {
+        row.and_then(|row| choice(service, row, (prefer, &client.network), others)).ok_or_else(|| {
             // Only now does it matter whether there was one that could not be used.
             let all = tiers.iter().flat_map(|tier| first_addresses(service, tier));
             let count = all.filter(|first| (chance.ejected)(*first)).count();
@@ -206,7 +213,7 @@ pub fn shares(
         let rows = nearest.into_iter().flat_map(|table| table.candidates.iter().map(move |row| (table, row)));
         rows.filter_map(|(table, row)| {
             let percent = f64::from(row.weight) * 100.0 / table.total() as f64;
-            Some((choice(service, row, prefer, known > 1)?, percent))
+            Some((choice(service, row, (prefer, &client.network), known > 1)?, percent))
         })
         .collect()
     })?;
@@ -245,16 +252,17 @@ fn with_tiers<T>(
 fn draw<'a>(
     service: &Service,
     tiers: &'a [PortTable],
-    prefer: IpFamily,
+    from: (IpFamily, &str),
     chance: &Chance<'_>,
     bound: Option<&str>,
 ) -> Option<(usize, &'a PortTable)> {
     let all = &service.endpoints.all;
     let address = |row: &Candidate| {
-        let ip = address(all.get(row.endpoint as usize)?, service.ip_families, prefer)?;
+        let ip = address(all.get(row.endpoint as usize)?, service.ip_families, from)?;
         Some(SocketAddr::new(ip, row.target_port))
     };
-    let is_in = |row: &Candidate| first_address(all, row).is_some_and(|first| !(chance.ejected)(first));
+    // One without an address is behind a gateway, and not known by it.
+    let is_in = |row: &Candidate| first_address(all, row).is_none_or(|first| !(chance.ejected)(first));
     let untried = |row: &Candidate| address(row).is_some_and(|address| !chance.tried.contains(&address)) && is_in(row);
     let well = |row: &Candidate| {
         let may = |address| !chance.tried.contains(&address) && !(chance.failing)(address);
@@ -346,14 +354,18 @@ fn mix(random: u64) -> u64 {
     mixed ^ (mixed >> 31)
 }
 
-fn choice(service: &Service, row: &Candidate, prefer: IpFamily, others: bool) -> Option<Choice> {
+fn choice(service: &Service, row: &Candidate, from: (IpFamily, &str), others: bool) -> Option<Choice> {
     let endpoint = service.endpoints.all.get(row.endpoint as usize)?;
-    let ip = address(endpoint, service.ip_families, prefer)?;
+    let ip = address(endpoint, service.ip_families, from)?;
     Some(Choice { workload: endpoint.workload().clone(), ip, port: row.target_port, others })
 }
 
-/// The first address of an allowed family, the preferred family first.
-fn address(endpoint: &Record, families: IpFamilies, prefer: IpFamily) -> Option<IpAddr> {
+/// The first address of an allowed family, the preferred family first; nobody's, if it is in another network than the
+/// client: what it is there says nothing here, so no attempt counts against it.
+fn address(endpoint: &Record, families: IpFamilies, (prefer, network): (IpFamily, &str)) -> Option<IpAddr> {
+    if *endpoint.place().network != *network {
+        return endpoint.network_gateway().map(|_| IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+    }
     let mut allowed = endpoint.addresses().filter(|ip| families.allow(*ip));
     let preferred = allowed.clone().find(|ip| IpFamily::of(*ip) == prefer);
     preferred.or_else(|| allowed.next())

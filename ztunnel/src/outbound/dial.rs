@@ -12,7 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use h2::client::ResponseFuture;
 use h2::{RecvStream, SendStream};
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode};
 use rand::RngExt as _;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
@@ -78,7 +78,7 @@ pub(super) async fn tunnel(
     record.hbone = Some(plan.address);
     let trace = TraceId::new(rand::rng().random());
     record.trace = Some(trace.to_string());
-    let headers = describe(source, plan, record.source.addr, trace);
+    let headers = describe(shared, source, plan, record.source.addr, trace);
     let Opened { response, mut send, lease } = open(shared, pool, pod, source, plan, patience, headers).await?;
     let answer = match said {
         None => Answer::Waited(response),
@@ -147,14 +147,15 @@ async fn open(
         pod: pod.uid.clone(),
         expected: plan.expected.clone(),
         address: plan.address,
+        beyond: plan.beyond.clone(),
     };
     let dialer = Dialer { sockets: pod.sockets.clone(), cert, budget: pod.buffers.clone(), patience };
-    let request = headers::connect_request(&plan.authority.to_string(), headers)
+    let request = headers::connect_request(&plan.asks_for(), headers)
         .map_err(|error| Failure::last(Outcome::new(Code::Internal, error.to_string())))?;
     pool.open(&key, &dialer, &request).await.map_err(not_opened)
 }
 
-fn describe(source: &Workload, plan: &Hbone, client: Option<SocketAddr>, trace: TraceId) -> HeaderMap {
+fn describe(shared: &Shared, source: &Workload, plan: &Hbone, client: Option<SocketAddr>, trace: TraceId) -> HeaderMap {
     let text = |value: &Arc<str>| Some(value.to_string()).filter(|text| !text.is_empty());
     let baggage = Baggage {
         cluster: text(&source.cluster),
@@ -176,6 +177,12 @@ fn describe(source: &Workload, plan: &Hbone, client: Option<SocketAddr>, trace: 
             map.insert(name, value);
         }
     }
+    // Which network's addresses this is about, for an end that is in another one.
+    if plan.beyond.is_some()
+        && let Ok(network) = HeaderValue::from_str(&shared.network)
+    {
+        map.insert(headers::FORWARDED_NETWORK, network);
+    }
     map
 }
 
@@ -191,7 +198,7 @@ pub(super) async fn connection(
     let Attempts { shared, pool, pod, .. } = attempts;
     match plan {
         Plan::Hbone(plan) => {
-            let headers = describe(source, plan, Some(client), TraceId::new(rand::rng().random()));
+            let headers = describe(shared, source, plan, Some(client), TraceId::new(rand::rng().random()));
             let Opened { response, mut send, lease } = open(shared, pool, pod, source, plan, patience, headers).await?;
             match accepted(response, shared, &lease).await {
                 Ok(recv) => {

@@ -331,12 +331,12 @@ impl Job<'_> {
 
     fn key(&self, plan: &Plan) -> Key {
         let identities = match plan {
-            Plan::Hbone(plan) => Some((self.to.known.source.identity.clone(), plan.expected.clone())),
+            Plan::Hbone(plan) => Some((self.to.known.source.identity.clone(), plan.believed())),
             Plan::Plain(_) => None,
         };
         let (pod, framing) = (self.client.pod.uid.clone(), self.client.framing);
         let asked = match plan {
-            Plan::Hbone(plan) if plan.through => Some(plan.authority),
+            Plan::Hbone(plan) if plan.through => Some(plan.asks_for()),
             _ => None,
         };
         Key { pod, endpoint: plan.endpoint(), asked, identities, framing }

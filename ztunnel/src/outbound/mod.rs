@@ -10,6 +10,7 @@ mod attempts;
 mod breaker;
 pub mod decide;
 mod dial;
+mod elsewhere;
 mod exchange;
 pub mod explained;
 mod forward;

@@ -18,6 +18,7 @@ mod demand;
 mod endpoints;
 #[cfg(test)]
 pub mod fixtures;
+mod gateway;
 mod http_rules;
 mod index;
 mod known;
@@ -43,6 +44,7 @@ mod workload;
 pub use change::{Change, OwnType};
 pub use demand::{Demands, Lease, address_name};
 pub use endpoints::{Candidate, Endpoints, PortTable, PortTables, Ports, Tiers};
+pub use gateway::Gateway;
 pub use http_rules::{Element, Group, HttpMatch, HttpRule, PathPattern};
 pub use l7::RouteEntry;
 pub use network::{IpBlock, NETWORK_POLICY, NetworkPeers, NetworkPolicy, NetworkPort, NetworkRule, Way};

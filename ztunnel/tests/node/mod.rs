@@ -160,7 +160,7 @@ pub fn authority(dir: &Path, domain: &str) -> Authority {
     Authority::open(&dir.join(name), now()).unwrap()
 }
 
-fn now() -> i64 {
+pub fn now() -> i64 {
     i64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()).unwrap()
 }
 
