@@ -10,6 +10,7 @@ const FILES: &[&str] = &[
     "zds.proto",
     "tulle_workload.proto",
     "tulle_node.proto",
+    "otlp.proto",
 ];
 
 /// Messages of it that are shown to people as JSON.

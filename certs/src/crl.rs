@@ -5,7 +5,7 @@
 //! must not cut a mesh in half, and a certificate that was taken back does not become good again by it. Limits: whole
 //! lists only (no deltas, no indirect ones), [`MAX_CRL_BYTES`] and [`MAX_LISTS`].
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -47,6 +47,8 @@ pub struct Crls(Arc<Inner>);
 #[derive(Default)]
 struct Inner {
     lists: Vec<List>,
+    /// Different serial numbers in them.
+    serials: usize,
     /// Whether list `.0` was signed with the key whose digest is `.1`; a signature is checked once, not once a handshake.
     answers: Mutex<HashMap<(usize, [u8; 32]), bool>>,
 }
@@ -54,7 +56,6 @@ struct Inner {
 struct List {
     der: CertificateRevocationListDer<'static>,
     parsed: CertRevocationList<'static>,
-    serials: usize,
     next_update: Option<i64>,
 }
 
@@ -104,27 +105,28 @@ impl Crls {
         if bytes.len() > MAX_CRL_BYTES {
             return Err(CrlError::TooLarge(bytes.len()));
         }
-        let mut lists = Vec::new();
+        let (mut lists, mut serials) = (Vec::new(), HashSet::new());
         // A SEQUENCE of DER; PEM begins with text.
         if bytes.first() == Some(&0x30) {
-            lists.push(list(CertificateRevocationListDer::from(bytes.to_vec()), 1)?);
-            return Ok(Self::of(lists));
+            lists.push(list(CertificateRevocationListDer::from(bytes.to_vec()), 1, &mut serials)?);
+            return Ok(Self::of(lists, &serials));
         }
         for (index, der) in CertificateRevocationListDer::pem_slice_iter(bytes).enumerate() {
             let index = index + 1;
             if index > MAX_LISTS {
                 return Err(CrlError::TooMany);
             }
-            lists.push(list(der.map_err(|error| CrlError::Pem { index, reason: format!("{error:?}") })?, index)?);
+            let der = der.map_err(|error| CrlError::Pem { index, reason: format!("{error:?}") })?;
+            lists.push(list(der, index, &mut serials)?);
         }
         if lists.is_empty() && !bytes.trim_ascii().is_empty() {
             return Err(CrlError::NoList);
         }
-        Ok(Self::of(lists))
+        Ok(Self::of(lists, &serials))
     }
 
-    fn of(lists: Vec<List>) -> Self {
-        Self(Arc::new(Inner { lists, answers: Mutex::default() }))
+    fn of(lists: Vec<List>, serials: &HashSet<Vec<u8>>) -> Self {
+        Self(Arc::new(Inner { lists, serials: serials.len(), answers: Mutex::default() }))
     }
 
     /// Number of lists.
@@ -132,9 +134,10 @@ impl Crls {
         self.0.lists.len()
     }
 
-    /// Certificates that were taken back.
+    /// Certificates that were taken back. One whose issuer is not known for sure is in the lists of all that it may be, and
+    /// counts once.
     pub fn serials(&self) -> usize {
-        self.0.lists.iter().map(|list| list.serials).sum()
+        self.0.serials
     }
 
     /// Lists that should have been replaced before `now` (Unix seconds).
@@ -178,7 +181,12 @@ fn signature(der: &[u8], key: &[u8]) -> Option<bool> {
     Some(list.verify_signature(&key).is_ok())
 }
 
-fn list(der: CertificateRevocationListDer<'static>, index: usize) -> Result<List, CrlError> {
+/// Reads one list; what it names joins `serials`.
+fn list(
+    der: CertificateRevocationListDer<'static>,
+    index: usize,
+    serials: &mut HashSet<Vec<u8>>,
+) -> Result<List, CrlError> {
     let unusable = |reason: String| CrlError::Unusable { index, reason };
     // Refuses what is not understood: versions, critical extensions, deltas, indirect lists.
     let parsed = OwnedCertRevocationList::from_der(&der).map_err(|error| unusable(error.to_string()))?;
@@ -193,9 +201,9 @@ fn list(der: CertificateRevocationListDer<'static>, index: usize) -> Result<List
             "signatures of kind {algorithm} cannot be checked; sign it with SHA-256 or SHA-384"
         )));
     }
-    let serials = facts.iter_revoked_certificates().count();
+    serials.extend(facts.iter_revoked_certificates().map(|entry| entry.raw_serial().to_vec()));
     let next_update = facts.next_update().map(|time| time.timestamp());
-    Ok(List { serials, next_update, parsed: parsed.into(), der })
+    Ok(List { next_update, parsed: parsed.into(), der })
 }
 
 impl PartialEq for Crls {

@@ -21,4 +21,4 @@ pub use request::{CsrError, MAX_CSR_BYTES, ParsedCsr, Request, RequestError, par
 pub use roots::{MAX_ROOTS, Roots, RootsError, fingerprint};
 pub use spiffe::{SpiffeId, SpiffeIdError, trust_domain};
 pub use trust::{Aliases, Bundles, Trusted, verify_peer};
-pub use verify::{Usage, VerifyError, leaf_identity, verify_chain};
+pub use verify::{Usage, VerifyError, leaf_identity, server_not_revoked, verify_chain};

@@ -142,13 +142,6 @@ impl Roots {
         &self.0.certificates
     }
 
-    /// SubjectPublicKeyInfo, DER, of the root that an anchor was made of.
-    pub(crate) fn public_key(&self, anchor: &TrustAnchor<'_>) -> Option<Vec<u8>> {
-        let index = self.0.anchors.iter().position(|own| own == anchor)?;
-        let (_, root) = X509Certificate::from_der(self.certificates().get(index)?).ok()?;
-        Some(root.public_key().raw.to_vec())
-    }
-
     /// The same as webpki wants them.
     pub fn anchors(&self) -> &[TrustAnchor<'static>] {
         &self.0.anchors

@@ -7,8 +7,7 @@
 use std::sync::LazyLock;
 
 use rustls::crypto::WebPkiSupportedAlgorithms;
-use rustls_pki_types::CertificateDer;
-use rustls_pki_types::UnixTime;
+use rustls_pki_types::{CertificateDer, TrustAnchor, UnixTime};
 use thiserror::Error;
 use webpki::{EndEntityCert, KeyUsage, VerifiedPath};
 use x509_parser::extensions::GeneralName;
@@ -136,21 +135,62 @@ pub fn verify_chain(
         .verify_for_usage(algorithms().all, roots.anchors(), intermediates, now, usage, None, None)
         .map_err(VerifyError::Invalid)?;
     if !crls.is_empty() {
-        not_revoked(&path, roots, crls)?;
+        not_revoked(&path, sequence(path.anchor().subject_public_key_info.as_ref()), crls)?;
     }
     leaf_identity(leaf)
 }
 
-/// Looks up each certificate of a verified path, with the key of the one above it.
-fn not_revoked(path: &VerifiedPath<'_>, roots: &Roots, crls: &Crls) -> Result<(), VerifyError> {
-    let unreadable = || VerifyError::Unreadable("its root has no public key".into());
+/// Whether the lists let a server's chain be that names no identity of the mesh, as control's own: `anchors` are all that
+/// may vouch for it. Names are the caller's to check.
+///
+/// # Errors
+/// [`VerifyError::Revoked`]; else why the chain proves nothing at all.
+pub fn server_not_revoked(
+    chain: &[CertificateDer<'_>],
+    anchors: &[TrustAnchor<'_>],
+    crls: &Crls,
+    now: UnixTime,
+) -> Result<(), VerifyError> {
+    let (leaf, intermediates) = chain.split_first().ok_or(VerifyError::NoCertificate)?;
+    if crls.is_empty() {
+        return Ok(());
+    }
+    if chain.len() > MAX_CHAIN {
+        return Err(VerifyError::ChainTooLong(chain.len()));
+    }
+    let end_entity = EndEntityCert::try_from(leaf).map_err(VerifyError::Invalid)?;
+    let usage = KeyUsage::server_auth();
+    let path = end_entity
+        .verify_for_usage(algorithms().all, anchors, intermediates, now, usage, None, None)
+        .map_err(VerifyError::Invalid)?;
+    not_revoked(&path, sequence(path.anchor().subject_public_key_info.as_ref()), crls)
+}
+
+/// What an anchor holds of its root's SubjectPublicKeyInfo, as the DER that it was (X.690 §8.1.3).
+fn sequence(value: &[u8]) -> Vec<u8> {
+    let length = value.len().to_be_bytes();
+    let digits = &length[length.iter().take_while(|byte| **byte == 0).count()..];
+    let mut der = vec![0x30];
+    match value.len() {
+        short @ ..128 => der.push(u8::try_from(short).unwrap_or_default()),
+        _ => {
+            der.push(0x80 | u8::try_from(digits.len()).unwrap_or_default());
+            der.extend(digits);
+        }
+    }
+    der.extend(value);
+    der
+}
+
+/// Looks up each certificate of a verified path, with the key of the one above it; `root`: that of the anchor.
+fn not_revoked(path: &VerifiedPath<'_>, root: Vec<u8>, crls: &Crls) -> Result<(), VerifyError> {
     let mut links: Vec<(&[u8], &[u8])> = vec![(path.end_entity().issuer(), path.end_entity().serial())];
     let mut keys: Vec<Vec<u8>> = Vec::new();
     for intermediate in path.intermediate_certificates() {
         keys.push(intermediate.subject_public_key_info().to_vec());
         links.push((intermediate.issuer(), intermediate.serial()));
     }
-    keys.push(roots.public_key(path.anchor()).ok_or_else(unreadable)?);
+    keys.push(root);
     for ((issuer, serial), key) in links.into_iter().zip(&keys) {
         if crls.revoke(&Link { issuer, serial, key }) {
             return Err(VerifyError::Revoked { serial: serial.iter().map(|byte| format!("{byte:02x}")).collect() });
@@ -171,6 +211,23 @@ mod tests {
     use rustls_pki_types::CertificateDer;
 
     use crate::leaf_identity;
+    use crate::verify::sequence;
+
+    #[test]
+    fn an_anchors_key_is_the_der_of_its_root() {
+        let cases: [(usize, &[u8]); 6] = [
+            (0, &[0]),
+            (1, &[1]),
+            (127, &[127]),
+            (128, &[0x81, 128]),
+            (256, &[0x82, 1, 0]),
+            (70_000, &[0x83, 1, 0x11, 0x70]),
+        ];
+        for (length, octets) in cases {
+            let expected = [&[0x30], octets, &vec![7; length]].concat();
+            assert_eq!(sequence(&vec![7; length]), expected, "{length}");
+        }
+    }
 
     proptest! {
         #[test]

@@ -10,9 +10,11 @@ use std::time::Duration;
 use clap::Args;
 use clap::Parser;
 use clap::Subcommand;
+use ipnet::IpNet;
 use tulle_proto::names;
 use tulle_proto::tulle_workload::EgressMode;
 
+use crate::keys;
 use crate::translate::Settings;
 
 /// Tulle's control plane: xDS, certificates, status.
@@ -40,7 +42,7 @@ pub enum LogFormat {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve nodes until stopped.
-    Serve(Serve),
+    Serve(Box<Serve>),
     /// Print a token for a node proxy or a service account.
     Token(Token),
     /// Replace the root (in three steps, one a call) or the intermediate, without dropping a connection.
@@ -88,6 +90,20 @@ pub struct Serve {
     /// What may leave namespaces without the label tulle.dev/egress: `allow`, `audit` or `deny`.
     #[arg(long, env = "TULLE_CONTROL_EGRESS_DEFAULT", default_value = "allow")]
     pub egress_default: EgressDefault,
+    /// Between two fetches of a key set that a RequestAuthentication names by `jwksUri`.
+    #[arg(long, env = "TULLE_CONTROL_JWKS_REFRESH", default_value = "5m", value_parser = duration)]
+    pub jwks_refresh: Duration,
+    /// Roots (PEM) for the servers of key sets, besides the system's.
+    #[arg(long, env = "TULLE_CONTROL_JWKS_CA")]
+    pub jwks_ca: Option<PathBuf>,
+    /// Addresses that no key set is fetched from: those of the machine itself and of cloud metadata.
+    #[arg(
+        long,
+        env = "TULLE_CONTROL_JWKS_BLOCKED_CIDRS",
+        value_delimiter = ',',
+        default_value = "0.0.0.0/8,127.0.0.0/8,169.254.0.0/16,::/128,::1/128,fe80::/10"
+    )]
+    pub jwks_blocked_cidrs: Vec<String>,
 }
 
 /// As the label has it.
@@ -102,6 +118,19 @@ pub enum EgressDefault {
 }
 
 impl Serve {
+    /// How key sets are fetched.
+    ///
+    /// # Errors
+    /// A flag that cannot be used, in words.
+    pub fn keys(&self) -> Result<keys::Settings, String> {
+        let range = |text: &&String| !text.is_empty();
+        let net = |text: &String| {
+            text.parse::<IpNet>().map_err(|_| format!("--jwks-blocked-cidrs: `{text}` is no range of addresses"))
+        };
+        let blocked = self.jwks_blocked_cidrs.iter().filter(range).map(net).collect::<Result<_, _>>()?;
+        Ok(keys::Settings { refresh: self.jwks_refresh, ca: self.jwks_ca.clone(), blocked })
+    }
+
     /// What translation needs.
     pub fn settings(&self) -> Settings {
         Settings {

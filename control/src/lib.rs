@@ -1,7 +1,7 @@
 //! Tulle's control plane as a library: the `control` and `tulle` programs are thin shells around it.
 //!
 //! One way through: source → model → translate → resources → xDS sessions, and conditions beside it. A module imports
-//! only modules above it in this order: base, model, resource, telemetry, authn, source, translate, stream, xds, ca,
+//! only modules above it in this order: base, model, resource, telemetry, authn, source, keys, translate, stream, xds, ca,
 //! nodes, admin, config, app, cli.
 
 /// Clock and the order to stop.
@@ -14,6 +14,8 @@ pub mod model;
 pub mod resource;
 /// Where objects come from.
 pub mod source;
+/// The key sets of token issuers, fetched for all nodes.
+pub mod keys;
 /// From objects to resources and conditions; pure.
 pub mod translate;
 /// Who is calling.

@@ -39,7 +39,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Serve(serve) => {
-            tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(app::serve(serve))
+            tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(app::serve(*serve))
         }
     }
 }

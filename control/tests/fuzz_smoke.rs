@@ -25,6 +25,10 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         "manifest" => ["../e2e/examples/shop", "src/translate/testdata"].into_iter().flat_map(files).collect(),
         "token" => vec![b"eyJhbGciOiJFUzI1NiJ9.eyJpc3MiOiJ0dWxsZSJ9.c2lnbmF0dXJl".to_vec()],
         "discovery" => vec![stream()],
+        "keys" => vec![
+            br#"{"keys":[{"kty":"EC","crv":"P-256","kid":"a","x":"AA","y":"AQ","d":"Ag"}],"more":null}"#.to_vec(),
+            br#"{"issuer":"https://a","jwks_uri":"https://a/keys"}"#.to_vec(),
+        ],
         other => panic!("{other} has no seed; add one"),
     }
 }

@@ -27,22 +27,28 @@ use tulle_proto::node::node_message::Answer;
 use tulle_proto::node::node_service_client::NodeServiceClient;
 use tulle_proto::node::{Hello, NodeMessage, NodeStatus};
 
-const DEADLINE: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(30);
 
 struct Mesh {
     dir: tempfile::TempDir,
     running: Option<app::Running>,
+    /// Further flags of `control serve`.
+    more: &'static [&'static str],
 }
 
 impl Mesh {
     async fn start(files: &[(&str, &str)]) -> Self {
+        Self::start_with(files, &[]).await
+    }
+
+    async fn start_with(files: &[(&str, &str)], more: &'static [&'static str]) -> Self {
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let dir = tempfile::tempdir().expect("dir");
         std::fs::create_dir(dir.path().join("objects")).expect("mkdir");
         for (name, text) in files {
             put(dir.path(), name, text);
         }
-        let mut mesh = Self { dir, running: None };
+        let mut mesh = Self { dir, running: None, more };
         mesh.restart().await;
         mesh
     }
@@ -64,10 +70,10 @@ impl Mesh {
             "127.0.0.1:0",
             "--ca-dir",
         ];
-        let cli =
-            Cli::try_parse_from(args.into_iter().map(Into::into).chain([ca.into_os_string()])).expect("arguments");
+        let args = args[..2].iter().chain(self.more).chain(&args[2..]).map(Into::into);
+        let cli = Cli::try_parse_from(args.chain([ca.into_os_string()])).expect("arguments");
         let Command::Serve(serve) = cli.command else { unreachable!("serve was given") };
-        self.running = Some(app::start(serve).await.expect("start"));
+        self.running = Some(app::start(*serve).await.expect("start"));
     }
 
     fn put(&self, name: &str, text: &str) {
@@ -481,4 +487,55 @@ async fn attached_node_answers_status_and_a_silent_one_is_an_error_of_its_own() 
     let (code, body) = mesh.get("/debug/explain?from=shop/none&to=shop/cart-0:80").await;
     assert_eq!(code, 404, "{body}");
     node.abort();
+}
+
+/// A server of key sets: whatever is asked for gets `body`; empty: 500.
+async fn issuer(body: std::sync::Arc<std::sync::Mutex<String>>) -> u16 {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("port");
+    let port = listener.local_addr().expect("address").port();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let body = body.lock().expect("body").clone();
+            let status = if body.is_empty() { 500 } else { 200 };
+            let mut head = [0; 4096];
+            let _ = stream.read(&mut head).await;
+            let answer = format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+            let _ = stream.write_all(answer.as_bytes()).await;
+            let _ = stream.shutdown().await;
+        }
+    });
+    port
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_by_uri_are_in_the_first_publication_and_follow_their_issuer() {
+    let body = std::sync::Arc::new(std::sync::Mutex::new(r#"{"keys":[{"kid":"one"}]}"#.to_owned()));
+    let port = issuer(body.clone()).await;
+    let object = format!(
+        "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {{name: users, namespace: shop}}\n\
+         spec: {{jwtRules: [{{issuer: i, jwksUri: 'http://127.0.0.1:{port}/keys'}}]}}\n"
+    );
+    let flags = &["--jwks-blocked-cidrs=", "--jwks-refresh=1s"];
+    let mut mesh = Mesh::start_with(&[("auth.yaml", &object)], flags).await;
+    mesh.until("/readyz", |code, _| code == 200).await;
+    let auths = "/debug/resources?type=RequestAuth";
+    // Ready means published, and what is published first has the keys.
+    assert!(mesh.get(auths).await.1.contains("one"), "{}", mesh.get(auths).await.1);
+    // A second key comes before anything is signed with it, and the first one goes later.
+    *body.lock().expect("body") = r#"{"keys":[{"kid":"one"},{"kid":"two"}]}"#.to_owned();
+    mesh.until(auths, |_, text| text.contains("one") && text.contains("two")).await;
+    *body.lock().expect("body") = String::new();
+    mesh.until("/debug/conditions", |_, text| text.contains("FetchFailed") && text.contains("stay in force")).await;
+    assert!(mesh.get(auths).await.1.contains("two"), "keys are kept while their server fails");
+    *body.lock().expect("body") = r#"{"keys":[{"kid":"two"}]}"#.to_owned();
+    mesh.until(auths, |_, text| !text.contains("one") && text.contains("two")).await;
+    // A start without the issuer waits for it, and then refuses the tokens of this issuer only.
+    *body.lock().expect("body") = String::new();
+    mesh.restart().await;
+    mesh.until(auths, |_, text| text.contains("no_keys")).await;
+    // Loopback is nobody's issuer unless it is said to be.
+    mesh.more = &[];
+    mesh.restart().await;
+    mesh.until("/debug/conditions", |_, text| text.contains("which control does not connect to")).await;
 }

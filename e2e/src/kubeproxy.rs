@@ -4,10 +4,12 @@
 //! a terminating one where none is ready, those that topology hints name where all have hints; an active refusal where
 //! there is none, silence where a traffic policy Local finds none on its node; ports on the nodes and external addresses.
 //! Masqueraded is a pod that reaches itself, what comes to a Service from outside of the pods, and what comes from outside
-//! under externalTrafficPolicy Cluster; under Local its source is kept. The text is pure and replaced as a whole. Limits:
-//! a client that has been bound to an endpoint stays so as long as the endpoints are the same, whatever `timeoutSeconds` says
-//! (what a table of clients would know is lost with each replacement); load balancers' source ranges are not looked at; without privilege the kernel takes a
-//! transaction of some 200 KB only.
+//! under externalTrafficPolicy Cluster; under Local its source is kept. The text is pure and replaced as a whole; clients
+//! that are bound to an endpoint are carried over from what the kernel lists ([`with_clients`]). Limits: a client that is
+//! bound in the moment of a replacement may be forgotten; load balancers' source ranges are not looked at; without
+//! privilege the kernel takes a transaction of some 200 KB only.
+
+use std::collections::BTreeMap;
 
 use crate::address;
 use crate::address::Pair;
@@ -27,6 +29,7 @@ pub fn rules(services: &[Service], node: u16) -> String {
         for port in &service.ports {
             for family in 0..2 {
                 let one = OnePort::new(service, port, family, node);
+                chains.push_str(&one.bound_clients());
                 chains.push_str(&one.chains());
                 for (address, number, to) in one.entries(addresses) {
                     let key = format!("{address} . {} . {number}", one.protocol());
@@ -60,6 +63,40 @@ pub fn rules(services: &[Service], node: u16) -> String {
     text.push_str(HOOKS);
     text
 }
+
+/// The rules with the clients that are bound now, by the kernel's listing of the table: those of endpoints and times that
+/// the rules still have. What is listed of each client is how long it stays bound.
+pub fn with_clients(rules: &str, listed: &str) -> String {
+    let mut clients: BTreeMap<&str, &str> = BTreeMap::new();
+    for set in listed.split("\tset ").skip(1) {
+        let Some((name, rest)) = set.split_once(" {").filter(|(name, _)| name.starts_with(BOUND)) else { continue };
+        let body = rest.split_once("\n\t}").map_or(rest, |(body, _)| body);
+        let elements = body.split_once("elements = {").and_then(|(_, rest)| rest.split_once('}'));
+        if let Some((elements, _)) = elements {
+            clients.insert(name, elements);
+        }
+    }
+    let mut text = String::with_capacity(rules.len());
+    for line in rules.lines() {
+        text.push_str(line);
+        text.push('\n');
+        let set = line.strip_prefix("  set ").and_then(|rest| rest.strip_suffix(" {"));
+        if let Some(elements) = set.and_then(|name| clients.get(name)) {
+            text.push_str(&format!("    elements = {{{elements}}}\n"));
+        }
+    }
+    text
+}
+
+/// Whether the rules remember clients.
+pub fn has_clients(rules: &str) -> bool {
+    rules.contains("flags dynamic,timeout")
+}
+
+/// Begins the names of sets of clients.
+const BOUND: &str = "bound-";
+/// Clients of one endpoint; more are not remembered.
+const CLIENTS: usize = 65_535;
 
 const FAMILIES: [(&str, &str, &str); 2] = [("v4", "ip", "ipv4_addr"), ("v6", "ip6", "ipv6_addr")];
 
@@ -178,28 +215,58 @@ impl<'a> OnePort<'a> {
         text
     }
 
-    /// A random endpoint for each connection, or for each client.
+    /// Name of the set of an endpoint's clients, where clients are bound. Other times are another set.
+    fn bound(&self, endpoint: &Member) -> Option<String> {
+        let seconds = self.service.proxy.affinity?;
+        let address: String = endpoint.pair.texts()[self.family]
+            .chars()
+            .map(|c| if c.is_ascii_alphanumeric() { c } else { '_' })
+            .collect();
+        let service = self.name(BOUND.trim_end_matches('-'));
+        Some(format!("{service}-{address}-{}-{seconds}s", endpoint.port))
+    }
+
+    /// The sets of bound clients, which all choices of this port share.
+    fn bound_clients(&self) -> String {
+        let kind = FAMILIES[self.family].2;
+        let seconds = self.service.proxy.affinity.unwrap_or_default();
+        let names = self.port.endpoints.iter().filter_map(|endpoint| self.bound(endpoint));
+        names
+            .map(|name| {
+                format!(
+                    "  set {name} {{\n    type {kind}\n    size {CLIENTS}\n    flags dynamic,timeout\n    timeout {seconds}s\n  }}\n"
+                )
+            })
+            .collect()
+    }
+
+    /// A random endpoint for each connection, or that to which the client is bound.
     fn choice(&self, kind: &str, endpoints: &[Member]) -> String {
         if endpoints.is_empty() {
             return String::new();
         }
         let (name, word, protocol) = (self.name(kind), FAMILIES[self.family].1, self.protocol());
         let mut text = String::new();
-        let mut choice = String::new();
-        for (index, Member { pair, port, .. }) in endpoints.iter().enumerate() {
+        let (mut bound, mut choice) = (String::new(), String::new());
+        for (index, endpoint) in endpoints.iter().enumerate() {
+            let Member { pair, port, .. } = endpoint;
             let address = &pair.texts()[self.family];
             let target = if self.family == 0 { format!("{address}:{port}") } else { format!("[{address}]:{port}") };
             let own = format!("{name}-{index}");
+            let mut remember = String::new();
+            if let Some(set) = self.bound(endpoint) {
+                remember = format!("    update @{set} {{ {word} saddr }}\n");
+                bound.push_str(&format!("    {word} saddr @{set} goto {own}\n"));
+            }
             text.push_str(&format!(
-                "  chain {own} {{\n    {word} saddr {address} meta mark set 0x4000\n    meta l4proto {protocol} dnat {word} to {target}\n  }}\n"
+                "  chain {own} {{\n{remember}    {word} saddr {address} meta mark set 0x4000\n    meta l4proto {protocol} dnat {word} to {target}\n  }}\n"
             ));
             choice.push_str(&format!("{index} : goto {own}, "));
         }
-        let draw = match self.service.proxy.affinity {
-            true => format!("jhash {word} saddr mod {}", endpoints.len()),
-            false => format!("numgen random mod {}", endpoints.len()),
-        };
-        text.push_str(&format!("  chain {name} {{\n    {draw} vmap {{ {choice}}}\n  }}\n"));
+        text.push_str(&format!(
+            "  chain {name} {{\n{bound}    numgen random mod {} vmap {{ {choice}}}\n  }}\n",
+            endpoints.len()
+        ));
         text
     }
 }
@@ -228,7 +295,9 @@ fn hinted(service: &Service, endpoints: Vec<Member>, node: u16) -> Vec<Member> {
 #[cfg(test)]
 mod tests {
     use crate::address;
+    use crate::kubeproxy::has_clients;
     use crate::kubeproxy::rules;
+    use crate::kubeproxy::with_clients;
     use crate::services::Distribution;
     use crate::services::Member;
     use crate::services::Proxy;
@@ -309,7 +378,7 @@ mod tests {
     #[test]
     fn what_comes_from_outside_keeps_its_source_under_local_only() {
         let local = Proxy { node_ports: [((80, true), 30_080)].into(), external_local: true, ..Proxy::default() };
-        let spread = Proxy { external_local: false, affinity: true, ..local.clone() };
+        let spread = Proxy { external_local: false, affinity: Some(60), ..local.clone() };
         let chain = |text: &str| {
             let start = text.find("chain ext-shop-cart-tcp-80-v4 {").unwrap_or_default();
             text[start..].split('}').next().unwrap_or_default().to_owned()
@@ -323,6 +392,30 @@ mod tests {
         assert!(elsewhere.contains("203.0.113.201 . tcp . 30080 : drop"), "{elsewhere}");
         let anywhere = rules(&[service(vec![pod(2)], spread)], 1);
         assert!(chain(&anywhere).contains("meta mark set 0x4000\n    goto all-"), "{anywhere}");
-        assert!(anywhere.contains("chain all-shop-cart-tcp-80-v4 {\n    jhash ip saddr mod 1"), "{anywhere}");
+        let bound = "ip saddr @bound-shop-cart-tcp-80-v4-10_20_2_2-8080-60s goto all-shop-cart-tcp-80-v4-0";
+        assert!(anywhere.contains(&format!("chain all-shop-cart-tcp-80-v4 {{\n    {bound}")), "{anywhere}");
+    }
+
+    #[test]
+    fn bound_clients_stay_with_endpoints_and_times_that_stay() {
+        let bound = |seconds| Proxy { affinity: Some(seconds), ..Proxy::default() };
+        let text = rules(&[service(vec![pod(1), pod(2)], bound(60))], 1);
+        assert!(has_clients(&text) && !has_clients(&rules(&[service(vec![pod(1)], Proxy::default())], 1)));
+        let name = |node: u8, seconds| format!("bound-shop-cart-tcp-80-v4-10_20_{node}_2-8080-{seconds}s");
+        let set = |name: &str, elements: &str| {
+            format!("\tset {name} {{\n\t\ttype ipv4_addr\n\t\ttimeout 1m\n{elements}\t}}\n\n")
+        };
+        let two = "\t\telements = { 10.20.1.3 expires 59s,\n\t\t\t     10.20.1.4 expires 2s }\n";
+        let listed =
+            [set(&name(1, 60), two), set(&name(2, 60), ""), set(&name(3, 60), two), set("other", two)].concat();
+        let listed = format!("table inet lab_services {{\n{listed}\tchain x {{\n\t}}\n}}\n");
+        let kept = with_clients(&text, &listed);
+        assert_eq!(kept.matches("elements = { 10.20.1.3 expires 59s").count(), 1, "{kept}");
+        let there = kept.find("expires 2s }\n").unwrap_or_default();
+        let before = kept[..there].rfind("  set ").map(|at| &kept[at..there]).unwrap_or_default();
+        assert!(before.contains(&name(1, 60)), "{before}");
+        let other_time = rules(&[service(vec![pod(1), pod(2)], bound(30))], 1);
+        assert_eq!(with_clients(&other_time, &listed), other_time);
+        assert_eq!(with_clients(&text, ""), text);
     }
 }

@@ -35,6 +35,7 @@ pub mod lab;
 pub mod shop;
 pub mod sniff;
 
+pub mod issuer;
 pub mod scenario;
 
 pub mod oracle;

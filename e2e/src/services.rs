@@ -20,6 +20,9 @@ use crate::plan::Allocator;
 use crate::plan::Pod;
 use crate::plan::PodKey;
 
+/// `timeoutSeconds` of a Service that says none.
+const AFFINITY_S: u64 = 10_800;
+
 /// A Service as the lab's own address translation and DNS need it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
@@ -48,8 +51,8 @@ pub struct Proxy {
     pub internal_local: bool,
     /// externalTrafficPolicy: Local.
     pub external_local: bool,
-    /// sessionAffinity: ClientIP.
-    pub affinity: bool,
+    /// sessionAffinity: ClientIP, and for how long after a client's last connection, seconds.
+    pub affinity: Option<u64>,
     /// spec.trafficDistribution.
     pub distribution: Distribution,
     /// Zone of each node that has one.
@@ -190,7 +193,10 @@ fn proxy(object: &mut Value, zones: &BTreeMap<u16, String>) -> Proxy {
         node_ports,
         internal_local: text(object, "/spec/internalTrafficPolicy") == "Local",
         external_local: text(object, "/spec/externalTrafficPolicy") == "Local",
-        affinity: text(object, "/spec/sessionAffinity") == "ClientIP",
+        affinity: (text(object, "/spec/sessionAffinity") == "ClientIP").then(|| {
+            let timeout = object.pointer("/spec/sessionAffinityConfig/clientIP/timeoutSeconds");
+            timeout.and_then(Value::as_u64).filter(|seconds| *seconds > 0).unwrap_or(AFFINITY_S)
+        }),
         distribution: match text(object, "/spec/trafficDistribution") {
             "PreferClose" | "PreferSameZone" => Distribution::Zone,
             "PreferSameNode" => Distribution::Node,

@@ -16,6 +16,7 @@ use anyhow::Context;
 
 use crate::address;
 use crate::address::Pair;
+use crate::kubeproxy;
 use crate::netns::NetNs;
 use crate::place::Placement;
 
@@ -147,17 +148,27 @@ pub fn outside_script(index: u16, nodes: u16) -> String {
 
 /// Runs `ip -batch` in a namespace.
 pub fn ip(netns: &Path, script: &str) -> anyhow::Result<()> {
-    feed(netns, "ip", &["-batch", "-"], script)
+    feed(netns, "ip", &["-batch", "-"], script).map(drop)
 }
 
 /// The same for what needs to be told the family, which is an option (`-4`, `-6`) and no word of the script.
 pub fn ip_of(netns: &Path, family: &str, script: &str) -> anyhow::Result<()> {
-    feed(netns, "ip", &[family, "-batch", "-"], script)
+    feed(netns, "ip", &[family, "-batch", "-"], script).map(drop)
 }
 
 /// Runs `nft -f -` in a namespace: one transaction.
 pub fn nft(netns: &Path, script: &str) -> anyhow::Result<()> {
-    feed(netns, "nft", &["-f", "-"], script)
+    feed(netns, "nft", &["-f", "-"], script).map(drop)
+}
+
+/// Replaces the address translation of Services; clients stay bound.
+pub fn services(netns: &Path, rules: &str) -> anyhow::Result<()> {
+    if !kubeproxy::has_clients(rules) {
+        return nft(netns, rules);
+    }
+    // There is no table before the first time.
+    let listed = feed(netns, "nft", &["list", "table", "inet", "lab_services"], "").unwrap_or_default();
+    nft(netns, &kubeproxy::with_clients(rules, &listed))
 }
 
 /// Sets kernel parameters in a namespace; names as under `/proc/sys`.
@@ -184,10 +195,10 @@ pub const SYSCTL_ALL: [(&str, &str); 3] = [
 /// Parameters of nodes besides: they are routers.
 pub const SYSCTL_NODE: [(&str, &str); 2] = [("net/ipv4/ip_forward", "1"), ("net/ipv6/conf/all/forwarding", "1")];
 
-fn feed(netns: &Path, program: &str, arguments: &[&str], script: &str) -> anyhow::Result<()> {
+fn feed(netns: &Path, program: &str, arguments: &[&str], script: &str) -> anyhow::Result<String> {
     let tool = find_tool(program).with_context(|| missing_tools().unwrap_or_default())?;
     let mut command = Command::new(tool);
-    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     Placement { netns: Some(netns.to_path_buf()), ..Placement::default() }.apply(&mut command)?;
     let mut child = command.spawn().with_context(|| format!("{program} cannot be run in {}", netns.display()))?;
     if let Some(mut stdin) = child.stdin.take() {
@@ -201,7 +212,7 @@ fn feed(netns: &Path, program: &str, arguments: &[&str], script: &str) -> anyhow
         netns.display(),
         String::from_utf8_lossy(&output.stderr).trim()
     );
-    Ok(())
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// `PATH` for everything the lab starts: the caller's, and where administrators' tools are kept, which users' paths

@@ -30,6 +30,16 @@ fn the_commands_of_the_upgrading_page_do_what_it_says() -> anyhow::Result<()> {
     follow("docs/upgrading.md", 4)
 }
 
+#[test]
+fn the_commands_of_the_requests_page_do_what_it_says() -> anyhow::Result<()> {
+    follow("docs/requests.md", 10)
+}
+
+#[test]
+fn the_commands_of_the_resilience_page_do_what_it_says() -> anyhow::Result<()> {
+    follow("docs/resilience.md", 7)
+}
+
 /// Runs the commands of a page, of which there are at least `least`.
 fn follow(page: &str, least: usize) -> anyhow::Result<()> {
     if let Err(why) = scenario::possible() {

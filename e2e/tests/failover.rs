@@ -118,3 +118,34 @@ fn a_bound_client_keeps_its_endpoint_and_gets_another_when_it_goes() -> anyhow::
     assert!(next.len() == 1 && next != first, "another one, and only one: {next:?}");
     Ok(())
 }
+
+/// The lab's kube-proxy, outside the mesh: what a client has before its namespace is labelled.
+#[test]
+fn a_client_outside_the_mesh_is_bound_for_as_long_as_the_service_says() -> anyhow::Result<()> {
+    let mut objects = scenario::world(false);
+    for (name, node) in [("a", 1), ("b", 2), ("c", 2), ("d", 1)] {
+        objects.push_str(&scenario::server("shop", name, "sticky", node));
+    }
+    for (name, config) in [("long", ""), ("short", ", sessionAffinityConfig: {clientIP: {timeoutSeconds: 1}}")] {
+        objects.push_str(&format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\n\
+             spec: {{selector: {{app: sticky}}, sessionAffinity: ClientIP{config}, ports: [{{port: 80, targetPort: 8080}}]}}\n"
+        ));
+    }
+    let Some(lab) = scenario::lab(LabConfig::of(&objects)) else { return Ok(()) };
+    let first = answered(&lab, "http://long.shop/", 30)?;
+    assert_eq!(first.len(), 1, "one client, one endpoint: {first:?}");
+    // The rules are replaced; a hash of the client would lead elsewhere with other numbers of endpoints.
+    for name in ["e", "f", "g"] {
+        lab.apply_yaml(&scenario::server("shop", name, "sticky", 1))?;
+        assert_eq!(answered(&lab, "http://long.shop/", 10)?, first, "after {name} came");
+    }
+    let before = answered(&lab, "http://short.shop/", 1)?;
+    eventually("another endpoint answers after a while without a connection", scenario::PATIENCE, || {
+        std::thread::sleep(Duration::from_millis(2_500));
+        let seen = answered(&lab, "http://short.shop/", 1)?;
+        if seen == before { Err(anyhow::anyhow!("still {seen:?}")) } else { Ok(()) }
+    })?;
+    assert_eq!(answered(&lab, "http://long.shop/", 10)?, first, "the other Service says nothing of seconds");
+    Ok(())
+}

@@ -86,6 +86,18 @@ fn a_name_that_a_pod_asks_for_is_learnt_before_it_connects() -> anyhow::Result<(
 }
 
 #[test]
+fn an_address_that_a_name_server_tells_is_learnt_before_the_pod_connects() -> anyhow::Result<()> {
+    let Some(lab) = lab(&world()) else { return Ok(()) };
+    assert!(!knows(&lab, "far/idle")?);
+    // A name that the mesh cannot read an address from, as it does not know that there is such a pod.
+    let name = format!("{}.far.pod.cluster.local", lab.pod_ip("far", "idle")?.to_string().replace('.', "-"));
+    lab.exec_ok("shop/web", &["getent", "ahostsv4", &name])?;
+    eventually("node-1 knows the pod at the address", scenario::PATIENCE, || {
+        if knows(&lab, "far/idle")? { Ok(()) } else { Err(anyhow::anyhow!("{:?}", known(&lab)?)) }
+    })
+}
+
+#[test]
 fn what_a_route_leads_to_is_learnt_by_the_first_request() -> anyhow::Result<()> {
     let mut objects = world();
     objects.push_str(

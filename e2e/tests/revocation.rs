@@ -72,3 +72,35 @@ fn a_list_that_cannot_be_read_changes_nothing_and_keeps_a_proxy_from_starting() 
     lab.restart("node-1")?;
     scenario::reaches(&lab, "shop/web", "http://cart.shop/")
 }
+
+/// Serial numbers of control's own certificates, by its log, the newest last.
+fn of_control(lab: &Lab) -> Vec<String> {
+    let log = lab.log("control");
+    let lines = log.lines().filter(|line| line.contains("control's own certificate"));
+    let serial = |line: &str| {
+        let rest = line.split("serial=").nth(1)?;
+        Some(rest.chars().filter(|c| *c != '"').take_while(char::is_ascii_hexdigit).collect::<String>())
+    };
+    lines.filter_map(serial).filter(|serial| !serial.is_empty()).collect()
+}
+
+#[test]
+fn nodes_leave_a_control_whose_certificate_was_taken_back_and_find_it_with_a_new_one() -> anyhow::Result<()> {
+    let Some(lab) = scenario::lab(LabConfig::of(&scenario::world(true))) else { return Ok(()) };
+    let kept = scenario::hold(&lab, "shop/web")?;
+    let before = of_control(&lab);
+    let old = before.last().ok_or_else(|| anyhow::anyhow!("control does not tell its certificate"))?;
+    lab.exec_ok("control", &["control", "revoke", old])?;
+    for node in ["node-1", "node-2"] {
+        scenario::await_log(&lab, node, &["the connection to control is cut", old])?;
+    }
+    eventually("control has another certificate", PATIENCE, || {
+        let now = of_control(&lab);
+        if now.last() == Some(old) { Err(anyhow::anyhow!("still {now:?}")) } else { Ok(()) }
+    })?;
+    // Answered, acknowledged and in force on both nodes.
+    lab.apply_yaml(&scenario::server("shop", "late", "late", 2))?;
+    let kept = kept.finish()?;
+    anyhow::ensure!(kept["ok"] == true, "a connection of a pod lives: {kept}");
+    scenario::reaches(&lab, "shop/web", "http://cart.shop/")
+}

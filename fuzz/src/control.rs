@@ -13,7 +13,8 @@ use tulle_proto::discovery::DeltaDiscoveryRequest;
 pub type Target = fn(&[u8]);
 
 /// Every target of this file, by name.
-pub const TARGETS: &[(&str, Target)] = &[("manifest", manifest), ("token", token), ("discovery", discovery)];
+pub const TARGETS: &[(&str, Target)] =
+    &[("manifest", manifest), ("token", token), ("discovery", discovery), ("keys", keys)];
 
 /// A file of objects, from a user.
 pub fn manifest(data: &[u8]) {
@@ -40,6 +41,15 @@ pub fn token(data: &[u8]) {
     let verifier = Verifier::new(&key).expect("the key is one");
     let refused = verifier.verify(text, 1_800_000_000).expect_err("nobody can sign with this key");
     assert!(!refused.to_string().is_empty());
+}
+
+/// A key set, and an issuer's description, from a server that a user named.
+pub fn keys(data: &[u8]) {
+    match control::keys::key_set(data) {
+        Ok(set) => assert_eq!(control::keys::key_set(set.as_bytes()), Ok(set.clone()), "what is sent is a key set"),
+        Err(reason) => assert!(!reason.is_empty()),
+    }
+    let _ = control::keys::keys_of_issuer(data);
 }
 
 /// A request on a discovery stream, from a node.

@@ -20,6 +20,7 @@ use ztunnel::policy::jwt::by_rules;
 use ztunnel::route::path::normalise;
 use ztunnel::route::{RequestFacts, RoutePlan, find};
 use ztunnel::state::{Change, ServiceSpec, Snapshot, store};
+use ztunnel::telemetry::trace::Context;
 use ztunnel::tls::hello::{self, Hello};
 use ztunnel::xds::decode::{self, Strings};
 
@@ -118,6 +119,10 @@ pub fn traceparent(data: &[u8]) {
             assert_eq!(TraceId::parse(header.to_str().unwrap_or_default()), Ok(id));
         }
         Err(reason) => assert!(reason.contains("traceparent"), "{reason}"),
+    }
+    // That of a request.
+    if let Some(context) = Context::parse(data) {
+        assert_eq!(Context::parse(context.header().as_bytes()), Some(context));
     }
 }
 

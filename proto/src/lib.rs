@@ -46,3 +46,8 @@ pub mod mesh {
 pub mod node {
     tonic::include_proto!("tulle.node.v1alpha1");
 }
+
+/// The part of OpenTelemetry's trace format that is sent.
+pub mod otlp {
+    tonic::include_proto!("tulle.otlp");
+}

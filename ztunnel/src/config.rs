@@ -167,7 +167,7 @@ pub struct Node {
     /// Streams on a tunnel before another is opened.
     #[arg(long, env = "POOL_MAX_STREAMS_PER_CONNECTION", default_value_t = 100)]
     pub pool_max_streams: usize,
-    /// How long an unused tunnel stays open.
+    /// How long an unused tunnel stays open, if it is the only one of its kind between two pods; others are closed soon.
     #[arg(long, env = "POOL_UNUSED_RELEASE_TIMEOUT", default_value = "5m", value_parser = duration)]
     pub pool_idle: Duration,
     /// Receive window of a stream, bytes.
@@ -209,6 +209,12 @@ pub struct Node {
     /// Address of readiness.
     #[arg(long, env = "TULLE_READINESS_ADDRESS", default_value = "[::]:15021")]
     pub readiness_address: std::net::SocketAddr,
+    /// Collector of traces, OTLP over HTTP: `http://<host>:4318`. Empty: no spans, and requests keep their headers.
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", default_value = "")]
+    pub otlp_endpoint: String,
+    /// Of the traces that begin at this node, so many percent are sampled; others go on as they began.
+    #[arg(long, env = "TULLE_TRACE_SAMPLING", default_value_t = 1.0)]
+    pub trace_sampling: f64,
     /// Log filter.
     #[arg(long, env = "RUST_LOG", default_value = "info")]
     pub log: String,

@@ -33,6 +33,10 @@ pub enum Code {
     EgressDenied,
     /// The service has no endpoint to choose from.
     NoEndpoint,
+    /// The destination is in another network, whose gateway cannot be used.
+    NoNetworkGateway,
+    /// Every endpoint of the service is ejected for now.
+    Ejected,
     /// A route says that the request goes nowhere: none matches, or its backend is invalid.
     NoRoute,
     /// The destination is reached through a waypoint only, and that cannot be used.
@@ -69,7 +73,7 @@ pub enum Code {
     NotHttp,
     /// A route's HTTPRateLimit is used up.
     RateLimited,
-    /// A traffic policy's limit of requests under way is reached.
+    /// A traffic policy's limit of connections or requests is reached.
     Overflow,
     /// The pod's budget is used up.
     OverBudget,
@@ -83,6 +87,8 @@ pub enum Code {
     RequestTimeout,
     /// One half was closed and the other side stayed silent for too long.
     HalfOpen,
+    /// A traffic policy's idle time or longest duration is over.
+    Expired,
     /// This proxy is shutting down and the drain time is over.
     Drained,
     /// The pod went away.
@@ -151,13 +157,37 @@ const NOT_HTTP: Row = row(
 );
 const NO_ROUTE: Row =
     row("NO_ROUTE", "NR", 404, Fault::Client, Retry::No, "no rule of the Service's routes sends the request anywhere");
+const NO_NETWORK_GATEWAY: Row = row(
+    "NO_NETWORK_GATEWAY",
+    "CONNECT",
+    503,
+    Fault::Destination,
+    Retry::Later,
+    "the destination is in another network, whose gateway cannot be used",
+);
 const REQUEST_TIMEOUT: Row =
     row("REQUEST_TIMEOUT", "UT", 504, Fault::Destination, Retry::Later, "no answer in the time that the route gives");
 const TOKEN_REFUSED: Row = row("TOKEN_REFUSED", "-", 401, Fault::Policy, Retry::No, "the request's token is not valid");
 const RATE_LIMITED: Row =
     row("RATE_LIMITED", "RL", 429, Fault::Client, Retry::Later, "the route's rate limit is used up");
-const OVERFLOW: Row =
-    row("OVERFLOW", "UO", 503, Fault::Client, Retry::Later, "a traffic policy's limit of requests is reached");
+const OVERFLOW: Row = row(
+    "OVERFLOW",
+    "UO",
+    503,
+    Fault::Client,
+    Retry::Later,
+    "a DestinationRule's limit of connections or requests is reached",
+);
+const EJECTED: Row = row(
+    "EJECTED",
+    "UH",
+    503,
+    Fault::Destination,
+    Retry::Later,
+    "every endpoint is ejected by the outlierDetection of a DestinationRule",
+);
+const EXPIRED: Row =
+    row("EXPIRED", "DT", 504, Fault::None, Retry::Yes, "the idle time or duration of a DestinationRule is over");
 const POLICY_PENDING: Row = row(
     "POLICY_PENDING",
     "DENY",
@@ -205,6 +235,8 @@ impl Code {
         Self::PolicyChanged,
         Self::EgressDenied,
         Self::NoEndpoint,
+        Self::NoNetworkGateway,
+        Self::Ejected,
         Self::NoRoute,
         Self::NoWaypoint,
         Self::NoGateway,
@@ -230,6 +262,7 @@ impl Code {
         Self::ServerReset,
         Self::RequestTimeout,
         Self::HalfOpen,
+        Self::Expired,
         Self::Drained,
         Self::PodRemoved,
         Self::Internal,
@@ -264,6 +297,8 @@ impl Code {
             Self::NoEndpoint => {
                 row("NO_ENDPOINT", "CONNECT", 503, F::Destination, R::Later, "the service has no usable endpoint")
             }
+            Self::NoNetworkGateway => NO_NETWORK_GATEWAY,
+            Self::Ejected => EJECTED,
             Self::NoRoute => NO_ROUTE,
             Self::NoWaypoint => row("NO_WAYPOINT", "CONNECT", 503, F::Destination, R::Later, "no usable waypoint"),
             Self::NoGateway => row("NO_GATEWAY", "CONNECT", 503, F::Destination, R::Later, "no usable egress gateway"),
@@ -311,6 +346,7 @@ impl Code {
             }
             Self::RequestTimeout => REQUEST_TIMEOUT,
             Self::HalfOpen => row("HALF_OPEN", "-", 504, F::Destination, R::No, "half closed, and silent for too long"),
+            Self::Expired => EXPIRED,
             Self::Drained => row("DRAINED", "-", 503, F::Mesh, R::Yes, "the proxy shut down"),
             Self::PodRemoved => row("POD_REMOVED", "-", 503, F::None, R::No, "the pod went away or left the mesh"),
             Self::Internal => row("INTERNAL", "CONNECT", 500, F::Mesh, R::Later, "an error of the proxy itself"),

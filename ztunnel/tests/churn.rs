@@ -4,7 +4,7 @@
 //! Real namespaces, rules and probes, with a name server in each pod and one connection through a tunnel out of each.
 //! The namespaces are a ring that is used again and again, as what the kernel frees with a namespace could hide what we
 //! do not. 300 pods by default, 10,000 with `TULLE_SLOW=1`. The pace is what the machine gives, 50 a second at most; it is
-//! printed and no promise of this test.
+//! printed, with the processor time of each pod, and no promise of this test.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -19,6 +19,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::{TimeVal, TimeValLike as _};
 use node::{Node, Setup, sh};
 use ztunnel::app::resolver::Names;
 use ztunnel::dns::own::OwnResolver;
@@ -150,6 +152,15 @@ fn memory() -> usize {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
+/// Processor time of this process, and of programs that it ran, since it began.
+fn cpu() -> [Duration; 2] {
+    [UsageWho::RUSAGE_SELF, UsageWho::RUSAGE_CHILDREN].map(|who| {
+        let usage = getrusage(who).unwrap();
+        let micros = |time: TimeVal| Duration::from_micros(u64::try_from(time.num_microseconds()).unwrap());
+        micros(usage.user_time()) + micros(usage.system_time())
+    })
+}
+
 struct Churn {
     world: World,
     node: Node,
@@ -262,7 +273,7 @@ fn pods_that_come_and_go_leave_nothing_behind() {
     let before = churn.rest();
     let mut memories = vec![memory()];
     let (began, first, mut reported) = (Instant::now(), churn.next, 0);
-    let mut due = Instant::now();
+    let (mut due, used) = (Instant::now(), cpu());
     while churn.next - first < all {
         churn.step(STEP, LIVE);
         due = (due + PAUSE).max(Instant::now() - PAUSE);
@@ -279,6 +290,8 @@ fn pods_that_come_and_go_leave_nothing_behind() {
             );
         }
     }
+    let [own, programs] = [0, 1].map(|of| (cpu()[of] - used[of]) / u32::try_from(all).unwrap());
+    println!("processor time of a pod, its connection included: {own:?}, and {programs:?} of programs");
     println!("the slowest step took {:?} until all were captured", churn.slowest);
     let after = churn.rest();
     memories.push(memory());

@@ -20,7 +20,7 @@
 //! | A bad message about pods ends the process | it is said, and what was captured stays | `recovery.rs`: a_bad_pod_list_keeps_what_was_captured; `malformed.rs`: lists_of_pods_that_are_none_are_refused_whole |
 //! | A late acknowledgement is taken for that of the next pod | a pod's state is told by its uid, and a changed entry waits for its predecessor | `recovery.rs`: a_changed_pod_entry_waits_for_its_predecessor |
 //! | Two look-ups of one address disagree whether it is a service or a pod | one order in one function | below: an_address_of_a_service_and_of_a_pod_is_the_services_for_who_sees_it |
-//! | A service that is hidden from the client can be asked for by name | a name means what it means to the proven client | `inbound/hbone.rs`: a_service_that_is_hidden_from_the_clients_namespace_cannot_be_asked_for |
+//! | A service that is hidden from the client can be asked for by name | a name means what it means to the proven client | `inbound/target.rs`: a_service_that_is_hidden_from_the_clients_namespace_cannot_be_asked_for |
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 

@@ -8,7 +8,9 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use node::{Lab, Node, await_inbound, greeting, serve, sh, talk};
+use node::{Lab, Node, Setup, await_inbound, greeting, serve, sh, talk};
+use ztunnel::app::resolver::Names;
+use ztunnel::dns::own::OwnResolver;
 
 #[test]
 fn traffic_is_tunnelled_authorised_and_cut() {
@@ -100,7 +102,7 @@ fn hundreds_of_idle_connections_do_not_stop_the_next_one() {
 #[test]
 fn a_client_and_the_proxy_in_its_name_may_have_the_same_port() {
     const PORTS: usize = 30;
-    let lab = Lab::new("p");
+    let lab = Lab::new("sp");
     drop(lab.within("b", || serve(TcpListener::bind("[::]:8080").unwrap())));
     let mut node = Node::start(&lab, lab.pods_file(&["b"]));
     node.describe(&["b"]);
@@ -192,4 +194,25 @@ fn connections_from_before_capture_live_on_and_are_counted() {
         assert!(Instant::now() < deadline, "closed connections are still counted");
         node.runtime.block_on(node.pods.recount());
     }
+}
+
+#[test]
+fn a_pod_whose_questions_for_names_do_not_arrive_is_not_captured() {
+    let lab = Lab::new("u");
+    // Somebody's filter that lets connections be.
+    let filter = "add table inet other; add chain inet other out { type filter hook output priority -300; }; \
+        add rule inet other out udp dport 53 drop";
+    sh(&format!("ip netns exec {} nft '{filter}'", lab.netns("a")));
+    let at = ["127.0.0.1:15053", "[::1]:15053"].map(|address| address.parse().unwrap());
+    let outside = OwnResolver::new(node::own_sockets(), Vec::new());
+    let names = Some(Names::new("cluster.local", at.to_vec(), outside));
+    let path = lab.pods_file(&["a", "b"]);
+    let mut node = Node::start_with(lab.dir.path(), path, Setup { names, ..Setup::default() });
+    node.describe(&["a", "b"]);
+    node.wait(&[("a", "Failed"), ("b", "Captured")]);
+    let status = node.pods.status();
+    let reason = &status.iter().find(|pod| pod.name == "a").unwrap().reason;
+    assert!(reason.contains("a datagram to port 53 was not redirected to port 15053"), "{reason}");
+    sh(&format!("ip netns exec {} nft delete table inet other", lab.netns("a")));
+    node.wait(&[("a", "Captured")]);
 }

@@ -145,6 +145,7 @@ fn start(lab: &Lab, reader: ztunnel::state::Reader) {
                     network: "".into(),
                     cluster: "".into(),
                     limits: Arc::default(),
+                    destinations: Arc::default(),
                 },
                 pod: Arc::new(LocalPod::new(name, Vec::new(), sockets, drained, Limits::default())),
                 identity,
@@ -183,6 +184,7 @@ async fn ask(lab: &Lab, pool: &Pool, account: &str, target: &str) -> Asked {
         pod: "a".into(),
         expected: ["spiffe://cluster.local/ns/egress/sa/out".parse().unwrap()].into(),
         address: SocketAddr::from(([10, 99, 0, 2], PORT)),
+        beyond: None,
     };
     let patience = Patience { connect: Duration::from_secs(30), refused: Duration::ZERO };
     let sockets = sockets(&format!("/run/netns/{}", lab.netns("a")));

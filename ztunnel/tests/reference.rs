@@ -15,6 +15,7 @@ use ztunnel::config::Node;
 use ztunnel::config::gateway::Gateway;
 use ztunnel::config::istio::{NOT_FOLLOWED, Variable};
 use ztunnel::outcome::{Code, Fault, Outcome, Retry};
+use ztunnel::telemetry::breakers::{BreakerLabels, DestinationLabels};
 use ztunnel::telemetry::dns::{DnsAnswerLabels, DnsLabels};
 use ztunnel::telemetry::metrics::{ElsewhereLabels, Metrics};
 use ztunnel::telemetry::{ConnRecord, Direction};
@@ -99,6 +100,11 @@ fn metrics_in_the_reference_are_those_of_the_code() {
         family.get_or_create(&labels).inc();
     }
     metrics.dns.upstream_duration.get_or_create(&labels).observe(0.001);
+    let (service, breakers) = (Arc::<str>::from("cart"), &metrics.breakers);
+    for family in [&breakers.overflow, &breakers.ejections, &breakers.ejections_overflow] {
+        family.get_or_create(&BreakerLabels { destination_service: service.clone(), kind: "cx" }).inc();
+    }
+    breakers.active.get_or_create(&DestinationLabels { destination_service: service }).inc();
     metrics.dns.answers.get_or_create(&DnsAnswerLabels { source: "mesh" }).inc();
     let mut page = String::new();
     prometheus_client::encoding::text::encode(&mut page, &registry).unwrap();

@@ -11,7 +11,7 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use http::HeaderName;
-use node::messages::{Client, allow_paths, backend, name, prefix, read, route, rule};
+use node::messages::{Client, Message, allow_paths, backend, name, prefix, read, route, rule};
 use node::{Lab, Node};
 use prost::Message as _;
 use tulle_proto::workload::address::Type;
@@ -345,4 +345,61 @@ fn each_request_of_a_live_connection_is_decided_by_its_path() {
     node.apply(vec![allow_paths("2", "/closed")]);
     changed.send(()).unwrap();
     client.join().unwrap();
+}
+
+#[test]
+fn a_trace_has_a_span_of_each_side_and_goes_on_to_the_application() {
+    const GIVEN: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331";
+    let (lab, mut node) = world("t", AppProtocol::Http11);
+    let every = rule(vec![RouteMatch::default()], vec![backend("v1", 1)]);
+    node.apply(vec![route("1", vec![every]), allow_paths("1", "/open")]);
+    let parent = |answer: &Message| {
+        let line = answer.text().lines().find_map(|line| line.strip_prefix("traceparent: ").map(str::to_owned));
+        line.unwrap_or_else(|| format!("none in {}: {}", answer.first, answer.text()))
+    };
+    let asked = |header: &str, closed: bool| {
+        let header = header.to_owned();
+        let client = lab.within("a", move || {
+            let mut client = Client::connect();
+            let open = parent(&client.get("/open?access_token=secret", &header));
+            if closed {
+                client.get("/closed", &header);
+            }
+            open
+        });
+        client.join().unwrap()
+    };
+    let (sampled, unsampled) = (format!("traceparent: {GIVEN}-01\r\n"), format!("traceparent: {GIVEN}-00\r\n"));
+    assert_eq!(asked(&sampled, false), format!("{GIVEN}-01"), "without a collector it passes untouched");
+
+    let mut spans = node.metrics.spans.start(0).unwrap();
+    let passed = asked(&sampled, true);
+    let mut next = || {
+        let one = async { tokio::time::timeout(Duration::from_secs(30), spans.recv()).await };
+        let one = node.runtime.block_on(one).expect("a span in time").expect("a span");
+        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let span = one.span;
+        assert_eq!(hex(&span.trace_id), "0af7651916cd43dd8448eb211c80319c");
+        assert!(span.end_time_unix_nano >= span.start_time_unix_nano);
+        let said = format!("{:?}", span.attributes);
+        assert!(!said.contains("secret"), "a query may hold a token: {said}");
+        (one.service.to_string(), span.kind, hex(&span.span_id), hex(&span.parent_span_id), said)
+    };
+    let mut all: Vec<_> = (0..4).map(|_| next()).collect();
+    all.sort_by_key(|(_, kind, .., said)| (said.contains("/closed"), *kind));
+    // The server's side, below the client's side, below the application that called.
+    for pair in all.chunks(2) {
+        let [server, client] = pair else { unreachable!("pairs") };
+        assert_eq!((server.1, client.1), (2, 3));
+        assert_eq!(client.3, "b7ad6b7169203331");
+        assert_eq!(server.3, client.2);
+        assert_ne!(server.0, client.0, "each is of its own pod's service");
+    }
+    assert_eq!(passed, format!("00-0af7651916cd43dd8448eb211c80319c-{}-01", all[0].2));
+    assert!(all[2].4.contains("POLICY_DENIED") || all[2].4.contains("NOT_ALLOWED"), "{}", all[2].4);
+
+    assert_eq!(asked(&unsampled, false), format!("{GIVEN}-00"), "whoever began it did not want it sampled");
+    let begun = asked("", false);
+    assert!(begun.len() == 55 && begun.ends_with("-00"), "a share of 0 begins traces that nobody samples: {begun}");
+    assert!(spans.try_recv().is_err(), "no span of either");
 }

@@ -73,7 +73,13 @@ fn dialer(cert: Arc<WorkloadCert>) -> Dialer {
 }
 
 fn key(expected: &str, address: SocketAddr) -> Key {
-    Key { source: A.parse().unwrap(), pod: "a".into(), expected: vec![expected.parse().unwrap()].into(), address }
+    Key {
+        source: A.parse().unwrap(),
+        pod: "a".into(),
+        expected: vec![expected.parse().unwrap()].into(),
+        address,
+        beyond: None,
+    }
 }
 
 /// What the serving side has.
@@ -227,6 +233,25 @@ fn streams_of_one_pair_share_a_tunnel_and_early_bytes_need_no_answer() {
             assert_eq!(world.echo(b"hello").await, b"hello");
         }
         assert_eq!(world.tunnels.get(), 1);
+    });
+}
+
+#[test]
+fn after_a_peak_one_idle_tunnel_of_a_pair_stays() {
+    run(async || {
+        let world = World::new(Config { max_streams: 2, ..Config::default() }).await;
+        let mut streams = Vec::new();
+        for _ in 0..6 {
+            streams.push(world.open("10.0.0.1:1").await.unwrap());
+        }
+        assert!(world.pool.tunnels() >= 3, "{} tunnels for 6 streams", world.pool.tunnels());
+        drop(streams);
+        while world.pool.tunnels() > 1 {
+            sleep(Duration::from_millis(10)).await;
+        }
+        let opened = world.tunnels.get();
+        assert_eq!(world.echo(b"hello").await, b"hello");
+        assert_eq!((world.tunnels.get(), world.pool.tunnels()), (opened, 1), "the one that stayed is used");
     });
 }
 

@@ -11,7 +11,7 @@ use prometheus_client::registry::Registry;
 use prost_types::value::Kind;
 use serde_json::json;
 use ztunnel::hbone::headers::{self, Authority, Baggage, Forwarded, TraceId};
-use ztunnel::identity::{Control, RootCa, TokenSource};
+use ztunnel::identity::{Control, Link, RootCa, TokenSource};
 use ztunnel::outcome::{Code, Outcome};
 use ztunnel::telemetry::metrics::Metrics;
 use ztunnel::telemetry::{ConnRecord, Direction};
@@ -25,6 +25,7 @@ fn the_node_is_told_as_istiod_parses_it() {
         alt_hostname: None,
         token: TokenSource::None,
         headers: vec![("clusterid".into(), "c1".into())],
+        link: Link::default(),
     };
     let config = Config {
         control,

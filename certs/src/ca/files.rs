@@ -1,6 +1,6 @@
 //! The CA directory: `root-cert.pem` (a bundle of all trusted roots), `root-key.pem` (of the one that signs), `ca-cert.pem`
 //! and `ca-key.pem` (the intermediate), `token-key.pem`; during a rotation also `next-root-key.pem` or `old-root-key.pem`;
-//! and `crl.pem`, what was taken back (empty at first).
+//! `crl.pem`, what was taken back (empty at first); and `replaced-ca.pem`, intermediates of before (see [`replaced`]).
 //!
 //! Several processes may come first at once (`control serve` twice, `control token`), so everything happens under an
 //! exclusive lock on `.lock`, and files are replaced by rename. An interrupted run leaves at worst a key without its
@@ -20,6 +20,7 @@ use rustls_pki_types::pem::PemObject;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::Roots;
+use crate::ca::replaced;
 use crate::ca::rotate::{self, Rotation};
 use crate::ca::{CaError, TokenKey, crypto, new_key, past_half_life, self_signed_root, signed_intermediate};
 use crate::issued;
@@ -60,6 +61,7 @@ pub(super) fn open(dir: &Path, now: i64) -> Result<Loaded, CaError> {
     let root = open_root(dir, now)?;
     let roots = root.roots.clone();
     let (intermediate, intermediate_key) = open_intermediate(dir, root, now)?;
+    replaced::prune(dir, &intermediate, now)?;
     let token_key = open_token_key(dir)?;
     let crl = dir.join(CRL);
     if !crl.exists() {
@@ -139,6 +141,14 @@ pub(super) fn signing_root(dir: &Path) -> Result<(CertificateDer<'static>, KeyPa
     Ok((own, key))
 }
 
+/// The root that signed before the one that does, with its key, until it is retired.
+pub(super) fn old_root(dir: &Path) -> Result<Option<(CertificateDer<'static>, KeyPair)>, CaError> {
+    let (Some(roots), Some(key)) = (read_roots(dir)?, read_key(&dir.join(OLD_ROOT_KEY))?) else { return Ok(None) };
+    let (signing, _) = signing_root(dir)?;
+    // A key that signs still: the last rename of a switch was lost.
+    Ok(of_key(&roots, &key).filter(|old| *old != signing).map(|old| (old, key)))
+}
+
 /// The root of the bundle that belongs to a key.
 pub(super) fn of_key(roots: &Roots, key: &KeyPair) -> Option<CertificateDer<'static>> {
     roots.certificates().iter().find(|root| fits(root, key)).cloned()
@@ -171,6 +181,7 @@ fn open_intermediate(dir: &Path, root: Root, now: i64) -> Result<(CertificateDer
     let issuer = Issuer::from_ca_cert_der(&own, root_key).map_err(crypto)?;
     let key = new_key()?;
     let certificate = signed_intermediate(&key, &issuer, root_not_after, now)?;
+    replaced::keep(dir)?;
     write(&dir.join(CA_KEY), &key.serialize_pem(), 0o600)?;
     write(&cert_path, &certificate.pem(), 0o644)?;
     Ok((certificate.into(), key))

@@ -5,6 +5,7 @@
 //! lives at most 24 hours and never outlives the intermediate; the files are described in [`files`].
 
 pub mod files;
+mod replaced;
 pub mod revoke;
 pub mod rotate;
 
@@ -71,6 +72,8 @@ pub struct ServerCertificate {
     pub chain: Vec<CertificateDer<'static>>,
     /// Its key.
     pub key: PrivatePkcs8KeyDer<'static>,
+    /// Its serial number, lower-case hex.
+    pub serial: String,
     /// Start of validity, seconds since the Unix epoch.
     pub not_before: i64,
     /// End of it.
@@ -218,8 +221,10 @@ impl Authority {
         params.subject_alt_names = names.iter().map(|name| server_name(name)).collect::<Result<_, _>>()?;
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         let leaf = params.signed_by(&key, &self.issuer).map_err(crypto)?;
+        let leaf = CertificateDer::from(leaf);
         Ok(ServerCertificate {
-            chain: vec![leaf.into(), self.intermediate.clone()],
+            serial: issued::facts(&leaf).map_err(crypto)?.serial,
+            chain: vec![leaf, self.intermediate.clone()],
             key: key.into(),
             not_before,
             not_after,

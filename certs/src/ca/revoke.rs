@@ -1,22 +1,24 @@
 //! Taking certificates back: `crl.pem` in the CA directory, which nodes read as `CRL_PATH` (RFC 5280 §5).
 //!
-//! A leaf is taken back by the intermediate that signed it, an intermediate by the root, so there is a list for each.
-//! Lists of an issuer that was replaced cannot be added to (its key is gone) and stay for a year after they were signed: by
-//! then all that they can name has ended. Entries go when what they name has ended anyway, so the file stays small. Limits:
-//! only serial numbers are known here, neither to whom they were given (`tulle get certificates` says that) nor by which
-//! intermediate, so a leaf of a replaced one is not taken back by its number.
+//! A leaf is taken back by the intermediate that signed it, an intermediate by its root, so there is a list for each. Only
+//! serial numbers are known here, neither to whom they were given (`tulle get certificates` says that) nor by which issuer:
+//! each goes into the lists of all issuers that it may be of, the replaced intermediates among them, whose keys are kept for
+//! that as long as something that they signed may live. They are random and 16 octets long, so none is two certificates'.
+//! Lists of an issuer whose key is gone cannot be added to and stay for a year after they were signed: by then all that
+//! they can name has ended. Entries go when what they name has ended anyway, so the file stays small.
 
 use std::path::Path;
 use std::time::Duration;
 
 use rcgen::{CertificateRevocationListParams, Issuer, KeyIdMethod, KeyPair, RevokedCertParams, SerialNumber};
-use rustls_pki_types::CertificateRevocationListDer;
 use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer};
 use x509_parser::prelude::{FromDer, X509Certificate};
 use x509_parser::revocation_list::CertificateRevocationList;
 
 use crate::ca::files::{self, CRL};
-use crate::ca::{CaError, INTERMEDIATE_LIFE_S, LEAF_LIFE_S, crypto};
+use crate::ca::replaced;
+use crate::ca::{CaError, INTERMEDIATE_LIFE_S, SERVER_LIFE_S, crypto};
 use crate::pem;
 use crate::{Crls, MAX_CRL_BYTES};
 
@@ -36,7 +38,8 @@ impl Signed {
     /// After this long the certificate has ended by itself, seconds.
     fn life_s(self) -> i64 {
         match self {
-            Self::Leaf => LEAF_LIFE_S,
+            // Control's own lives longest.
+            Self::Leaf => SERVER_LIFE_S,
             Self::Intermediate => INTERMEDIATE_LIFE_S,
         }
     }
@@ -64,12 +67,17 @@ pub fn revoke(dir: &Path, of: Signed, serials: &[Vec<u8>], now: i64) -> Result<u
     // Makes what is missing, and takes the lock for it.
     let loaded = files::open(dir, now)?;
     let _lock = files::lock(dir)?;
-    let issuer = match of {
-        Signed::Leaf => Signer { certificate: loaded.intermediate.to_vec(), key: loaded.intermediate_key },
+    let mut issuers: Vec<Signer> = match of {
+        Signed::Leaf => {
+            let mut all = vec![Signer::new(loaded.intermediate, loaded.intermediate_key)];
+            all.extend(replaced::list(dir)?.into_iter().map(|(certificate, key)| Signer::new(certificate, key)));
+            all
+        }
         Signed::Intermediate => {
             own_intermediate_stays(dir, &loaded.intermediate, serials)?;
             let (certificate, key) = files::signing_root(dir)?;
-            Signer { certificate: certificate.to_vec(), key }
+            let old = files::old_root(dir)?.map(|(certificate, key)| Signer::new(certificate, key));
+            std::iter::once(Signer::new(certificate, key)).chain(old).collect()
         }
     };
     let path = dir.join(CRL);
@@ -77,22 +85,26 @@ pub fn revoke(dir: &Path, of: Signed, serials: &[Vec<u8>], now: i64) -> Result<u
     // As much as nodes read.
     let old = files::read_at_most(&path, MAX_CRL_BYTES as u64)?.unwrap_or_default();
     Crls::parse(old.as_bytes()).map_err(|error| content(format!("{error}; move it away to begin anew")))?;
-    let mut revoked: Vec<(Vec<u8>, i64)> = serials.iter().map(|serial| (serial.clone(), now)).collect();
-    let mut text = String::new();
+    let mut others = String::new();
     for der in CertificateRevocationListDer::pem_slice_iter(old.as_bytes()) {
         let der = der.map_err(|error| content(format!("{error:?}")))?;
-        let list = read(&der, &issuer).ok_or_else(|| content("a list in it cannot be read".into()))?;
-        if list.own {
-            revoked.extend(list.revoked);
+        let list = read(&der).ok_or_else(|| content("a list in it cannot be read".into()))?;
+        if let Some(issuer) = issuers.iter_mut().find(|issuer| issuer.has_signed(&der)) {
+            issuer.revoked.extend(list.revoked);
         } else if list.last > now - INTERMEDIATE_LIFE_S {
-            text.push_str(&pem::encode("X509 CRL", &der));
+            others.push_str(&pem::encode("X509 CRL", &der));
         }
     }
-    // The oldest entry of a serial number says since when.
-    revoked.sort_by(|a, b| a.0.cmp(&b.0).then(a.1.cmp(&b.1)));
-    revoked.dedup_by(|a, b| a.0 == b.0);
-    revoked.retain(|(_, since)| *since > now - of.life_s());
-    text.insert_str(0, &issuer.sign(&revoked, now)?);
+    let mut text = String::new();
+    for issuer in &mut issuers {
+        issuer.revoked.extend(serials.iter().map(|serial| (serial.clone(), now)));
+        // The oldest entry of a serial number says since when.
+        issuer.revoked.sort_by(|a, b| a.0.cmp(&b.0).then(a.1.cmp(&b.1)));
+        issuer.revoked.dedup_by(|a, b| a.0 == b.0);
+        issuer.revoked.retain(|(_, since)| *since > now - of.life_s());
+        text.push_str(&issuer.sign(now)?);
+    }
+    text.push_str(&others);
     let all = Crls::parse(text.as_bytes()).map_err(|error| content(error.to_string()))?;
     files::write(&path, &text, 0o644)?;
     Ok(all.serials())
@@ -115,14 +127,26 @@ fn same(one: &[u8], other: &[u8]) -> bool {
     digits(one) == digits(other)
 }
 
+/// An issuer, and what it takes back: serial numbers and since when.
 struct Signer {
-    certificate: Vec<u8>,
+    certificate: CertificateDer<'static>,
     key: KeyPair,
+    revoked: Vec<(Vec<u8>, i64)>,
 }
 
 impl Signer {
-    /// One list, PEM.
-    fn sign(&self, revoked: &[(Vec<u8>, i64)], now: i64) -> Result<String, CaError> {
+    fn new(certificate: CertificateDer<'static>, key: KeyPair) -> Self {
+        Self { certificate, key, revoked: Vec::new() }
+    }
+
+    fn has_signed(&self, list: &[u8]) -> bool {
+        let Ok((_, list)) = CertificateRevocationList::from_der(list) else { return false };
+        let Ok((_, certificate)) = X509Certificate::from_der(&self.certificate) else { return false };
+        list.verify_signature(certificate.public_key()).is_ok()
+    }
+
+    /// Its list, PEM.
+    fn sign(&self, now: i64) -> Result<String, CaError> {
         let at = |unix_s: i64| rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(unix_s.max(0).unsigned_abs());
         let entry = |(serial, since): &(Vec<u8>, i64)| RevokedCertParams {
             serial_number: SerialNumber::from_slice(serial),
@@ -136,31 +160,26 @@ impl Signer {
             // Grows with each list, as RFC 5280 §5.2.3 wants it.
             crl_number: SerialNumber::from(now.max(1).unsigned_abs()),
             issuing_distribution_point: None,
-            revoked_certs: revoked.iter().map(entry).collect(),
+            revoked_certs: self.revoked.iter().map(entry).collect(),
             key_identifier_method: KeyIdMethod::Sha256,
         };
-        let certificate = self.certificate.as_slice().into();
-        let issuer = Issuer::from_ca_cert_der(&certificate, &self.key).map_err(crypto)?;
+        let issuer = Issuer::from_ca_cert_der(&self.certificate, &self.key).map_err(crypto)?;
         params.signed_by(&issuer).map_err(crypto)?.pem().map_err(crypto)
     }
 }
 
 struct List {
-    /// Whether the issuer signed it, so that it can be replaced.
-    own: bool,
     /// Serial number and since when.
     revoked: Vec<(Vec<u8>, i64)>,
     /// When it was signed.
     last: i64,
 }
 
-fn read(der: &[u8], issuer: &Signer) -> Option<List> {
+fn read(der: &[u8]) -> Option<List> {
     let (_, list) = CertificateRevocationList::from_der(der).ok()?;
-    let (_, certificate) = X509Certificate::from_der(&issuer.certificate).ok()?;
-    let own = list.verify_signature(certificate.public_key()).is_ok();
     let entries = list.iter_revoked_certificates();
     let revoked = entries.map(|entry| (entry.raw_serial().to_vec(), entry.revocation_date.timestamp())).collect();
-    Some(List { own, revoked, last: list.last_update().timestamp() })
+    Some(List { revoked, last: list.last_update().timestamp() })
 }
 
 #[cfg(test)]
@@ -216,7 +235,6 @@ mod tests {
         let new = leaf(dir.path());
         assert!(taken_back(dir.path(), &old));
         assert!(!taken_back(dir.path(), &new), "a list is not asked about what another key signed");
-        // The serial number of the old leaf under the new intermediate is another certificate.
         assert_eq!(revoke(dir.path(), Signed::Leaf, &[serial_of(&new)], NOW + 5).unwrap(), 2);
         assert!(taken_back(dir.path(), &old) && taken_back(dir.path(), &new));
     }
@@ -239,7 +257,36 @@ mod tests {
     fn what_has_ended_by_itself_leaves_the_list() {
         let dir = tempfile::tempdir().unwrap();
         revoke(dir.path(), Signed::Leaf, &[vec![1]], NOW).unwrap();
-        assert_eq!(revoke(dir.path(), Signed::Leaf, &[vec![2]], NOW + LEAF_LIFE_S).unwrap(), 1);
+        assert_eq!(revoke(dir.path(), Signed::Leaf, &[vec![2]], NOW + SERVER_LIFE_S).unwrap(), 1);
+    }
+
+    #[test]
+    fn leaves_of_replaced_intermediates_are_taken_back_by_their_numbers_as_long_as_they_live() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut leaves = Vec::new();
+        for _ in 0..3 {
+            leaves.push(leaf(dir.path()));
+            rotate::renew_intermediate(dir.path()).unwrap();
+        }
+        let spared = leaf(dir.path());
+        let serials: Vec<Vec<u8>> = leaves.iter().map(serial_of).collect();
+        assert_eq!(revoke(dir.path(), Signed::Leaf, &serials[..2], NOW).unwrap(), 2);
+        assert!(taken_back(dir.path(), &leaves[0]) && taken_back(dir.path(), &leaves[1]));
+        assert!(!taken_back(dir.path(), &leaves[2]) && !taken_back(dir.path(), &spared));
+        assert_eq!(revoke(dir.path(), Signed::Leaf, &serials[2..], NOW).unwrap(), 3);
+        assert!(leaves.iter().all(|leaf| taken_back(dir.path(), leaf)) && !taken_back(dir.path(), &spared));
+    }
+
+    #[test]
+    fn an_intermediate_of_the_root_before_is_taken_back_until_that_is_retired() {
+        let dir = tempfile::tempdir().unwrap();
+        let old = leaf(dir.path());
+        let (_, intermediate) = X509Certificate::from_der(&old.chain[1]).unwrap();
+        rotate::announce(dir.path(), NOW).unwrap();
+        rotate::switch(dir.path()).unwrap();
+        let new = leaf(dir.path());
+        revoke(dir.path(), Signed::Intermediate, &[intermediate.raw_serial().to_vec()], NOW).unwrap();
+        assert!(taken_back(dir.path(), &old) && !taken_back(dir.path(), &new));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use rustls_pki_types::CertificateDer;
 
 use crate::Roots;
 use crate::ca::files::{self, NEXT_ROOT_KEY, OLD_ROOT_KEY, ROOT_CERT, ROOT_KEY};
+use crate::ca::replaced;
 use crate::ca::{CaError, LEAF_LIFE_S, LONGEST_BACKDATE_S, crypto, self_signed_root};
 use crate::fingerprint;
 use crate::issued;
@@ -67,7 +68,7 @@ pub(super) fn state(dir: &Path, roots: &Roots, intermediate: &CertificateDer<'_>
 }
 
 /// When a certificate of ours was made: its validity begins a little before.
-fn begin(certificate: &CertificateDer<'_>) -> Result<i64, CaError> {
+pub(super) fn begin(certificate: &CertificateDer<'_>) -> Result<i64, CaError> {
     Ok(issued::facts(certificate).map_err(crypto)?.not_before + LONGEST_BACKDATE_S)
 }
 
@@ -143,6 +144,7 @@ pub fn retire(dir: &Path, now: i64) -> Result<(), CaError> {
 pub fn renew_intermediate(dir: &Path) -> Result<(), CaError> {
     let _lock = files::lock(dir)?;
     files::signing_root(dir)?;
+    replaced::keep(dir)?;
     // Without its key the certificate does not count; opening makes both.
     let path = dir.join(files::CA_KEY);
     std::fs::remove_file(&path).map_err(|source| files::io("remove", &path, source))

@@ -1,8 +1,9 @@
 //! `/debug/explain`: what would happen to a connection, as its source and destination nodes decide it now.
 //!
 //! Control finds the pods and addresses that the names mean ([`target`]) and joins two answers; it derives no verdict of
-//! its own. A connection to a service has one answer per endpoint that the source may choose. What no proxy sends, a
-//! client outside the mesh and datagrams, may reach whatever control knows behind the address.
+//! its own. A connection to a service has one answer per endpoint that the source may choose, and a request ([`request`])
+//! one per endpoint that a route may lead it to. What no proxy sends, a client outside the mesh and datagrams, may reach
+//! whatever control knows behind the address.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -11,14 +12,18 @@ use axum::Json;
 use axum::http::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tulle_proto::node;
 use tulle_proto::node::node_message::Answer;
-use tulle_proto::node::node_question::Question;
-use tulle_proto::node::{EndpointChoice, InboundAnswer, InboundQuestion, OutboundAnswer, OutboundQuestion};
+use tulle_proto::node::{
+    EndpointChoice, InboundAnswer, InboundQuestion, OutboundAnswer, OutboundQuestion, RequestHead, node_question,
+};
 
 use crate::admin::State;
 use crate::admin::View;
+use crate::admin::request;
 use crate::admin::target;
 use crate::admin::target::{Asked, Source, Target};
+use crate::admin::traffic;
 use crate::model::Transport;
 use crate::resource::ResourceSet;
 use crate::resource::view::ip;
@@ -27,17 +32,32 @@ use crate::resource::view::ip;
 const MAX_ENDPOINTS: usize = 16;
 
 /// Query of `/debug/explain`.
-#[derive(Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 pub(super) struct Ask {
-    from: Option<String>,
-    to: Option<String>,
+    pub(super) from: Option<String>,
+    pub(super) to: Option<String>,
     /// `tcp`, `udp`, `sctp`; absent: TCP.
-    transport: Option<String>,
+    pub(super) transport: Option<String>,
     /// `v4`, `v6`; absent: the first address.
-    family: Option<String>,
+    pub(super) family: Option<String>,
+    /// Of a request. If none of these is there, the question is about a connection.
+    pub(super) method: Option<String>,
+    /// With query; absent: `/`.
+    pub(super) path: Option<String>,
+    /// Absent: the name of the target.
+    pub(super) host: Option<String>,
+    /// Lines of `name: value`.
+    pub(super) headers: Option<String>,
 }
 
 type Failure = (StatusCode, String);
+
+/// What is asked of the nodes besides who and where.
+struct Question {
+    over: Asked,
+    /// `None`: the connection is meant.
+    head: Option<RequestHead>,
+}
 
 /// The joined answer, or an error in words.
 pub(super) async fn answer(state: &State, ask: &Ask) -> (StatusCode, Json<Value>) {
@@ -75,11 +95,13 @@ async fn explain(state: &State, ask: &Ask) -> Result<Value, Failure> {
     let source = target::source(&view, from).map_err(not_found)?;
     let asked = source.narrow(asked);
     let target = target::find(&view, &set, &state.settings, asked, to).map_err(not_found)?;
-    let (outbound, choices) = leave(state, &view, &set, &source, asked, &target).await?;
+    let head = request::head(ask, &target).map_err(|text| (StatusCode::BAD_REQUEST, text))?;
+    let asked = Question { over: asked, head };
+    let (outbound, choices) = leave(state, &view, &set, &source, &asked, &target).await?;
     let mut endpoints = Vec::new();
     let mut found = Vec::new();
     for choice in choices.iter().take(MAX_ENDPOINTS) {
-        let (value, one) = endpoint(state, &view, &outbound, asked, choice).await;
+        let (value, one) = endpoint(state, &view, &outbound, &asked, choice).await;
         endpoints.push(value);
         found.push(one);
     }
@@ -87,7 +109,8 @@ async fn explain(state: &State, ask: &Ask) -> Result<Value, Failure> {
         Source::Pod(pod) => (Some(pod.meta.path()), Some(&pod.node)),
         Source::Address(_) => (None, None),
     };
-    Ok(json!({
+    let answers = outbound.request.as_ref().is_some_and(|request| !request.answers.is_empty());
+    let mut value = json!({
         "from": {
             "pod": pod,
             "node": node,
@@ -97,10 +120,10 @@ async fn explain(state: &State, ask: &Ask) -> Result<Value, Failure> {
         "to": {
             "address": target.addresses.first().map(ToString::to_string),
             "port": target.port,
-            "transport": target::word(asked.transport),
+            "transport": target::word(asked.over.transport),
             "service": if outbound.service.is_empty() { &target.service } else { &outbound.service },
         },
-        "verdict": verdict(outbound.plan == "refuse", &found),
+        "verdict": verdict(outbound.plan == "refuse", answers, &found),
         "outbound": {
             "plan": outbound.plan,
             "code": outbound.code,
@@ -112,12 +135,31 @@ async fn explain(state: &State, ask: &Ask) -> Result<Value, Failure> {
         },
         "endpoints": endpoints,
         "endpointsNotShown": choices.len().saturating_sub(MAX_ENDPOINTS),
-    }))
+    });
+    let service = value["to"]["service"].as_str().unwrap_or_default().to_owned();
+    if !service.is_empty() && asked.over.transport == Transport::Tcp {
+        let nodes = choices.iter().take(MAX_ENDPOINTS).map(|choice| &choice.node).chain(node);
+        let seen = traffic::seen_by(state, nodes.cloned().collect()).await;
+        value["traffic"] = seen[&service].clone();
+    }
+    if let Some(head) = &asked.head {
+        value["request"] = request::leaving(head, &outbound.request.clone().unwrap_or_default());
+    }
+    Ok(value)
 }
 
-/// Endpoints whose nodes do not answer count only where no other does.
-fn verdict(refused: bool, found: &[Found]) -> &'static str {
+/// Endpoints whose nodes do not answer count only where no other does. `answers`: the source's proxy answers some of the
+/// requests, or all where nothing was `found`.
+fn verdict(refused: bool, answers: bool, found: &[Found]) -> &'static str {
     let has = |wanted: Found| found.contains(&wanted);
+    if answers && !refused {
+        return match (has(Found::Allowed) || has(Found::Open), has(Found::Denied)) {
+            (true, _) => "partly",
+            (false, true) => "denied",
+            (false, false) if found.is_empty() => "answered",
+            (false, false) => "unknown",
+        };
+    }
     match (refused, has(Found::Allowed), has(Found::Open), has(Found::Denied)) {
         (true, ..) => "refused",
         (_, true, _, true) | (_, _, true, true) => "partly",
@@ -134,14 +176,14 @@ async fn leave(
     view: &View,
     set: &ResourceSet,
     source: &Source<'_>,
-    asked: Asked,
+    asked: &Question,
     target: &Target,
 ) -> Result<(OutboundAnswer, Vec<EndpointChoice>), Failure> {
     let mut all = Vec::new();
     for address in target.addresses.iter().take(MAX_ENDPOINTS) {
         let answer = send(state, source, asked, *address, target.port).await?;
-        let behind = || target::behind(view, set, &state.settings, asked, *address, target.port);
-        let asks_proxy = matches!(source, Source::Pod(_)) && asked.transport == Transport::Tcp;
+        let behind = || target::behind(view, set, &state.settings, asked.over, *address, target.port);
+        let asks_proxy = matches!(source, Source::Pod(_)) && asked.over.transport == Transport::Tcp;
         let endpoints = match (asks_proxy, answer.plan == "refuse") {
             (true, false) => answer.endpoints.clone(),
             (false, false) => behind(),
@@ -172,7 +214,7 @@ fn refused(endpoint: EndpointChoice, answer: &OutboundAnswer) -> EndpointChoice 
 async fn send(
     state: &State,
     source: &Source<'_>,
-    asked: Asked,
+    asked: &Question,
     address: IpAddr,
     port: u16,
 ) -> Result<OutboundAnswer, Failure> {
@@ -191,10 +233,13 @@ async fn send(
         source_uid: state.settings.pod_uid(&pod.meta),
         address: target::octets(address).into(),
         port: port.into(),
-        transport: asked.on_wire().into(),
+        transport: asked.over.on_wire().into(),
+        request: asked.head.clone(),
     };
-    match state.registry.ask(&pod.node, Question::Outbound(question)).await {
-        Ok(Answer::Outbound(answer)) if answer.transport() != asked.on_wire() => Err(unavailable(older(&pod.node))),
+    match state.registry.ask(&pod.node, node_question::Question::Outbound(question)).await {
+        Ok(Answer::Outbound(answer)) if !asked.understood(answer.transport(), answer.request.is_some()) => {
+            Err(unavailable(asked.older(&pod.node)))
+        }
         Ok(Answer::Outbound(answer)) => {
             let own = || pod.addresses.first().map(|ip| target::octets(*ip)).unwrap_or_default();
             let source_address =
@@ -206,8 +251,16 @@ async fn send(
     }
 }
 
-fn older(node: &str) -> String {
-    format!("the proxy of node {node} is older and can explain TCP only; update it")
+impl Question {
+    /// Whether a node's answer is about all of it. An older node knows less and says so by what is missing.
+    fn understood(&self, transport: node::Transport, request: bool) -> bool {
+        transport == self.over.on_wire() && (request || self.head.is_none())
+    }
+
+    fn older(&self, node: &str) -> String {
+        let what = if self.head.is_some() { "connections" } else { "TCP" };
+        format!("the proxy of node {node} is older and can explain {what} only; update it")
+    }
 }
 
 /// One endpoint, with its node's verdict if its node is one of ours.
@@ -215,7 +268,7 @@ async fn endpoint(
     state: &State,
     view: &View,
     outbound: &OutboundAnswer,
-    asked: Asked,
+    asked: &Question,
     choice: &EndpointChoice,
 ) -> (Value, Found) {
     let mut value = json!({
@@ -228,6 +281,9 @@ async fn endpoint(
         "protocol": choice.protocol,
         "expectedIdentities": choice.expected_identities,
     });
+    if !choice.ejected.is_empty() {
+        value["ejected"] = json!(choice.ejected);
+    }
     if !choice.text.is_empty() {
         value["egress"] = json!({
             "allowed": choice.code.is_empty(),
@@ -251,14 +307,16 @@ async fn endpoint(
         port: choice.port,
         source_identity: if choice.protocol == "hbone" { outbound.source_identity.clone() } else { String::new() },
         source_address: outbound.source_address.clone(),
-        transport: asked.on_wire().into(),
+        transport: asked.over.on_wire().into(),
+        // What the source sends on, with the changes of its route.
+        request: choice.request.clone().or_else(|| asked.head.clone()),
     };
-    let text = match state.registry.ask(&choice.node, Question::Inbound(question)).await {
-        Ok(Answer::Inbound(inbound)) if inbound.transport() == asked.on_wire() => {
+    let text = match state.registry.ask(&choice.node, node_question::Question::Inbound(question)).await {
+        Ok(Answer::Inbound(inbound)) if asked.understood(inbound.transport(), inbound.request.is_some()) => {
             value["inbound"] = inbound_view(&inbound);
             return (value, otherwise(if inbound.allowed { Found::Allowed } else { Found::Denied }));
         }
-        Ok(Answer::Inbound(_)) => older(&choice.node),
+        Ok(Answer::Inbound(_)) => asked.older(&choice.node),
         Ok(_) => "the destination node answered another question".to_owned(),
         Err(error) => error.to_string(),
     };
@@ -269,6 +327,8 @@ async fn endpoint(
 fn inbound_view(inbound: &InboundAnswer) -> Value {
     json!({
         "allowed": inbound.allowed,
+        "read": inbound.request.as_ref().map(|request| request.read),
+        "status": inbound.request.as_ref().map(|request| request.status).filter(|status| *status > 0),
         "code": inbound.code,
         "text": inbound.text,
         "policy": inbound.policy,
@@ -308,7 +368,16 @@ mod tests {
             (false, &[Unknown], "unknown"),
             (false, &[Unknown, Open], "unknown"),
         ] {
-            assert_eq!(verdict(refused, found), expected, "{refused}, expected {expected}");
+            assert_eq!(verdict(refused, false, found), expected, "{refused}, expected {expected}");
+        }
+        for (found, expected) in [
+            (&[][..], "answered"),
+            (&[Allowed], "partly"),
+            (&[Denied, Open], "partly"),
+            (&[Denied, Unknown], "denied"),
+            (&[Unknown], "unknown"),
+        ] {
+            assert_eq!(verdict(false, true, found), expected);
         }
     }
 }

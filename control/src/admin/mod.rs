@@ -5,7 +5,9 @@
 
 mod explain;
 mod metrics;
+mod request;
 mod target;
+mod traffic;
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
@@ -106,6 +108,12 @@ fn router(state: State) -> Router {
         .route("/debug/sync", get(async |state: At| sync(&state)))
         .route("/debug/ca", get(async |state: At| Json(certificate_authority(&state).await)))
         .route("/debug/status", get(async |state: At| Json(status(&state).await)))
+        .route(
+            "/debug/traffic",
+            get(async |state: At| {
+                Json(traffic::seen_by(&state, state.registry.attached().into_iter().collect()).await)
+            }),
+        )
         .route(
             "/debug/explain",
             get(async |state: At, query: Query<explain::Ask>| explain::answer(&state, &query).await),

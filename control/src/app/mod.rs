@@ -23,6 +23,8 @@ use crate::authn;
 use crate::base;
 use crate::ca;
 use crate::config::{Serve, Source, Token};
+use crate::keys;
+use crate::model::KeySources;
 use crate::nodes;
 use crate::source;
 use crate::xds;
@@ -59,6 +61,7 @@ impl Running {
 pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     let Source::Files(folder) = serve.source.clone();
     anyhow::ensure!(folder.is_dir(), "--source files:{}: there is no such folder", folder.display());
+    let key_settings = serve.keys().map_err(anyhow::Error::msg)?;
     let now = base::unix_now();
     let authority = Authority::open(&serve.ca_dir, now).context("cannot open the CA")?;
     let verifier = Arc::new(authn::Verifier::new(authority.token_key())?);
@@ -70,6 +73,7 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
 
     let (loaded_sender, loaded) = watch::channel(None);
     let (engine, outputs) = engine::new(serve.settings());
+    let (fetched_sender, fetched) = watch::channel(KeySources::default());
     let node_states = Arc::new(xds::server::Nodes::default());
     let registry = Arc::new(nodes::Registry::default());
     let counters = Arc::new(ca::server::Counters::default());
@@ -109,7 +113,8 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     let (grpc, http) = (grpc_listener.local_addr()?, http_listener.local_addr()?);
     let tasks = vec![
         tokio::spawn(source::files::watch::run(folder, loaded_sender, stop.clone())),
-        tokio::spawn(engine.run(loaded, stop.clone())),
+        tokio::spawn(engine.run(loaded, fetched, stop.clone())),
+        tokio::spawn(keys::run(key_settings, outputs.key_sources, fetched_sender, stop.clone())),
         tokio::spawn(tls::renew(serve.ca_dir.clone(), authority, server_tls.clone(), told, stop.clone())),
         tokio::spawn(grpc::serve(grpc_listener, server_tls, services, stop.clone())),
         tokio::spawn(admin::serve(http_listener, state, stop)),

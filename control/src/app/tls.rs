@@ -1,20 +1,28 @@
 //! Control's own certificate: issued by its own CA, renewed while running, and swapped without touching connections.
 //!
-//! A renewed intermediate comes from the CA directory, where another replica may have put it first.
+//! A renewed intermediate comes from the CA directory, where another replica may have put it first. A certificate that
+//! `control revoke` took back is replaced at once: nodes that have heard of it come back and must find another.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use std::time::SystemTime;
 
 use anyhow::Context;
 use arc_swap::ArcSwap;
 use rustls::ServerConfig;
 use rustls::crypto::aws_lc_rs;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::UnixTime;
 use tokio::sync::watch;
+use tulle_certs::ca::files::CRL;
 use tulle_certs::ca::past_half_life;
 use tulle_certs::ca::{Authority, CaError};
 use tulle_certs::fingerprint;
+use tulle_certs::server_not_revoked;
+use tulle_certs::{Crls, MAX_CRL_BYTES, Roots, VerifyError};
 use tulle_proto::node::TrustQuestion;
 
 use crate::base;
@@ -25,6 +33,7 @@ const CHECK: Duration = Duration::from_secs(2);
 
 struct Current {
     config: Arc<ServerConfig>,
+    chain: Vec<CertificateDer<'static>>,
     not_before: i64,
     not_after: i64,
 }
@@ -50,6 +59,8 @@ impl ServerTls {
 fn issue(authority: &Authority, names: &[String], now: i64) -> anyhow::Result<Current> {
     let certificate =
         authority.server_certificate(names, now).context("cannot make control's own certificate (see --tls-san)")?;
+    tracing::info!(serial = certificate.serial, "control's own certificate");
+    let chain = certificate.chain.clone();
     let mut config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_no_client_auth()
@@ -58,7 +69,8 @@ fn issue(authority: &Authority, names: &[String], now: i64) -> anyhow::Result<Cu
     // Nodes stay connected, so nobody resumes: no tickets, and no memory of sessions.
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
-    Ok(Current { config: Arc::new(config), not_before: certificate.not_before, not_after: certificate.not_after })
+    let (not_before, not_after) = (certificate.not_before, certificate.not_after);
+    Ok(Current { config: Arc::new(config), chain, not_before, not_after })
 }
 
 /// What nodes are told about the CA.
@@ -76,6 +88,7 @@ pub(super) async fn renew(
     mut stop: Stop,
 ) {
     let mut last_error = String::new();
+    let mut lists = Lists::default();
     loop {
         tokio::select! {
             () = stop.requested() => return,
@@ -103,12 +116,44 @@ pub(super) async fn renew(
             }
         }
         let current = tls.current.load();
-        if new_issuer || past_half_life(current.not_before, current.not_after, now) {
+        let taken_back = lists.name(&ca_dir, &current.chain, authority.load().roots(), now);
+        if new_issuer || taken_back || past_half_life(current.not_before, current.not_after, now) {
             match issue(&authority.load(), &tls.names, now) {
                 Ok(renewed) => tls.current.store(Arc::new(renewed)),
-                Err(error) => tracing::error!(%error, "cannot renew control's own certificate"),
+                Err(error) => {
+                    tracing::error!(%error, "cannot renew control's own certificate");
+                    // It is looked at again, so that it is tried again.
+                    lists = Lists::default();
+                }
             }
         }
+    }
+}
+
+/// Looks into `crl.pem` when it has changed.
+#[derive(Default)]
+struct Lists {
+    /// Inode and length as they were read, and when the file was written.
+    read: Option<(u64, u64, SystemTime)>,
+}
+
+impl Lists {
+    /// Whether control's own certificate was taken back since the last look.
+    fn name(&mut self, ca_dir: &Path, chain: &[CertificateDer<'_>], roots: &Roots, now: i64) -> bool {
+        let path = ca_dir.join(CRL);
+        let Ok(meta) = std::fs::metadata(&path) else { return false };
+        let stamp = meta.modified().ok().map(|written| (meta.ino(), meta.len(), written));
+        if stamp == self.read || meta.len() > MAX_CRL_BYTES as u64 {
+            return false;
+        }
+        self.read = stamp;
+        // What cannot be read takes nothing back here, as on the nodes; `control revoke` refuses to add to it.
+        let Ok(crls) = std::fs::read(&path).map_err(|_| ()).and_then(|bytes| Crls::parse(&bytes).map_err(|_| ()))
+        else {
+            return false;
+        };
+        let now = UnixTime::since_unix_epoch(Duration::from_secs(now.unsigned_abs()));
+        matches!(server_not_revoked(chain, roots.anchors(), &crls, now), Err(VerifyError::Revoked { .. }))
     }
 }
 

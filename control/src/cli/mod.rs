@@ -63,8 +63,8 @@ enum Command {
         #[arg(short, long)]
         namespace: Option<String>,
     },
-    /// What would happen to a connection, as the proxies of both ends decide it now. Exit code: 0 it is allowed, or nobody
-    /// authorises it; 3 it is denied; 4 some of the endpoints allow it; 1 it cannot be found out.
+    /// What would happen to a connection, or to one request, as the proxies of both ends decide it now. Exit code: 0 it is
+    /// allowed, or nobody authorises it; 3 it is denied; 4 some of the endpoints allow it; 1 it cannot be found out.
     Explain {
         /// `ns/pod`, `ns/deployment`, or the address of a client outside the mesh.
         from: String,
@@ -76,6 +76,8 @@ enum Command {
         /// Address family to dial; else the target's first address.
         #[arg(long)]
         family: Option<Family>,
+        #[command(flatten)]
+        request: RequestFlags,
     },
     /// Checks the manifests of `--files DIR`; exit code 1 if something is wrong.
     Check,
@@ -93,6 +95,45 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
         rest: Vec<String>,
     },
+}
+
+/// A request to explain; without any of these, the connection.
+#[derive(Debug, clap::Args)]
+struct RequestFlags {
+    /// Method of a request to explain [GET, if another part of a request is given].
+    #[arg(long)]
+    method: Option<String>,
+    /// Its path, with query [/].
+    #[arg(long)]
+    path: Option<String>,
+    /// Its host [the name of the target].
+    #[arg(long)]
+    host: Option<String>,
+    /// A header of it, `name: value`; may come several times.
+    #[arg(long)]
+    header: Vec<String>,
+    /// Its token, for `authorization: Bearer`; `@FILE` reads it from there, and keeps it out of the list of processes.
+    #[arg(long)]
+    token: Option<String>,
+}
+
+impl RequestFlags {
+    /// As part of the query.
+    fn query(&self) -> Result<String, Failure> {
+        let mut headers = self.header.clone();
+        if let Some(token) = &self.token {
+            let token = match token.strip_prefix('@') {
+                Some(file) => std::fs::read_to_string(file)
+                    .map_err(|error| Failure::wrong(format!("--token: cannot read {file}: {error}")))?,
+                None => token.clone(),
+            };
+            headers.push(format!("authorization: Bearer {}", token.trim()));
+        }
+        let lines = (!headers.is_empty()).then(|| headers.join("\n"));
+        let parts = [("method", &self.method), ("path", &self.path), ("host", &self.host), ("headers", &lines)];
+        let given = parts.iter().filter_map(|(name, value)| Some((name, value.as_deref()?)));
+        Ok(given.map(|(name, value)| format!("&{name}={}", fetch::escape(value))).collect())
+    }
 }
 
 /// What carries a connection.
@@ -168,7 +209,7 @@ fn run(cli: &Cli) -> Result<(String, u8), Failure> {
             let status = live(cli, "status", "/debug/status")?;
             Ok((print(&status, render::status)?, 0))
         }
-        Command::Explain { from, to, transport, family } => {
+        Command::Explain { from, to, transport, family, request } => {
             let mut path = format!("/debug/explain?from={}&to={}", fetch::escape(from), fetch::escape(to));
             path.push_str(match transport {
                 Transport::Tcp => "",
@@ -180,8 +221,9 @@ fn run(cli: &Cli) -> Result<(String, u8), Failure> {
                 Some(Family::V4) => "&family=v4",
                 Some(Family::V6) => "&family=v6",
             });
+            path.push_str(&request.query()?);
             let answer = live(cli, "explain", &path)?;
-            Ok((print(&answer, render::explain)?, exit_code(&answer["verdict"])))
+            Ok((print(&answer, render::explain)?, exit_code(&answer)))
         }
         Command::Get { kind, namespace } => {
             let list = get(cli, *kind, namespace.as_deref())?;
@@ -209,9 +251,14 @@ fn run(cli: &Cli) -> Result<(String, u8), Failure> {
 }
 
 /// The exit code that tells a verdict; a word of another version is not known.
-fn exit_code(verdict: &Value) -> u8 {
-    match verdict.as_str() {
+fn exit_code(answer: &Value) -> u8 {
+    let refuses = |one: &Value| one["status"].as_u64().is_none_or(|status| status >= 400);
+    match answer["verdict"].as_str() {
         Some("allowed" | "plain") => 0,
+        Some("answered") => match answer["request"]["answers"].as_array() {
+            Some(answers) if !answers.iter().any(refuses) => 0,
+            _ => 3,
+        },
         Some("denied" | "refused") => 3,
         Some("partly") => 4,
         _ => 1,
@@ -258,7 +305,17 @@ fn get(cli: &Cli, kind: Kind, namespace: Option<&str>) -> Result<Value, Failure>
         ];
         namespace.is_none_or(|namespace| of.iter().any(|value| **value == namespace))
     };
-    Ok(list.into_iter().filter(|item| wanted(item) && here(item)).collect())
+    let mut list: Vec<Value> = list.into_iter().filter(|item| wanted(item) && here(item)).collect();
+    if kind == Kind::Services && cli.files.is_none() {
+        let traffic = fetch::get(&cli.control, "/debug/traffic")?;
+        for item in &mut list {
+            let service = &item["resource"]["service"];
+            let name = |key: &str| service[key].as_str().unwrap_or_default();
+            let seen = traffic[format!("{}/{}", name("namespace"), name("hostname"))].clone();
+            item["traffic"] = seen;
+        }
+    }
+    Ok(Value::Array(list))
 }
 
 fn certificates(status: &Value, namespace: Option<&str>) -> Value {

@@ -61,7 +61,12 @@ pub(super) fn workloads(value: &Value) -> String {
 }
 
 pub(super) fn services(value: &Value) -> String {
-    let header = ["NAMESPACE", "NAME", "ADDRESSES", "PORTS"];
+    let mut header = vec!["NAMESPACE", "NAME", "ADDRESSES", "PORTS"];
+    // What nodes counted is known where they can be asked.
+    let counted = value.as_array().into_iter().flatten().any(|item| item["traffic"].is_object());
+    if counted {
+        header.extend(["REQUESTS", "FAILED", "P50", "P90", "P99", "SEEN BY"]);
+    }
     table(
         &header,
         rows(value, |item| {
@@ -76,9 +81,25 @@ pub(super) fn services(value: &Value) -> String {
                     )
                 })
                 .collect();
-            vec![cell(&s["namespace"]), cell(&s["name"]), cell(&s["addresses"]), ports.join(",")]
+            let mut row = vec![cell(&s["namespace"]), cell(&s["name"]), cell(&s["addresses"]), ports.join(",")];
+            if counted {
+                row.extend(traffic(&item["traffic"]));
+            }
+            row
         }),
     )
+}
+
+/// Requests, share of failures, percentiles, and who saw it: the clients' proxies where they read requests, which is what
+/// clients see, else the servers'.
+fn traffic(value: &Value) -> [String; 6] {
+    let Some((reporter, seen)) = ["source", "destination"].into_iter().find_map(|who| Some((who, value.get(who)?)))
+    else {
+        return Default::default();
+    };
+    let ms = |key: &str| seen[key].as_f64().map_or_else(String::new, |ms| format!("{ms:.1} ms"));
+    let failed = format!("{:.1} %", seen["failedPercent"].as_f64().unwrap_or(0.0));
+    [cell(&seen["requests"]), failed, ms("p50Ms"), ms("p90Ms"), ms("p99Ms"), reporter.to_owned()]
 }
 
 pub(super) fn policies(value: &Value) -> String {
@@ -258,6 +279,7 @@ pub(super) fn explain(value: &Value) -> String {
         },
         cell(&value["verdict"]).to_uppercase(),
     );
+    text.push_str(&request(&value["request"]));
     let identity = match cell(&from["identity"]) {
         none if none.is_empty() => "no identity".into(),
         identity => identity,
@@ -276,11 +298,20 @@ pub(super) fn explain(value: &Value) -> String {
             cell(&endpoint["node"]),
             cell(&endpoint["protocol"]),
         ));
+        if let Some(why) = endpoint["ejected"].as_str() {
+            text.push_str(&format!("          {why}\n"));
+        }
         if endpoint["egress"].is_object() {
             text.push_str(&format!("          {}\n", sentence(&endpoint["egress"])));
         }
         let inbound = &endpoint["inbound"];
         if inbound.is_object() {
+            if inbound["read"] == false {
+                text.push_str("          the request is not read there; what follows is about its connection\n");
+            }
+            if !inbound["status"].is_null() {
+                text.push_str(&format!("          answered with status {}\n", cell(&inbound["status"])));
+            }
             let (allowed, sentence) = (inbound["allowed"] == true, sentence(inbound));
             let verdict = match (allowed, sentence.starts_with("allowed") || sentence.starts_with("denied")) {
                 (_, true) => "",
@@ -312,6 +343,32 @@ pub(super) fn explain(value: &Value) -> String {
     }
     if value["endpointsNotShown"].as_u64().unwrap_or(0) > 0 {
         text.push_str(&format!("  and {} more endpoints\n", cell(&value["endpointsNotShown"])));
+    }
+    let [requests, failed, p50, p90, p99, reporter] = traffic(&value["traffic"]);
+    if !requests.is_empty() {
+        text.push_str(&format!(
+            "  lately {requests} requests, {failed} failed, p50 {p50}, p90 {p90}, p99 {p99} (seen by the {reporter})\n"
+        ));
+    }
+    text
+}
+
+/// The request that was asked about, and what its own proxy does with it.
+fn request(value: &Value) -> String {
+    if !value.is_object() {
+        return String::new();
+    }
+    let mut text = format!("  {} {} of {}\n", cell(&value["method"]), cell(&value["path"]), cell(&value["host"]));
+    if !cell(&value["limits"]).is_empty() {
+        text.push_str(&format!("    counts against HTTPRateLimit {}\n", cell(&value["limits"])));
+    }
+    for answer in value["answers"].as_array().into_iter().flatten() {
+        text.push_str(&format!(
+            "  {:>5.1} % answered by the source's proxy with status {}: {}\n",
+            answer["sharePercent"].as_f64().unwrap_or(0.0),
+            cell(&answer["status"]),
+            cell(&answer["text"]),
+        ));
     }
     text
 }

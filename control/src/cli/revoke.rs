@@ -16,11 +16,14 @@ use crate::config::Revoke;
 pub fn revoke(options: &Revoke) -> anyhow::Result<String> {
     let serials: Result<Vec<_>, String> = options.serials.iter().map(|text| serial(text)).collect();
     let serials = serials.map_err(anyhow::Error::msg)?;
-    let (of, issuer) =
-        if options.intermediate { (Signed::Intermediate, "root") } else { (Signed::Leaf, "intermediate") };
+    let (of, holds) = if options.intermediate {
+        (Signed::Intermediate, "the root in use signed, and the one before it until that is retired")
+    } else {
+        (Signed::Leaf, "the intermediate in use signed, and those that were replaced in the last 30 days")
+    };
     let all = take_back(&options.ca_dir, of, &serials, base::unix_now()).context("cannot revoke")?;
     Ok(format!(
         "crl.pem takes back {all} certificate(s); nodes whose CRL_PATH is a copy of it follow once they have it\n\
-         This holds for what the {issuer} in use signed: a certificate of an earlier {issuer} is not taken back by it"
+         This holds for what {holds}"
     ))
 }

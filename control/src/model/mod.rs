@@ -6,6 +6,7 @@
 
 mod condition;
 mod egress;
+mod keys;
 mod meta;
 mod network;
 mod policy;
@@ -21,6 +22,7 @@ pub use egress::{
     EgressEndpoint, EgressHttp, EgressKind, EgressPods, EgressPolicy, EgressPort, EgressProtocol, EgressRule,
     Origination,
 };
+pub use keys::{FetchedKeys, KeySource, KeySources};
 pub use meta::{Expression, Meta, Operator, Owner, Selector};
 pub use network::{NetworkPeer, NetworkPolicy, NetworkPort, NetworkRule, PortMatch};
 pub use policy::{

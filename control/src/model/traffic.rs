@@ -31,8 +31,10 @@ pub struct TrafficSettings {
     pub max_connections: u32,
     /// connectionPool.tcp.connectTimeout.
     pub connect_timeout_ms: u32,
-    /// connectionPool.http.idleTimeout, else tcp.idleTimeout.
+    /// connectionPool.tcp.idleTimeout.
     pub idle_timeout_ms: u32,
+    /// connectionPool.http.idleTimeout.
+    pub http_idle_timeout_ms: u32,
     /// connectionPool.tcp.maxConnectionDuration.
     pub max_connection_duration_ms: u32,
     /// connectionPool.http.http1MaxPendingRequests.

@@ -3,17 +3,19 @@
 //! Maps are ordered, so that whatever is computed from a world comes out in the same order in every process. They share
 //! with the world of the moment before what did not change: a copy is cheap, and so is the difference of the two.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::base::{Change, SharedMap};
 use crate::model::condition::ObjectKey;
 use crate::model::egress::{EgressKind, EgressPolicy};
+use crate::model::keys::{KeySource, KeySources};
 use crate::model::meta::Meta;
 use crate::model::network::NetworkPolicy;
-use crate::model::policy::{AuthorizationPolicy, PeerAuthentication, Unenforced};
+use crate::model::policy::{AuthorizationPolicy, PeerAuthentication, Spec, Unenforced};
 use crate::model::route::{HttpFault, HttpRateLimit, Route, RouteKind};
 use crate::model::service::{EndpointSlice, LegacyEndpoints, Service};
-use crate::model::traffic::{DestinationRule, RequestAuthentication};
+use crate::model::traffic::{DestinationRule, JwtRule, RequestAuthentication};
 use crate::model::trust::TrustBundle;
 use crate::model::workload::{Namespace, Node, Pod, ServiceAccount};
 
@@ -163,12 +165,23 @@ pub struct World {
     pub egress_policies: SharedMap<(EgressKind, String, String), Arc<EgressPolicy>>,
     /// By kind, namespace and name.
     pub unenforced: SharedMap<(&'static str, String, String), Arc<Unenforced>>,
+    /// The key sets that RequestAuthentications name: no objects, but part of what nodes are told.
+    pub keys: KeySources,
 }
 
 impl World {
     /// Zone of a node; empty if it has none.
     pub fn zone(&self, node: &str) -> &str {
         self.nodes.get(node).and_then(|node| node.meta.label("topology.kubernetes.io/zone")).unwrap_or_default()
+    }
+
+    /// Where the keys of RequestAuthentications are to be fetched from.
+    pub fn key_sources(&self) -> BTreeSet<KeySource> {
+        let specs = self.request_authentications.values().filter_map(|auth| match &auth.spec {
+            Spec::Good(spec) => Some(spec),
+            Spec::Unreadable { .. } => None,
+        });
+        specs.flat_map(|spec| &spec.rules).filter_map(JwtRule::key_source).collect()
     }
 
     /// Puts an object in the place of the one of its kind and name.

@@ -3,6 +3,7 @@
 //! A resource is encoded once and shared by all sessions. Its version is a hash of its bytes, hence equal on every
 //! replica and after every restart, and a reconnecting node is sent only what it lacks.
 
+mod index;
 mod set;
 pub mod view;
 

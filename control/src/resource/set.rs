@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::OnceLock;
 
 use crate::base::SharedMap;
+use crate::resource::index::Index;
 use crate::resource::{Kind, Resource};
 
 /// Resources of one kind by name.
@@ -19,10 +20,9 @@ pub type ByName = SharedMap<Arc<str>, Arc<Resource>>;
 pub struct ResourceSet {
     /// One for each of [`Kind::ALL`].
     kinds: [ByName; Kind::ALL.len()],
-    /// Made when somebody first asks by alias: most nodes take everything and never do.
-    aliases: OnceLock<BTreeMap<String, Arc<str>>>,
-    /// Workloads by what they are part of. Made when somebody first asks, too.
-    parts: OnceLock<BTreeMap<String, Vec<Arc<str>>>>,
+    /// Made when somebody first asks by something else than a name: most nodes take everything and never do. Copies share
+    /// it, so that a set that is made of one whose index was asked for has one, too.
+    index: Arc<OnceLock<Index>>,
 }
 
 /// What leads from one set to another.
@@ -49,13 +49,13 @@ impl ResourceSet {
     /// Puts a resource in the place of the one of its name. One with the same content stays the one that it was, so that
     /// it is told to nobody again.
     pub fn put(&mut self, resource: Resource) -> Arc<str> {
-        (self.aliases, self.parts) = <_>::default();
         let of_kind = &mut self.kinds[resource.kind as usize];
         match of_kind.get(&resource.name) {
             Some(known) if **known == resource => Arc::clone(&known.name),
             _ => {
-                let name = Arc::clone(&resource.name);
-                of_kind.insert(Arc::clone(&name), Arc::new(resource));
+                let (name, resource) = (Arc::clone(&resource.name), Arc::new(resource));
+                let before = of_kind.insert(Arc::clone(&name), Arc::clone(&resource));
+                self.reindex(before.as_ref(), Some(&resource));
                 name
             }
         }
@@ -63,15 +63,30 @@ impl ResourceSet {
 
     /// Takes a resource out, if there is one.
     pub fn remove(&mut self, kind: Kind, name: &str) {
-        (self.aliases, self.parts) = <_>::default();
-        self.kinds[kind as usize].remove(name);
+        let before = self.kinds[kind as usize].remove(name);
+        self.reindex(before.as_ref(), None);
+    }
+
+    /// Takes one change over into the index.
+    fn reindex(&mut self, before: Option<&Arc<Resource>>, after: Option<&Arc<Resource>>) {
+        if before.or(after).is_none_or(|resource| resource.kind != Kind::Address) {
+            return;
+        }
+        if Arc::get_mut(&mut self.index).is_none() {
+            // Others share it, and it stays theirs; or they make it for their content, which is not this set's any more.
+            self.index = Arc::new(self.index.get().cloned().map_or_else(OnceLock::new, OnceLock::from));
+        }
+        if let Some(index) = Arc::get_mut(&mut self.index).and_then(OnceLock::get_mut) {
+            before.into_iter().for_each(|resource| index.remove(resource));
+            after.into_iter().for_each(|resource| index.add(resource));
+        }
     }
 
     /// By name or, for addresses, by alias.
     pub fn find(&self, kind: Kind, name: &str) -> Option<&Arc<Resource>> {
         let resources = self.of(kind);
         resources.get(name).or_else(|| match kind {
-            Kind::Address => resources.get(self.aliases().get(name)?),
+            Kind::Address => resources.get(self.index().owner(name)?),
             _ => None,
         })
     }
@@ -82,29 +97,12 @@ impl ResourceSet {
         if kind != Kind::Address {
             return Vec::new();
         }
-        let parts = self.parts.get_or_init(|| {
-            let mut parts: BTreeMap<String, Vec<Arc<str>>> = BTreeMap::new();
-            for resource in self.of(Kind::Address).values() {
-                for whole in resource.part_of() {
-                    parts.entry(whole).or_default().push(Arc::clone(&resource.name));
-                }
-            }
-            parts
-        });
-        let names = parts.get(whole).into_iter().flatten();
-        names.filter_map(|name| self.of(Kind::Address).get(name)).collect()
+        let of_kind = self.of(Kind::Address);
+        self.index().members(whole).filter_map(|name| of_kind.get(name)).collect()
     }
 
-    fn aliases(&self) -> &BTreeMap<String, Arc<str>> {
-        self.aliases.get_or_init(|| {
-            let mut aliases = BTreeMap::new();
-            for resource in self.of(Kind::Address).values() {
-                for alias in &resource.aliases {
-                    aliases.entry(alias.clone()).or_insert_with(|| Arc::clone(&resource.name));
-                }
-            }
-            aliases
-        })
+    fn index(&self) -> &Index {
+        self.index.get_or_init(|| Index::of(self.of(Kind::Address).values()))
     }
 
     /// What must be sent to somebody who has `old` so that he has `self`.
@@ -155,5 +153,49 @@ impl FromIterator<Resource> for ResourceSet {
         let mut set = Self::default();
         resources.into_iter().for_each(|resource| drop(set.put(resource)));
         set
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tulle_proto::workload::address::Type;
+    use tulle_proto::workload::{Address, Workload};
+
+    use super::*;
+
+    fn pod(name: &str, node: &str, alias: &str) -> Resource {
+        let workload = Workload { uid: name.into(), node: node.into(), ..Workload::default() };
+        let address = Address { r#type: Some(Type::Workload(workload)) };
+        Resource::new(Kind::Address, name.into(), &address, vec![alias.into()])
+    }
+
+    fn found(set: &ResourceSet, alias: &str, node: &str) -> (String, Vec<String>) {
+        let whole = format!("{}{node}", tulle_proto::names::ALL_OF_NODE);
+        let owner = set.find(Kind::Address, alias).map(|resource| resource.name.to_string());
+        let members = set.members(Kind::Address, &whole).into_iter().map(|resource| resource.name.to_string());
+        (owner.unwrap_or_default(), members.collect())
+    }
+
+    #[test]
+    fn what_was_asked_for_once_follows_every_change_and_copies_keep_their_own() {
+        let mut set: ResourceSet = [pod("a", "n1", "/10.0.0.1"), pod("b", "n1", "/10.0.0.2")].into_iter().collect();
+        let published = set.clone();
+        assert_eq!(found(&published, "/10.0.0.1", "n1"), ("a".into(), vec!["a".into(), "b".into()]));
+        assert!(set.index.get().is_some(), "the set that goes on has what was made of its copy");
+        // Another pod with an address that is still somebody's, one that moves, one that goes.
+        set.put(pod("0", "n1", "/10.0.0.1"));
+        set.put(pod("a", "n2", "/10.0.0.3"));
+        set.remove(Kind::Address, "b");
+        assert!(set.index.get().is_some(), "it is not made anew");
+        assert_eq!(found(&set, "/10.0.0.1", "n1"), ("0".into(), vec!["0".into()]));
+        assert_eq!(found(&set, "/10.0.0.3", "n2"), ("a".into(), vec!["a".into()]));
+        assert_eq!(found(&set, "/10.0.0.2", "n3"), (String::new(), vec![]));
+        assert_eq!(found(&published, "/10.0.0.2", "n1"), ("b".into(), vec!["a".into(), "b".into()]));
+        // A copy that was changed before anybody asked is not taken for the one that was asked.
+        let fresh: ResourceSet = [pod("a", "n1", "/10.0.0.1")].into_iter().collect();
+        let mut next = fresh.clone();
+        next.put(pod("b", "n1", "/10.0.0.2"));
+        assert_eq!(found(&fresh, "/10.0.0.2", "n1").1, ["a"]);
+        assert_eq!(found(&next, "/10.0.0.2", "n1"), ("b".into(), vec!["a".into(), "b".into()]));
     }
 }

@@ -215,9 +215,9 @@ fn l7(world: &World, settings: &Settings, resources: &mut Vec<Resource>, conditi
         said.into_iter().for_each(|condition| conditions.add("DestinationRule", &rule.meta, condition));
     }
     for auth in world.request_authentications.values() {
-        let (resource, condition) = request_auth::translate(auth);
+        let (resource, said) = request_auth::translate(auth, &world.keys);
         resources.push(resource);
-        conditions.add("RequestAuthentication", &auth.meta, condition);
+        conditions.extend("RequestAuthentication", &auth.meta, &said);
     }
 }
 

@@ -120,6 +120,7 @@ fn traffic(from: &TrafficSettings) -> mesh::TrafficSettings {
         max_connections: from.max_connections,
         connect_timeout_ms: from.connect_timeout_ms,
         idle_timeout_ms: from.idle_timeout_ms,
+        http_idle_timeout_ms: from.http_idle_timeout_ms,
         max_connection_duration_ms: from.max_connection_duration_ms,
         max_pending_requests: from.max_pending_requests,
         max_requests: from.max_requests,

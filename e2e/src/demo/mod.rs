@@ -5,8 +5,10 @@
 //! then expects exactly the steps that rest on the broken part to fail. Limits: it needs no Kubernetes and no network;
 //! it takes under a minute.
 
+mod breaker;
 mod canary;
 mod gateway;
+mod requests;
 mod steps;
 
 use std::path::PathBuf;
@@ -25,7 +27,7 @@ use crate::topology;
 /// Arguments of `lab demo`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Break a part of the proxy on purpose: `rules`, `authz`, `tls`, `weights` or `gateway`.
+    /// Break a part of the proxy on purpose: `rules`, `authz`, `tls`, `weights`, `jwt`, `breaker` or `gateway`.
     #[arg(long = "break", env = "BREAK")]
     broken: Option<String>,
     /// Leave the lab running afterwards.

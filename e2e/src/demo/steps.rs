@@ -11,15 +11,17 @@ use anyhow::ensure;
 use serde_json::Value;
 
 use crate::demo::Step;
+use crate::demo::breaker;
 use crate::demo::canary;
 use crate::demo::gateway;
+use crate::demo::requests;
 use crate::eventually::eventually;
 use crate::lab::Lab;
 use crate::lab::Running;
 use crate::scenario;
 
 /// Parts that `--break` can break.
-pub(super) const PARTS: [&str; 5] = ["rules", "authz", "tls", "weights", "gateway"];
+pub(super) const PARTS: [&str; 7] = ["rules", "authz", "tls", "weights", "jwt", "breaker", "gateway"];
 /// Without it there is nothing to show.
 pub(super) const FIRST: &str = "shop-runs";
 
@@ -86,6 +88,24 @@ pub(super) const STEPS: &[Step] = &[
         show: canary::pins,
     },
     Step {
+        name: "jwt",
+        claim: "A path asks for a token of the right issuer; others do not.",
+        rests_on: &["rules", "authz", "jwt"],
+        show: requests::token_asked,
+    },
+    Step {
+        name: "rate-limit",
+        claim: "Each caller may come three times an hour, whoever else comes.",
+        rests_on: &["rules"],
+        show: requests::limited,
+    },
+    Step {
+        name: "breaker",
+        claim: "One of two carts gets slow, then dies: a breaker leaves it alone, tries it, and takes it back when it is well.",
+        rests_on: &["rules", "breaker"],
+        show: breaker::opens_and_closes,
+    },
+    Step {
         name: "egress-gateway",
         claim: "What may leave a closed namespace leaves by the gateway, from its address, or not at all.",
         rests_on: &["rules", "gateway"],
@@ -129,7 +149,7 @@ spec: {nodeName: node-1, serviceAccountName: ledger, containers: [{name: main, i
 ";
 
 pub(super) const FRONTEND: &str = "shop/frontend";
-const CLERK: &str = "office/clerk";
+pub(super) const CLERK: &str = "office/clerk";
 const PAYMENTS: &str = "http://payments.shop/";
 
 fn shop_runs(lab: &Lab) -> anyhow::Result<String> {

@@ -27,8 +27,8 @@ use tokio::io::AsyncWriteExt;
 use tokio::io::BufReader;
 use tokio::net::TcpStream;
 use tokio::sync::Mutex;
-use tokio::sync::Notify;
 use tokio::sync::Semaphore;
+use tokio::sync::watch;
 
 use crate::shop::Call;
 use crate::shop::Family;
@@ -140,8 +140,8 @@ async fn tcp_attempt(number: u64, address: &str, line: &str, family: Family, tim
 
 /// One connection, kept; a line in and out at each turn, until standard input ends. Ends with a report.
 async fn hold(options: &Tcp, family: Family, pause: Duration, timeout: Duration) -> anyhow::Result<bool> {
-    let ended = Arc::new(Notify::new());
-    notify_at_eof(ended.clone());
+    let (end, mut ended) = watch::channel(false);
+    end_at_eof(Arc::new(end));
     let mut lines = 0_u64;
     let step = Step::default();
     let late = |_| late(timeout, &step);
@@ -163,7 +163,7 @@ async fn hold(options: &Tcp, family: Family, pause: Duration, timeout: Duration)
     };
     let result = tokio::select! {
         result = exchange => result,
-        () = ended.notified() => Ok(()),
+        _ = ended.wait_for(|ended| *ended) => Ok(()),
     };
     let error = result.as_ref().err().map(|error| format!("{error:#}"));
     println!("{}", json!({"t_us": now_us(), "kind": "closed", "lines": lines, "ok": error.is_none(), "error": error}));
@@ -173,15 +173,17 @@ async fn hold(options: &Tcp, family: Family, pause: Duration, timeout: Duration)
 /// `shop load`; true when every request succeeded.
 pub(super) async fn load(options: &Load) -> anyhow::Result<bool> {
     anyhow::ensure!(options.rate > 0.0, "--rate must be above 0");
-    let ended = Arc::new(Notify::new());
+    // Whoever sends is told, and reports what is under way before it ends: a request that was served is not left out.
+    let (end, ending) = watch::channel(false);
+    let end = Arc::new(end);
     if options.until_eof {
-        notify_at_eof(ended.clone());
+        end_at_eof(end.clone());
     }
     let failures = Rc::new(Cell::new(0_u64));
     let mut targets = Vec::new();
     for target in &options.target {
-        let (target, options, failures) = (target.clone(), options.clone(), failures.clone());
-        targets.push(tokio::task::spawn_local(async move { load_one(&target, &options, &failures).await }));
+        let (target, options, failures, ending) = (target.clone(), options.clone(), failures.clone(), ending.clone());
+        targets.push(tokio::task::spawn_local(async move { load_one(&target, &options, &failures, ending).await }));
     }
     let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let all = async {
@@ -192,13 +194,17 @@ pub(super) async fn load(options: &Load) -> anyhow::Result<bool> {
     };
     tokio::select! {
         result = all => result?,
-        () = ended.notified() => {}
         _ = term.recv() => {}
     }
     Ok(failures.get() == 0)
 }
 
-async fn load_one(target: &str, options: &Load, failures: &Rc<Cell<u64>>) -> anyhow::Result<()> {
+async fn load_one(
+    target: &str,
+    options: &Load,
+    failures: &Rc<Cell<u64>>,
+    mut ending: watch::Receiver<bool>,
+) -> anyhow::Result<()> {
     let timeout = Duration::from_millis(options.timeout_ms);
     let room = Arc::new(Semaphore::new(IN_FLIGHT_MAX));
     let family = family(options.v4, options.v6);
@@ -225,7 +231,10 @@ async fn load_one(target: &str, options: &Load, failures: &Rc<Cell<u64>>) -> any
     let mut running = tokio::task::JoinSet::new();
     let mut number = 0;
     while options.count == 0 || number < options.count {
-        tokio::time::sleep_until(began + Duration::from_secs_f64(number as f64 / options.rate)).await;
+        let due = began + Duration::from_secs_f64(number as f64 / options.rate);
+        if tokio::time::timeout_at(due, ending.wait_for(|ending| *ending)).await.is_ok() {
+            break;
+        }
         let permit = room.clone().acquire_owned().await?;
         let (raw, kept, failures, name) = (raw.clone(), kept.clone(), failures.clone(), target.to_owned());
         let datagrams = datagrams.clone();
@@ -252,11 +261,11 @@ async fn load_one(target: &str, options: &Load, failures: &Rc<Cell<u64>>) -> any
     Ok(())
 }
 
-fn notify_at_eof(ended: Arc<Notify>) {
+fn end_at_eof(end: Arc<watch::Sender<bool>>) {
     // A thread of its own: reading standard input cannot be done without blocking.
     std::thread::spawn(move || {
         let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
-        ended.notify_one();
+        let _ = end.send(true);
     });
 }
 

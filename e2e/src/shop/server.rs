@@ -1,7 +1,8 @@
 //! The server: answers with what it saw of the request, and greets on raw TCP with the peer's address.
 //!
-//! Paths: `/` what was seen, `/echo` the body back, `/delay?ms=`, `/status/<code>`, `/bytes?n=`. One JSON line per
-//! request and connection goes to standard output. Limits: when asked to end it serves on for a moment, since clients
+//! Paths: `/` what was seen, `/echo` the body back, `/delay?ms=`, `/status/<code>`, `/bytes?n=`; `/become?ms=&status=` makes
+//! the server slow to answer every other path, or answer it so, until it is asked to become something else. One JSON line
+//! per request and connection goes to standard output. Limits: when asked to end it serves on for a moment, since clients
 //! learn of its leaving late, then ends idle connections.
 
 use std::cell::Cell;
@@ -51,6 +52,16 @@ struct Server {
     namespace: String,
     node: String,
     count: Cell<u64>,
+    mood: Cell<Mood>,
+}
+
+/// How the server behaves.
+#[derive(Clone, Copy, Default)]
+struct Mood {
+    /// Before each answer.
+    ms: u64,
+    /// Of each answer.
+    status: Option<u16>,
 }
 
 /// Serves until SIGTERM or SIGINT. Fails when a port cannot be bound.
@@ -62,6 +73,7 @@ pub(super) async fn serve(name: &str, http: &[u16], tcp: &[u16]) -> anyhow::Resu
         namespace: env("POD_NAMESPACE"),
         node: env("NODE_NAME"),
         count: Cell::new(0),
+        mood: Cell::default(),
     });
     let (ending, end) = watch::channel(false);
     for port in http {
@@ -158,7 +170,19 @@ async fn respond(server: &Server, peer: SocketAddr, request: Request<Incoming>) 
             "headers": headers, "body": String::from_utf8_lossy(&body), "count": count,
         })
     };
+    let mood = server.mood.get();
+    if uri.path() != "/become" && mood.ms > 0 {
+        // Who does not wait for the answer drops this future, and the line at its end with it.
+        log(&json!({"t_us": now_us(), "kind": "http-slow", "name": server.name, "path": uri.to_string()}));
+        tokio::time::sleep(Duration::from_millis(mood.ms.min(60_000))).await;
+    }
     let response = match uri.path() {
+        "/become" => {
+            let status = query("status").and_then(|status| u16::try_from(status).ok());
+            server.mood.set(Mood { ms: query("ms").unwrap_or_default(), status });
+            answer(200, "so be it\n".into())
+        }
+        _ if mood.status.is_some() => answer(mood.status.unwrap_or(500), format!("{}\n", seen()).into()),
         "/echo" => answer(200, body.clone()),
         "/bytes" => answer(200, vec![b'x'; query("n").unwrap_or(1).min(BODY_LIMIT as u64) as usize].into()),
         "/delay" => {

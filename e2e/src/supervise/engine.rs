@@ -433,7 +433,7 @@ impl Engine {
         let rules: Vec<String> = nodes.map(|node| kubeproxy::rules(&self.completed.services, node)).collect();
         if rules != self.rules {
             for (netns, rules) in self.node_ns.iter().zip(&rules) {
-                topology::nft(netns.path(), rules)?;
+                topology::services(netns.path(), rules)?;
             }
             self.rules = rules;
         }

@@ -3,19 +3,26 @@
 //! Explanations are made by [`explain`], on the snapshot in force.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde_json::{Value, json};
 use tulle_proto::node::node_message::Answer;
 use tulle_proto::node::node_question::Question;
-use tulle_proto::node::{CertificateStatus, EgressTalk, NodeMessage, NodeQuestion, NodeStatus, PodStatus, TrustAnswer};
+use tulle_proto::node::{
+    CertificateStatus, EgressTalk, NodeMessage, NodeQuestion, NodeStatus, PodStatus, ServiceSeen, TrafficAnswer,
+    TrustAnswer,
+};
 
 use crate::app::handover::successor::Taken;
 use crate::app::pods::Pods;
 use crate::app::view::Status;
 use crate::app::{dump, explain};
+use crate::base::unix_now;
 use crate::flow::Shared;
 use crate::identity::CertStatus;
-use crate::telemetry::egress::{Kind, Seen};
+use crate::lb::{Destination, Kind};
+use crate::telemetry::breakers::DestinationLabels;
+use crate::telemetry::{Seen, egress};
 use crate::xds::Monitor;
 
 /// Version of this program.
@@ -44,16 +51,18 @@ impl Answers {
         let answer = match question.question {
             Some(Question::Status(_)) => Ok(Answer::Status(self.status())),
             Some(Question::Outbound(question)) => {
-                explain::outbound(&self.shared.reader.load(), &self.shared.network, &question).map(Answer::Outbound)
+                let Shared { reader, network, destinations, .. } = &self.shared;
+                explain::outbound(&reader.load(), network, destinations, &question, unix_now()).map(Answer::Outbound)
             }
             Some(Question::Inbound(question)) => {
-                explain::inbound(&self.shared.reader.load(), &question).map(Answer::Inbound)
+                explain::inbound(&self.shared.reader.load(), &question, unix_now()).map(Answer::Inbound)
             }
             Some(Question::Trust(question)) => {
                 let renewing = self.shared.identities.trust(&question.roots, &question.issuer);
                 tracing::info!(renewing, "control told the CA's roots and issuer");
                 Ok(Answer::Trust(TrustAnswer { renewing }))
             }
+            Some(Question::Traffic(_)) => Ok(Answer::Traffic(self.traffic())),
             None => Err("this node does not know the question; is it older than control?".to_owned()),
         };
         NodeMessage { id: question.id, answer: Some(answer.unwrap_or_else(Answer::Error)) }
@@ -94,6 +103,18 @@ impl Answers {
             tunnels: u64::try_from(self.shared.metrics.tunnels.get()).unwrap_or(0),
             egress: self.shared.metrics.talks.list().0.into_iter().map(talk).collect(),
         }
+    }
+
+    /// How long requests took lately.
+    fn traffic(&self) -> TrafficAnswer {
+        let seen = |seen: Seen| ServiceSeen {
+            service: seen.service,
+            reporter: seen.direction.reporter().to_owned(),
+            failed: seen.failed,
+            micros: seen.times.keys().copied().collect(),
+            counts: seen.times.values().copied().collect(),
+        };
+        TrafficAnswer { services: self.shared.metrics.services.seen(Instant::now()).into_iter().map(seen).collect() }
     }
 
     /// The same as JSON, for the admin page.
@@ -140,6 +161,51 @@ impl Answers {
                 "rejected": self.monitor.status().last_rejections,
             },
         })
+    }
+
+    /// The Services that pods of this node use, with what their traffic policies count and eject.
+    pub fn destinations_json(&self) -> Value {
+        let now = std::time::Instant::now();
+        let of = |known: &Destination| {
+            let ejected = known.ejected(now).into_iter().map(|(policy, ejected)| {
+                json!({
+                    "endpoint": ejected.endpoint,
+                    "policy": &*policy,
+                    "pod": ejected.pod.as_deref(),
+                    "why": ejected.why.name(),
+                    "secondsLeft": ejected.left.map(|left| left.as_secs_f64()),
+                    "times": ejected.times,
+                })
+            });
+            let pods = known.pods().into_iter().map(|(pod, live)| {
+                let count = |kind| live.count(kind);
+                json!({
+                    "pod": &*pod,
+                    "connections": count(Kind::Connections),
+                    "pendingRequests": count(Kind::Pending),
+                    "requests": count(Kind::Requests),
+                    "retries": count(Kind::Retries),
+                })
+            });
+            json!({
+                "service": format!("{}/{}", known.namespace, known.hostname),
+                "port": known.port,
+                "pods": pods.collect::<Vec<_>>(),
+                "ejected": ejected.collect::<Vec<_>>(),
+            })
+        };
+        self.shared.destinations.all().iter().map(|known| of(known)).collect()
+    }
+
+    /// Brings the gauges of ejected endpoints up to date.
+    pub fn show_ejected(&self) {
+        let (now, active) = (std::time::Instant::now(), &self.shared.metrics.breakers.active);
+        active.clear();
+        for known in self.shared.destinations.all() {
+            let out = known.ejected(now).iter().filter(|(_, ejected)| ejected.left.is_some()).count();
+            let labels = DestinationLabels { destination_service: known.hostname.clone() };
+            active.get_or_create(&labels).inc_by(i64::try_from(out).unwrap_or(i64::MAX));
+        }
     }
 
     /// The applied-version log.
@@ -198,7 +264,7 @@ fn certificate_status(status: CertStatus) -> CertificateStatus {
     }
 }
 
-fn talk((kind, seen): (Kind, Seen)) -> EgressTalk {
+fn talk((kind, seen): (egress::Kind, egress::Seen)) -> EgressTalk {
     EgressTalk {
         namespace: kind.namespace.to_string(),
         account: kind.account.to_string(),

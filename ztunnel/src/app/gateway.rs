@@ -16,10 +16,11 @@ use tulle_certs::SpiffeId;
 
 use crate::app::answers::{Answers, VERSION};
 use crate::app::pods::Pods;
+use crate::app::spans::Exporter;
+use crate::app::ways::Ways;
 use crate::app::{
-    GOODBYE, LAST_CALL, LOOK, Level, RECORDS, bind_admin, control, discover, federation, logging, options, outside,
-    pages, pod_limits, raise_file_limit, reached, revocation, serve_admin, shared, trust, wait_for_stop,
-    watch_node_addresses,
+    GOODBYE, LAST_CALL, LOOK, Level, RECORDS, bind_admin, discover, federation, logging, options, outside, pages,
+    pod_limits, raise_file_limit, reached, revocation, serve_admin, shared, trust, wait_for_stop, watch_node_addresses,
 };
 use crate::base::drain::{Drained, Phase, drain};
 use crate::base::memory;
@@ -67,9 +68,11 @@ async fn gateway(config: Config, level: Level, dropped: Lines) -> anyhow::Result
     let node = &config.node;
     let mut registry = Registry::default();
     let metrics = Arc::new(Metrics::new(&mut registry));
+    let exporter = Exporter::start(node, &metrics)?;
     let (writer, reader) = state::store();
     let trust = trust(node, &reader)?;
-    let identities = identity::identities(control(node, true), node.secret_ttl, trust.clone());
+    let ways = Ways::new(node, &trust.revoked);
+    let identities = identity::identities(ways.ca, node.secret_ttl, trust.clone());
     let shared = shared(node, reader.clone(), identities.clone(), metrics);
     let (stop, stopping) = drain();
     let stop = Arc::new(stop);
@@ -101,7 +104,7 @@ async fn gateway(config: Config, level: Level, dropped: Lines) -> anyhow::Result
     }
     identities.want(&[gateway.identity.clone()].into());
     tokio::spawn(identities.run(reached(stopping.clone(), Phase::Forced)));
-    discover(node, Some(&config.gateway_name), writer, monitor, stopping.clone());
+    discover(node, Some(&config.gateway_name), ways.xds, writer, monitor, stopping.clone());
     tokio::spawn(federation::watch(reader.clone(), trust.federated));
     tokio::spawn(watch_node_addresses(reader));
     let counted = gateway.clone();
@@ -123,6 +126,7 @@ async fn gateway(config: Config, level: Level, dropped: Lines) -> anyhow::Result
     }
     // A connection is given back a moment before its record is finished.
     sleep(LOOK).await;
+    exporter.finish().await;
     Ok(())
 }
 

@@ -14,8 +14,10 @@ pub mod handover;
 pub mod pods;
 pub mod resolver;
 pub mod revocation;
+mod spans;
 pub mod view;
 pub mod wanted;
+mod ways;
 pub mod worker;
 
 use std::io;
@@ -45,6 +47,8 @@ use crate::app::handover::Giver;
 use crate::app::handover::successor::{Taken, Taking, take};
 use crate::app::pods::{Environment, Pods};
 use crate::app::resolver::Names;
+use crate::app::spans::Exporter;
+use crate::app::ways::Ways;
 use crate::app::worker::Worker;
 use crate::base::drain::{Drain, Drained, Phase, drain};
 use crate::base::memory;
@@ -56,7 +60,7 @@ use crate::config::{LogFormat, Node, Switch};
 use crate::dns::own::{OwnResolver, system_servers};
 use crate::flow::{GateLimits, Limits, Shared};
 use crate::hbone;
-use crate::identity::{self, Control, Identities, RootCa, TokenSource};
+use crate::identity::{self, Control, Identities};
 use crate::relay;
 use crate::state;
 use crate::telemetry::lines::{Lines, Writer};
@@ -116,10 +120,13 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     let taking = config.handover.as_deref().map(take).transpose()?.flatten();
     let taken = taking.as_ref().map(|taking| taking.taken.clone()).unwrap_or_default();
     let mut registry = Registry::default();
+    let metrics = Arc::new(Metrics::new(&mut registry));
+    let exporter = Exporter::start(&config, &metrics)?;
     let (writer, reader) = state::store();
     let trust = trust(&config, &reader)?;
-    let identities = identity::identities(control(&config, true), config.secret_ttl, trust.clone());
-    let shared = shared(&config, reader.clone(), identities.clone(), Arc::new(Metrics::new(&mut registry)));
+    let ways = Ways::new(&config, &trust.revoked);
+    let identities = identity::identities(ways.ca, config.secret_ttl, trust.clone());
+    let shared = shared(&config, reader.clone(), identities.clone(), metrics);
     let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let count = config.workers(cores).map_err(anyhow::Error::msg)?;
     let (context, outside) = (shared.clone(), outside(&config)?);
@@ -156,7 +163,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
         tokio::spawn(revocation::watch(path, trust.revoked, identities.clone(), stopping.clone()));
     }
     tokio::spawn(identities.run(reached(stopping.clone(), Phase::Forced)));
-    discover(&config, None, writer, monitor, stopping.clone());
+    discover(&config, None, ways.xds.clone(), writer, monitor, stopping.clone());
     tokio::spawn(federation::watch(reader.clone(), trust.federated));
     tokio::spawn(watch_node_addresses(reader.clone()));
     let counted = pods.clone();
@@ -198,7 +205,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
         }
         (None, ..) => {}
     }
-    answer_control(&config, answers, was_replaced);
+    answer_control(&config, ways.xds, answers, was_replaced);
     tracing::info!(node = %config.node_name, workers = count, version = VERSION, "started");
 
     wait_for_stop(&stopping).await?;
@@ -209,6 +216,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     tracing::info!("drained");
     [&pods_drain, &stop].into_iter().for_each(|drain| drain.advance(Phase::Forced));
     finish_records(&pods).await;
+    exporter.finish().await;
     Ok(())
 }
 
@@ -223,15 +231,23 @@ fn shared(config: &Node, reader: state::Reader, identities: Identities, metrics:
         network: config.network.as_str().into(),
         cluster: config.cluster_id.as_str().into(),
         limits: Arc::default(),
+        destinations: Arc::default(),
     }
 }
 
 /// Learns what the mesh is, from control or from a file in its place. `gateway`: the name of an egress gateway.
-fn discover(config: &Node, gateway: Option<&str>, writer: state::Writer, monitor: xds::Monitor, stopping: Drained) {
+fn discover(
+    config: &Node,
+    gateway: Option<&str>,
+    control: Control,
+    writer: state::Writer,
+    monitor: xds::Monitor,
+    stopping: Drained,
+) {
     let end = reached(stopping, Phase::Forced);
     match config.local_xds.clone() {
         Some(path) => drop(tokio::spawn(xds::local::run(path, writer, monitor, end))),
-        None => drop(tokio::spawn(xds::run(xds_config(config, gateway), writer, monitor, end))),
+        None => drop(tokio::spawn(xds::run(xds_config(config, gateway, control), writer, monitor, end))),
     }
 }
 
@@ -244,16 +260,12 @@ fn trust(config: &Node, reader: &state::Reader) -> anyhow::Result<Trust> {
 }
 
 /// Answers control's questions while this process is the one that serves.
-fn answer_control(config: &Node, answers: Answers, replaced: Drained) {
+fn answer_control(config: &Node, control: Control, answers: Answers, replaced: Drained) {
     // With a file in the place of discovery nobody may be there to ask.
     if config.local_xds.is_some() {
         return;
     }
-    let service = xds::NodeConfig {
-        control: control(config, false),
-        node_name: config.node_name.clone(),
-        version: VERSION.to_owned(),
-    };
+    let service = xds::NodeConfig { control, node_name: config.node_name.clone(), version: VERSION.to_owned() };
     let answer = move |question| answers.answer(question);
     tokio::spawn(xds::run_node_service(service, answer, reached(replaced, Phase::Draining)));
 }
@@ -444,24 +456,7 @@ async fn take_over(
     taking.ready(giver(admin)).await.context("successors of this process could not find it")
 }
 
-fn control(config: &Node, ca: bool) -> Control {
-    let (address, root, alt, prefix) = if ca {
-        (&config.ca_address, &config.ca_root_ca, &config.alt_ca_hostname, "CA_HEADER_")
-    } else {
-        (&config.xds_address, &config.xds_root_ca, &config.alt_xds_hostname, "XDS_HEADER_")
-    };
-    let mut headers = Node::headers(prefix);
-    headers.push(("clusterid".to_owned(), config.cluster_id.clone()));
-    Control {
-        address: address.clone(),
-        root_ca: RootCa::parse(root),
-        alt_hostname: alt.clone(),
-        token: TokenSource::parse(&config.auth_token),
-        headers,
-    }
-}
-
-fn xds_config(config: &Node, gateway: Option<&str>) -> xds::Config {
+fn xds_config(config: &Node, gateway: Option<&str>, control: Control) -> xds::Config {
     let mut metadata = config.metadata();
     if let Some(gateway) = gateway {
         metadata.insert(names::METADATA_TULLE_GATEWAY.to_owned(), gateway.into());
@@ -470,7 +465,7 @@ fn xds_config(config: &Node, gateway: Option<&str>) -> xds::Config {
     let types: Vec<&str> = xds::own_types(config.network_policy == Switch::On).collect();
     metadata.insert(names::METADATA_TULLE_TYPES.to_owned(), types.join(",").into());
     xds::Config {
-        control: control(config, false),
+        control,
         node_name: config.node_name.clone(),
         instance_ip: config.instance_ip.clone(),
         pod_name: config.pod_name.clone(),
@@ -504,6 +499,7 @@ fn pages(answers: &Answers, registry: Arc<Registry>, stop: Arc<Drain>, level: Le
     let admin_routes = Routes::default()
         .route("/status", page(answers, Answers::status_json))
         .route("/config_dump", page(answers, Answers::config_dump))
+        .route("/debug/destinations", page(answers, Answers::destinations_json))
         .route("/debug/versions", page(answers, Answers::versions_json))
         .route("/logging", move |method, query| {
             let level = level.clone();
@@ -521,9 +517,10 @@ fn pages(answers: &Answers, registry: Arc<Registry>, stop: Arc<Drain>, level: Le
         });
     let metrics_routes = ["/metrics", "/stats/prometheus"].into_iter().fold(Routes::default(), |routes, path| {
         let (registry, metrics, dropped) = (registry.clone(), answers.shared.metrics.clone(), dropped.clone());
-        let pods = answers.pods.clone();
+        let (pods, shown) = (answers.pods.clone(), answers.clone());
         routes.route(path, move |_, _| {
             pods.show_buffers(&metrics);
+            shown.show_ejected();
             metrics.log_dropped.set(dropped.dropped());
             let mut body = String::new();
             let encoded = prometheus_client::encoding::text::encode(&mut body, &registry);

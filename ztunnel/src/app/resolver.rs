@@ -43,6 +43,11 @@ impl Names {
         self.addresses.first().map_or(0, SocketAddr::port)
     }
 
+    /// Where names are answered in each pod that has the family.
+    pub fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
+
     /// Starts answering in a pod, at the `sockets` of the process before this one where they fit. Returns what it listens
     /// at: datagrams, then streams.
     ///

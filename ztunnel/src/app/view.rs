@@ -73,7 +73,7 @@ impl Pods {
             with_old.filter_map(|(uid, entry)| Some((uid.clone(), entry.netns.clone()?))).collect()
         };
         for (uid, netns) in old {
-            let Ok(now) = preexisting::list(&netns).await else { continue };
+            let Ok(now) = preexisting::list(&netns, None).await else { continue };
             let mut board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(entry) = board.get_mut(&uid) {
                 entry.old.retain(|pair| now.contains(pair));

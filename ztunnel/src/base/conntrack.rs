@@ -15,12 +15,11 @@ use std::sync::{Mutex, PoisonError};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::base::canonical;
+use crate::base::netlink::{HEADER, REQUEST, attribute, attributes, message, verdict};
 
 // linux/netfilter/nfnetlink.h and nfnetlink_conntrack.h.
 const NETLINK_NETFILTER: i32 = 12;
 const CT_GET: u16 = 0x0101;
-const REQUEST: u16 = 1;
-const NLMSG_ERROR: u16 = 2;
 const TUPLE_ORIG: u16 = 1;
 const TUPLE_REPLY: u16 = 2;
 const TUPLE_IP: u16 = 1;
@@ -30,12 +29,11 @@ const IP_V6: (u16, u16) = (3, 4);
 const PROTO_NUM: u16 = 1;
 const PROTO_PORTS: (u16, u16) = (2, 3);
 const NESTED: u16 = 0x8000;
-const TYPE_MASK: u16 = 0x3fff;
 const UDP: u8 = 17;
 /// An entry takes some 300 bytes.
 const ANSWER: usize = 2048;
 /// A netlink header and the netfilter header behind it.
-const HEADERS: usize = 20;
+const HEADERS: usize = HEADER + 4;
 
 /// A channel to one namespace's table.
 #[derive(Debug)]
@@ -93,34 +91,17 @@ fn question(from: SocketAddr, to: SocketAddr) -> io::Result<Vec<u8>> {
     .concat();
     let tuple = [attribute(TUPLE_IP | NESTED, &addresses), attribute(TUPLE_PROTO | NESTED, &ports)].concat();
     let body = attribute(TUPLE_REPLY | NESTED, &tuple);
-    let mut message = Vec::with_capacity(HEADERS + body.len());
-    message.extend(u32::try_from(HEADERS + body.len()).unwrap_or_default().to_ne_bytes());
-    message.extend(CT_GET.to_ne_bytes());
-    message.extend(REQUEST.to_ne_bytes());
-    message.extend([0; 8]);
     // Family, version 0, resource 0.
-    message.extend([u8::try_from(family).unwrap_or_default(), 0, 0, 0]);
-    message.extend(body);
-    Ok(message)
-}
-
-/// Length, type, value, padding to four bytes.
-fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(4 + value.len().next_multiple_of(4));
-    bytes.extend(u16::try_from(4 + value.len()).unwrap_or_default().to_ne_bytes());
-    bytes.extend(kind.to_ne_bytes());
-    bytes.extend(value);
-    bytes.resize(bytes.len().next_multiple_of(4), 0);
-    bytes
+    let fixed = [u8::try_from(family).unwrap_or_default(), 0, 0, 0];
+    Ok(message(CT_GET, REQUEST, &fixed, &body))
 }
 
 /// The destination of the original direction.
 fn destination(answer: &[u8]) -> io::Result<SocketAddr> {
     let broken = || io::Error::new(io::ErrorKind::InvalidData, "connection tracking gave an answer without addresses");
-    let kind = answer.get(4..6).map(number).ok_or_else(broken)?;
-    if kind == NLMSG_ERROR {
-        let code = answer.get(16..20).and_then(|bytes| bytes.try_into().ok()).map(i32::from_ne_bytes);
-        return Err(io::Error::from_raw_os_error(-code.unwrap_or(-libc::EIO)));
+    if let Some(verdict) = verdict(answer) {
+        verdict?;
+        return Err(broken());
     }
     let find = |within, kind| attributes(within).find(|(found, _)| *found == kind).map(|(_, value)| value);
     let tuple = find(answer.get(HEADERS..).unwrap_or_default(), TUPLE_ORIG).ok_or_else(broken)?;
@@ -130,21 +111,6 @@ fn destination(answer: &[u8]) -> io::Result<SocketAddr> {
     let ip = v4.map(IpAddr::V4).or_else(|| v6.map(IpAddr::V6)).ok_or_else(broken)?;
     let port = find(ports, PROTO_PORTS.1).and_then(|bytes| <[u8; 2]>::try_from(bytes).ok()).ok_or_else(broken)?;
     Ok(canonical(SocketAddr::new(ip, u16::from_be_bytes(port))))
-}
-
-fn number(bytes: &[u8]) -> u16 {
-    bytes.try_into().map(u16::from_ne_bytes).unwrap_or_default()
-}
-
-/// The attributes of a level, without the flags in their types. Ends at the first one that does not fit.
-fn attributes(mut rest: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let length = usize::from(number(rest.get(..2)?));
-        let kind = number(rest.get(2..4)?) & TYPE_MASK;
-        let value = rest.get(4..length)?;
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, value))
-    })
 }
 
 #[cfg(test)]

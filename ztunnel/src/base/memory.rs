@@ -31,16 +31,25 @@ pub fn tame(heaps: usize) {
     let _ = heaps;
 }
 
+/// Looks after the end of a peak at which free pages are given back: at once, and when the tunnels that were opened for it
+/// have been closed too (`hbone::pool`).
+const AFTER: [u32; 3] = [0, 3, 10];
+
 /// Gives free pages of all heaps back, once `load` (open connections) has fallen to half of its last peak. Never ends.
 /// The walk holds each heap for a moment, which is why it waits for the load to have gone.
 pub async fn give_back_after_peaks(load: impl Fn() -> usize) {
     let mut peak = 0;
+    let mut since = u32::MAX;
     loop {
         tokio::time::sleep(LOOK).await;
         let now = load();
         peak = peak.max(now);
+        since = since.saturating_add(1);
         if peak >= PEAK && now <= peak / 2 {
             peak = now;
+            since = 0;
+        }
+        if AFTER.contains(&since) {
             give_back();
         }
     }

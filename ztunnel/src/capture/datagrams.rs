@@ -15,7 +15,8 @@ use tulle_proto::names::{MARK_MASK, MARK_PROXY, PROBE_V4, PROBE_V6};
 
 use crate::base::netns::{Netns, run_blocking};
 use crate::capture::nft;
-use crate::policy::datagrams::{Allow, Filter};
+use crate::capture::probe::{OUTBOUND_V4, OUTBOUND_V6, PORT_NAMES};
+use crate::policy::datagrams::{Allow, Filter, Peers};
 use crate::state::Transport;
 
 /// Name of the table.
@@ -24,13 +25,18 @@ pub const TABLE: &str = "tulle_network";
 /// Removes the table, whether it is there or not.
 pub const REMOVE: &str = "table inet tulle_network\ndelete table inet tulle_network\n";
 
-/// Brings the namespace's rules to `filter`; `None`: none.
+/// Brings the namespace's rules to `filter`; see [`text`].
 ///
 /// # Errors
 /// What `nft` said; nothing was changed then.
 pub async fn apply(netns: &Netns, filter: Option<&Filter>) -> io::Result<()> {
-    let text = filter.map_or_else(|| REMOVE.to_owned(), render);
+    let text = text(filter);
     run_blocking(netns, move || nft(&text)).await
+}
+
+/// The transaction that brings any namespace to `filter`; `None`: none.
+pub fn text(filter: Option<&Filter>) -> String {
+    filter.map_or_else(|| REMOVE.to_owned(), render)
 }
 
 /// The transaction that replaces whatever is installed.
@@ -44,7 +50,7 @@ pub fn render(filter: &Filter) -> String {
             &mut text,
             &Side { name: "ingress", address: ["ct original ip saddr", "ct original ip6 saddr"] },
             &exempt,
-            allows,
+            allows.iter(),
         )
     });
     let far = filter.egress.as_ref().map(|allows| {
@@ -52,11 +58,19 @@ pub fn render(filter: &Filter) -> String {
         let loopback =
             loopback.map(|ip| IpNet::new(ip, if ip.is_ipv4() { 8 } else { 128 }).unwrap_or_else(|_| ip.into()));
         let exempt: Vec<IpNet> = exempt.iter().copied().chain(loopback).collect();
+        // The proof that names are redirected goes to an address that nobody has.
+        let proof = Allow {
+            peers: Some(Peers {
+                nets: [IpAddr::V4(OUTBOUND_V4), IpAddr::V6(OUTBOUND_V6)].map(IpNet::from).into(),
+                except: Vec::new(),
+            }),
+            ports: Some([(Transport::Udp, PORT_NAMES, PORT_NAMES)].into()),
+        };
         chain(
             &mut text,
             &Side { name: "egress", address: ["ct original ip daddr", "ct original ip6 daddr"] },
             &exempt,
-            allows,
+            std::iter::once(&proof).chain(allows),
         )
     });
     // The flow's own direction, and that of flows whose replies the packet is one of.
@@ -75,7 +89,12 @@ struct Side {
 }
 
 /// What may be exchanged in one direction; the rest comes back to the caller. Gives the chain's name.
-fn chain(text: &mut String, side: &Side, exempt: &[IpNet], allows: &[Allow]) -> &'static str {
+fn chain<'a>(
+    text: &mut String,
+    side: &Side,
+    exempt: &[IpNet],
+    allows: impl Iterator<Item = &'a Allow>,
+) -> &'static str {
     let _ = writeln!(text, "  chain {} {{", side.name);
     for (family, nets) in by_family(exempt) {
         let _ = writeln!(text, "    {} {nets} accept", side.address[family]);

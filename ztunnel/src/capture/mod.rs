@@ -22,18 +22,20 @@ use std::process::{Command, Stdio};
 use crate::base::netns::{Netns, run_blocking};
 use rules::Rules;
 
-/// Brings the namespace's rules to `rules`, in one transaction.
+/// Brings the namespace's rules to `rules`, and its filter of datagrams to `filter` where one is given, in one transaction:
+/// most of what a capture costs is the start of `nft`.
 ///
 /// # Errors
-/// What `nft` or `ip` said; nothing was changed by a failed transaction.
-pub async fn apply(netns: &Netns, rules: Rules) -> io::Result<()> {
+/// What `nft` or the kernel said. No table was changed by a failed transaction; but if the two were refused together, each
+/// was tried alone, so that a filter that cannot be installed keeps no redirect away.
+pub async fn apply(netns: &Netns, rules: Rules, filter: Option<String>) -> io::Result<()> {
     run_blocking(netns, move || {
-        for family in rules.families() {
-            for step in rules::routes(family) {
-                ip(&step)?;
-            }
+        for v6 in rules.routed() {
+            let unrouted = |error| io::Error::other(format!("cannot route the application's replies here: {error}"));
+            rules::ROUTING.deliver(v6).map_err(unrouted)?;
         }
-        nft(&rules.render())
+        let Some(filter) = filter else { return nft(&rules.render()) };
+        nft(&(rules.render() + &filter)).or_else(|_| nft(&rules.render()).and_then(|()| nft(&filter)))
     })
     .await
 }
@@ -41,14 +43,13 @@ pub async fn apply(netns: &Netns, rules: Rules) -> io::Result<()> {
 /// Removes everything that [`apply`] made.
 ///
 /// # Errors
-/// What `nft` said. A namespace without the table is fine.
+/// What `nft` said. A namespace without the tables is fine.
 pub async fn remove(netns: &Netns) -> io::Result<()> {
     run_blocking(netns, || {
-        nft(rules::REMOVE)?;
-        nft(datagrams::REMOVE)?;
-        for step in rules::unroutes() {
-            // A missing rule is what we want.
-            let _ = ip(&step);
+        nft(&[rules::REMOVE, datagrams::REMOVE].concat())?;
+        for v6 in [false, true] {
+            // A kernel without IPv6 has nothing to take back.
+            let _ = rules::ROUTING.release(v6);
         }
         Ok(())
     })
@@ -67,15 +68,6 @@ fn nft(script: &str) -> io::Result<()> {
     run("nft", &["-f", "-"], Some(script)).map(drop)
 }
 
-fn ip(args: &[String]) -> io::Result<()> {
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    match run("ip", &args, None) {
-        // Adding what is there already.
-        Err(error) if error.to_string().contains("File exists") => Ok(()),
-        other => other.map(drop),
-    }
-}
-
 /// Runs a system tool in the current namespace and gives its output.
 fn run(tool: &str, args: &[&str], input: Option<&str>) -> io::Result<String> {
     let mut child = Command::new(tool)
@@ -87,7 +79,7 @@ fn run(tool: &str, args: &[&str], input: Option<&str>) -> io::Result<String> {
         .map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => io::Error::new(
                 error.kind(),
-                format!("the program `{tool}` is not installed on this node; install nftables and iproute2"),
+                format!("the program `{tool}` is not installed on this node; install nftables"),
             ),
             _ => io::Error::new(error.kind(), format!("cannot run `{tool}`: {error}")),
         })?;

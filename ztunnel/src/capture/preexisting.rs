@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 
 use tulle_proto::names::{PORT_DNS, PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
@@ -18,12 +19,22 @@ pub type Pair = (SocketAddr, SocketAddr);
 /// Connections that are remembered for a pod. More than a pod's connection budget is not told apart from "many".
 const MOST: usize = 65_536;
 
-/// Established connections of the namespace that the proxy has no part in.
+/// How often the number of sockets is looked at, a millisecond apart: those of the last probe may be closing.
+const LOOKS: usize = 5;
+
+/// Established connections of the namespace that the proxy has no part in. `listening`: how many TCP sockets of ours wait
+/// there for connections, where nothing of ours is established yet.
 ///
 /// # Errors
 /// If the kernel's table cannot be read.
-pub async fn list(netns: &Netns) -> io::Result<BTreeSet<Pair>> {
-    let table = run_blocking(netns, || {
+pub async fn list(netns: &Netns, listening: Option<usize>) -> io::Result<BTreeSet<Pair>> {
+    let table = run_blocking(netns, move || {
+        for _ in 0..listening.map_or(0, |_| LOOKS) {
+            if sockets() == listening {
+                return Ok(String::new());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let mut text = std::fs::read_to_string("/proc/thread-self/net/tcp")?;
         // Absent without IPv6.
         text.push_str(&std::fs::read_to_string("/proc/thread-self/net/tcp6").unwrap_or_default());
@@ -31,6 +42,21 @@ pub async fn list(netns: &Netns) -> io::Result<BTreeSet<Pair>> {
     })
     .await?;
     Ok(foreign(&parse(&table)))
+}
+
+/// TCP sockets of the current namespace that listen or are connected. `None`: the kernel does not say.
+fn sockets() -> Option<usize> {
+    let v4 = in_use(&std::fs::read_to_string("/proc/thread-self/net/sockstat").ok()?, "TCP:")?;
+    // Absent without IPv6.
+    let v6 = std::fs::read_to_string("/proc/thread-self/net/sockstat6").unwrap_or_default();
+    Some(v4 + in_use(&v6, "TCP6:").unwrap_or(0))
+}
+
+/// The number behind `inuse` in the line that begins with `protocol`.
+fn in_use(text: &str, protocol: &str) -> Option<usize> {
+    let line = text.lines().find_map(|line| line.strip_prefix(protocol))?;
+    let mut words = line.split_ascii_whitespace().skip_while(|word| *word != "inuse");
+    words.nth(1)?.parse().ok()
 }
 
 /// Established connections of a `/proc/net/tcp` table.
@@ -86,7 +112,7 @@ fn address(text: &str) -> Option<SocketAddr> {
 
 #[cfg(test)]
 mod tests {
-    use super::{foreign, parse};
+    use super::{foreign, in_use, parse};
 
     const TABLE: &str = "\
   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
@@ -111,5 +137,13 @@ mod tests {
             expected,
             "a port of ours at another host is nothing of ours"
         );
+    }
+
+    #[test]
+    fn the_kernel_tells_how_many_sockets_there_are() {
+        let text = "sockets: used 9\nTCP: inuse 3 orphan 16 tw 0 alloc 381 mem 174\nUDP: inuse 1 mem 234\n";
+        assert_eq!(in_use(text, "TCP:"), Some(3));
+        assert_eq!(in_use(text, "TCP6:"), None);
+        assert_eq!(in_use("TCP: orphan 3\n", "TCP:"), None);
     }
 }

@@ -12,24 +12,16 @@ use tulle_proto::names::{
     CONNMARK_PROXY, MARK_MASK, MARK_PROXY, PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND, PROBE_V4, PROBE_V6,
 };
 
+use crate::base::routes::Marked;
+
 /// Name of the table.
 pub const TABLE: &str = "tulle";
 
 /// Removes the table, whether it is there or not.
 pub const REMOVE: &str = "table inet tulle\ndelete table inet tulle\n";
 
-/// Routing table and rule preference of the replies to spoofed clients.
-const ROUTE_TABLE: &str = "100";
-const RULE_PREFERENCE: &str = "32764";
-
-/// An address family of the pod.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Family {
-    /// IPv4.
-    V4,
-    /// IPv6.
-    V6,
-}
+/// Routing of the replies to spoofed clients, which brings them to the proxy.
+pub const ROUTING: Marked = Marked { mark: CONNMARK_PROXY, mask: MARK_MASK, priority: 32_764, table: 100 };
 
 /// What is installed in a pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -52,10 +44,10 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// Families that need policy routing.
-    pub fn families(&self) -> impl Iterator<Item = Family> + use<> {
+    /// Families that need policy routing: whether each is IPv6.
+    pub fn routed(&self) -> impl Iterator<Item = bool> + use<> {
         let own = !self.by_agent;
-        [own.then_some(Family::V4), (own && self.v6).then_some(Family::V6)].into_iter().flatten()
+        [own.then_some(false), (own && self.v6).then_some(true)].into_iter().flatten()
     }
 
     /// Whether nothing has to be installed.
@@ -240,37 +232,6 @@ fn dns_zones() -> String {
 /// Sabotage of test builds: `TULLE_BREAK=rules` installs the table without its redirects.
 pub(crate) fn rules_are_broken() -> bool {
     cfg!(feature = "sabotage") && std::env::var("TULLE_BREAK").is_ok_and(|part| part == "rules")
-}
-
-fn words(text: &str) -> Vec<String> {
-    text.split_whitespace().map(str::to_owned).collect()
-}
-
-/// `ip` commands that bring replies to spoofed clients to the proxy.
-pub fn routes(family: Family) -> [Vec<String>; 2] {
-    let (flag, default) = match family {
-        Family::V4 => ("-4", "0.0.0.0/0"),
-        Family::V6 => ("-6", "::/0"),
-    };
-    [
-        words(&format!(
-            "{flag} rule add fwmark {CONNMARK_PROXY:#x}/{MARK_MASK:#x} pref {RULE_PREFERENCE} lookup {ROUTE_TABLE}"
-        )),
-        words(&format!("{flag} route replace local {default} dev lo table {ROUTE_TABLE}")),
-    ]
-}
-
-/// `ip` commands that take them back.
-pub fn unroutes() -> Vec<Vec<String>> {
-    ["-4", "-6"]
-        .into_iter()
-        .flat_map(|flag| {
-            [
-                words(&format!("{flag} rule del pref {RULE_PREFERENCE}")),
-                words(&format!("{flag} route flush table {ROUTE_TABLE}")),
-            ]
-        })
-        .collect()
 }
 
 #[cfg(test)]

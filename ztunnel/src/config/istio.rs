@@ -44,7 +44,11 @@ pub const NOT_FOLLOWED: &[Variable] = &[
     told("PROXY_CONFIG", &[], "each setting has a variable of its own"),
     told("IPV6_ENABLED", &["true"], "both families, as each pod has them"),
     told("ENABLE_RESPONSE_BAGGAGE", &["true"], "the answer to CONNECT always describes the destination"),
-    told("LOCALHOST_APP_TUNNEL", &["true"], "there is no application tunnel with PROXY yet"),
+    told(
+        "LOCALHOST_APP_TUNNEL",
+        &["true"],
+        "an application that takes PROXY headers is reached at its pod's loopback, where nobody else can write one",
+    ),
     told("PREFERED_SERVICE_NAMESPACE", &[], "the client's own namespace, then canonical services"),
     told("AUTHZ_POLICY_INFO_LOGGING", &["false"], "refusals are always in the access log with policy and rule"),
     told("ZTUNNEL_CPU_LIMIT", &[], "ZTUNNEL_WORKER_THREADS"),

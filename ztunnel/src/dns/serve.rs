@@ -19,6 +19,7 @@ use tokio::time::timeout;
 use crate::base::drain::{Drained, Phase};
 use crate::base::sockets::original_destination;
 use crate::base::workers::{Listening, spawn};
+use crate::capture::probe;
 use crate::dns::resolve::Step;
 use crate::dns::wire;
 use crate::dns::{PodDns, QUESTIONS, STREAMS, take};
@@ -57,6 +58,10 @@ impl PodDns {
                 continue;
             };
             let upstream = self.conntrack.original_udp_destination(client, local).ok();
+            if upstream.is_some_and(probe::is_outbound_probe) {
+                let _ = socket.try_send_to(probe::TOKEN, client);
+                continue;
+            }
             // A question to ourselves would be asked for ever.
             let upstream = upstream.filter(|upstream| *upstream != local);
             match self.begin(&buffer[..length], upstream, false) {
@@ -88,9 +93,9 @@ impl PodDns {
     }
 
     /// Whether a stream to port 53 is ours to answer, and to whom it was going. Not ours: a server inside the mesh, which
-    /// knows its clients by their identity; what is no DNS; a transfer.
+    /// knows its clients by their identity; what is no DNS; a transfer; our own probe.
     pub async fn takes(&self, stream: &TcpStream) -> Option<SocketAddr> {
-        let upstream = original_destination(stream).ok()?;
+        let upstream = original_destination(stream).ok().filter(|upstream| !probe::is_outbound_probe(*upstream))?;
         let snapshot = self.shared.reader.load();
         let network = &*self.shared.network;
         let pod = snapshot.workload_by_ip(network, upstream.ip());

@@ -10,6 +10,8 @@ use std::ops::Range;
 
 /// Type A.
 pub const A: u16 = 1;
+/// Type AAAA.
+pub const AAAA: u16 = 28;
 /// Type SOA.
 pub const SOA: u16 = 6;
 /// Type OPT, the EDNS pseudo record.

@@ -26,7 +26,7 @@ use crate::flow::names::Names;
 use crate::hbone;
 use crate::http;
 use crate::identity::Identities;
-use crate::lb::Bound;
+use crate::lb::{Bound, Destinations};
 use crate::outcome::{Code, Outcome};
 use crate::relay;
 use crate::state::{Lease, Reader, Snapshot, Workload, address_name};
@@ -53,8 +53,10 @@ pub struct Shared {
     pub network: Arc<str>,
     /// Cluster id, for telemetry.
     pub cluster: Arc<str>,
-    /// What all workers count together for routes and traffic policies.
+    /// What all workers count together for routes.
     pub limits: Arc<http::limit::Limits>,
+    /// What all workers know of the Services that are used.
+    pub destinations: Arc<Destinations>,
 }
 
 /// Limits of one pod.

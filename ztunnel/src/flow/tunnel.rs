@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::pki_types::CertificateDer;
-use tokio::io::BufReader;
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
@@ -17,6 +16,7 @@ use tulle_certs::{SpiffeId, Usage};
 
 use crate::base::budget::Budget;
 use crate::base::cut::Cut;
+use crate::base::lent::Lent;
 use crate::base::pace::Paced;
 use crate::base::unix_now;
 use crate::base::window::Window;
@@ -67,7 +67,7 @@ pub async fn serve(
     }
     let permit = pod.handshake(peer.ip()).await?;
     let cert = cert.await?;
-    let transport = Paced::new(BufReader::with_capacity(READ_BUFFER, tcp));
+    let transport = Paced::new(Lent::new(READ_BUFFER, tcp));
     let accept = TlsAcceptor::from(cert.server_config()).accept(transport);
     let mut tls = timeout(shared.hbone.handshake_timeout, accept)
         .await

@@ -103,6 +103,7 @@ impl Connection {
         let mut record =
             HttpRecord::new(shared.metrics.clone(), Direction::Inbound, self.source.clone(), self.destination.clone());
         record.describe(&incoming);
+        record.trace(incoming.headers_mut());
         record.authority = headers::authority(&incoming).into();
         record.grpc = headers::is_grpc(incoming.headers());
         let grpc = record.grpc;

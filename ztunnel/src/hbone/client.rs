@@ -4,6 +4,7 @@
 //! for a moment (a pod that was just captured opens it a little later); nothing here ever falls back to plaintext.
 
 use std::cell::Cell;
+use std::future::{Future, pending};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::rc::Rc;
@@ -13,7 +14,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use h2::client::SendRequest;
 use rustls::pki_types::{CertificateDer, ServerName};
-use tokio::io::{AsyncRead, AsyncWrite, BufReader};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_rustls::TlsConnector;
@@ -22,6 +23,7 @@ use tulle_certs::{SpiffeId, Usage};
 use crate::base::budget::Budget;
 use crate::base::cut::Cut;
 use crate::base::gather::Gathered;
+use crate::base::lent::Lent;
 use crate::base::pace::Paced;
 use crate::base::sockets::PodSockets;
 use crate::base::window::{Slot, Window};
@@ -66,6 +68,8 @@ pub struct Tunnel {
     pub idle_since: Cell<Instant>,
     /// The other side's certificate was taken back: streams end.
     pub cut: Rc<Cut<Outcome>>,
+    /// When it was opened.
+    since: Instant,
     closed: Rc<Cell<bool>>,
     window: Rc<Window>,
 }
@@ -79,6 +83,11 @@ impl Tunnel {
     /// One more stream in its receive window.
     pub fn enter(&self) -> Slot {
         self.window.enter()
+    }
+
+    /// How long it has been open.
+    pub fn age(&self) -> Duration {
+        self.since.elapsed()
     }
 
     /// Whether new streams have a chance.
@@ -108,11 +117,43 @@ pub async fn connect(
     config: Config,
 ) -> Result<Tunnel, Outcome> {
     let tcp = connect_tcp(&dialer.sockets, address, dialer.patience).await?;
-    let handshake = handshake(tcp, dialer, address, expected, config);
-    timeout(config.handshake_timeout, handshake).await.unwrap_or_else(|_| {
-        let text = format!("{address} did not finish the handshake within {} s", config.handshake_timeout.as_secs());
-        Err(Outcome::new(Code::ConnectTimeout, text))
-    })
+    open(tcp, dialer, address.to_string(), expected, config, pending()).await
+}
+
+/// Opens a tunnel over `io`, which is a stream of another one, to `name`, which must prove one of `expected`. It is cut when
+/// `cut` orders it.
+///
+/// # Errors
+/// The step that failed.
+pub async fn connect_over<T>(
+    io: T,
+    dialer: &Dialer,
+    name: String,
+    expected: &[SpiffeId],
+    config: Config,
+    cut: Rc<Cut<Outcome>>,
+) -> Result<Tunnel, Outcome>
+where
+    T: AsyncRead + AsyncWrite + Unpin + 'static,
+{
+    open(io, dialer, name, expected, config, async move { cut.ordered().await }).await
+}
+
+async fn open<T>(
+    io: T,
+    dialer: &Dialer,
+    to: String,
+    expected: &[SpiffeId],
+    config: Config,
+    cut: impl Future<Output = Outcome> + 'static,
+) -> Result<Tunnel, Outcome>
+where
+    T: AsyncRead + AsyncWrite + Unpin + 'static,
+{
+    let text = format!("{to} did not finish the handshake within {} s", config.handshake_timeout.as_secs());
+    let handshake = handshake(io, dialer, to, expected, config, cut);
+    let late = |_| Err(Outcome::new(Code::ConnectTimeout, text));
+    timeout(config.handshake_timeout, handshake).await.unwrap_or_else(late)
 }
 
 async fn connect_tcp(sockets: &PodSockets, address: SocketAddr, patience: Patience) -> Result<TcpStream, Outcome> {
@@ -138,24 +179,28 @@ async fn connect_tcp(sockets: &PodSockets, address: SocketAddr, patience: Patien
     }
 }
 
-async fn handshake(
-    tcp: TcpStream,
+async fn handshake<T>(
+    io: T,
     dialer: &Dialer,
-    address: SocketAddr,
+    to: String,
     expected: &[SpiffeId],
     config: Config,
-) -> Result<Tunnel, Outcome> {
+    cut_with: impl Future<Output = Outcome> + 'static,
+) -> Result<Tunnel, Outcome>
+where
+    T: AsyncRead + AsyncWrite + Unpin + 'static,
+{
     // The name is never sent nor looked at; the verifier knows the expected identities.
     let name = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into());
-    let transport = Paced::new(BufReader::with_capacity(READ_BUFFER, tcp));
+    let transport = Paced::new(Lent::new(READ_BUFFER, io));
     let mut tls = TlsConnector::from(dialer.cert.client_config(expected))
         .connect(name, transport)
         .await
-        .map_err(|error| refusal(&error, &format!("tunnel to {address}: ")))?;
+        .map_err(|error| refusal(&error, &format!("tunnel to {to}: ")))?;
     let session = tls.get_mut().1;
     session.set_buffer_limit(Some(TLS_BUFFER));
     let peer = peer_identity(session.peer_certificates())
-        .map_err(|error| Outcome::new(Code::TlsFailed, format!("tunnel to {address}: {error}")))?;
+        .map_err(|error| Outcome::new(Code::TlsFailed, format!("tunnel to {to}: {error}")))?;
 
     let shown: Vec<CertificateDer<'static>> =
         session.peer_certificates().unwrap_or_default().iter().map(|one| one.clone().into_owned()).collect();
@@ -174,20 +219,23 @@ async fn handshake(
         .initial_max_send_streams(config.max_streams)
         .handshake(io.clone())
         .await
-        .map_err(|error| Outcome::new(Code::TunnelFailed, format!("tunnel to {address}: {error}")))?;
+        .map_err(|error| Outcome::new(Code::TunnelFailed, format!("tunnel to {to}: {error}")))?;
     let closed = Rc::new(Cell::new(false));
     let flag = closed.clone();
     let (sizes, cert, cut) = (window.clone(), dialer.cert.clone(), Rc::<Cut<Outcome>>::default());
     let order = cut.clone();
     workers::spawn(async move {
         let distrusted = async {
-            let outcome = cert.distrusted(&shown, Usage::Server).await;
-            tracing::warn!(%address, reason = %outcome, "tunnel is cut");
+            let outcome = tokio::select! {
+                outcome = cert.distrusted(&shown, Usage::Server) => outcome,
+                outcome = cut_with => outcome,
+            };
+            tracing::warn!(address = to, reason = %outcome, "tunnel is cut");
             flag.set(true);
             order.order(outcome);
         };
         if let Err(error) = io.drive(drive(connection, &sizes, distrusted)).await {
-            tracing::debug!(%address, %error, "tunnel ended");
+            tracing::debug!(address = to, %error, "tunnel ended");
         }
         flag.set(true);
     });
@@ -197,6 +245,7 @@ async fn handshake(
         cert: dialer.cert.clone(),
         streams: Cell::new(0),
         idle_since: Cell::new(Instant::now()),
+        since: Instant::now(),
         cut,
         closed,
         window,

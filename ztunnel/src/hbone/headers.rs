@@ -20,6 +20,8 @@ pub const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
 pub const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
 /// W3C trace context.
 pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+/// Network of the source, in the inner tunnel to another network.
+pub const FORWARDED_NETWORK: HeaderName = HeaderName::from_static("x-forwarded-network");
 /// Why a CONNECT was refused: `code=…; policy=<namespace>/<name>; rule=<index>; text=…`. Peers without it see the status.
 pub const DENIAL: HeaderName = HeaderName::from_static("tulle-denial");
 

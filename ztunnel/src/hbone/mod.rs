@@ -55,6 +55,10 @@ impl Default for Config {
     }
 }
 
+/// Streams of a tunnel behind a gateway. Each leads to the one endpoint that the gateway chose for it, so few share one.
+const BEYOND_STREAMS: usize = 16;
+/// Age at which such a tunnel gets no new streams, so that endpoints that came later get their share.
+const BEYOND_AGE: Duration = Duration::from_secs(30);
 /// Streams that a peer may have open with us at once.
 const SERVER_STREAMS: u32 = 200;
 /// Bytes queued in a stream before the application is slowed down.

@@ -5,7 +5,9 @@
 //! way, and everybody who waits for it gets its result; a tunnel whose certificate was renewed, or that said goodbye,
 //! gets no new streams and closes when its last one ends. The next tunnel of a pair is opened in the background when
 //! the best one is [`CROWDED`] full, so that nobody waits for it. Idle tunnels are closed by one task a pool that
-//! sleeps until the next one is due; an idle pool has no task.
+//! sleeps until the next one is due; an idle pool has no task. Of the tunnels of a key that are idle one stays, the others,
+//! which a peak had opened, are closed soon: each holds some 200 KB at either end. A tunnel behind a gateway is one of the pool too: it lives in
+//! a stream of the tunnel to the gateway, which is found here like any other.
 
 use std::borrow::Borrow;
 use std::cell::{Cell, RefCell};
@@ -17,17 +19,18 @@ use std::sync::Arc;
 use bytes::Bytes;
 use h2::SendStream;
 use h2::client::ResponseFuture;
-use http::Request;
-use tokio::sync::watch;
-use tokio::time::sleep_until;
+use http::{HeaderMap, Request, StatusCode};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Duration, Instant, sleep, sleep_until, timeout};
 use tulle_certs::SpiffeId;
 
 use crate::base::cut::Cut;
 use crate::base::window::Slot;
 use crate::base::workers;
-use crate::hbone::Config;
-use crate::hbone::client::{Dialer, Tunnel, connect};
+use crate::hbone::client::{Dialer, Tunnel, connect, connect_over};
+use crate::hbone::{BEYOND_AGE, BEYOND_STREAMS, Config, headers};
 use crate::outcome::{Code, Outcome};
+use crate::relay::StreamIo;
 
 /// Share of a tunnel's streams, in percent, from which on the next tunnel is opened ahead.
 const CROWDED: usize = 80;
@@ -38,8 +41,20 @@ const ATTEMPTS: usize = 4;
 /// Unused tunnels that a worker keeps: some 100 KB each. Beyond, the ones unused for longest go.
 const MOST_IDLE: usize = 1024;
 
+/// How long the other tunnels of a key stay open whose one is idle too: long enough for clients that come back at once.
+const SURPLUS: Duration = Duration::from_secs(4);
+
 /// Tunnels of one key. With 100 streams each it is far more than a pod's connection budget.
 const MOST_TUNNELS: usize = 256;
+
+/// A tunnel inside a stream of another one, whose end is only a gateway.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Beyond {
+    /// What the gateway is asked for, `<hostname>:<port>` of a Service.
+    pub authority: Arc<str>,
+    /// Who may be at the end of the inner tunnel.
+    pub expected: Arc<[SpiffeId]>,
+}
 
 /// What makes two connections alike enough to share a tunnel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -52,6 +67,8 @@ pub struct Key {
     pub expected: Arc<[SpiffeId]>,
     /// Where it is.
     pub address: SocketAddr,
+    /// The tunnel is the one behind it.
+    pub beyond: Option<Beyond>,
 }
 
 type Attempt = watch::Receiver<Option<Result<(), Outcome>>>;
@@ -67,6 +84,9 @@ pub struct Pool {
     config: Config,
     entries: RefCell<HashMap<Key, Entry>>,
     janitor: Cell<bool>,
+    /// When the janitor looks next.
+    due: Cell<Option<Instant>>,
+    sooner: Rc<Notify>,
     this: Weak<Self>,
 }
 
@@ -121,9 +141,11 @@ impl Drop for Lease {
         let streams = self.tunnel.streams.get().saturating_sub(1);
         self.tunnel.streams.set(streams);
         if streams == 0 {
-            self.tunnel.idle_since.set(tokio::time::Instant::now());
+            let now = Instant::now();
+            self.tunnel.idle_since.set(now);
             if let Some(pool) = self.pool.upgrade() {
                 pool.start_janitor();
+                pool.look_by(now + SURPLUS);
             }
         }
     }
@@ -136,6 +158,8 @@ impl Pool {
             config,
             entries: RefCell::default(),
             janitor: Cell::new(false),
+            due: Cell::new(None),
+            sooner: Rc::default(),
             this: this.clone(),
         })
     }
@@ -165,21 +189,25 @@ impl Pool {
 
     /// The least used tunnel of `key`, or a new one.
     async fn tunnel(&self, key: &Key, dialer: &Dialer) -> Result<Rc<Tunnel>, Outcome> {
+        let most = self.streams(key);
         // A peer may finish the handshake and hang up, or others may fill a fresh tunnel before us.
         for _ in 0..ATTEMPTS {
             let mut attempt = {
                 let mut entries = self.entries.borrow_mut();
                 let entry = entries.entry(key.clone()).or_default();
+                if key.beyond.is_some() {
+                    entry.tunnels.iter().filter(|tunnel| tunnel.age() > BEYOND_AGE).for_each(|tunnel| tunnel.retire());
+                }
                 entry.tunnels.retain(|tunnel| tunnel.is_open() || tunnel.streams.get() > 0);
                 let best = entry
                     .tunnels
                     .iter()
                     .filter(|tunnel| tunnel.is_open() && Arc::ptr_eq(&tunnel.cert, &dialer.cert))
                     .min_by_key(|tunnel| tunnel.streams.get())
-                    .filter(|tunnel| tunnel.streams.get() < tunnel.limit(self.config.max_streams))
+                    .filter(|tunnel| tunnel.streams.get() < tunnel.limit(most))
                     .cloned();
                 if let Some(tunnel) = best {
-                    let limit = tunnel.limit(self.config.max_streams);
+                    let limit = tunnel.limit(most);
                     if (tunnel.streams.get() + 1) * 100 >= limit * CROWDED && entry.tunnels.len() < MOST_TUNNELS {
                         self.attempt(key, dialer, entry);
                     }
@@ -203,6 +231,12 @@ impl Pool {
         Err(Outcome::new(Code::TunnelFailed, text))
     }
 
+    /// Streams that a tunnel of `key` may have.
+    fn streams(&self, key: &Key) -> usize {
+        let most = self.config.max_streams;
+        if key.beyond.is_some() { most.min(BEYOND_STREAMS) } else { most }
+    }
+
     /// The attempt under way, or a new one.
     fn attempt(&self, key: &Key, dialer: &Dialer, entry: &mut Entry) -> Attempt {
         if let Some(attempt) = entry.attempt.as_ref().filter(|attempt| attempt.has_changed().is_ok()) {
@@ -212,7 +246,11 @@ impl Pool {
         entry.attempt = Some(attempt.clone());
         let (key, dialer, config, pool) = (key.clone(), dialer.clone(), self.config, self.this.clone());
         workers::spawn(async move {
-            let result = connect(&dialer, key.address, &key.expected, config).await;
+            let result = match &key.beyond {
+                None => connect(&dialer, key.address, &key.expected, config).await,
+                // Boxed: tunnels to neighbours are not to make room for it.
+                Some(beyond) => Box::pin(connect_beyond(&pool, &key, beyond, &dialer, config)).await,
+            };
             let Some(pool) = pool.upgrade() else { return };
             let mut entries = pool.entries.borrow_mut();
             let result = match (result, entries.get_mut(&key)) {
@@ -268,10 +306,23 @@ impl Pool {
                     pool.janitor.set(false);
                     return;
                 };
+                pool.due.set(Some(due));
+                let sooner = pool.sooner.clone();
                 drop(pool);
-                sleep_until(due).await;
+                tokio::select! {
+                    () = sleep_until(due) => {}
+                    () = sooner.notified() => sleep(SURPLUS).await,
+                }
             }
         });
+    }
+
+    /// Has the janitor look no later than `latest`. It is told once for each of its looks, however many tunnels become idle.
+    fn look_by(&self, latest: Instant) {
+        if self.due.get().is_some_and(|due| due > latest) {
+            self.due.set(Some(latest));
+            self.sooner.notify_one();
+        }
     }
 
     /// Retires the longest unused tunnels beyond [`MOST_IDLE`].
@@ -286,16 +337,19 @@ impl Pool {
     }
 
     /// Closes what has been idle for long enough; when the next one is due.
-    fn sweep(&self) -> Option<tokio::time::Instant> {
-        let now = tokio::time::Instant::now();
+    fn sweep(&self) -> Option<Instant> {
+        let now = Instant::now();
         self.cap_idle();
-        let mut next: Option<tokio::time::Instant> = None;
+        let mut next: Option<Instant> = None;
         self.entries.borrow_mut().retain(|_, entry| {
+            let mut idle_ones = 0;
             entry.tunnels.retain(|tunnel| {
                 if tunnel.streams.get() > 0 {
                     return true;
                 }
-                let due = tunnel.idle_since.get() + self.config.idle;
+                idle_ones += usize::from(tunnel.is_open());
+                let patience = if idle_ones > 1 { SURPLUS.min(self.config.idle) } else { self.config.idle };
+                let due = tunnel.idle_since.get() + patience;
                 let keep = tunnel.is_open() && due > now;
                 if keep {
                     next = Some(next.map_or(due, |next| next.min(due)));
@@ -308,6 +362,42 @@ impl Pool {
         });
         next
     }
+}
+
+/// Opens the tunnel behind `key`'s address, in a stream of the one to it.
+async fn connect_beyond(
+    pool: &Weak<Pool>,
+    key: &Key,
+    beyond: &Beyond,
+    dialer: &Dialer,
+    config: Config,
+) -> Result<Tunnel, Outcome> {
+    let pool = pool.upgrade().ok_or_else(|| Outcome::new(Code::PodRemoved, "the pod went away"))?;
+    let outer = Key { beyond: None, ..key.clone() };
+    // It is for many connections, so it says nothing of any of them.
+    let request = headers::connect_request(&beyond.authority, HeaderMap::new())
+        .map_err(|error| Outcome::new(Code::Internal, error.to_string()))?;
+    let Opened { response, send, lease } = pool.open(&outer, dialer, &request).await?;
+    drop(pool);
+    // It answers after a connect of its own.
+    let recv = match timeout(config.connect_timeout * 2, response).await {
+        Ok(Ok(response)) if response.status() == StatusCode::OK => response.into_body(),
+        Ok(Ok(response)) => {
+            let refused = headers::refused(&response);
+            let detail = format!("the gateway at {}: {}", key.address, refused.detail).into();
+            return Err(Outcome { detail, ..refused });
+        }
+        Ok(Err(error)) => {
+            return Err(Outcome::new(Code::TunnelFailed, format!("the gateway at {}: {error}", key.address)));
+        }
+        Err(_) => {
+            lease.retire();
+            let text = format!("the gateway at {} did not answer CONNECT in time", key.address);
+            return Err(Outcome::new(Code::ConnectTimeout, text));
+        }
+    };
+    let (order, name) = (lease.order(), format!("{} behind {}", beyond.authority, key.address));
+    connect_over(StreamIo::new(send, recv, lease), dialer, name, &beyond.expected, config, order).await
 }
 
 async fn open_on(tunnel: &Tunnel, request: &Request<()>) -> Result<(ResponseFuture, SendStream<Bytes>), h2::Error> {

@@ -33,6 +33,9 @@ const STREAMS: usize = 100;
 
 /// How long a server may take to say that it wants a body that was offered: what curl gives it.
 const CONTINUE: Duration = Duration::from_secs(1);
+/// How long a connection for many requests is kept without one, unless a policy says otherwise: as long as it may get new
+/// ones, since it costs little and its server says goodbye before it closes.
+const MOST_IDLE: Duration = Duration::from_secs(600);
 
 /// A connection without its protocol.
 pub struct Raw {
@@ -53,6 +56,8 @@ pub struct One {
     pub peer: Option<SpiffeId>,
     /// Requests sent before.
     pub uses: u32,
+    /// Told when it begins to wait for the next request (true), and when it is taken for one.
+    pub waits: Option<Rc<dyn Fn(bool)>>,
 }
 
 /// A connection for many requests at a time. Cheap to clone.
@@ -65,6 +70,14 @@ pub struct Two {
     closing: Rc<Cell<bool>>,
     /// When it was opened.
     pub since: Instant,
+    /// Requests sent before.
+    pub uses: Rc<Cell<u32>>,
+    /// Requests that it may carry altogether.
+    pub most_uses: u32,
+    /// How long it may be without a request.
+    pub idle: Duration,
+    /// Since when it was seen without one.
+    pub idle_since: Rc<Cell<Option<Instant>>>,
     /// Who the other side proved to be.
     pub peer: Option<SpiffeId>,
 }
@@ -107,7 +120,7 @@ impl One {
 impl Two {
     /// Whether there is room for another request.
     pub fn has_room(&self) -> bool {
-        self.is_open() && self.streams.get() < STREAMS
+        self.is_open() && self.streams.get() < STREAMS && self.uses.get() < self.most_uses
     }
 
     /// Whether it may be of use later.
@@ -140,7 +153,7 @@ impl Conn {
                 let switch = Rc::<Cell<bool>>::default();
                 let (give, raw) = oneshot::channel();
                 workers::spawn(drive(connection, switch.clone(), give, stop));
-                Ok(Self::One(One { sender, raw, switch, peer, uses: 0 }))
+                Ok(Self::One(One { sender, raw, switch, peer, uses: 0, waits: None }))
             }
             Framing::Two => {
                 let (sender, connection) = http2::Builder::new(OnWorker)
@@ -161,8 +174,18 @@ impl Conn {
                         _ = connection => {}
                     }
                 });
-                let (streams, closing) = Default::default();
-                Ok(Self::Two(Two { sender, streams, closing, since: Instant::now(), peer }))
+                let since = Instant::now();
+                Ok(Self::Two(Two {
+                    sender,
+                    streams: Rc::default(),
+                    closing: Rc::default(),
+                    since,
+                    uses: Rc::default(),
+                    most_uses: u32::MAX,
+                    idle: MOST_IDLE,
+                    idle_since: Rc::default(),
+                    peer,
+                }))
             }
         }
     }
@@ -190,6 +213,8 @@ impl Conn {
             }
             Self::Two(two) => {
                 let _stream = Stream::new(&two.streams);
+                two.uses.set(two.uses.get().saturating_add(1));
+                two.idle_since.set(None);
                 two.sender.try_send_request(request).await
             }
         };

@@ -7,6 +7,7 @@
 
 mod body;
 pub mod client;
+pub mod export;
 pub mod frames;
 pub mod gate;
 pub mod headers;

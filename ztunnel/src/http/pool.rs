@@ -22,7 +22,10 @@ use crate::http::client::{Conn, One, Two};
 
 /// How long a connection without a request is kept. Servers close theirs after 5 s (Node.js), 15 s (Apache) or 75 s
 /// (nginx), and a request that is sent in that moment is lost; a new connection costs a stream of a tunnel.
-const IDLE: Duration = Duration::from_secs(4);
+pub const IDLE: Duration = Duration::from_secs(4);
+
+/// Shortest time between two looks for what is over: a policy may say any idle time.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Waiting connections of one key: a burst's worth.
 const MOST_WAITING: usize = 64;
@@ -38,10 +41,10 @@ const SETTLE: Duration = Duration::from_secs(5);
 pub struct Key {
     /// Uid of the pod that the connection comes from.
     pub pod: Arc<str>,
-    /// The application's address, or its waypoint's.
+    /// The application's address, or its waypoint's or gateway's.
     pub endpoint: SocketAddr,
-    /// What a waypoint at that address is asked for; none: the endpoint is the application.
-    pub asked: Option<SocketAddr>,
+    /// What a waypoint or gateway at that address is asked for; none: the endpoint is the application.
+    pub asked: Option<Arc<str>>,
     /// Who we are and who may be there; none: plain TCP.
     pub identities: Option<(SpiffeId, Arc<[SpiffeId]>)>,
     /// What is spoken.
@@ -50,6 +53,7 @@ pub struct Key {
 
 #[derive(Default)]
 struct Entry {
+    /// With the end of their time.
     waiting: Vec<(One, Instant)>,
     shared: Vec<Two>,
     /// Held by who opens a connection for many requests, so that a burst opens one.
@@ -60,13 +64,20 @@ struct Entry {
 pub struct Pool {
     entries: RefCell<HashMap<Key, Entry>>,
     janitor: Cell<bool>,
+    /// The shortest idle time that was asked for.
+    shortest: Cell<Duration>,
     this: Weak<Self>,
 }
 
 impl Pool {
     /// An empty pool.
     pub fn new() -> Rc<Self> {
-        Rc::new_cyclic(|this| Self { entries: RefCell::default(), janitor: Cell::new(false), this: this.clone() })
+        Rc::new_cyclic(|this| Self {
+            entries: RefCell::default(),
+            janitor: Cell::new(false),
+            shortest: Cell::new(IDLE),
+            this: this.clone(),
+        })
     }
 
     /// A connection that waits, the last used first: the others may reach their end.
@@ -75,8 +86,9 @@ impl Pool {
         let entry = entries.get_mut(key)?;
         match key.framing {
             Framing::One => {
-                while let Some((one, since)) = entry.waiting.pop() {
-                    if one.is_ready() && since.elapsed() < IDLE {
+                while let Some((one, until)) = entry.waiting.pop() {
+                    tell(&one, false);
+                    if one.is_ready() && Instant::now() < until {
                         return Some(Conn::One(one));
                     }
                 }
@@ -97,33 +109,39 @@ impl Pool {
 
     /// A connection that others may use as well.
     pub fn share(&self, key: &Key, two: Two) {
+        self.shortest.set(self.shortest.get().min(two.idle));
         self.entries.borrow_mut().entry(key.clone()).or_default().shared.push(two);
         self.start_janitor();
     }
 
-    /// Gives a connection back whose answer was read. It waits here as soon as it is ready.
-    pub fn give_back(&self, key: Key, mut one: One) {
+    /// Gives a connection back whose answer was read. It waits here as soon as it is ready, for at most `idle`.
+    pub fn give_back(&self, key: Key, mut one: One, idle: Duration) {
         if one.is_ready() {
-            return self.keep(key, one);
+            return self.keep(key, one, idle);
         }
         let this = self.this.clone();
         workers::spawn(async move {
             if let Ok(true) = tokio::time::timeout(SETTLE, one.ready()).await
                 && let Some(pool) = this.upgrade()
             {
-                pool.keep(key, one);
+                pool.keep(key, one, idle);
             }
         });
     }
 
-    fn keep(&self, key: Key, one: One) {
+    fn keep(&self, key: Key, one: One, idle: Duration) {
+        self.shortest.set(self.shortest.get().min(idle));
+        let waits = one.waits.clone();
         let mut entries = self.entries.borrow_mut();
         let entry = entries.entry(key).or_default();
         if entry.waiting.len() >= MOST_WAITING {
             entry.waiting.remove(0);
         }
-        entry.waiting.push((one, Instant::now()));
+        entry.waiting.push((one, Instant::now() + idle));
         drop(entries);
+        if let Some(waits) = waits {
+            waits(true);
+        }
         self.start_janitor();
     }
 
@@ -139,7 +157,8 @@ impl Pool {
         let this = self.this.clone();
         workers::spawn(async move {
             loop {
-                sleep_until(Instant::now() + IDLE).await;
+                let Some(pause) = this.upgrade().map(|pool| pool.shortest.get()) else { return };
+                sleep_until(Instant::now() + pause.max(LOOK)).await;
                 let Some(pool) = this.upgrade() else { return };
                 pool.sweep();
                 if pool.entries.borrow().is_empty() {
@@ -153,13 +172,22 @@ impl Pool {
     /// Closes what has waited for long enough.
     fn sweep(&self) {
         self.entries.borrow_mut().retain(|_, entry| {
-            entry.waiting.retain(|(one, since)| one.is_ready() && since.elapsed() < IDLE);
+            entry.waiting.retain(|(one, until)| one.is_ready() && Instant::now() < *until);
             entry.shared.retain(|two| {
-                let unused = two.streams.get() == 0 && two.since.elapsed() > MOST_AGE;
-                two.is_open() && !unused
+                let quiet = two.streams.get() == 0;
+                let since = two.idle_since.get().filter(|_| quiet).unwrap_or_else(Instant::now);
+                two.idle_since.set(quiet.then_some(since));
+                let old = two.since.elapsed() > MOST_AGE || two.uses.get() >= two.most_uses;
+                two.is_open() && !(quiet && (old || since.elapsed() >= two.idle))
             });
             let opening = Rc::strong_count(&entry.opening) > 1;
             opening || !entry.waiting.is_empty() || !entry.shared.is_empty()
         });
+    }
+}
+
+fn tell(one: &One, waits: bool) {
+    if let Some(told) = &one.waits {
+        told(waits);
     }
 }

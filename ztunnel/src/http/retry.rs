@@ -91,10 +91,9 @@ impl Budget {
         self.counted(false)
     }
 
-    /// A retry begins, if there is room for it. `most`: how many a policy allows instead of the share.
-    pub fn retry(&self, most: Option<u32>) -> Option<Counted> {
-        let share = (self.count(false).get() * SHARE / 100).max(LEAST);
-        let most = most.map_or(share, |most| most as usize);
+    /// A retry begins, if there is room for it.
+    pub fn retry(&self) -> Option<Counted> {
+        let most = (self.count(false).get() * SHARE / 100).max(LEAST);
         (self.count(true).get() < most).then(|| self.counted(true))
     }
 
@@ -151,13 +150,13 @@ mod tests {
     fn a_fifth_of_the_requests_under_way_may_be_retries() {
         let budget = Budget::default();
         let requests: Vec<_> = (0..50).map(|_| budget.request()).collect();
-        let retries: Vec<_> = std::iter::from_fn(|| budget.retry(None)).collect();
+        let retries: Vec<_> = std::iter::from_fn(|| budget.retry()).collect();
         assert_eq!(retries.len(), 10);
         drop(retries);
         drop(requests);
         assert!(budget.is_idle());
-        let few: Vec<_> = std::iter::from_fn(|| budget.retry(None)).collect();
+        let few: Vec<_> = std::iter::from_fn(|| budget.retry()).collect();
         assert_eq!(few.len(), LEAST);
-        assert!(budget.retry(Some(4)).is_some());
+        assert!(budget.retry().is_none());
     }
 }

@@ -1,15 +1,12 @@
 //! One certificate request to the CA (`istio.v1.auth`), and what can go wrong with it.
 //!
-//! The key is made here and goes into the certificate's TLS configuration at once. The channel is kept between requests
-//! and made again when the roots change. An answer is believed only as far as it fits: exactly the identity asked for.
+//! The key is made here and goes into the certificate's TLS configuration at once. An answer is believed only as far as it fits: exactly the identity asked for.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use prost_types::value::Kind;
 use prost_types::{Struct, Value};
-use tokio::sync::Mutex;
-use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 use tulle_certs::{Issued, SpiffeId};
 use tulle_proto::ca::IstioCertificateRequest;
@@ -17,7 +14,7 @@ use tulle_proto::ca::istio_certificate_service_client::IstioCertificateServiceCl
 use tulle_proto::names;
 
 use crate::identity::control::chain;
-use crate::identity::{Control, ControlError};
+use crate::identity::{Control, ControlError, breaks};
 use crate::tls::{TlsError, Trust, WorkloadCert};
 
 /// An answer that takes longer is an outage; a signature takes milliseconds.
@@ -71,14 +68,12 @@ pub struct Client {
     /// Wanted life.
     ttl: Duration,
     trust: Trust,
-    /// The channel, and the roots it was made with.
-    channel: Mutex<Option<(Vec<u8>, Channel)>>,
 }
 
 impl Client {
     /// `ttl` is the wanted life of certificates; the CA may shorten it. `trust`: whom their holders believe.
     pub fn new(control: Control, ttl: Duration, trust: Trust) -> Self {
-        Self { control, ttl, trust, channel: Mutex::new(None) }
+        Self { control, ttl, trust }
     }
 
     /// Requests a certificate.
@@ -96,31 +91,23 @@ impl Client {
             }),
         });
         self.control.authorize(request.metadata_mut()).await?;
-        let mut ca = IstioCertificateServiceClient::new(self.channel().await?);
+        let connected = self.control.connect().await?;
+        let mut ca = IstioCertificateServiceClient::new(connected.channel.clone());
         let answer = tokio::time::timeout(REQUEST_TIMEOUT, ca.create_certificate(request)).await;
         let late = |_| Status::deadline_exceeded(format!("no answer within {} s", REQUEST_TIMEOUT.as_secs()));
         let address = || self.control.address.clone();
-        let answer = answer.map_err(late).flatten().map_err(|status| FetchError::Refused {
-            address: address(),
-            code: status.code(),
-            message: text(&status),
-        })?;
+        let answer = match answer.map_err(late).flatten() {
+            Ok(answer) => answer,
+            Err(status) => {
+                if breaks(status.code()) {
+                    self.control.link.broken(&connected).await;
+                }
+                return Err(FetchError::Refused { address: address(), code: status.code(), message: text(&status) });
+            }
+        };
         let issued = Issued::parse(&answer.into_inner().cert_chain, id)
             .map_err(|source| FetchError::Answer { address: address(), source })?;
         Ok(WorkloadCert::new(issued, made.key, &self.trust)?)
-    }
-
-    async fn channel(&self) -> Result<Channel, ControlError> {
-        let mut kept = self.channel.lock().await;
-        let roots = self.control.roots().await?;
-        if let Some((of, channel)) = &*kept
-            && *of == roots
-        {
-            return Ok(channel.clone());
-        }
-        let (channel, roots) = self.control.channel().await?;
-        *kept = Some((roots, channel.clone()));
-        Ok(channel)
     }
 }
 

@@ -1,9 +1,9 @@
 //! The way to control: address, trusted roots, token, and a gRPC channel made from them.
 //!
 //! xDS, the CA and the node service all speak to control like this. The connector is our own and not tonic's TLS, so that
-//! there is one crypto provider and one place for time-outs, and so that a second host name can be accepted. Roots and
-//! token are files that others rotate: they are read again for each channel and each request, and a bad file is an error
-//! of that attempt only. Limits: files of at most 1 MiB; connecting takes at most 5 s.
+//! there is one crypto provider and one place for time-outs, and so that a second host name can be accepted and revocation
+//! lists are asked. Roots and token are files that others rotate: they are read again for each connection and each request,
+//! and a bad file is an error of that attempt only. Limits: files of at most 1 MiB; connecting takes at most 5 s.
 
 use std::fmt;
 use std::future::Future;
@@ -16,19 +16,19 @@ use std::time::Duration;
 
 use http::Uri;
 use hyper_util::rt::TokioIo;
-use rustls::client::WebPkiServerVerifier;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{CertificateError, ClientConfig, RootCertStore};
 use socket2::TcpKeepalive;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tonic::codegen::Service;
 use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue, MetadataMap};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Endpoint;
 
-use crate::tls;
+use crate::identity::link::{Connected, Link};
+use crate::identity::verify::{Anchors, ControlVerifier, Watched};
+use crate::tls::{self, Revoked};
 
 /// Istio's value. A control that does not answer a SYN in this time is tried again rather than waited for.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -190,35 +190,26 @@ pub struct Control {
     pub token: TokenSource,
     /// Headers besides, `clusterid` among them.
     pub headers: Vec<(String, String)>,
+    /// The connection, for all that reach control by the same address, roots and name.
+    pub link: Link,
 }
 
 impl Control {
-    /// A channel that connects when first used and reconnects by itself, and the roots that it trusts.
-    ///
-    /// # Errors
-    /// If the address or the roots cannot be used.
-    pub async fn channel(&self) -> Result<(Channel, Vec<u8>), ControlError> {
-        let roots = self.root_ca.read().await?;
-        let (endpoint, connector) = self.endpoint(&roots)?;
-        Ok((endpoint.connect_with_connector_lazy(connector), roots))
-    }
-
-    /// A connected channel.
+    /// The connection that all share, or a new one if there is none or the roots have changed.
     ///
     /// # Errors
     /// If it cannot be connected within 5 s, or the address or the roots cannot be used.
-    pub async fn connect(&self) -> Result<Channel, ControlError> {
-        let (endpoint, connector) = self.endpoint(&self.root_ca.read().await?)?;
+    pub async fn connect(&self) -> Result<Connected, ControlError> {
+        let roots = self.root_ca.read().await?;
+        let (endpoint, connector) = self.endpoint(&roots)?;
+        let connect = async {
+            match tokio::time::timeout(CONNECT_TIMEOUT, endpoint.connect_with_connector(connector)).await {
+                Ok(connected) => connected.map_err(|error| chain(&error)),
+                Err(_) => Err(format!("no answer within {} s", CONNECT_TIMEOUT.as_secs())),
+            }
+        };
         let failed = |reason| ControlError::Connect { address: self.address.clone(), reason };
-        match tokio::time::timeout(CONNECT_TIMEOUT, endpoint.connect_with_connector(connector)).await {
-            Ok(connected) => connected.map_err(|error| failed(chain(&error))),
-            Err(_) => Err(failed(format!("no answer within {} s", CONNECT_TIMEOUT.as_secs()))),
-        }
-    }
-
-    /// The roots as they are now, to notice that they changed.
-    pub(super) async fn roots(&self) -> Result<Vec<u8>, ControlError> {
-        self.root_ca.read().await
+        self.link.share(&roots, connect).await.map_err(failed)
     }
 
     /// Adds token and headers to a request.
@@ -264,10 +255,10 @@ impl Control {
             .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
             .keep_alive_timeout(KEEPALIVE_TIMEOUT)
             .keep_alive_while_idle(true);
-        Ok((endpoint, Connector { host, port, tls }))
+        Ok((endpoint, Connector { host, port, tls, revoked: self.link.revoked().clone() }))
     }
 
-    fn tls(&self, host: &str, roots: &[u8]) -> Result<(TlsConnector, ServerName<'static>), ControlError> {
+    fn tls(&self, host: &str, roots: &[u8]) -> Result<Tls, ControlError> {
         let unusable = |error: &dyn std::error::Error| ControlError::Roots(error.to_string());
         let name = |host: &str| {
             ServerName::try_from(host.to_owned()).map_err(|_| ControlError::Address {
@@ -281,18 +272,17 @@ impl Control {
             let root = root.map_err(|error| ControlError::Roots(error.to_string()))?;
             store.add(root).map_err(|error| unusable(&error))?;
         }
-        let inner = WebPkiServerVerifier::builder_with_provider(Arc::new(store), tls::provider())
-            .build()
-            .map_err(|error| unusable(&error))?;
+        let anchors: Anchors = store.roots.clone().into();
         let alternative = self.alt_hostname.as_deref().map(name).transpose()?;
+        let verifier = ControlVerifier::new(store, alternative, self.link.revoked().clone())?;
         let mut config = ClientConfig::builder_with_provider(tls::provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|error| unusable(&error))?
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(EitherName { inner, alternative }))
+            .with_custom_certificate_verifier(Arc::new(verifier))
             .with_no_client_auth();
         config.alpn_protocols = vec![b"h2".to_vec()];
-        Ok((TlsConnector::from(Arc::new(config)), name(host)?))
+        Ok(Tls { connector: TlsConnector::from(Arc::new(config)), name: name(host)?, anchors })
     }
 }
 
@@ -330,52 +320,6 @@ pub fn backoff(initial: Duration, cap: Duration, failures: u32, chance: f64) -> 
     doubled.min(cap).mul_f64(0.8 + 0.4 * chance.clamp(0.0, 1.0))
 }
 
-/// Accepts the host of the address, or the alternative. Everything else is webpki's.
-#[derive(Debug)]
-struct EitherName {
-    inner: Arc<WebPkiServerVerifier>,
-    alternative: Option<ServerName<'static>>,
-}
-
-impl ServerCertVerifier for EitherName {
-    fn verify_server_cert(
-        &self,
-        leaf: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        name: &ServerName<'_>,
-        ocsp: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let first = self.inner.verify_server_cert(leaf, intermediates, name, ocsp, now);
-        match (&first, &self.alternative) {
-            (Err(_), Some(name)) => self.inner.verify_server_cert(leaf, intermediates, name, ocsp, now).or(first),
-            _ => first,
-        }
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.inner.verify_tls12_signature(message, cert, signed)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.inner.verify_tls13_signature(message, cert, signed)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.inner.supported_verify_schemes()
-    }
-}
-
 /// A TCP or TLS connection.
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
@@ -385,7 +329,16 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 struct Connector {
     host: String,
     port: u16,
-    tls: Option<(TlsConnector, ServerName<'static>)>,
+    tls: Option<Tls>,
+    revoked: Revoked,
+}
+
+#[derive(Clone)]
+struct Tls {
+    connector: TlsConnector,
+    name: ServerName<'static>,
+    /// Who may vouch for control.
+    anchors: Anchors,
 }
 
 impl Connector {
@@ -396,11 +349,27 @@ impl Connector {
             socket2::SockRef::from(&tcp).set_tcp_keepalive(&tcp_keepalive())?;
             Ok::<Box<dyn Stream>, io::Error>(match self.tls {
                 None => Box::new(tcp),
-                Some((tls, name)) => Box::new(tls.connect(name, tcp).await?),
+                Some(Tls { connector, name, anchors }) => {
+                    let stream = connector.connect(name, tcp).await.map_err(readable)?;
+                    let shown = stream.get_ref().1.peer_certificates().unwrap_or_default();
+                    let shown: Vec<_> = shown.iter().cloned().map(CertificateDer::into_owned).collect();
+                    let revoked = self.revoked;
+                    Box::new(Watched::new(stream, async move { revoked.hit_server(&shown, &anchors).await }))
+                }
             })
         };
         let silent = || io::Error::new(io::ErrorKind::TimedOut, "no TCP and TLS connection within 5 s");
         Ok(TokioIo::new(tokio::time::timeout(CONNECT_TIMEOUT, dial).await.map_err(|_| silent())??))
+    }
+}
+
+/// A refusal of our own in its own words; rustls shows its insides.
+fn readable(error: io::Error) -> io::Error {
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        Some(rustls::Error::InvalidCertificate(CertificateError::Other(other))) => {
+            io::Error::new(error.kind(), other.0.to_string())
+        }
+        _ => error,
     }
 }
 

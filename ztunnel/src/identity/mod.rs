@@ -7,9 +7,11 @@
 mod cache;
 mod client;
 pub mod control;
+mod link;
 mod renew;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +20,7 @@ pub use cache::{CertStatus, Clock, Fetch, Identities, IdentityError};
 pub(crate) use client::text as status_text;
 pub use client::{Client, FetchError};
 pub use control::{Control, ControlError, RootCa, TokenSource, backoff};
+pub use link::{Connected, Link, breaks};
 
 use crate::base::unix_now_us;
 use crate::tls::Trust;

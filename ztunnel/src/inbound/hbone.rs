@@ -1,10 +1,9 @@
 //! Tunnels from other proxies: TLS, HTTP/2, and each CONNECT as a connection of its own.
 //!
 //! What a peer says about itself in headers is for logs only. Who it is comes from its certificate, and where it may go is
-//! always the address at which its tunnel arrived.
+//! always the pod at whose address its tunnel arrived (`target`).
 
 use std::future::{poll_fn, ready};
-use std::net::SocketAddr;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -13,6 +12,7 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::Response;
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 
 use crate::base::pace::Paced;
@@ -20,13 +20,15 @@ use crate::base::sockets::reset;
 use crate::base::{canonical, workers};
 use crate::flow::tunnel::{self, Proven};
 use crate::flow::{LocalPod, Shared};
-use crate::hbone::headers::{self, Authority, Baggage, Forwarded, TraceId};
+use crate::hbone::headers::{self, Baggage, Forwarded, TraceId};
+use crate::inbound::proxy_header;
 use crate::inbound::recheck::Live;
 use crate::inbound::requests::{self, Connection};
+use crate::inbound::target::{Asked, Target, find};
 use crate::inbound::{Request, admit, stopped};
 use crate::outcome::{Code, Outcome};
 use crate::relay::{self, StreamIo, TcpSide, Terms};
-use crate::state::{Snapshot, Workload};
+use crate::state::Workload;
 use crate::telemetry::{ConnRecord, Direction};
 
 /// What the streams of a tunnel share.
@@ -65,14 +67,22 @@ async fn stream(tunnel: &Tunnel, request: Box<http::Request<RecvStream>>, mut re
 }
 
 /// What a request says, where it wants to go, and its bytes.
-fn read(
-    tunnel: &Tunnel,
-    request: Box<http::Request<RecvStream>>,
-) -> (ConnRecord, Result<SocketAddr, Outcome>, RecvStream) {
+fn read(tunnel: &Tunnel, request: Box<http::Request<RecvStream>>) -> (ConnRecord, Result<Target, Outcome>, RecvStream) {
     let metrics = tunnel.shared.metrics.clone();
     let mut record = ConnRecord::new(metrics, Direction::Inbound, tunnel.proven.peer, tunnel.proven.local);
     describe(tunnel, &request, &mut record);
-    (record, target(tunnel, &request), request.into_body())
+    let snapshot = tunnel.shared.reader.load();
+    let target = headers::destination(&request).and_then(|authority| {
+        let asked = Asked {
+            snapshot: &snapshot,
+            network: &tunnel.shared.network,
+            pod: tunnel.pod.workload(&snapshot).map(|pod| &**pod),
+            client: &tunnel.proven.source_identity,
+            local: tunnel.proven.local.ip(),
+        };
+        find(&asked, authority)
+    });
+    (record, target, request.into_body())
 }
 
 fn describe<B>(tunnel: &Tunnel, request: &http::Request<B>, record: &mut ConnRecord) {
@@ -100,7 +110,7 @@ fn describe<B>(tunnel: &Tunnel, request: &http::Request<B>, record: &mut ConnRec
 
 async fn carry(
     tunnel: &Tunnel,
-    target: Result<SocketAddr, Outcome>,
+    target: Result<Target, Outcome>,
     body: RecvStream,
     respond: &mut SendResponse<Bytes>,
     record: &mut ConnRecord,
@@ -113,10 +123,19 @@ async fn carry(
     let admitted = Box::pin(async {
         let permit = pod.connection(&pod.inbound)?;
         let target = target?;
-        record.hbone = Some(target);
-        let facts =
-            Request { identity: Some(tunnel.proven.source_identity.clone()), source: tunnel.proven.peer.ip(), target };
-        let admitted = admit(shared, &tunnel.live, pod, &facts, record).await?;
+        record.hbone = Some(target.address);
+        let facts = Request {
+            identity: Some(tunnel.proven.source_identity.clone()),
+            source: tunnel.proven.peer.ip(),
+            target: target.address,
+            inside: target.told.is_some(),
+        };
+        let mut admitted = admit(shared, &tunnel.live, pod, &facts, record).await?;
+        if let Some(told) = target.told {
+            let header = proxy_header::of(tunnel.proven.peer, told, &tunnel.proven.source_identity);
+            // A connection that has just been opened takes it at once.
+            admitted.0.write_all(&header).await.map_err(|error| Outcome::new(Code::ServerReset, error.to_string()))?;
+        }
         Ok((permit, admitted))
     });
     let admitted = tokio::select! {
@@ -187,53 +206,9 @@ fn accepted(workload: &Workload) -> Response<()> {
     answer
 }
 
-/// The application's address: always this pod's, with the port that the authority means.
-fn target<B>(tunnel: &Tunnel, request: &http::Request<B>) -> Result<SocketAddr, Outcome> {
-    match headers::destination(request)? {
-        Authority::Address(addr) if addr.ip() == tunnel.proven.local.ip() => Ok(addr),
-        Authority::Address(addr) => {
-            let text = format!("the tunnel to {} asked for {addr}, which is not this pod", tunnel.proven.local.ip());
-            Err(Outcome::new(Code::WrongDestination, text))
-        }
-        Authority::Host(host, port) => {
-            let snapshot = tunnel.shared.reader.load();
-            let pod = tunnel.pod.workload(&snapshot);
-            let source = &tunnel.proven.source_identity;
-            // A foreign domain's namespace is none of ours, so nothing is open to it alone.
-            let foreign = pod.is_none_or(|pod| snapshot.is_foreign(pod, source));
-            let namespace = if foreign { "" } else { source.namespace() };
-            let port = service_port(&snapshot, pod, namespace, &host, port)?;
-            Ok(SocketAddr::new(tunnel.proven.local.ip(), port))
-        }
-    }
-}
-
-/// The pod's own port for a service's port. The name means what it means to the client, whose namespace is proven: a
-/// service that is hidden from it is none.
-fn service_port(
-    snapshot: &Snapshot,
-    pod: Option<&Arc<Workload>>,
-    client_namespace: &str,
-    host: &str,
-    port: u16,
-) -> Result<u16, Outcome> {
-    let unknown = || {
-        let text = format!("this pod is not an endpoint of {host}:{port}");
-        Outcome::new(Code::WrongDestination, text)
-    };
-    let service = snapshot.service_by_hostname(host, client_namespace).ok_or_else(unknown)?;
-    let ports = pod.ok_or_else(unknown)?.services.get(service.key().as_str()).ok_or_else(unknown)?;
-    let own = ports.iter().find(|own| own.service_port == port).map(|own| own.target_port).filter(|port| *port != 0);
-    own.or_else(|| service.port(port).map(|port| port.target_port).filter(|port| *port != 0)).ok_or_else(unknown)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{service_port, stream};
-    use crate::outcome::Code;
-    use crate::state::fixtures::{behind, service, snapshot, workload};
-    use crate::state::{Change, Visibility};
-    use std::sync::Arc;
+    use super::stream;
 
     fn size<A, B, C, R>(_: impl Fn(A, B, C) -> R) -> usize {
         size_of::<R>()
@@ -243,28 +218,5 @@ mod tests {
     fn an_idle_connection_is_small() {
         let size = size(stream);
         assert!(size <= 3 * 1024, "{size} bytes: is a future passed on by value, or kept that only opening needs?");
-    }
-
-    #[test]
-    fn a_service_that_is_hidden_from_the_clients_namespace_cannot_be_asked_for() {
-        let hidden =
-            crate::state::ServiceSpec { visibility: Visibility::Namespace, ..service("shop", "cart", "10.96.0.1") };
-        let pod = behind(behind(workload("shop", "cart-0", "10.0.0.1"), "shop", "cart"), "shop", "open");
-        let changes = [hidden, service("shop", "open", "10.96.0.2")].map(|spec| Change::Service(Arc::new(spec)));
-        let snapshot = snapshot(changes.into_iter().chain([Change::Workload(Arc::new(pod))]));
-        let pod = snapshot.workload("Kubernetes//Pod/shop/cart-0");
-        let ask = |from: &str, name: &str, port| {
-            let host = format!("{name}.shop.svc.cluster.local");
-            service_port(&snapshot, pod, from, &host, port).map_err(|outcome| outcome.code)
-        };
-        for (from, name, port, expected) in [
-            ("shop", "cart", 80, Ok(8080)),
-            ("bank", "cart", 80, Err(Code::WrongDestination)),
-            ("bank", "open", 80, Ok(8080)),
-            ("shop", "cart", 81, Err(Code::WrongDestination)),
-            ("shop", "other", 80, Err(Code::WrongDestination)),
-        ] {
-            assert_eq!(ask(from, name, port), expected, "{name}:{port} from {from}");
-        }
     }
 }

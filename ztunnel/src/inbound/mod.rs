@@ -7,11 +7,13 @@
 pub mod decide;
 mod hbone;
 mod plaintext;
+mod proxy_header;
 pub mod recheck;
 mod requests;
+mod target;
 
 use std::cell::Cell;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -21,6 +23,7 @@ use tulle_certs::SpiffeId;
 
 pub use hbone::serve as serve_tunnel;
 pub use plaintext::serve as serve_plaintext;
+pub use requests::explained as explained_request;
 
 use crate::base::drain::Drained;
 use crate::flow::{LocalPod, PATIENCE, Shared};
@@ -38,6 +41,19 @@ struct Request {
     source: IpAddr,
     /// The application's address.
     target: SocketAddr,
+    /// The application is to be reached from inside the pod, at its loopback: it is told who the client is.
+    inside: bool,
+}
+
+impl Request {
+    /// Where to connect to.
+    fn to(&self) -> SocketAddr {
+        let loopback = match self.target {
+            SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        };
+        if self.inside { SocketAddr::new(loopback, self.target.port()) } else { self.target }
+    }
 }
 
 /// Completes when the connection may not go on: a policy forbids it, or the pod's flows have to end.
@@ -88,7 +104,13 @@ async fn admit(
             record.dry_run = decide(&snapshot, &workload)?.dry_run;
         }
     }
-    let dial = pod.sockets.connect_from(request.source, request.target);
+    let to = request.to();
+    let dial = async {
+        match request.inside {
+            true => pod.sockets.connect(to).await,
+            false => pod.sockets.connect_from(request.source, to).await,
+        }
+    };
     let dialled = tokio::select! {
         biased;
         outcome = stopped(&pod.drained, &registration) => return Err(outcome),
@@ -96,9 +118,7 @@ async fn admit(
     };
     match dialled {
         Ok(Ok(tcp)) => Ok((tcp, registration, workload)),
-        Ok(Err(error)) => Err(Outcome::new(Code::ConnectFailed, format!("application at {}: {error}", request.target))),
-        Err(_) => {
-            Err(Outcome::new(Code::ConnectTimeout, format!("the application at {} did not answer", request.target)))
-        }
+        Ok(Err(error)) => Err(Outcome::new(Code::ConnectFailed, format!("application at {to}: {error}"))),
+        Err(_) => Err(Outcome::new(Code::ConnectTimeout, format!("the application at {to} did not answer"))),
     }
 }

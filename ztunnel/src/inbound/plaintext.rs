@@ -34,7 +34,7 @@ pub async fn serve(shared: Arc<Shared>, live: Rc<Live>, pod: Arc<LocalPod>, tcp:
     record.source.workload = snapshot.workload_by_ip(&shared.network, source.ip()).cloned();
     record.destination.workload = pod.workload(&snapshot).cloned();
     drop(snapshot);
-    let request = Request { identity: None, source: source.ip(), target };
+    let request = Request { identity: None, source: source.ip(), target, inside: false };
     let outcome = carry(&shared, &live, &pod, tcp, request, &mut record).await;
     record.finish(&outcome);
 }

@@ -5,6 +5,7 @@
 //! are not HTTP are decided by what is left of the policies, which allows no more, and never go past a token that would
 //! have to be looked at. The application's connection is dialled again when it has closed it between two requests.
 
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +16,7 @@ use hyper::body::Incoming;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
+use tulle_certs::SpiffeId;
 
 use crate::base::{Counts, unix_now};
 use crate::flow::{LocalPod, PATIENCE, Shared};
@@ -29,7 +31,7 @@ use crate::inbound::{decide::denial, stopped};
 use crate::outcome::{Code, Fault, Outcome};
 use crate::policy::{self, Facts, HttpFacts, Verdict, jwt};
 use crate::route::{RequestFacts, path};
-use crate::state::Snapshot;
+use crate::state::{Snapshot, Workload};
 use crate::telemetry::{ConnRecord, Direction, HttpRecord, Peer};
 
 /// How long a client of a port whose protocol is not declared may be silent before its bytes are taken for something else
@@ -57,7 +59,7 @@ impl Connection {
         Self {
             shared: shared.clone(),
             pod: pod.clone(),
-            request: super::Request { identity: identity.clone(), source: *source, target: *target },
+            request: super::Request { identity: identity.clone(), source: *source, target: *target, inside: false },
             source: record.source.clone(),
             destination: Peer { addr: Some(*target), ..record.destination.clone() },
             service: record.service.clone(),
@@ -67,7 +69,7 @@ impl Connection {
     fn decide_bytes(&self, snapshot: &Snapshot) -> Result<(), Outcome> {
         let gone = || Outcome::new(Code::UnknownWorkload, "control no longer describes the pod");
         let workload = self.pod.workload(snapshot).ok_or_else(gone)?;
-        let super::Request { identity, source, target } = &self.request;
+        let super::Request { identity, source, target, .. } = &self.request;
         decide::decide_bytes(snapshot, workload, identity.as_ref(), *source, *target).map(drop)
     }
 }
@@ -170,7 +172,7 @@ async fn told(connection: &Connection, io: &mut BoxIo) -> Result<(Bytes, Option<
 }
 
 /// The proxy answers.
-struct Refused {
+pub(super) struct Refused {
     reply: Reply,
     outcome: Box<Outcome>,
     /// Header `www-authenticate`.
@@ -198,6 +200,7 @@ impl Connection {
         );
         record.service = self.service.clone();
         record.describe(&request);
+        record.trace(request.headers_mut());
         record.authority = headers::authority(&request).into();
         record.grpc = headers::is_grpc(request.headers());
         let grpc = record.grpc;
@@ -228,38 +231,22 @@ impl Connection {
         recorded(response, record)
     }
 
-    /// Whether a request may pass; brings it into the form in which the application gets it.
+    /// Whether a request may pass, on the newest snapshot: a policy applies to the next request of a live connection.
     fn admit(
         &self,
         request: &mut Request<Incoming>,
         switch: Option<&HeaderValue>,
         record: &mut HttpRecord,
     ) -> Result<(), Refused> {
-        let malformed = |text: String| Refused::new(reply::BAD_REQUEST, Outcome::new(Code::BadRequest, text));
-        if request.method() == Method::CONNECT {
-            let text = "CONNECT to a pod whose requests are decided one by one";
-            return Err(Refused::new(reply::NO_CONNECT, Outcome::new(Code::BadRequest, text)));
-        }
-        headers::check(request, &self.request.target.to_string()).map_err(|error| malformed(error.0.to_owned()))?;
-        headers::strip_hop(request.headers_mut(), switch);
-        request.headers_mut().remove("x-forwarded-client-cert");
-        let path = path::normalise(request.uri().path()).map_err(|error| malformed(error.to_string()))?.into_owned();
-        // The newest: a policy applies to the next request of a live connection.
         let snapshot = self.shared.reader.load();
         let Some(workload) = self.pod.workload(&snapshot) else {
             let outcome = Outcome::new(Code::UnknownWorkload, "control no longer describes the pod");
             return Err(Refused::new(reply::NO_ENDPOINT, outcome));
         };
-        let super::Request { identity, source, target } = &self.request;
-        let connection = decide::facts(&snapshot, workload, identity.as_ref(), *source, *target);
-        let verdict = authorise(&snapshot, connection, request, &path, unix_now()).map_err(token_refused)?;
-        if !verdict.allowed && !authorization_is_broken() {
-            let outcome = denial(&verdict);
-            let pending = outcome.code == Code::PolicyPending;
-            return Err(Refused::new(if pending { reply::PENDING } else { reply::DENIED }, outcome));
-        }
-        record.dry_run = verdict.dry_run;
-        headers::respell(request, &path).ok_or_else(|| malformed("a path that is none".to_owned()))
+        let super::Request { identity, source, target, .. } = &self.request;
+        let ends = (identity.as_ref(), *source, *target);
+        record.dry_run = judge(&snapshot, workload, ends, request, switch, unix_now())?.dry_run;
+        Ok(())
     }
 
     /// Dials the application, as the client.
@@ -283,6 +270,56 @@ impl Connection {
             })
         })
     }
+}
+
+/// Decides whether a request may pass, and brings it into the form in which the application gets it. `ends`: the identity
+/// that its connection has proven, where it comes from, and where it goes. Pure, and asked by `tulle explain` as well.
+///
+/// # Errors
+/// What the proxy answers, and why.
+pub(super) fn judge<B>(
+    snapshot: &Snapshot,
+    workload: &Workload,
+    ends: (Option<&SpiffeId>, IpAddr, SocketAddr),
+    request: &mut Request<B>,
+    switch: Option<&HeaderValue>,
+    now: i64,
+) -> Result<Verdict, Refused> {
+    let malformed = |text: String| Refused::new(reply::BAD_REQUEST, Outcome::new(Code::BadRequest, text));
+    if request.method() == Method::CONNECT {
+        let text = "CONNECT to a pod whose requests are decided one by one";
+        return Err(Refused::new(reply::NO_CONNECT, Outcome::new(Code::BadRequest, text)));
+    }
+    let (identity, source, target) = ends;
+    headers::check(request, &target.to_string()).map_err(|error| malformed(error.0.to_owned()))?;
+    headers::strip_hop(request.headers_mut(), switch);
+    request.headers_mut().remove("x-forwarded-client-cert");
+    let path = path::normalise(request.uri().path()).map_err(|error| malformed(error.to_string()))?.into_owned();
+    let connection = decide::facts(snapshot, workload, identity, source, target);
+    let verdict = authorise(snapshot, connection, request, &path, now).map_err(token_refused)?;
+    if !verdict.allowed && !authorization_is_broken() {
+        let outcome = denial(&verdict);
+        let pending = outcome.code == Code::PolicyPending;
+        return Err(Refused::new(if pending { reply::PENDING } else { reply::DENIED }, outcome));
+    }
+    headers::respell(request, &path).ok_or_else(|| malformed("a path that is none".to_owned()))?;
+    Ok(verdict)
+}
+
+/// What [`judge`] says, for an explanation: the verdict, or the status of the proxy's answer and why.
+///
+/// # Errors
+/// The status and its reason.
+pub fn explained<B>(
+    snapshot: &Snapshot,
+    workload: &Workload,
+    ends: (Option<&SpiffeId>, IpAddr, SocketAddr),
+    mut request: Request<B>,
+    now: i64,
+) -> Result<Verdict, (u16, Outcome)> {
+    let switch = headers::upgrade(request.headers(), request.version());
+    judge(snapshot, workload, ends, &mut request, switch.as_ref(), now)
+        .map_err(|refused| (refused.reply.status.as_u16(), *refused.outcome))
 }
 
 /// What token and policies say of a request. Policies see the headers that the application will see: those that only a token

@@ -46,8 +46,8 @@ pub(super) fn tiers(service: &Service, table: &PortTable, client: &Workload) -> 
     let mut by_rank: BTreeMap<Reverse<usize>, Vec<(u32, u16, u32)>> = BTreeMap::new();
     for row in &table.candidates {
         let Some(endpoint) = service.endpoints.all.get(row.endpoint as usize) else { continue };
-        // Another network is reached through its gateway only, which is not spoken yet.
-        if endpoint.place().network != client.network {
+        // Another network is reached through its gateway only.
+        if endpoint.place().network != client.network && endpoint.network_gateway().is_none() {
             continue;
         }
         let rank = match service.lb.mode {

@@ -4,18 +4,26 @@
 //! (failover, strict, its network) is computed once for the place that this node is and kept beside the table. Traffic
 //! and `tulle explain` take the same path: [`shares`] reads the table that [`pick`] draws from.
 //!
-//! Two memories live here as plain data, their owners elsewhere: [`Failing`], endpoints that a worker could not reach
-//! lately, and [`Bound`], the endpoints that a pod is bound to by a service's session affinity. Not here: retries
-//! (`outbound`), load, ejection by answers.
+//! Memories live here as plain data, their owners elsewhere: [`Failing`], endpoints that a worker could not reach
+//! lately, [`Bound`], the endpoints that a pod is bound to by a service's session affinity, and [`Destinations`], what all
+//! workers of the node know of the Services that are used: whose turn it is, how busy and how well endpoints are, and what
+//! each pod has under way. Not here: retries, and who reports what (`outbound`).
 
 mod affinity;
+mod destinations;
 mod failing;
+mod load;
 mod locality;
+pub mod outlier;
 mod pick;
+mod ring;
 #[cfg(test)]
 mod tests;
 mod work;
 
 pub use affinity::Bound;
+pub use destinations::{Destination, Destinations, Held, Kind, Live};
 pub use failing::Failing;
-pub use pick::{Chance, Choice, NoChoice, pick, shares};
+pub use load::refused;
+pub use pick::{Chance, Choice, NoChoice, Way, addresses, pick, shares};
+pub use ring::hash;

@@ -2,13 +2,14 @@
 //!
 //! [`pick`] maps 64 random bits to a row without bias that matters, and [`shares`] lists the same rows with their weights,
 //! so an explanation cannot differ from traffic. A draw that meets an endpoint which failed lately is repeated; the
-//! nearest endpoints are left for farther ones only when all of them fail.
+//! nearest endpoints are left for farther ones only when all of them fail. An endpoint that is ejected is never chosen, also
+//! when there is no other. What takes the place of the draw, where a policy or HTTP asks for it, is a [`Way`].
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
-use crate::lb::{Bound, locality, work};
+use crate::lb::{Bound, locality, ring, work};
 use crate::state::{Candidate, IpFamilies, IpFamily, Mode, PortTable, Record, Service, Snapshot, Workload};
 
 /// Where a connection goes.
@@ -16,12 +17,35 @@ use crate::state::{Candidate, IpFamilies, IpFamily, Mode, PortTable, Record, Ser
 pub struct Choice {
     /// The endpoint.
     pub workload: Arc<Workload>,
-    /// Which of its addresses.
+    /// Which of its addresses. The unspecified one: it is in another network, behind that network's gateway.
     pub ip: IpAddr,
     /// Port of the application.
     pub port: u16,
     /// There are endpoints besides that were not tried yet.
     pub others: bool,
+}
+
+impl Choice {
+    /// Whether it is in another network.
+    pub fn is_elsewhere(&self) -> bool {
+        self.ip.is_unspecified()
+    }
+}
+
+/// How an endpoint is chosen among the nearest that can be used.
+#[derive(Clone, Copy, Default)]
+pub enum Way<'a> {
+    /// By weight and chance; where the service binds clients, the one that the client had.
+    #[default]
+    Usual,
+    /// By weight and chance.
+    Random,
+    /// In turn; this is the number of the turn.
+    Turn(u64),
+    /// Two by weight and chance, and of them the one that costs less, asked by its first address.
+    Better(&'a dyn Fn(SocketAddr) -> f64),
+    /// The one that a hash means.
+    Hash(u64),
 }
 
 /// What a choice depends on besides facts: chance, and experience.
@@ -35,6 +59,10 @@ pub struct Chance<'a> {
     pub tried: &'a [SocketAddr],
     /// Whether an endpoint failed lately. It is chosen only if there is no other.
     pub failing: &'a dyn Fn(SocketAddr) -> bool,
+    /// Whether an endpoint, by its first address, is ejected. It is not chosen.
+    pub ejected: &'a dyn Fn(SocketAddr) -> bool,
+    /// How to choose.
+    pub way: Way<'a>,
     /// The uid of the endpoint that the client got last for this port, asked only if the service binds clients.
     pub bound: &'a dyn Fn(&Service, u16) -> Option<Arc<str>>,
 }
@@ -42,7 +70,8 @@ pub struct Chance<'a> {
 impl Chance<'_> {
     /// No experience.
     pub fn of(random: u64) -> Self {
-        Self { random, pod: "", tried: &[], failing: &|_| false, bound: &|_, _| None }
+        let bound = &|_: &Service, _| None;
+        Self { random, pod: "", tried: &[], failing: &|_| false, ejected: &|_| false, way: Way::Usual, bound }
     }
 }
 
@@ -59,6 +88,13 @@ pub enum NoChoice {
         port: u16,
         /// Ports that it has.
         has: Vec<u16>,
+    },
+    /// Every endpoint that could be chosen is ejected.
+    Ejected {
+        /// `<namespace>/<hostname>`.
+        service: String,
+        /// How many are.
+        count: usize,
     },
     /// No endpoint can be chosen.
     NoEndpoint {
@@ -85,6 +121,11 @@ impl fmt::Display for NoChoice {
                 let has = has.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
                 write!(f, "service {service} has no port {port} (it has: {has}); correct the client or the Service")
             }
+            Self::Ejected { service, count } => write!(
+                f,
+                "every endpoint of service {service} that is left ({count}) is ejected by the outlierDetection of its \
+                 DestinationRule; one request will try each again"
+            ),
             Self::NoEndpoint { service, port, known, healthy, candidates, mode } => {
                 write!(f, "service {service} has no endpoint for port {port}: ")?;
                 match (*known, *healthy, *candidates, mode) {
@@ -119,19 +160,41 @@ pub fn pick(
     dialled: IpAddr,
     chance: &Chance<'_>,
 ) -> Result<Choice, NoChoice> {
-    let _ = snapshot; // Waypoints and gateways will be looked up in it.
-    let binds = service.lb.affinity.is_some();
+    let _ = snapshot;
+    let binds = service.lb.affinity.is_some() && matches!(chance.way, Way::Usual);
     let bound = if binds { (chance.bound)(service, port) } else { None };
     let prefer = IpFamily::of(dialled);
     with_tiers(service, port, client, dialled, |tiers| {
         let known = tiers.iter().map(|tier| tier.candidates.len()).sum::<usize>();
         let random = if binds { Bound::first(chance.pod, &service.key(), port) } else { chance.random };
         let chance = Chance { random, ..*chance };
-        let (index, tier) = draw(service, tiers, prefer, &chance, bound.as_deref())?;
+        let drawn = draw(service, tiers, (prefer, &client.network), &chance, bound.as_deref());
         let others = known > chance.tried.len() + 1;
-        tier.candidates.get(index).and_then(|row| choice(service, row, prefer, others))
+        let row = drawn.and_then(|(index, tier)| tier.candidates.get(index));
+        row.and_then(|row| choice(service, row, (prefer, &client.network), others)).ok_or_else(|| {
+            // Only now does it matter whether there was one that could not be used.
+            let all = tiers.iter().flat_map(|tier| first_addresses(service, tier));
+            let count = all.filter(|first| (chance.ejected)(*first)).count();
+            match count {
+                0 => no_endpoint(service, port),
+                count => NoChoice::Ejected { service: service.key(), count },
+            }
+        })
     })?
-    .ok_or_else(|| no_endpoint(service, port))
+}
+
+/// The first address of every endpoint for `port`: what it is known by, whichever of its addresses is used.
+pub fn addresses(service: &Service, port: u16) -> Vec<SocketAddr> {
+    let tables = service.endpoints.ports.get(&port);
+    tables.map(|tables| first_addresses(service, &tables.all).collect()).unwrap_or_default()
+}
+
+fn first_addresses(service: &Service, table: &PortTable) -> impl Iterator<Item = SocketAddr> {
+    table.candidates.iter().filter_map(move |row| first_address(&service.endpoints.all, row))
+}
+
+fn first_address(all: &[Arc<Record>], row: &Candidate) -> Option<SocketAddr> {
+    Some(SocketAddr::new(all.get(row.endpoint as usize)?.addresses().next()?, row.target_port))
 }
 
 /// Every endpoint that [`pick`] may choose while none fails, with its share in percent.
@@ -150,7 +213,7 @@ pub fn shares(
         let rows = nearest.into_iter().flat_map(|table| table.candidates.iter().map(move |row| (table, row)));
         rows.filter_map(|(table, row)| {
             let percent = f64::from(row.weight) * 100.0 / table.total() as f64;
-            Some((choice(service, row, prefer, known > 1)?, percent))
+            Some((choice(service, row, (prefer, &client.network), known > 1)?, percent))
         })
         .collect()
     })?;
@@ -189,24 +252,54 @@ fn with_tiers<T>(
 fn draw<'a>(
     service: &Service,
     tiers: &'a [PortTable],
-    prefer: IpFamily,
+    from: (IpFamily, &str),
     chance: &Chance<'_>,
     bound: Option<&str>,
 ) -> Option<(usize, &'a PortTable)> {
     let all = &service.endpoints.all;
     let address = |row: &Candidate| {
-        let ip = address(all.get(row.endpoint as usize)?, service.ip_families, prefer)?;
+        let ip = address(all.get(row.endpoint as usize)?, service.ip_families, from)?;
         Some(SocketAddr::new(ip, row.target_port))
     };
-    let untried = |row: &Candidate| address(row).is_some_and(|address| !chance.tried.contains(&address));
+    // One without an address is behind a gateway, and not known by it.
+    let is_in = |row: &Candidate| first_address(all, row).is_none_or(|first| !(chance.ejected)(first));
+    let untried = |row: &Candidate| address(row).is_some_and(|address| !chance.tried.contains(&address)) && is_in(row);
     let well = |row: &Candidate| {
-        address(row).is_some_and(|address| !chance.tried.contains(&address) && !(chance.failing)(address))
+        let may = |address| !chance.tried.contains(&address) && !(chance.failing)(address);
+        address(row).is_some_and(may) && is_in(row)
+    };
+    let cost = |of: &dyn Fn(SocketAddr) -> f64, row: usize, tier: &PortTable| {
+        first_address(all, &tier.candidates[row]).map_or(f64::INFINITY, of)
     };
     let bound = bound.and_then(|uid| all.binary_search_by(|endpoint| endpoint.cmp_uid_with(uid)).ok());
     let bound = bound.and_then(|index| u32::try_from(index).ok());
     let of_tier = |tier: &'a PortTable, usable: &dyn Fn(&Candidate) -> bool| {
         let kept = bound.and_then(|endpoint| tier.row_of(endpoint)).filter(|row| usable(&tier.candidates[*row]));
-        Some((kept.or_else(|| draw_usable(tier, chance.random, usable))?, tier))
+        let drawn = || match chance.way {
+            Way::Usual | Way::Random => draw_usable(tier, chance.random, usable),
+            Way::Turn(turn) => next_usable(tier, turn, usable),
+            Way::Better(of) => {
+                let first = draw_usable(tier, chance.random, usable)?;
+                // Another one, or the draw says nothing.
+                let is_other = |row: &Candidate| *row != tier.candidates[first] && usable(row);
+                let random = mix(chance.random);
+                let second = match tier.candidates.len() {
+                    1 => None,
+                    2..DRAWS => draw_usable(tier, random, &is_other),
+                    _ => draw_usable(tier, random, usable),
+                };
+                match second.filter(|second| cost(of, *second, tier) < cost(of, first, tier)) {
+                    Some(second) => Some(second),
+                    None => Some(first),
+                }
+            }
+            Way::Hash(key) => {
+                let (row, looked) = ring::row(tier, all, key, &|row| usable(&tier.candidates[row]));
+                work::looked_at(looked);
+                row
+            }
+        };
+        Some((kept.or_else(drawn)?, tier))
     };
     let first = tiers.iter().find_map(|tier| of_tier(tier, &well));
     first.or_else(|| tiers.iter().find_map(|tier| of_tier(tier, &untried)))
@@ -214,6 +307,19 @@ fn draw<'a>(
 
 /// Draws that are made before all rows are looked at. With half of the weight unusable, one in 65,000 needs that.
 const DRAWS: usize = 16;
+
+/// The usable row whose turn it is: each in its place where all weights are equal; otherwise turns are spread over the
+/// weights as evenly as can be (golden ratio), so that a heavy row does not get its turns all at once.
+fn next_usable(table: &PortTable, turn: u64, usable: &dyn Fn(&Candidate) -> bool) -> Option<usize> {
+    let rows = table.candidates.len();
+    let equal = table.total() == table.candidates.first().map_or(0, |row| u64::from(row.weight)) * rows as u64;
+    let place = usize::try_from(turn % rows.max(1) as u64).unwrap_or(0);
+    let first = if equal { place } else { table.draw(turn.wrapping_mul(0x9e37_79b9_7f4a_7c15))? };
+    (0..rows).map(|step| (first + step) % rows).find(|row| {
+        work::looked_at(1);
+        usable(&table.candidates[*row])
+    })
+}
 
 /// A usable row, by weight. The work does not depend on the number of rows unless most of them are unusable, and what
 /// makes one unusable is bounded (`failing`).
@@ -248,14 +354,18 @@ fn mix(random: u64) -> u64 {
     mixed ^ (mixed >> 31)
 }
 
-fn choice(service: &Service, row: &Candidate, prefer: IpFamily, others: bool) -> Option<Choice> {
+fn choice(service: &Service, row: &Candidate, from: (IpFamily, &str), others: bool) -> Option<Choice> {
     let endpoint = service.endpoints.all.get(row.endpoint as usize)?;
-    let ip = address(endpoint, service.ip_families, prefer)?;
+    let ip = address(endpoint, service.ip_families, from)?;
     Some(Choice { workload: endpoint.workload().clone(), ip, port: row.target_port, others })
 }
 
-/// The first address of an allowed family, the preferred family first.
-fn address(endpoint: &Record, families: IpFamilies, prefer: IpFamily) -> Option<IpAddr> {
+/// The first address of an allowed family, the preferred family first; nobody's, if it is in another network than the
+/// client: what it is there says nothing here, so no attempt counts against it.
+fn address(endpoint: &Record, families: IpFamilies, (prefer, network): (IpFamily, &str)) -> Option<IpAddr> {
+    if *endpoint.place().network != *network {
+        return endpoint.network_gateway().map(|_| IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+    }
     let mut allowed = endpoint.addresses().filter(|ip| families.allow(*ip));
     let preferred = allowed.clone().find(|ip| IpFamily::of(*ip) == prefer);
     preferred.or_else(|| allowed.next())

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use crate::lb::{Chance, NoChoice, pick, shares, work};
+use crate::lb::{Chance, NoChoice, Way, hash, pick, shares, work};
 use crate::state::fixtures::{behind, port, service, snapshot, workload};
 use crate::state::{
     Change, EndpointHints, HealthPolicy, IpFamilies, LoadBalancing, Locality, LocalityScope, Mode, Service,
@@ -410,6 +410,73 @@ proptest! {
             }
             (Err(one), Err(other)) => prop_assert_eq!(one, other),
             (picked, shares) => prop_assert!(false, "{:?} but {:?}", picked, shares),
+        }
+    }
+}
+
+/// Names of the endpoints that a way leads to, one after another.
+fn by(snapshot: &Snapshot, chances: impl IntoIterator<Item = Chance<'static>>) -> Vec<String> {
+    let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
+    let name = |chance| pick(snapshot, service, 80, &client(), V4, &chance).unwrap().workload.name.to_string();
+    chances.into_iter().map(name).collect()
+}
+
+#[test]
+fn turns_go_round_and_follow_weights() {
+    let endpoints = || ["a", "b", "c"].map(|name| at(name, "", "", ""));
+    let turns = |count| (0..count).map(|turn| Chance { way: Way::Turn(turn), ..Chance::of(0) });
+    let even = mesh(cart(), endpoints());
+    assert_eq!(by(&even, turns(6)), ["a", "b", "c", "a", "b", "c"]);
+    let weighted =
+        mesh(cart(), endpoints().map(|one| Workload { capacity: if &*one.name == "a" { 8 } else { 1 }, ..one }));
+    let names = by(&weighted, turns(100));
+    let a = names.iter().filter(|name| *name == "a").count();
+    assert!((76..=84).contains(&a), "{a} of 100");
+    let longest = names.split(|name| name != "a").map(<[String]>::len).max().unwrap();
+    assert!(longest <= 12, "{longest} turns in a row");
+}
+
+#[test]
+fn the_better_of_two_is_chosen_and_two_of_two_are_looked_at() {
+    let snapshot = mesh(cart(), ["a", "b"].map(|name| at(name, "", "", "")));
+    let a = SocketAddr::new(at("a", "", "", "").addresses[0], 8080);
+    let costly: &'static dyn Fn(SocketAddr) -> f64 = Box::leak(Box::new(move |one| if one == a { 2.0 } else { 1.0 }));
+    let names =
+        by(&snapshot, numbers(1).take(50).map(|random| Chance { way: Way::Better(costly), ..Chance::of(random) }));
+    assert!(names.iter().all(|name| name == "b"), "{names:?}");
+    let names =
+        by(&snapshot, numbers(1).take(50).map(|random| Chance { way: Way::Better(&|_| 1.0), ..Chance::of(random) }));
+    assert!(names.iter().any(|name| name == "a") && names.iter().any(|name| name == "b"), "equal ones share");
+}
+
+#[test]
+fn a_hash_has_one_endpoint_and_few_move_when_one_goes() {
+    let names: Vec<String> = (0..10).map(|number| format!("n{number}")).collect();
+    let endpoints = |names: &[String]| mesh(cart(), names.iter().map(|name| at(name, "", "", "")));
+    let (all, fewer) = (endpoints(&names), endpoints(&names[1..]));
+    let keys = || (0..2_000u32).map(|key| Chance { way: Way::Hash(hash(&key.to_le_bytes())), ..Chance::of(0) });
+    let (before, after) = (by(&all, keys()), by(&fewer, keys()));
+    assert_eq!(before, by(&endpoints(&names), keys()), "the same on every node");
+    let mut shares: BTreeMap<&str, usize> = BTreeMap::new();
+    before.iter().for_each(|name| *shares.entry(name).or_default() += 1);
+    assert!(shares.len() == 10 && shares.values().all(|share| (100..=330).contains(share)), "{shares:?}");
+    let moved = before.iter().zip(&after).filter(|(before, after)| before != after).count();
+    assert_eq!(moved, shares["n0"], "only the keys of the one that went");
+}
+
+#[test]
+fn an_ejected_endpoint_is_never_chosen() {
+    let snapshot = mesh(cart(), ["a", "b"].map(|name| at(name, "", "", "")));
+    let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
+    let a = SocketAddr::new(at("a", "", "", "").addresses[0], 8080);
+    let out = |one| one == a;
+    for random in numbers(7).take(20) {
+        for way in [Way::Usual, Way::Random, Way::Turn(random), Way::Better(&|_| 0.0), Way::Hash(random)] {
+            let chance = Chance { ejected: &out, way, ..Chance::of(random) };
+            assert_eq!(&*pick(&snapshot, service, 80, &client(), V4, &chance).unwrap().workload.name, "b");
+            let chance = Chance { ejected: &|_| true, way, ..Chance::of(random) };
+            let none = pick(&snapshot, service, 80, &client(), V4, &chance).unwrap_err();
+            assert!(matches!(none, NoChoice::Ejected { count: 2, .. }), "{none}");
         }
     }
 }

@@ -18,7 +18,9 @@ use tokio::net::TcpStream;
 use crate::flow::{LocalPod, Shared};
 use crate::hbone::client::Patience;
 use crate::hbone::pool::Pool;
-use crate::lb::{Chance, Failing};
+use crate::lb::outlier::Seen;
+use crate::lb::{Chance, Failing, Kind};
+use crate::outbound::breaker::{Lasting, Toward};
 use crate::outbound::decide::{Plan, choose, permit};
 use crate::outbound::dial;
 use crate::outbound::egress::Leave;
@@ -84,7 +86,7 @@ impl Failure {
 }
 
 impl Attempts<'_> {
-    /// Decides and dials until a next hop is there or none is left.
+    /// Decides and dials until a next hop is there or none is left. What a traffic policy counts lasts as long as the third.
     ///
     /// # Errors
     /// How the last attempt failed.
@@ -95,14 +97,16 @@ impl Attempts<'_> {
         destination: SocketAddr,
         tcp: &TcpStream,
         record: &mut ConnRecord,
-    ) -> Result<(Next, SocketAddr), Outcome> {
-        let choose = |tried: &[SocketAddr]| {
-            self.with_chance(tried, |chance| choose(snapshot, source, &self.shared.network, destination, chance))
-        };
-        self.reach_by(snapshot, source, destination.port(), choose, tcp, record).await
+    ) -> Result<(Next, SocketAddr, Option<Box<Lasting>>), Outcome> {
+        let toward = Toward::of_connection(self.shared, self.pod, snapshot, source, destination);
+        let toward = toward.as_ref();
+        record.service = toward.map(|toward| toward.service.clone());
+        let choose = |tried: &[SocketAddr]| self.choose(snapshot, source, destination, tried, toward);
+        self.reach_by(snapshot, source, (destination.port(), toward), choose, tcp, record).await
     }
 
-    /// The same where `choose` decides, told what was tried, for a connection to `port` of a Service.
+    /// The same where `choose` decides, told what was tried, for a connection to `port` of a Service, under the traffic
+    /// policy that there may be.
     ///
     /// # Errors
     /// How the last attempt failed.
@@ -110,12 +114,14 @@ impl Attempts<'_> {
         self,
         snapshot: &Snapshot,
         source: &Workload,
-        port: u16,
+        (port, toward): (u16, Option<&Rc<Toward>>),
         choose: impl Fn(&[SocketAddr]) -> Result<Plan, Outcome>,
         tcp: &TcpStream,
         record: &mut ConnRecord,
-    ) -> Result<(Next, SocketAddr), Outcome> {
+    ) -> Result<(Next, SocketAddr, Option<Box<Lasting>>), Outcome> {
         let begin = Instant::now();
+        let mut held = toward.map(|toward| toward.take(&toward.live(), Kind::Connections)).transpose()?;
+        let limit = toward.and_then(|toward| toward.settings()?.connect_timeout);
         let mut tried: Vec<SocketAddr> = Vec::new();
         let mut said = Said::new(&self.pod.buffers);
         let mut last = None;
@@ -131,23 +137,43 @@ impl Attempts<'_> {
             let others = plan.others() && tried.len() + 1 < MOST && begin.elapsed() < LONGEST;
             let patience = if others { SHORT } else { self.shared.hbone.patience() };
             let endpoint = plan.endpoint();
-            let result = match &plan {
-                Plan::Hbone(plan) => {
-                    let kept = (plan.others || !said.is_nothing()).then_some(&mut said);
-                    dial::tunnel(self, tcp, source, plan, patience, kept, record).await.map(Next::Tunnel)
-                }
-                Plan::Plain(plan) => {
-                    record.hbone = None;
-                    let outside = plan.destination.as_ref().is_none_or(|workload| !workload.is_pod());
-                    dial::plain(self.pod, plan, patience, &said).await.map(|server| Next::Plain { server, outside })
+            let passage = match toward.map(|toward| toward.enter(&plan)) {
+                None => None,
+                Some(Some(passage)) => Some(passage),
+                Some(None) => {
+                    tried.push(endpoint);
+                    continue;
                 }
             };
-            match result {
+            let result = dial::within(limit, async {
+                match &plan {
+                    Plan::Hbone(plan) => {
+                        // A policy wants to know whether the application took the connection.
+                        let waits = plan.others || !said.is_nothing() || passage.is_some();
+                        let kept = waits.then_some(&mut said);
+                        dial::tunnel(self, tcp, source, plan, patience, kept, record).await.map(Next::Tunnel)
+                    }
+                    Plan::Plain(plan) => {
+                        record.hbone = None;
+                        let outside = plan.destination.as_ref().is_none_or(|workload| !workload.is_pod());
+                        dial::plain(self.pod, plan, patience, &said).await.map(|server| Next::Plain { server, outside })
+                    }
+                }
+            });
+            match result.await {
                 Ok(next) => {
                     self.reached(&plan, port);
-                    return Ok((next, endpoint));
+                    let counted = passage.zip(held.take());
+                    let lasting = counted.map(|(passage, held)| {
+                        passage.saw(Seen::Served);
+                        Lasting::new(held, passage, &record.counts)
+                    });
+                    return Ok((next, endpoint, lasting));
                 }
                 Err(Failure { outcome, elsewhere }) => {
+                    if let Some(passage) = passage.filter(|_| elsewhere) {
+                        passage.saw(Seen::Lost { late: outcome.code == Code::ConnectTimeout });
+                    }
                     if elsewhere && plan.service().is_some() {
                         self.failing.borrow_mut().failed(endpoint, Instant::now());
                     }
@@ -162,6 +188,21 @@ impl Attempts<'_> {
         }
     }
 
+    fn choose(
+        self,
+        snapshot: &Snapshot,
+        source: &Workload,
+        destination: SocketAddr,
+        tried: &[SocketAddr],
+        toward: Option<&Rc<Toward>>,
+    ) -> Result<Plan, Outcome> {
+        let decide = |chance: &Chance<'_>| choose(snapshot, source, &self.shared.network, destination, chance);
+        match toward {
+            None => self.with_chance(tried, decide),
+            Some(toward) => toward.with_chance(self, tried, toward.key_of_connection(), decide),
+        }
+    }
+
     /// Calls `then` with the worker's experience.
     pub(super) fn with_chance<T>(self, tried: &[SocketAddr], then: impl FnOnce(&Chance<'_>) -> T) -> T {
         let failing = self.failing.borrow();
@@ -170,11 +211,11 @@ impl Attempts<'_> {
             self.pod.bound.lock().unwrap_or_else(PoisonError::into_inner).get(&service.key(), port, now)
         };
         then(&Chance {
-            random: rand::rng().random(),
             pod: &self.pod.uid,
             tried,
             failing: &|endpoint| failing.is(endpoint, now),
             bound: &bound,
+            ..Chance::of(rand::rng().random())
         })
     }
 

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use tulle_certs::SpiffeId;
 use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
+use crate::hbone::pool::Beyond;
 use crate::lb::{self, Chance, Choice, NoChoice};
+use crate::outbound::elsewhere;
 use crate::outbound::waypoint::{self, Asked};
 use crate::outcome::{Code, Outcome};
 use crate::policy::network;
@@ -39,10 +41,31 @@ pub struct Hbone {
     pub service: Option<Arc<Service>>,
     /// The service has endpoints besides that were not tried.
     pub others: bool,
-    /// The endpoint is a waypoint or an egress gateway, which decides for itself where to go on.
+    /// What is at `address` is a waypoint, an egress gateway or one of a network, which decides for itself where to go on.
     pub through: bool,
+    /// It is the gateway to another network, and in the tunnel to it is another one.
+    pub beyond: Option<Beyond>,
     /// Host and port that an egress gateway is asked for, in the place of `authority`.
     pub name: Option<Arc<str>>,
+}
+
+impl Hbone {
+    /// What the other side is asked for.
+    pub fn asks_for(&self) -> Arc<str> {
+        match (&self.name, &self.beyond) {
+            (Some(name), _) => name.clone(),
+            (None, Some(beyond)) => beyond.authority.clone(),
+            (None, None) => self.authority.to_string().into(),
+        }
+    }
+
+    /// Everybody who may be met on the way.
+    pub fn believed(&self) -> Arc<[SpiffeId]> {
+        match &self.beyond {
+            Some(beyond) => self.expected.iter().chain(&*beyond.expected).cloned().collect(),
+            None => self.expected.clone(),
+        }
+    }
 }
 
 /// Plain TCP.
@@ -146,6 +169,14 @@ pub fn choose(
         if !workload.is_pod() {
             may_leave(source, destination)?;
         }
+        if workload.network != source.network && workload.network_gateway.is_some() {
+            let text = format!(
+                "{destination} is in network {}, and is no address of a Service, by whose name its gateway could be asked; \
+                 call a Service",
+                workload.network
+            );
+            return Err(Outcome::new(Code::NoNetworkGateway, text));
+        }
         return Ok(to_workload(workload.clone(), destination, None, false));
     }
     may_leave(source, destination)?;
@@ -171,6 +202,11 @@ pub fn to_service(
         }
     }
     match lb::pick(snapshot, service, destination.port(), source, destination.ip(), chance) {
+        Ok(choice) if choice.is_elsewhere() => {
+            let asked = Asked { snapshot, source, destination, service: Some(service), chance };
+            let beyond = elsewhere::beyond(service, destination.port(), &service.subject_alt_names);
+            elsewhere::plan(&asked, service, choice.workload, beyond)
+        }
         Ok(Choice { workload, ip, port, others }) => {
             may_go_to(source, service, &workload, SocketAddr::new(ip, port))?;
             Ok(to_workload(workload, SocketAddr::new(ip, port), Some(service.clone()), others))
@@ -180,6 +216,7 @@ pub fn to_service(
             let service = Some(service.clone());
             Ok(Plan::Plain(Plain { address: destination, destination: None, service, others: false }))
         }
+        Err(none @ NoChoice::Ejected { .. }) => Err(Outcome::new(Code::Ejected, none.to_string())),
         Err(none) => Err(Outcome::new(Code::NoEndpoint, none.to_string())),
     }
 }
@@ -190,6 +227,22 @@ pub fn to_service(
 /// Why not.
 pub fn may_go_to(source: &Workload, service: &Service, endpoint: &Workload, at: SocketAddr) -> Result<(), Outcome> {
     if endpoint.is_pod() || is_api_server(service) { Ok(()) } else { may_leave(source, at) }
+}
+
+/// Where a connection goes whose endpoint is in another network.
+///
+/// # Errors
+/// Why its gateway cannot be used.
+pub fn through_gateway(
+    snapshot: &Snapshot,
+    source: &Workload,
+    service: &Arc<Service>,
+    endpoint: &Arc<Workload>,
+    destination: SocketAddr,
+) -> Result<SocketAddr, Outcome> {
+    let asked = Asked { snapshot, source, destination, service: Some(service), chance: &Chance::of(0) };
+    let beyond = elsewhere::beyond(service, destination.port(), &service.subject_alt_names);
+    elsewhere::plan(&asked, service, endpoint.clone(), beyond).map(|plan| plan.endpoint())
 }
 
 /// Whether a connection may leave the cluster. What is no pod is outside, also behind a Service: otherwise a Service of
@@ -226,6 +279,7 @@ fn to_workload(workload: Arc<Workload>, target: SocketAddr, service: Option<Arc<
                 service,
                 others,
                 through: false,
+                beyond: None,
                 name: None,
             })
         }

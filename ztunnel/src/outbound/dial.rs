@@ -7,11 +7,12 @@ use std::net::SocketAddr;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::ResponseFuture;
 use h2::{RecvStream, SendStream};
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode};
 use rand::RngExt as _;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
@@ -27,6 +28,7 @@ use crate::hbone::headers::{self, Baggage, Forwarded, TraceId};
 use crate::hbone::pool::{Key, Lease, Opened, Pool};
 use crate::http::BoxIo;
 use crate::outbound::attempts::{Attempts, Failure, not_opened};
+use crate::outbound::breaker::{Lasting, expired};
 use crate::outbound::decide::{Hbone, Plain, Plan};
 use crate::outbound::egress::{self, Leave};
 use crate::outbound::recheck::Registration;
@@ -36,6 +38,19 @@ use crate::relay::early::{self, Said};
 use crate::relay::{self, StreamIo, TcpSide, Terms};
 use crate::state::Workload;
 use crate::telemetry::ConnRecord;
+
+/// What `dial` gives, within a policy's `connectTimeout`.
+pub(super) async fn within<T>(
+    limit: Option<Duration>,
+    dial: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    let Some(limit) = limit else { return dial.await };
+    timeout(limit, dial).await.unwrap_or_else(|_| {
+        let text =
+            format!("no connection within {limit:?}, the connectionPool.tcp.connectTimeout of its DestinationRule");
+        Err(not_opened(Outcome::new(Code::ConnectTimeout, text)))
+    })
+}
 
 /// A stream of a tunnel; its answer may still be to come.
 pub(super) struct Stream {
@@ -64,7 +79,7 @@ pub(super) async fn tunnel(
     record.hbone = Some(plan.address);
     let trace = TraceId::new(rand::rng().random());
     record.trace = Some(trace.to_string());
-    let headers = describe(source, plan, record.source.addr, trace);
+    let headers = describe(shared, source, plan, record.source.addr, trace);
     let Opened { response, mut send, lease } = open(shared, pool, pod, source, plan, patience, headers).await?;
     let answer = match said {
         None => Answer::Waited(response),
@@ -96,6 +111,7 @@ pub(super) async fn relay_tunnel(
     tcp: TcpStream,
     stream: Stream,
     registration: &Registration,
+    lasting: &mut Option<Box<Lasting>>,
     counts: &Rc<Counts>,
 ) -> Outcome {
     let Stream { send, answer, lease } = stream;
@@ -111,6 +127,7 @@ pub(super) async fn relay_tunnel(
         tokio::select! {
             outcome = stopped(pod, registration) => outcome,
             outcome = lease.cut() => outcome,
+            outcome = expired(lasting) => outcome,
         }
     });
     relay::tunnel(tcp, send, recv, TcpSide::Client, terms, &lease.window, stop).await
@@ -131,15 +148,15 @@ async fn open(
         pod: pod.uid.clone(),
         expected: plan.expected.clone(),
         address: plan.address,
+        beyond: plan.beyond.clone(),
     };
     let dialer = Dialer { sockets: pod.sockets.clone(), cert, budget: pod.buffers.clone(), patience };
-    let authority = plan.name.as_deref().map_or_else(|| plan.authority.to_string(), str::to_owned);
-    let request = headers::connect_request(&authority, headers)
+    let request = headers::connect_request(&plan.asks_for(), headers)
         .map_err(|error| Failure::last(Outcome::new(Code::Internal, error.to_string())))?;
     pool.open(&key, &dialer, &request).await.map_err(not_opened)
 }
 
-fn describe(source: &Workload, plan: &Hbone, client: Option<SocketAddr>, trace: TraceId) -> HeaderMap {
+fn describe(shared: &Shared, source: &Workload, plan: &Hbone, client: Option<SocketAddr>, trace: TraceId) -> HeaderMap {
     let text = |value: &Arc<str>| Some(value.to_string()).filter(|text| !text.is_empty());
     let baggage = Baggage {
         cluster: text(&source.cluster),
@@ -161,6 +178,12 @@ fn describe(source: &Workload, plan: &Hbone, client: Option<SocketAddr>, trace: 
             map.insert(name, value);
         }
     }
+    // Which network's addresses this is about, for an end that is in another one.
+    if plan.beyond.is_some()
+        && let Ok(network) = HeaderValue::from_str(&shared.network)
+    {
+        map.insert(headers::FORWARDED_NETWORK, network);
+    }
     map
 }
 
@@ -176,7 +199,7 @@ pub(super) async fn connection(
     let Attempts { shared, pool, pod, .. } = attempts;
     match plan {
         Plan::Hbone(plan) => {
-            let headers = describe(source, plan, Some(client), TraceId::new(rand::rng().random()));
+            let headers = describe(shared, source, plan, Some(client), TraceId::new(rand::rng().random()));
             let Opened { response, mut send, lease } = open(shared, pool, pod, source, plan, patience, headers).await?;
             match accepted(response, shared, &lease).await {
                 Ok(recv) => {
@@ -290,16 +313,17 @@ pub(super) async fn relay_outside(
 pub(super) async fn relay_plain(
     shared: &Shared,
     pod: &LocalPod,
-    tcp: TcpStream,
-    server: TcpStream,
+    (tcp, server): (TcpStream, TcpStream),
     outside: bool,
     registration: &Registration,
+    lasting: &mut Option<Box<Lasting>>,
     counts: &Rc<Counts>,
 ) -> Outcome {
     // What is outside the cluster may become forbidden while it lasts.
     let stop = pin!(async {
         tokio::select! {
             outcome = stopped(pod, registration) => outcome,
+            outcome = expired(lasting) => outcome,
             outcome = forbidden(shared, pod), if outside => outcome,
         }
     });

@@ -69,7 +69,7 @@ impl Said {
     }
 
     /// As if the client had said the name that it is bound to.
-    fn to_the_letter_of(self, bound: &Bound) -> Self {
+    fn spelt_as(self, bound: &Bound) -> Self {
         match self {
             Self::Tls { .. } => Self::Tls { name: bound.host.as_deref().map(str::to_owned) },
             other => other,
@@ -191,7 +191,7 @@ pub(super) async fn reach(
     } else {
         Said::Bytes
     };
-    let said = if server_names_are_broken() { said.to_the_letter_of(&bound) } else { said };
+    let said = if server_names_are_broken() { said.spelt_as(&bound) } else { said };
     let attempt = bound.attempt(said.spoken());
     let decided = egress::decide(snapshot, source, &attempt);
     record.left = Some(Box::new(left(&bound, &said, source, &decided)));
@@ -256,7 +256,8 @@ async fn go(
             attempts.with_chance(tried, |chance| gateway::plan(snapshot, source, at, &name, chance))
         };
         let port = tulle_proto::names::PORT_HBONE;
-        return attempts.reach_by(snapshot, source, port, choose, tcp, record).await;
+        let (next, target, _) = attempts.reach_by(snapshot, source, (port, None), choose, tcp, record).await?;
+        return Ok((next, target));
     }
     let refused = |why: &str| {
         let text = format!("{} allows it, {why}", grant.policy.id);

@@ -2,6 +2,7 @@
 //!
 //! Whatever the proxy answers itself is a [`Refused`] with the [`Reply`] for the client and the reason for the record.
 
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,12 +16,13 @@ use crate::http::reply::{self, Reply};
 use crate::http::server::Switches;
 use crate::http::{Body, Framing, Original, headers, recorded};
 use crate::outbound::ask::{self, Known};
+use crate::outbound::breaker::Toward;
 use crate::outbound::forward::{Job, Target};
 use crate::outbound::requests::Client;
 use crate::outbound::waypoint;
 use crate::outcome::{Code, Fault, Outcome};
 use crate::route::{self, Forward, NO_ROUTE, RequestFacts, Respond, RoutePlan, path};
-use crate::state::{ServiceName, Snapshot, Workload};
+use crate::state::{Service, ServiceName, Snapshot, Workload};
 use crate::telemetry::{Direction, HttpRecord, Peer};
 
 /// The proxy answers.
@@ -41,7 +43,7 @@ impl From<Outcome> for Refused {
     /// What a client is told of a next hop that could not be reached or must not be.
     fn from(outcome: Outcome) -> Self {
         let reply = match outcome.code {
-            Code::NoEndpoint | Code::UnknownWorkload => reply::NO_ENDPOINT,
+            Code::NoEndpoint | Code::Ejected | Code::UnknownWorkload => reply::NO_ENDPOINT,
             Code::OverBudget | Code::Overflow => reply::OVER_BUDGET,
             Code::ServerReset => reply::RESET,
             code if code.fault() == Fault::Policy => reply::DENIED,
@@ -56,9 +58,10 @@ type Answered = Result<Response<Body>, Refused>;
 
 impl Client {
     /// Answers one request.
-    pub(super) async fn exchange(self: Rc<Self>, request: Request<Incoming>, switches: Switches) -> Response<Body> {
+    pub(super) async fn exchange(self: Rc<Self>, mut request: Request<Incoming>, switches: Switches) -> Response<Body> {
         let snapshot = self.shared.reader.load();
         let mut record = self.record(&snapshot, &request);
+        record.trace(request.headers_mut());
         let grpc = record.grpc;
         let Refused { reply, outcome } = match self.answer(&snapshot, request, switches, &mut record).await {
             Ok(response) => return recorded(response, record),
@@ -98,15 +101,7 @@ impl Client {
         switches: Switches,
         record: &mut HttpRecord,
     ) -> Answered {
-        if request.method() == Method::CONNECT {
-            return Err(Refused::new(reply::NO_CONNECT, Code::BadRequest, "CONNECT to a Service with routes"));
-        }
-        let malformed = |text| Refused::new(reply::BAD_REQUEST, Code::BadRequest, text);
-        headers::check(&mut request, &self.destination.to_string()).map_err(|error| malformed(error.0.to_owned()))?;
-        let upgrade = headers::upgrade(request.headers(), request.version());
-        headers::strip_hop(request.headers_mut(), upgrade.as_ref());
-        headers::strip_forged(request.headers_mut());
-        let path = path::normalise(request.uri().path()).map_err(|error| malformed(error.to_string()))?.into_owned();
+        let (path, upgrade) = prepare(&mut request, self.destination)?;
         let gone = |text| Refused::new(reply::NO_ENDPOINT, Code::UnknownWorkload, text);
         let source = self.pod.workload(snapshot).ok_or_else(|| gone("control no longer describes the pod"))?;
         let port = self.destination.port();
@@ -122,15 +117,7 @@ impl Client {
             let to = self.target(snapshot, source, &own, port).await?;
             return self.forward(to, request, path, None, upgrade.is_some(), switches, record).await;
         };
-        let facts = RequestFacts {
-            method: request.method().as_str(),
-            scheme: "http",
-            authority: headers::authority(&request),
-            port,
-            path: &path,
-            query: request.uri().query(),
-            headers: request.headers(),
-        };
+        let facts = facts(&request, &path, port);
         let Some(found) = route::find(candidates, &facts) else { return Err(respond(&NO_ROUTE)) };
         record.route = Some(found.text().into());
         for limit in found.limits() {
@@ -183,11 +170,10 @@ impl Client {
             let reply = Reply::new(StatusCode::INTERNAL_SERVER_ERROR, "", "NC");
             return Err(Refused::new(reply, Code::NoEndpoint, text));
         };
-        let dialled = self.destination.ip();
-        let own = service.vips.iter().any(|(_, vip)| vip.contains(&dialled.to_canonical()));
-        let vips = service.vips.iter().map(|(_, vip)| vip.addr());
-        let ip = if own { dialled } else { vips.min_by_key(|ip| ip.is_ipv4() != dialled.is_ipv4()).unwrap_or(dialled) };
-        Ok(Target { service: service.clone(), at: std::net::SocketAddr::new(ip, port), known })
+        let ip = address_of(service, self.destination.ip());
+        let (shared, pod) = (&self.shared, &self.pod);
+        let toward = Toward::of_requests(shared, pod, &known.snapshot, &known.source, service, port);
+        Ok(Target { service: service.clone(), at: SocketAddr::new(ip, port), toward, known })
     }
 
     #[allow(clippy::too_many_arguments, reason = "what is known of one request, each used once")]
@@ -225,6 +211,7 @@ impl Client {
             retry: forward.as_ref().and_then(Forward::retry).filter(|_| !switch),
             deadline: forward.as_ref().and_then(Forward::request_timeout).filter(|_| !switch).map(|time| now + time),
             attempt: forward.as_ref().and_then(Forward::backend_timeout).filter(|_| !switch),
+            hash: None,
         };
         let mut response = job.run(switches, record).await?;
         if let Some(forward) = &forward {
@@ -234,13 +221,54 @@ impl Client {
     }
 }
 
+/// The address of a backend that stands for it in decisions: the one that was dialled, or one of its family.
+pub(super) fn address_of(service: &Service, dialled: IpAddr) -> IpAddr {
+    let own = service.vips.iter().any(|(_, vip)| vip.contains(&dialled.to_canonical()));
+    let vips = service.vips.iter().map(|(_, vip)| vip.addr());
+    if own { dialled } else { vips.min_by_key(|ip| ip.is_ipv4() != dialled.is_ipv4()).unwrap_or(dialled) }
+}
+
+/// Checks a request and takes out of it what goes no further. Its path, normalised, and the protocol that it asks to go on
+/// with.
+///
+/// # Errors
+/// The answer to what is no request for a Service.
+pub(super) fn prepare<B>(
+    request: &mut Request<B>,
+    destination: SocketAddr,
+) -> Result<(String, Option<HeaderValue>), Refused> {
+    if request.method() == Method::CONNECT {
+        return Err(Refused::new(reply::NO_CONNECT, Code::BadRequest, "CONNECT to a Service with routes"));
+    }
+    let malformed = |text| Refused::new(reply::BAD_REQUEST, Code::BadRequest, text);
+    headers::check(request, &destination.to_string()).map_err(|error| malformed(error.0.to_owned()))?;
+    let upgrade = headers::upgrade(request.headers(), request.version());
+    headers::strip_hop(request.headers_mut(), upgrade.as_ref());
+    headers::strip_forged(request.headers_mut());
+    let path = path::normalise(request.uri().path()).map_err(|error| malformed(error.to_string()))?.into_owned();
+    Ok((path, upgrade))
+}
+
+/// What routes are asked about.
+pub(super) fn facts<'a, B>(request: &'a Request<B>, path: &'a str, port: u16) -> RequestFacts<'a> {
+    RequestFacts {
+        method: request.method().as_str(),
+        scheme: "http",
+        authority: headers::authority(request),
+        port,
+        path,
+        query: request.uri().query(),
+        headers: request.headers(),
+    }
+}
+
 /// Sabotage of test builds: with `TULLE_BREAK=weights` it is always the first turn.
 fn weights_are_broken() -> bool {
     cfg!(feature = "sabotage") && std::env::var("TULLE_BREAK").is_ok_and(|part| part == "weights")
 }
 
 /// The target of the request to the backend: path alone for HTTP/1, with scheme and authority for HTTP/2.
-fn retarget(
+pub(super) fn retarget(
     parts: &mut http::request::Parts,
     framing: Framing,
     path: &str,
@@ -287,7 +315,7 @@ fn limited(name: &str, wait: Duration) -> Refused {
 }
 
 /// What the route says in the place of a backend.
-fn respond(answer: &Respond) -> Refused {
+pub(super) fn respond(answer: &Respond) -> Refused {
     let status = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let text = match answer.reason {
         route::Reason::Fault => "fault filter abort",

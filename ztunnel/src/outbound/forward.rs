@@ -4,7 +4,9 @@
 //! retry of the route happens only for what `http::retry` allows, within the budget, and with a body that was kept whole.
 //! Unasked, and counted in no budget, a request is sent anew that nobody has read, or that was lost with a connection that
 //! waited: its server may close it in the moment in which it is used (RFC 9110 §9.2.2, RFC 9112 §9.3.1, RFC 9113 §8.7).
+//! How endpoints are chosen and what limits hold is the traffic policy's (`breaker`).
 
+use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -18,30 +20,27 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::base::cut::Cut;
 use crate::http::client::{Conn, Failed};
-use crate::http::headers::{check_answer, strip_hop};
-use crate::http::pool::Key;
+use crate::http::headers::{self, check_answer, strip_hop};
+use crate::http::pool::{IDLE, Key};
 use crate::http::reply::{self, Reply};
-use crate::http::retry::{Tried, is_idempotent, may_repeat, pause};
+use crate::http::retry::{Budget, Tried, is_idempotent, may_repeat, pause};
 use crate::http::server::{Switch, Switches};
 use crate::http::{Body, End, Framing, Original};
+use crate::lb::outlier::Seen;
+use crate::lb::{Chance, Held, Kind};
 use crate::outbound::ask::Known;
 use crate::outbound::attempts::{Failure, LONGEST, MOST, SHORT};
+use crate::outbound::breaker::{Passage, Toward};
 use crate::outbound::decide::{Plan, permit, to_service};
 use crate::outbound::dial;
 use crate::outbound::exchange::Refused;
 use crate::outbound::recheck::Left;
 use crate::outbound::requests::Client;
+use crate::outbound::room::{Room, retry, squeezed};
 use crate::outbound::{forbidden, stopped};
 use crate::outcome::{Code, Outcome};
-use crate::route::Forward;
-use crate::state::{Retry, Service, Workload};
+use crate::state::{Retry, Service, TrafficSettings, Workload};
 use crate::telemetry::HttpRecord;
-
-/// Copies of requests of one client connection that are under way: a mirror that is slow loses copies and nothing else.
-const MIRRORED: usize = 16;
-
-/// How long a copy may take altogether.
-const MIRROR_TIME: Duration = Duration::from_secs(15);
 
 /// How often a request that nobody has read is sent anew: a server that closes each connection has another reason.
 const MOST_ANEW: u32 = 4;
@@ -51,6 +50,8 @@ pub(super) struct Target {
     pub(super) service: Arc<Service>,
     /// One of its addresses, or one of the family that is preferred, and the port.
     pub(super) at: SocketAddr,
+    /// How it is used. None: a waypoint decides.
+    pub(super) toward: Option<Rc<Toward>>,
     /// What the request is decided on.
     pub(super) known: Known,
 }
@@ -70,6 +71,8 @@ pub(super) struct Job<'a> {
     pub(super) deadline: Option<Instant>,
     /// For each.
     pub(super) attempt: Option<Duration>,
+    /// What chooses the endpoint, where a policy says so.
+    pub(super) hash: Option<u64>,
 }
 
 /// The head of an answer, and what it came on.
@@ -77,8 +80,12 @@ struct Got {
     response: Response<Incoming>,
     conn: Conn,
     key: Key,
+    passage: Option<Passage>,
     deadline: Option<Instant>,
 }
+
+/// The use of an endpoint that is under way; whoever ends it takes it out.
+type UnderWay = RefCell<Option<Passage>>;
 
 /// An attempt without an answer.
 struct Missed {
@@ -96,22 +103,16 @@ impl Missed {
 
 impl Job<'_> {
     /// Sends it until there is an answer to pass on.
-    pub(super) async fn run(self, switches: Switches, record: &mut HttpRecord) -> Result<Response<Body>, Refused> {
-        let (service, port) = (&self.to.service, self.to.at.port());
-        let policy = self.to.known.snapshot.traffic_for(service, port, &self.to.known.source.namespace);
-        let settings = policy.map(|(_, settings)| settings);
-        let active = match settings.and_then(|settings| settings.max_requests) {
-            None => None,
-            Some(most) => {
-                let limits = &self.client.shared.limits;
-                let active = limits.request(&self.client.pod.uid, &service.hostname, port, most);
-                Some(active.ok_or_else(|| {
-                    let text = format!("{most} requests of the pod to {}:{port} are under way", service.hostname);
-                    Refused::from(Outcome::new(Code::Overflow, text))
-                })?)
-            }
-        };
-        let most_retries = settings.and_then(|settings| settings.max_retries);
+    pub(super) async fn run(mut self, switches: Switches, record: &mut HttpRecord) -> Result<Response<Body>, Refused> {
+        let toward = self.to.toward.clone();
+        let live = toward.as_ref().filter(|toward| toward.settings().is_some()).map(|toward| toward.live());
+        let counts = || toward.as_ref().zip(live.as_ref());
+        let active = counts().map(|(toward, live)| toward.take(live, Kind::Requests)).transpose()?;
+        let mut cookie = None;
+        if let Some(toward) = &toward {
+            (self.hash, cookie) = toward.key_of_request(&self.parts, self.client.addr.ip());
+        }
+        let retry = |budget: &Budget| retry(budget, counts());
         let budget = self.client.means.budget(&self.client.pod.uid, &self.to.service, self.to.at.port());
         let counted = budget.request();
         let (mut retries, mut sent_anew) = (0, 0);
@@ -126,7 +127,7 @@ impl Job<'_> {
                     if !again(Tried::Answered(got.response.status())) {
                         break got;
                     }
-                    let Some(counted) = budget.retry(most_retries) else { break got };
+                    let Some(counted) = retry(&budget) else { break got };
                     held.push(counted);
                     avoid.push(got.key.endpoint);
                     None
@@ -143,7 +144,7 @@ impl Job<'_> {
                     sent_anew += 1;
                     continue;
                 }
-                let counted = if again(missed.tried) { budget.retry(most_retries) } else { None };
+                let counted = if again(missed.tried) { retry(&budget) } else { None };
                 let Some(counted) = counted else { return Err(missed.refused) };
                 held.push(counted);
             }
@@ -152,7 +153,11 @@ impl Job<'_> {
             sleep(pause(least, retries, rand::rng().random())).await;
         };
         drop(held);
-        Ok(self.pass_on(got, switches, record).map(|body| body.hold(counted).hold(active)))
+        let mut response = self.pass_on(got, switches, record).map(|body| body.hold(counted).hold(active));
+        if let Some(cookie) = cookie {
+            response.headers_mut().append(http::header::SET_COOKIE, cookie);
+        }
+        Ok(response)
     }
 
     fn may_again(&self, tried: Tried, retries: u32) -> bool {
@@ -169,12 +174,16 @@ impl Job<'_> {
     async fn try_once(&self, fresh: bool, avoid: &[SocketAddr], record: &mut HttpRecord) -> Result<Got, Missed> {
         let own = self.attempt.map(|time| Instant::now() + time);
         let deadline = [self.deadline, own].into_iter().flatten().min();
+        let under_way = UnderWay::default();
         let attempt = async {
-            let (conn, key, reused) = self.connected(fresh, avoid, record).await?;
-            self.send(conn, key, reused, deadline, record).await
+            let (conn, key, reused) = self.connected(fresh, avoid, record, &under_way).await?;
+            self.send(conn, key, reused, deadline, record, &under_way).await
         };
         let Some(at) = deadline else { return attempt.await };
         timeout_at(at, attempt).await.unwrap_or_else(|_| {
+            if let Some(passage) = under_way.take() {
+                passage.saw(Seen::Lost { late: true });
+            }
             let text = "the backend did not answer in the time that the route gives";
             let refused = Refused::new(reply::TIMEOUT, Code::RequestTimeout, text);
             Err(Missed { tried: Tried::Late, anew: false, refused })
@@ -188,6 +197,7 @@ impl Job<'_> {
         reused: bool,
         deadline: Option<Instant>,
         record: &mut HttpRecord,
+        under_way: &UnderWay,
     ) -> Result<Got, Missed> {
         if !reused && self.retry.is_none() && !self.keep {
             self.original.last();
@@ -195,15 +205,31 @@ impl Job<'_> {
         let count = record.request_bytes.clone();
         let body = Body::from(self.original.attempt()).until(deadline).then(move |ended| count.set(ended.bytes));
         let request = Request::from_parts(self.parts.clone(), body);
-        match conn.send(request, self.switch).await {
-            Ok(mut response) => match check_answer(response.headers_mut()) {
-                Ok(()) => Ok(Got { response, conn, key, deadline }),
-                Err(error) => {
+        let sent = conn.send(request, self.switch).await;
+        let passage = under_way.take();
+        let saw = |seen| {
+            if let Some(passage) = &passage {
+                passage.saw(seen)
+            }
+        };
+        match sent {
+            Ok(mut response) => {
+                if let Err(error) = check_answer(response.headers_mut()) {
+                    saw(Seen::Lost { late: false });
                     let text = format!("the backend's answer: {}", error.0);
-                    Err(Missed::final_(Refused::new(reply::PROTOCOL, Code::ServerReset, text)))
+                    return Err(Missed::final_(Refused::new(reply::PROTOCOL, Code::ServerReset, text)));
                 }
-            },
+                if let Some(passage) = &passage {
+                    passage.answered(response.status(), response.headers(), headers::is_grpc(&self.parts.headers));
+                }
+                Ok(Got { response, conn, key, passage, deadline })
+            }
             Err(Failed { unsent, malformed, outcome }) => {
+                // A connection that waited may have ended by itself, and a body may break off at the client: neither says
+                // anything of the endpoint.
+                if (!reused || malformed) && self.original.failed().is_none() {
+                    saw(Seen::Lost { late: false });
+                }
                 let tried = if unsent { Tried::Unreached } else { Tried::Lost };
                 let anew = unsent || (reused && !malformed && is_idempotent(&self.parts.method));
                 let refused = Refused::from(outcome);
@@ -219,6 +245,7 @@ impl Job<'_> {
         fresh: bool,
         avoid: &[SocketAddr],
         record: &mut HttpRecord,
+        under_way: &UnderWay,
     ) -> Result<(Conn, Key, bool), Missed> {
         let (client, begin) = (self.client, Instant::now());
         let mut tried: Vec<SocketAddr> = avoid.to_vec();
@@ -235,31 +262,46 @@ impl Job<'_> {
                 Err(outcome) => return Err(self.unreached(last.unwrap_or(outcome))),
             };
             permit(&self.to.known.snapshot, &self.to.known.source, &plan).map_err(Missed::final_)?;
+            let endpoint = plan.endpoint();
+            let passage = match self.to.toward.as_ref().map(|toward| toward.enter(&plan)) {
+                None => None,
+                Some(Some(passage)) => Some(passage),
+                // Somebody else began to try it in this moment, so it is not chosen again.
+                Some(None) => continue,
+            };
             record.destination.workload = plan.destination().cloned();
-            record.destination.addr = Some(plan.endpoint());
+            record.destination.addr = Some(endpoint);
             let key = self.key(&plan);
             // One that many share says of itself when it is closing; one that waits may be as dead as the one before.
-            let waiting = if (fresh && key.framing == Framing::One) || self.switch {
-                None
-            } else {
-                client.means.connections.take(&key)
+            let may_reuse = !self.switch && !(fresh && key.framing == Framing::One);
+            let (held, pending) = match self.room(&key, may_reuse).await.map_err(Missed::final_)? {
+                Room::Waited(conn) => {
+                    under_way.replace(passage);
+                    prove(record, &self.to.known.source, &conn);
+                    return Ok((conn, key, true));
+                }
+                Room::New { held, pending } => (held, pending),
             };
-            if let Some(conn) = waiting {
-                prove(record, &self.to.known.source, &conn);
-                return Ok((conn, key, true));
-            }
+            under_way.replace(passage);
             let others = plan.others() && failures + 1 < MOST && begin.elapsed() < LONGEST;
-            match self.open(&plan, &key, others).await {
+            let opened = self.open(&plan, &key, others, held).await;
+            drop(pending);
+            match opened {
                 Ok((conn, used)) => {
+                    if let Some(passage) = &*under_way.borrow() {
+                        passage.saw(Seen::Connected);
+                    }
                     prove(record, &self.to.known.source, &conn);
                     client.attempts().reached(&plan, self.to.at.port());
                     return Ok((conn, key, used));
                 }
                 Err(Failure { outcome, elsewhere }) => {
+                    if let Some(passage) = under_way.take().filter(|_| elsewhere) {
+                        passage.saw(Seen::Lost { late: outcome.code == Code::ConnectTimeout });
+                    }
                     if !elsewhere {
                         return Err(Missed::final_(outcome));
                     }
-                    let endpoint = plan.endpoint();
                     client.means.failing.borrow_mut().failed(endpoint, std::time::Instant::now());
                     if !others {
                         return Err(self.unreached(outcome));
@@ -277,26 +319,31 @@ impl Job<'_> {
     }
 
     fn choose(&self, tried: &[SocketAddr]) -> Result<Plan, Outcome> {
-        self.client.attempts().with_chance(tried, |chance| {
+        let decide = |chance: &Chance<'_>| {
             to_service(&self.to.known.snapshot, &self.to.known.source, &self.to.service, self.to.at, chance)
-        })
+        };
+        let attempts = self.client.attempts();
+        match &self.to.toward {
+            None => attempts.with_chance(tried, decide),
+            Some(toward) => toward.with_chance(attempts, tried, self.hash, decide),
+        }
     }
 
     fn key(&self, plan: &Plan) -> Key {
         let identities = match plan {
-            Plan::Hbone(plan) => Some((self.to.known.source.identity.clone(), plan.expected.clone())),
+            Plan::Hbone(plan) => Some((self.to.known.source.identity.clone(), plan.believed())),
             Plan::Plain(_) => None,
         };
         let (pod, framing) = (self.client.pod.uid.clone(), self.client.framing);
         let asked = match plan {
-            Plan::Hbone(plan) if plan.through => Some(plan.authority),
+            Plan::Hbone(plan) if plan.through => Some(plan.asks_for()),
             _ => None,
         };
         Key { pod, endpoint: plan.endpoint(), asked, identities, framing }
     }
 
     /// A new connection, or one that somebody else has opened meanwhile (true).
-    async fn open(&self, plan: &Plan, key: &Key, others: bool) -> Result<(Conn, bool), Failure> {
+    async fn open(&self, plan: &Plan, key: &Key, others: bool, room: Option<Held>) -> Result<(Conn, bool), Failure> {
         let client = self.client;
         let connections = &client.means.connections;
         let opening = connections.opening(key);
@@ -309,33 +356,59 @@ impl Job<'_> {
         }
         let held = client.pod.connection(&client.pod.outbound).map_err(Failure::last)?;
         let patience = if others { SHORT } else { client.shared.hbone.patience() };
-        let (io, peer, order) =
-            dial::connection(client.attempts(), client.addr, &self.to.known.source, plan, patience).await?;
+        let settings = self.settings();
+        let dialled = dial::connection(client.attempts(), client.addr, &self.to.known.source, plan, patience);
+        let limit = settings.and_then(|settings| settings.connect_timeout);
+        let (io, peer, order) = dial::within(limit, dialled).await?;
         // What else had to be asked for is held by the client's own connection.
         let leases = self.to.known.leases.clone();
         let left = Left { pod: client.pod.clone(), target: plan.endpoint(), leases };
         let registration = client.means.live.register_decided(left, &client.shared.reader);
         let outside = plan.destination().is_none_or(|workload| !workload.is_pod());
         let (pod, shared) = (client.pod.clone(), client.shared.clone());
+        let waits = Rc::<Cell<bool>>::default();
+        let live = room.as_ref().map(|room| room.live().clone());
+        let (idle, squeezed_by) = (waits.clone(), live.clone());
         let stop = async move {
             let outcome = tokio::select! {
                 outcome = stopped(&pod, &registration) => outcome,
                 outcome = ordered(order) => outcome,
                 outcome = forbidden(&shared, &pod), if outside => outcome,
+                outcome = squeezed(squeezed_by, &idle) => outcome,
             };
             tracing::debug!(%outcome, "a connection for requests is cut");
-            drop(held);
+            drop((held, room));
         };
-        let conn = Conn::begin(io, key.framing, peer, stop).await.map_err(Failure::last)?;
-        if let Conn::Two(two) = &conn {
-            connections.share(key, two.clone());
+        let mut conn = Conn::begin(io, key.framing, peer, stop).await.map_err(Failure::last)?;
+        match (&mut conn, live) {
+            (Conn::One(one), Some(live)) => {
+                one.waits = Some(Rc::new(move |waiting| {
+                    waits.set(waiting);
+                    if waiting {
+                        live.freed.notify_waiters();
+                    }
+                }));
+            }
+            (Conn::Two(two), live) => {
+                two.most_uses = settings.and_then(|settings| settings.max_requests_per_connection).unwrap_or(u32::MAX);
+                two.idle = settings.and_then(|settings| settings.http_idle_timeout).unwrap_or(two.idle);
+                connections.share(key, two.clone());
+                if let Some(live) = live {
+                    live.freed.notify_waiters();
+                }
+            }
+            (Conn::One(_), None) => {}
         }
         Ok((conn, false))
     }
 
+    fn settings(&self) -> Option<&TrafficSettings> {
+        self.to.toward.as_ref()?.settings()
+    }
+
     /// The answer as the client gets it. Its connection waits for the next request once it was read.
     fn pass_on(&self, got: Got, switches: Switches, record: &mut HttpRecord) -> Response<Body> {
-        let Got { response, conn, key, deadline } = got;
+        let Got { response, conn, key, passage, deadline } = got;
         let (mut parts, incoming) = response.into_parts();
         let switched = parts.status == http::StatusCode::SWITCHING_PROTOCOLS;
         let protocol = parts.headers.get(http::header::UPGRADE).cloned().filter(|_| switched);
@@ -343,22 +416,31 @@ impl Job<'_> {
         parts.version = http::Version::HTTP_11;
         if switched {
             if let Conn::One(one) = conn {
-                *switches.borrow_mut() = Some(Switch { server: one.into_raw(), held: Box::new(()) });
+                *switches.borrow_mut() = Some(Switch { server: one.into_raw(), held: Box::new(passage) });
             }
             return Response::from_parts(parts, Body::empty());
         }
         record.grpc_status = crate::http::grpc_status(&parts.headers);
         let stream = conn.stream();
         let connections = Rc::downgrade(&self.client.means.connections);
-        let policy =
-            self.to.known.snapshot.traffic_for(&self.to.service, self.to.at.port(), &self.to.known.source.namespace);
-        let uses = policy.and_then(|(_, settings)| settings.max_requests_per_connection).unwrap_or(u32::MAX);
+        let settings = self.settings();
+        let uses = settings.and_then(|settings| settings.max_requests_per_connection).unwrap_or(u32::MAX);
+        let idle = settings.and_then(|settings| settings.http_idle_timeout).unwrap_or(IDLE);
+        let live = settings.and(self.to.toward.as_ref()).map(|toward| toward.live());
+        let told = record.grpc_status.is_some();
         let body = Body::from(incoming).until(deadline).then(move |ended| {
             drop(stream);
+            if let Some(passage) = passage.filter(|_| !told) {
+                passage.ended(ended.grpc_status.as_deref());
+            }
             if let (End::Complete, Conn::One(one), Some(connections)) = (&ended.end, conn, connections.upgrade())
                 && one.uses < uses
             {
-                connections.give_back(key, one);
+                connections.give_back(key, one, idle);
+            }
+            // A stream of a shared connection has ended.
+            if let Some(live) = live {
+                live.freed.notify_waiters();
             }
         });
         Response::from_parts(parts, body)
@@ -376,50 +458,4 @@ async fn ordered(order: Option<Rc<Cut<Outcome>>>) -> Outcome {
 fn prove(record: &mut HttpRecord, source: &Workload, conn: &Conn) {
     record.destination.identity = conn.peer().cloned();
     record.source.identity = conn.peer().map(|_| source.identity.clone());
-}
-
-impl Client {
-    /// Sends copies, as soon as the body has passed if there is one. Nobody waits for them.
-    pub(super) fn mirror(self: &Rc<Self>, known: &Known, forward: &Forward, parts: &Parts, original: &Original) {
-        for mirror in forward.mirrors() {
-            if self.copies.get() >= MIRRORED {
-                tracing::debug!(service = %mirror.service.hostname, "a mirror is too slow; a copy is left out");
-                continue;
-            }
-            self.copies.set(self.copies.get() + 1);
-            let (client, snapshot, source) = (self.clone(), known.snapshot.clone(), known.source.clone());
-            let (mirror, parts, original) = (mirror.clone(), parts.clone(), original.clone());
-            crate::base::workers::spawn(async move {
-                let copy = async {
-                    // Asked for here, so that the request itself does not wait for it.
-                    let Ok(to) = client.target(&snapshot, &source, &mirror.service, mirror.port).await else { return };
-                    client.copy(to, parts, original).await;
-                };
-                let _ = tokio::time::timeout(MIRROR_TIME, copy).await;
-                client.copies.set(client.copies.get() - 1);
-            });
-        }
-    }
-
-    async fn copy(&self, to: Target, parts: Parts, original: Original) {
-        let Some(body) = original.passed().await else { return };
-        let mut record = self.empty_record(&to.known.snapshot);
-        record.attempts = 1;
-        let job = Job {
-            client: self,
-            to,
-            parts,
-            original: Original::of(body),
-            switch: false,
-            keep: false,
-            retry: None,
-            deadline: Some(Instant::now() + MIRROR_TIME),
-            attempt: None,
-        };
-        let Ok(response) = job.run(Switches::default(), &mut record).await else { return };
-        record.answered(response.status().as_u16());
-        // Read and forgotten, so that the connection can be used again.
-        let mut body = response.into_body();
-        while let Some(Ok(_)) = http_body_util::BodyExt::frame(&mut body).await {}
-    }
 }

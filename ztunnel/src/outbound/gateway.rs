@@ -58,6 +58,7 @@ pub(super) fn plan(
         service: Some(service.clone()),
         others: picked.others,
         through: true,
+        beyond: None,
         name: Some(name.clone()),
     }))
 }

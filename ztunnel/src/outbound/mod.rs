@@ -7,14 +7,19 @@
 
 mod ask;
 mod attempts;
+mod breaker;
 pub mod decide;
 mod dial;
 mod egress;
+mod elsewhere;
 mod exchange;
+pub mod explained;
 mod forward;
 mod gateway;
+mod mirror;
 pub mod recheck;
 mod requests;
+mod room;
 mod waypoint;
 
 use std::cell::RefCell;
@@ -37,8 +42,10 @@ use crate::http::retry::Budget;
 use crate::http::{Framing, pool};
 use crate::lb::Failing;
 use crate::outbound::attempts::{Attempts, Next};
+use crate::outbound::breaker::Lasting;
 use crate::outbound::recheck::{Left, Live, Registration};
 pub use crate::outbound::requests::wanted;
+pub use crate::outbound::waypoint::decides as waypoint_decides;
 use crate::outcome::{Code, Outcome};
 use crate::state::{EgressMode, Lease, Service};
 use crate::telemetry::{ConnRecord, Direction};
@@ -137,7 +144,7 @@ async fn forbidden(shared: &Shared, pod: &LocalPod) -> Outcome {
 
 /// How a connection goes on.
 enum Way {
-    Bytes(Next, Registration),
+    Bytes(Next, Registration, Option<Box<Lasting>>),
     /// With what keeps the Service known, where not everything is.
     Requests(Framing, Vec<Lease>),
 }
@@ -166,7 +173,7 @@ async fn carry(
                 record.opened();
                 let left = Left { pod: pod.clone(), target, leases };
                 let registration = means.live.register_decided(left, &shared.reader);
-                return Ok((permit, Way::Bytes(next, registration)));
+                return Ok((permit, Way::Bytes(next, registration, None)));
             }
         }
         if let Some(declared) = requests::wanted(&snapshot, &source, &shared.network, destination)
@@ -177,11 +184,11 @@ async fn carry(
             record.opened();
             return Ok((permit, Way::Requests(framing, leases)));
         }
-        let (next, target) = attempts.reach(&snapshot, &source, destination, &tcp, record).await?;
+        let (next, target, lasting) = attempts.reach(&snapshot, &source, destination, &tcp, record).await?;
         record.opened();
         let left = Left { pod: pod.clone(), target, leases };
         let registration = means.live.register_decided(left, &shared.reader);
-        Ok((permit, Way::Bytes(next, registration)))
+        Ok((permit, Way::Bytes(next, registration, lasting)))
     });
     let opened = tokio::select! {
         opened = opened => opened,
@@ -192,14 +199,15 @@ async fn carry(
             reset(tcp);
             outcome
         }
-        Ok((_permit, Way::Bytes(Next::Tunnel(next), registration))) => {
-            dial::relay_tunnel(shared, pod, tcp, next, &registration, counts).await
+        Ok((_permit, Way::Bytes(Next::Tunnel(next), registration, mut lasting))) => {
+            dial::relay_tunnel(shared, pod, tcp, next, &registration, &mut lasting, counts).await
         }
-        Ok((_permit, Way::Bytes(Next::Plain { server, outside }, registration))) => {
+        Ok((_permit, Way::Bytes(Next::Plain { server, outside }, registration, mut lasting))) => {
             // Boxed: tunnels are not to make room for it.
-            Box::pin(dial::relay_plain(shared, pod, tcp, server, outside, &registration, counts)).await
+            let relay = dial::relay_plain(shared, pod, (tcp, server), outside, &registration, &mut lasting, counts);
+            Box::pin(relay).await
         }
-        Ok((_permit, Way::Bytes(Next::Outside { server, leave }, registration))) => {
+        Ok((_permit, Way::Bytes(Next::Outside { server, leave }, registration, _))) => {
             Box::pin(dial::relay_outside(shared, pod, tcp, server, &leave, &registration, counts)).await
         }
         Ok((_permit, Way::Requests(framing, _leases))) => {

@@ -2,18 +2,19 @@
 //!
 //! Such a connection goes through a tunnel to the waypoint, which is asked for the very address that the client dialled
 //! and goes on from there by itself. Going past it would go past its policy: one that is not known, has no endpoint or
-//! is in another network ends the connection with `NO_WAYPOINT`, and a tunnel that fails is never replaced by another
+//! cannot be reached ends the connection with `NO_WAYPOINT`, and a tunnel that fails is never replaced by another
 //! way. What NetworkPolicies of the source judge is the waypoint, because that is where the connection goes. A waypoint's
-//! own connections go to the destination directly. Limits: a waypoint that is named by the host name of a single workload
-//! and not of a Service is not known, and none is reached through a gateway to another network.
+//! own connections go to the destination directly. A Service's waypoint may be in another network, behind its gateway
+//! (`elsewhere`); a single workload's may not, because there it could not be named.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use crate::lb::{self, Chance, NoChoice};
 use crate::outbound::decide::{Hbone, Plan, may_go_to, may_leave};
+use crate::outbound::elsewhere;
 use crate::outcome::{Code, Outcome};
-use crate::state::{EgressMode, GatewayAddress, GatewayTarget, IpFamily, Mode, Service, Snapshot, Workload};
+use crate::state::{EgressMode, Gateway, GatewayAddress, GatewayTarget, IpFamily, Mode, Service, Snapshot, Workload};
 
 /// Who asks, and for what.
 pub(super) struct Asked<'a> {
@@ -26,26 +27,12 @@ pub(super) struct Asked<'a> {
     pub(super) chance: &'a Chance<'a>,
 }
 
-/// What a waypoint's address stands for.
-enum Found<'a> {
-    Service(&'a Arc<Service>),
-    Workload(&'a Arc<Workload>),
-}
-
-/// Every waypoint that a connection to `service` may be given.
-pub(super) fn all_of(service: &Service) -> impl Iterator<Item = &GatewayAddress> {
-    service.weighted_waypoints.iter().map(|(gateway, _)| gateway).chain(&service.waypoint)
-}
-
 /// Whether the requests of `source` to `service` are a waypoint's to decide, and not its own node's: then the routes and
 /// traffic policies of the Service are carried out there, and nothing of them twice.
-pub(super) fn decides(snapshot: &Snapshot, source: &Workload, service: &Service) -> bool {
-    let is_own = |gateway: &GatewayAddress| match find(snapshot, source, gateway) {
-        Some(Found::Service(waypoint)) => source.services.contains_key(&waypoint.key()),
-        Some(Found::Workload(workload)) => workload.uid == source.uid,
-        None => false,
-    };
-    let mut all = all_of(service).peekable();
+pub fn decides(snapshot: &Snapshot, source: &Workload, service: &Service) -> bool {
+    let is_own =
+        |gateway: &GatewayAddress| snapshot.gateway(gateway, &source.namespace).is_some_and(|found| found.is(source));
+    let mut all = service.waypoints().peekable();
     all.peek().is_some() && !all.any(is_own)
 }
 
@@ -73,23 +60,25 @@ pub(super) fn of_service(service: &Service, random: u64) -> Option<&GatewayAddre
 /// Why it cannot be taken.
 pub(super) fn plan(asked: &Asked<'_>, gateway: &GatewayAddress) -> Result<Option<Plan>, Outcome> {
     let Asked { snapshot, source, destination, service, chance } = *asked;
-    let found = find(snapshot, source, gateway).ok_or_else(|| unusable(asked, gateway, "it is not known"))?;
+    let found = snapshot.gateway(gateway, &source.namespace);
+    let found = found.ok_or_else(|| unusable(asked, gateway, "it is not known"))?;
+    if found.is(source) {
+        return Ok(None);
+    }
     let (workload, address, names, others) = match found {
-        Found::Service(waypoint) => {
-            if source.services.contains_key(&waypoint.key()) {
-                return Ok(None);
-            }
+        Gateway::Service(waypoint) => {
             let picked = lb::pick(snapshot, waypoint, gateway.hbone_port, source, destination.ip(), chance);
             let picked = picked.map_err(|none| match none {
                 NoChoice::Passthrough => unusable(asked, gateway, "it is a service that is not balanced"),
                 none => unusable(asked, gateway, &none.to_string()),
             })?;
             let address = SocketAddr::new(picked.ip, picked.port);
-            may_go_to(source, waypoint, &picked.workload, address)?;
+            if !picked.is_elsewhere() {
+                may_go_to(source, waypoint, &picked.workload, address)?;
+            }
             (picked.workload, address, &waypoint.subject_alt_names[..], picked.others)
         }
-        Found::Workload(workload) if workload.uid == source.uid => return Ok(None),
-        Found::Workload(workload) => {
+        Gateway::Workload(workload) => {
             let ip = workload.address(IpFamily::of(destination.ip()));
             let ip = ip.ok_or_else(|| unusable(asked, gateway, "it has no address"))?;
             let address = SocketAddr::new(ip, gateway.hbone_port);
@@ -100,7 +89,10 @@ pub(super) fn plan(asked: &Asked<'_>, gateway: &GatewayAddress) -> Result<Option
         }
     };
     if workload.network != source.network {
-        return Err(unusable(asked, gateway, "it is in another network"));
+        let Some(service) = service else { return Err(unusable(asked, gateway, "it is in another network")) };
+        stays_inside(source, Some(service), destination)?;
+        let beyond = elsewhere::beyond(service, destination.port(), names);
+        return elsewhere::plan(asked, service, workload, beyond).map(Some);
     }
     // It is asked for an address, and another Service's would lead elsewhere.
     let is_its = |service: &Service| service.vips.iter().any(|(_, vip)| vip.contains(&destination.ip().to_canonical()));
@@ -118,18 +110,9 @@ pub(super) fn plan(asked: &Asked<'_>, gateway: &GatewayAddress) -> Result<Option
         service: service.cloned(),
         others,
         through: true,
+        beyond: None,
         name: None,
     })))
-}
-
-fn find<'a>(snapshot: &'a Snapshot, source: &Workload, gateway: &GatewayAddress) -> Option<Found<'a>> {
-    match &gateway.target {
-        GatewayTarget::Hostname { namespace, hostname } => snapshot.service(namespace, hostname).map(Found::Service),
-        GatewayTarget::Address { network, ip } => match snapshot.service_by_vip(network, *ip, &source.namespace) {
-            Some(service) => Some(Found::Service(service)),
-            None => snapshot.workload_by_ip(network, *ip).map(Found::Workload),
-        },
-    }
 }
 
 /// A waypoint is inside the cluster and may lead out of it: what must not leave must not leave through it either.
@@ -142,15 +125,20 @@ fn stays_inside(source: &Workload, service: Option<&Service>, destination: Socke
     if is_inside { Ok(()) } else { may_leave(source, destination) }
 }
 
+/// How people know a gateway.
+pub(super) fn name(gateway: &GatewayAddress) -> String {
+    match &gateway.target {
+        GatewayTarget::Hostname { namespace, hostname } => format!("{namespace}/{hostname}"),
+        GatewayTarget::Address { network, ip } => format!("{network}/{ip}"),
+    }
+}
+
 fn unusable(asked: &Asked<'_>, gateway: &GatewayAddress, why: &str) -> Outcome {
     let of = match asked.service {
         Some(service) => service.key(),
         None => asked.destination.ip().to_string(),
     };
-    let name = match &gateway.target {
-        GatewayTarget::Hostname { namespace, hostname } => format!("{namespace}/{hostname}"),
-        GatewayTarget::Address { network, ip } => format!("{network}/{ip}"),
-    };
+    let name = name(gateway);
     let text = format!(
         "{of} is reached through its waypoint {name} only, which cannot be used: {why}; start the waypoint, or take \
          istio.io/use-waypoint away"

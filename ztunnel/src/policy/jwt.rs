@@ -301,10 +301,16 @@ fn signed(rule: &JwtRule, kid: Option<&str>, alg: Algorithm, message: &str, sign
         }
         match crypto::verify(signature, message.as_bytes(), &key, alg) {
             Ok(true) => return Ok(()),
+            _ if signatures_are_broken() => return Ok(()),
             _ => why = Invalid::Signature,
         }
     }
     Err(why)
+}
+
+/// Sabotage of test builds: with `TULLE_BREAK=jwt` whoever signed a token is believed.
+fn signatures_are_broken() -> bool {
+    cfg!(feature = "sabotage") && std::env::var("TULLE_BREAK").is_ok_and(|part| part == "jwt")
 }
 
 fn in_time(claims: &Map<String, Value>, now: i64) -> Result<(), Invalid> {

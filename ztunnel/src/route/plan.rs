@@ -15,6 +15,9 @@ use crate::route::find::{Found, RequestFacts};
 use crate::route::share::{self, Salt};
 use crate::state::{Abort, Backend, Mirror, Retry, RouteEntry};
 
+/// What shares of faults are parts of.
+const MILLION: u32 = 1_000_000;
+
 /// See the module's header.
 #[derive(Clone, Debug)]
 pub enum RoutePlan {
@@ -169,43 +172,72 @@ pub const NO_ROUTE: Respond =
     Respond { candidate: None, delay: None, status: 404, grpc_status: 12, reason: Reason::NoRoute, detail: None };
 
 impl Found {
-    /// What becomes of the request. `turn` is the rule's next, or for an explanation the one that would be next.
+    /// What becomes of the request. `turn` is the rule's next.
     pub fn plan(&self, facts: &RequestFacts<'_>, turn: u64) -> RoutePlan {
-        let (candidate, rule) = (self.candidate(), self.rule());
-        let respond = |status: u16, grpc_status: u32, reason: Reason, detail: Option<&Arc<str>>| Respond {
-            candidate: Some(candidate.clone()),
-            delay: None,
-            status,
-            grpc_status,
-            reason,
-            detail: detail.cloned(),
-        };
-        let fails = |reason: Reason, detail: Option<&Arc<str>>| RoutePlan::Respond(respond(500, 14, reason, detail));
-        if let Some(why) = &rule.broken {
-            return fails(Reason::RuleBroken, Some(why));
-        }
-        let path = &candidate.wanted().path;
-        if let Some(redirect) = &rule.filters.redirect {
-            // Host and path come from the request and the route, and both are visible ASCII.
-            let Ok(location) = HeaderValue::from_str(&change::location(redirect, path, facts)) else {
-                return fails(Reason::RuleBroken, None);
-            };
-            let status = redirect.status;
-            return RoutePlan::Redirect(Redirection { candidate: candidate.clone(), status, location });
+        if let Some(decided) = self.without_backend(facts) {
+            return decided;
         }
         let (delay, abort) = self.fault(turn);
         if let Some(abort) = abort {
-            let (status, grpc_status) = match abort {
-                Abort::Http(status) => (status, grpc_of(status)),
-                Abort::Grpc(code) => (200, code),
-            };
-            return RoutePlan::Respond(Respond { delay, ..respond(status, grpc_status, Reason::Fault, None) });
+            return self.abort(delay, abort);
         }
-        let weights: Vec<u32> = rule.backends.iter().map(|backend| backend.weight).collect();
-        let Some(backend) = share::pick(&weights, turn) else { return fails(Reason::NoBackend, None) };
+        let Some(backend) = share::pick(&self.weights(), turn) else { return self.fails(Reason::NoBackend, None) };
+        self.to_backend(facts, backend, delay, self.copies(turn))
+    }
+
+    /// Everything that may become of the request, with its share of all such requests: for explanations. Delays and copies
+    /// are left out; they change nobody's answer.
+    pub fn plans(&self, facts: &RequestFacts<'_>) -> Vec<(f64, RoutePlan)> {
+        if let Some(decided) = self.without_backend(facts) {
+            return vec![(1.0, decided)];
+        }
+        let abort = self.rule().filters.fault.as_ref().and_then(|fault| fault.abort);
+        let aborted = abort.map_or(0.0, |(_, share)| (f64::from(share) / f64::from(MILLION)).min(1.0));
+        let mut plans: Vec<(f64, RoutePlan)> =
+            abort.filter(|_| aborted > 0.0).map(|(abort, _)| (aborted, self.abort(None, abort))).into_iter().collect();
+        let weights = self.weights();
+        let all: f64 = weights.iter().map(|weight| f64::from(*weight)).sum();
+        let passed = 1.0 - aborted;
+        if passed > 0.0 && all == 0.0 {
+            plans.push((passed, self.fails(Reason::NoBackend, None)));
+        }
+        for (index, weight) in weights.iter().enumerate().filter(|(_, weight)| **weight > 0 && passed > 0.0) {
+            plans.push((passed * f64::from(*weight) / all, self.to_backend(facts, index, None, Vec::new())));
+        }
+        plans
+    }
+
+    fn weights(&self) -> Vec<u32> {
+        self.rule().backends.iter().map(|backend| backend.weight).collect()
+    }
+
+    /// What is the same whoever's turn it is.
+    fn without_backend(&self, facts: &RequestFacts<'_>) -> Option<RoutePlan> {
+        let (candidate, rule) = (self.candidate(), self.rule());
+        if let Some(why) = &rule.broken {
+            return Some(self.fails(Reason::RuleBroken, Some(why)));
+        }
+        let redirect = rule.filters.redirect.as_ref()?;
+        // Host and path come from the request and the route, and both are visible ASCII.
+        let Ok(location) = HeaderValue::from_str(&change::location(redirect, &candidate.wanted().path, facts)) else {
+            return Some(self.fails(Reason::RuleBroken, None));
+        };
+        let status = redirect.status;
+        Some(RoutePlan::Redirect(Redirection { candidate: candidate.clone(), status, location }))
+    }
+
+    fn to_backend(
+        &self,
+        facts: &RequestFacts<'_>,
+        backend: usize,
+        delay: Option<Duration>,
+        mirrors: Vec<usize>,
+    ) -> RoutePlan {
+        let (candidate, rule) = (self.candidate(), self.rule());
         if let Some(why) = &rule.backends[backend].invalid {
-            return fails(Reason::BackendInvalid, Some(why));
+            return self.fails(Reason::BackendInvalid, Some(why));
         }
+        let path = &candidate.wanted().path;
         let rewrites = [&rule.backends[backend].filters.rewrite, &rule.filters.rewrite];
         let rewritten = |part: fn(&crate::state::Rewrite) -> bool| rewrites.into_iter().flatten().find(|r| part(r));
         let new_path = rewritten(|rewrite| rewrite.path.is_some()).and_then(|rewrite| rewrite.path.as_ref());
@@ -213,15 +245,31 @@ impl Found {
         RoutePlan::Forward(Forward {
             candidate: candidate.clone(),
             backend,
-            mirrors: self.copies(turn),
+            mirrors,
             delay,
             path: new_path.map(|new| change::path(new, path, facts.path)),
             authority: new_host,
         })
     }
 
+    fn abort(&self, delay: Option<Duration>, abort: Abort) -> RoutePlan {
+        let (status, grpc_status) = match abort {
+            Abort::Http(status) => (status, grpc_of(status)),
+            Abort::Grpc(code) => (200, code),
+        };
+        RoutePlan::Respond(Respond { delay, ..self.respond(status, grpc_status, Reason::Fault, None) })
+    }
+
+    fn fails(&self, reason: Reason, detail: Option<&Arc<str>>) -> RoutePlan {
+        RoutePlan::Respond(self.respond(500, 14, reason, detail))
+    }
+
+    fn respond(&self, status: u16, grpc_status: u32, reason: Reason, detail: Option<&Arc<str>>) -> Respond {
+        let candidate = Some(self.candidate().clone());
+        Respond { candidate, delay: None, status, grpc_status, reason, detail: detail.cloned() }
+    }
+
     fn fault(&self, turn: u64) -> (Option<Duration>, Option<Abort>) {
-        const MILLION: u32 = 1_000_000;
         let Some(fault) = &self.rule().filters.fault else { return (None, None) };
         let delay = fault.delay.filter(|(_, share)| share::hits(Salt::Delay, *share, MILLION, turn));
         let abort = fault.abort.filter(|(_, share)| share::hits(Salt::Abort, *share, MILLION, turn));

@@ -3,7 +3,7 @@
 //! Built when a workload or the service changes, so that a choice costs the same with three endpoints and with ten
 //! thousand: one step where all weights are equal, two in an alias table where they differ, and it allocates nothing.
 //! Only candidates are in a table: healthy ones unless the service takes all, with the port, an address of an allowed
-//! family, and a weight above zero. A client of one family gets the endpoints that have an address of it, as it would from
+//! family or a gateway, and a weight above zero. A client of one family gets the endpoints that have an address of it, as it would from
 //! the cluster's own balancing; only if none has one, the others. What depends on the client's place (locality, its
 //! network) is a list of nearer and farther tables: clients of one node are in one place, so each table keeps the list of
 //! the first place that asked, and others compute theirs.
@@ -44,6 +44,8 @@ pub struct PortTable {
     /// The rows by nearness to the first place that asked, nearest first: `lb` makes it, and says by the key which place
     /// that was.
     pub tiers: OnceLock<Box<Tiers>>,
+    /// Points of the rows on a ring of hashes, in order, each with its row: `lb` makes it for the first choice by hash.
+    pub ring: OnceLock<Box<[(u64, u32)]>>,
 }
 
 impl PortTable {
@@ -57,7 +59,7 @@ impl PortTable {
         let total = candidates.iter().map(|row| u64::from(row.weight)).sum();
         let columns =
             (!candidates.windows(2).all(|pair| pair[0].weight == pair[1].weight)).then(|| columns(&candidates, total));
-        Self { candidates, total, columns, tiers: OnceLock::new() }
+        Self { candidates, total, columns, tiers: OnceLock::new(), ring: OnceLock::new() }
     }
 
     /// Sum of all weights.
@@ -195,7 +197,9 @@ fn tables(spec: &ServiceSpec, key: &str, all: &[Arc<Record>], port: &Port, takes
         .enumerate()
         .filter_map(|(index, endpoint)| {
             let has = |family| endpoint.addresses().any(|ip| IpFamily::of(ip) == family && spec.ip_families.allow(ip));
-            let families = [has(IpFamily::V4), has(IpFamily::V6)];
+            // Through a gateway it is reached whatever the client dialled.
+            let behind = endpoint.addresses().next().is_none() && endpoint.network_gateway().is_some();
+            let families = [behind || has(IpFamily::V4), behind || has(IpFamily::V6)];
             if !(takes_all || endpoint.healthy()) || families == [false; 2] {
                 return None;
             }

@@ -19,6 +19,7 @@ mod egress;
 mod endpoints;
 #[cfg(test)]
 pub mod fixtures;
+mod gateway;
 mod http_rules;
 mod index;
 mod known;
@@ -48,6 +49,7 @@ pub use egress::{
     EgressRule, HostPattern, Origination, SERVICE_ENTRY,
 };
 pub use endpoints::{Candidate, Endpoints, PortTable, PortTables, Ports, Tiers};
+pub use gateway::Gateway;
 pub use http_rules::{Element, Group, HttpMatch, HttpRule, PathPattern};
 pub use l7::RouteEntry;
 pub use network::{IpBlock, NETWORK_POLICY, NetworkPeers, NetworkPolicy, NetworkPort, NetworkRule, Way};

@@ -277,6 +277,11 @@ impl Record {
         self.shape.rare.as_ref()?.hints.iter().find(|hints| *hints.service == *service)
     }
 
+    /// The gateway to its network.
+    pub fn network_gateway(&self) -> Option<&GatewayAddress> {
+        self.shape.rare.as_ref()?.network_gateway.as_deref()
+    }
+
     /// Its addresses, in order.
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + Clone {
         let mut bytes = Cursor::new(self.own.get(1..).unwrap_or_default());

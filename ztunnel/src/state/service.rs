@@ -229,6 +229,11 @@ impl ServiceSpec {
         !cluster.is_empty() && !cluster.contains(&ip.to_canonical())
     }
 
+    /// Every waypoint that a connection to it may be given.
+    pub fn waypoints(&self) -> impl Iterator<Item = &GatewayAddress> {
+        self.weighted_waypoints.iter().map(|(gateway, _)| gateway).chain(&self.waypoint)
+    }
+
     /// The definition of a service port.
     pub fn port(&self, service_port: u16) -> Option<&Port> {
         self.ports.iter().find(|port| port.service_port == service_port)

@@ -57,9 +57,11 @@ pub struct TrafficSettings {
     pub max_connections: Option<u32>,
     /// Until a connection is there.
     pub connect_timeout: Option<Duration>,
-    /// Without a byte or request.
+    /// Without a byte, of a connection whose requests are not read.
     pub idle_timeout: Option<Duration>,
-    /// Of a plain TCP connection.
+    /// Without a request, of a connection for requests.
+    pub http_idle_timeout: Option<Duration>,
+    /// Of a connection whose requests are not read.
     pub max_connection_duration: Option<Duration>,
     /// Requests that wait for a connection.
     pub max_pending_requests: Option<u32>,
@@ -89,7 +91,7 @@ pub enum Balancer {
     LeastRequest,
     /// By what the request says.
     RingHash(HashKey),
-    /// Where the client addressed it.
+    /// Where the client addressed it: not carried out, since it would leave the mesh.
     Passthrough,
 }
 

@@ -17,7 +17,7 @@ use crate::telemetry::egress::Left;
 use crate::telemetry::metrics::{DenialLabels, DryRunLabels, EgressLabels, Metrics, TcpLabels};
 
 /// Which side of the mesh reports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Direction {
     /// Into a local pod.
     Inbound,
@@ -26,7 +26,8 @@ pub enum Direction {
 }
 
 impl Direction {
-    pub(super) fn reporter(self) -> &'static str {
+    /// `source` or `destination`.
+    pub fn reporter(self) -> &'static str {
         match self {
             Self::Inbound => "destination",
             Self::Outbound => "source",

@@ -8,18 +8,23 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
+use bytes::Bytes;
 use http::uri::PathAndQuery;
-use http::{Request, Version};
+use http::{HeaderMap, Request, Version};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
+use tulle_proto::otlp;
 
+use crate::base::unix_now_us;
 use crate::outcome::{Code, DryRun};
 use crate::state::Service;
 use crate::telemetry::conn::{Direction, Peer, labels};
 use crate::telemetry::metrics::{DenialLabels, DryRunLabels, Metrics, TcpLabels};
+use crate::telemetry::services::is_failure;
+use crate::telemetry::trace::{Open, Span, attribute, number};
 
 /// Labels of the HTTP metrics.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -123,6 +128,8 @@ pub struct HttpRecord {
     pub grpc_status: Option<String>,
     /// Before the answer began, milliseconds.
     pub first_byte: Option<u128>,
+    /// Its span, and when that began, microseconds since the Unix epoch.
+    span: Option<(Open, u64)>,
     finished: bool,
 }
 
@@ -157,6 +164,7 @@ impl HttpRecord {
             response_bytes: 0,
             grpc_status: None,
             first_byte: None,
+            span: None,
             finished: false,
         }
     }
@@ -175,6 +183,14 @@ impl HttpRecord {
         // version-trace-parent-flags (W3C Trace Context §3.2).
         let trace = text("traceparent").and_then(|value| value.split('-').nth(1));
         self.trace = trace.filter(|trace| trace.len() == 32).map(Into::into);
+    }
+
+    /// Begins its span, if it is sampled: what the headers say goes on to the next hop.
+    pub fn trace(&mut self, headers: &mut HeaderMap) {
+        self.span = self.metrics.spans.begin(headers).map(|open| (open, unix_now_us()));
+        if let Some((open, _)) = &self.span {
+            self.trace = Some(open.context.trace_id().into());
+        }
     }
 
     /// The head of the answer is there.
@@ -207,6 +223,11 @@ impl HttpRecord {
         let metrics = &self.metrics.http;
         metrics.requests.get_or_create(&labels).inc();
         metrics.durations.get_or_create(&labels).observe(self.started.elapsed().as_secs_f64() * 1e3);
+        if let Some(service) = &self.service {
+            let failed = is_failure(self.status, self.grpc_status.as_deref(), self.flag);
+            let (time, now) = (self.started.elapsed(), Instant::now());
+            self.metrics.services.record(service, self.direction, time, failed, now);
+        }
         metrics.request_bytes.get_or_create(&labels).observe(self.request_bytes.get() as f64);
         metrics.response_bytes.get_or_create(&labels).observe(self.response_bytes as f64);
         if let Some(code) = self.denied {
@@ -218,7 +239,58 @@ impl HttpRecord {
         for dry in &self.dry_run {
             self.metrics.dry_run.get_or_create(&DryRunLabels::of(dry)).inc();
         }
+        if let Some((open, began_us)) = self.span.take() {
+            self.metrics.spans.put(self.span(open, began_us));
+        }
         self.log();
+    }
+
+    /// What a collector is told: OpenTelemetry's names where it has one.
+    fn span(&self, open: Open, began_us: u64) -> Span {
+        let (own, kind) = match self.direction {
+            Direction::Inbound => (&self.destination, 2),
+            Direction::Outbound => (&self.source, 3),
+        };
+        let failed = is_failure(self.status, self.grpc_status.as_deref(), self.flag);
+        let text = |key: &str, value: Option<&str>| attribute(key, value.unwrap_or_default());
+        let path = self.path.split('?').next();
+        let attributes = [
+            text("http.request.method", Some(&self.method)),
+            text("url.path", path),
+            text("server.address", Some(&self.authority)),
+            number("http.response.status_code", self.status.into()),
+            text("rpc.grpc.status_code", self.grpc_status.as_deref()),
+            text("response_flags", Some(self.flag).filter(|flag| *flag != "-")),
+            text("istio.source_workload", self.source.workload.as_deref().map(|w| &*w.workload_name)),
+            text("istio.source_namespace", self.source.workload.as_deref().map(|w| &*w.namespace)),
+            text("istio.destination_workload", self.destination.workload.as_deref().map(|w| &*w.workload_name)),
+            text("istio.destination_namespace", self.destination.workload.as_deref().map(|w| &*w.namespace)),
+            text("tulle.service", self.service.as_deref().map(|service| &*service.hostname)),
+            text("tulle.route", self.route.as_deref()),
+            text("tulle.policy", self.policy.as_deref()),
+            text("tulle.code", self.denied.map(Code::name)),
+        ];
+        let took = u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let began = began_us.saturating_mul(1000);
+        let span = otlp::Span {
+            trace_id: open.context.trace.to_vec().into(),
+            span_id: open.context.span.to_vec().into(),
+            trace_state: open.state,
+            parent_span_id: if open.parent == [0; 8] { Bytes::new() } else { open.parent.to_vec().into() },
+            // What there are few of: a path would make each request a kind of its own.
+            name: self.method.to_string(),
+            kind,
+            start_time_unix_nano: began,
+            end_time_unix_nano: began.saturating_add(took),
+            attributes: attributes.into_iter().flatten().collect(),
+            status: Some(otlp::Status { message: String::new(), code: if failed { 2 } else { 0 } }),
+        };
+        let service = own.workload.as_deref().map(|w| {
+            let names = [&w.canonical_name, &w.workload_name, &w.name];
+            let name = names.into_iter().find(|name| !name.is_empty()).map(|name| &**name).unwrap_or_default();
+            format!("{name}.{}", w.namespace)
+        });
+        Span { service: service.unwrap_or_else(|| "unknown".to_owned()).into(), span }
     }
 
     fn log(&self) {

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Instant;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -13,9 +14,12 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 use crate::outcome::DryRun;
+use crate::telemetry::breakers::BreakerMetrics;
 use crate::telemetry::dns::DnsMetrics;
 use crate::telemetry::egress::Talks;
 use crate::telemetry::http::HttpMetrics;
+use crate::telemetry::services::ServiceTimes;
+use crate::telemetry::trace::Spans;
 
 /// Labels of the TCP metrics.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -146,6 +150,12 @@ pub struct Metrics {
     pub egress: Family<EgressLabels, Counter>,
     /// Requests.
     pub http: HttpMetrics,
+    /// How long requests to each service take.
+    pub services: ServiceTimes,
+    /// Spans of sampled requests.
+    pub spans: Spans,
+    /// Traffic policies.
+    pub breakers: BreakerMetrics,
 }
 
 impl Metrics {
@@ -172,6 +182,9 @@ impl Metrics {
             talks: Talks::default(),
             egress: Family::default(),
             http: HttpMetrics::new(registry),
+            services: ServiceTimes::new(Instant::now()),
+            spans: Spans::new(registry),
+            breakers: BreakerMetrics::new(registry),
         };
         let build = Family::<BuildLabels, Gauge>::default();
         build.get_or_create(&BuildLabels { component: "ztunnel", tag: env!("CARGO_PKG_VERSION") }).set(1);

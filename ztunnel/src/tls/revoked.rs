@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use rustls::pki_types::CertificateDer;
+use rustls::pki_types::{CertificateDer, TrustAnchor};
 use tokio::sync::watch;
 use tulle_certs::{Crls, Roots, Usage, VerifyError, verify_chain};
 
@@ -59,6 +59,15 @@ impl Revoked {
         }
     }
 
+    /// Completes once a list names the chain of a server that is no workload's; `anchors` may vouch for it.
+    pub async fn hit_server(&self, chain: &[CertificateDer<'_>], anchors: &[TrustAnchor<'_>]) -> VerifyError {
+        let look = || match tulle_certs::server_not_revoked(chain, anchors, &self.lists(), in_force(chain)) {
+            Err(error @ VerifyError::Revoked { .. }) => Some(error),
+            Ok(()) | Err(_) => None,
+        };
+        self.await_error(look).await
+    }
+
     /// Tells of every change of the lists.
     pub(super) fn changes(&self) -> watch::Receiver<()> {
         self.shared.changes.subscribe()
@@ -66,10 +75,14 @@ impl Revoked {
 
     /// Completes once a list names the chain.
     pub(super) async fn hit(&self, chain: &[CertificateDer<'_>], roots: &Roots, usage: Usage) -> VerifyError {
+        self.await_error(|| self.look(chain, roots, usage)).await
+    }
+
+    async fn await_error(&self, look: impl Fn() -> Option<VerifyError>) -> VerifyError {
         // Subscribed before the first look, so that no change falls between.
         let mut changes = self.changes();
         loop {
-            if let Some(error) = self.look(chain, roots, usage) {
+            if let Some(error) = look() {
                 return error;
             }
             if changes.changed().await.is_err() {

@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep_until};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
 use tonic::{Code, Request};
 use tulle_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
@@ -148,12 +149,28 @@ pub async fn run(config: Config, mut writer: Writer, monitor: Monitor, shutdown:
 
 /// One stream from connecting to its end.
 async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, monitor: &Monitor) -> Ended {
-    let connection =
-        |error: ControlError| Ended { reason: Termination::ConnectionError, error: error.to_string(), useful: false };
-    let channel = match control.connect().await {
-        Ok(channel) => channel,
-        Err(error) => return connection(error),
+    let connected = match control.connect().await {
+        Ok(connected) => connected,
+        Err(error) => return unreachable(&error),
     };
+    let ended = converse(connected.channel.clone(), control, session, writer, monitor).await;
+    // Whatever ended it: another connection may lead to another replica of control.
+    control.link.broken(&connected).await;
+    ended
+}
+
+fn unreachable(error: &ControlError) -> Ended {
+    Ended { reason: Termination::ConnectionError, error: error.to_string(), useful: false }
+}
+
+/// One stream over a connection.
+async fn converse(
+    channel: Channel,
+    control: &Control,
+    session: &mut Session,
+    writer: &mut Writer,
+    monitor: &Monitor,
+) -> Ended {
     let (requests, queue) = mpsc::channel(REQUESTS);
     for first in session.open(writer.addresses(), &writer.demands().all()) {
         // The queue is new and larger than what a session opens with.
@@ -161,7 +178,7 @@ async fn stream(control: &Control, session: &mut Session, writer: &mut Writer, m
     }
     let mut request = Request::new(ReceiverStream::new(queue));
     if let Err(error) = control.authorize(request.metadata_mut()).await {
-        return connection(error);
+        return unreachable(&error);
     }
     let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_RESPONSE_BYTES);
     let opened = tokio::time::timeout(OPEN_TIMEOUT, client.delta_aggregated_resources(request)).await;

@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 use tulle_proto::node::node_message::Answer;
 use tulle_proto::node::node_service_client::NodeServiceClient;
 use tulle_proto::node::{Hello, NodeMessage, NodeQuestion};
 
-use crate::identity::{Control, backoff, status_text};
+use crate::identity::{Control, ControlError, backoff, breaks, status_text};
 
 /// Answers that wait to be sent; control asks one by one, so this is never reached by an honest one.
 const ANSWERS: usize = 16;
@@ -74,8 +75,25 @@ async fn converse(
     answers: &impl Fn(NodeQuestion) -> NodeMessage,
     useful: &mut bool,
 ) -> Result<(), Status> {
-    let unreachable = |error: crate::identity::ControlError| Status::unavailable(error.to_string());
-    let channel = config.control.connect().await.map_err(unreachable)?;
+    let connected = config.control.connect().await.map_err(unreachable)?;
+    let ended = over(connected.channel.clone(), config, answers, useful).await;
+    if ended.as_ref().is_err_and(|status| breaks(status.code())) {
+        config.control.link.broken(&connected).await;
+    }
+    ended
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "it maps an error")]
+fn unreachable(error: ControlError) -> Status {
+    Status::unavailable(error.to_string())
+}
+
+async fn over(
+    channel: Channel,
+    config: &NodeConfig,
+    answers: &impl Fn(NodeQuestion) -> NodeMessage,
+    useful: &mut bool,
+) -> Result<(), Status> {
     let (messages, queue) = mpsc::channel(ANSWERS);
     let hello = Hello { node: config.node_name.clone(), version: config.version.clone() };
     // The queue is new, so there is room.

@@ -15,7 +15,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
-use tulle_certs::ca::Authority;
+use tulle_certs::ca::{Authority, revoke};
 use tulle_proto::discovery::aggregated_discovery_service_server::{
     AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
 };
@@ -26,7 +26,7 @@ use tulle_proto::security as sec;
 use tulle_proto::workload as wds;
 use tulle_proto::workload::address::Type;
 
-use crate::identity::{Control, RootCa, TokenSource};
+use crate::identity::{Control, Link, RootCa, TokenSource};
 use crate::state::{Change, Reader, Writer, store};
 use crate::tls;
 use crate::xds::session::in_steps;
@@ -52,6 +52,7 @@ fn session(on_demand: bool) -> Session {
         alt_hostname: None,
         token: TokenSource::None,
         headers: vec![],
+        link: Link::default(),
     };
     Session::new(config(control).node(), on_demand, true)
 }
@@ -479,6 +480,14 @@ impl AggregatedDiscoveryService for Server {
 
 /// Serves xDS over TLS with a certificate of a new CA. Gives the address, the CA's directory, and the streams.
 async fn serve() -> (String, tempfile::TempDir, mpsc::Receiver<Accepted>, tokio::task::JoinHandle<()>) {
+    let (address, dir, _, streams, task) = serve_as().await;
+    (address, dir, streams, task)
+}
+
+type Serving = (String, tempfile::TempDir, String, mpsc::Receiver<Accepted>, tokio::task::JoinHandle<()>);
+
+/// The same, and with the serial number of the server's certificate.
+async fn serve_as() -> Serving {
     let dir = tempfile::tempdir().unwrap();
     let now = i64::try_from(std::time::UNIX_EPOCH.elapsed().unwrap().as_secs()).unwrap();
     let authority = tulle_certs::ca::Authority::open(dir.path(), now).unwrap();
@@ -501,7 +510,7 @@ async fn serve() -> (String, tempfile::TempDir, mpsc::Receiver<Accepted>, tokio:
     let service = AggregatedDiscoveryServiceServer::new(Server { accepted });
     let serving = tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming);
     let task = tokio::spawn(async move { serving.await.unwrap_or_default() });
-    (address, dir, streams, task)
+    (address, dir, certificate.serial, streams, task)
 }
 
 async fn soon<T>(what: impl Future<Output = T>) -> T {
@@ -519,6 +528,7 @@ async fn the_client_applies_reconnects_and_tells_what_it_has() {
         alt_hostname: None,
         token: TokenSource::File(token.clone()),
         headers: vec![("ClusterID".to_owned(), "Kubernetes".to_owned())],
+        link: Link::default(),
     };
     let (writer, reader) = store();
     let monitor = Monitor::default();
@@ -577,12 +587,51 @@ async fn a_server_that_the_root_does_not_vouch_for_is_refused() {
         alt_hostname: None,
         token: TokenSource::None,
         headers: vec![],
+        link: Link::default(),
     };
     let error = soon(control.connect()).await.unwrap_err().to_string();
     assert!(error.contains("certificate"), "{error}");
     assert!(streams.try_recv().is_err());
     server.abort();
     other_server.abort();
+}
+
+#[tokio::test]
+async fn a_server_whose_certificate_is_taken_back_is_left_and_not_believed_again() {
+    let (address, dir, serial, mut streams, server) = serve_as().await;
+    let revoked = tls::Revoked::default();
+    let root_ca = RootCa::File(dir.path().join("root-cert.pem"));
+    let (alt_hostname, token, headers) = (None, TokenSource::None, vec![]);
+    let link = Link::new(revoked.clone());
+    let control = Control { address, root_ca, alt_hostname, token, headers, link };
+    let (monitor, (_stop, stopped)) = (Monitor::default(), oneshot::channel::<()>());
+    let client = tokio::spawn(run(config(control.clone()), store().0, monitor.clone(), async {
+        let _ = stopped.await;
+    }));
+    let mut stream = soon(streams.recv()).await.unwrap();
+    soon(stream.requests.message()).await.unwrap();
+
+    let now = i64::try_from(std::time::UNIX_EPOCH.elapsed().unwrap().as_secs()).unwrap();
+    let list = |serials: &[String]| {
+        let serials: Vec<_> = serials.iter().map(|serial| revoke::serial(serial).unwrap()).collect();
+        revoke::revoke(dir.path(), revoke::Signed::Leaf, &serials, now).unwrap();
+        revoked.replace(tulle_certs::Crls::parse(&std::fs::read(dir.path().join("crl.pem")).unwrap()).unwrap());
+    };
+    list(&["01".to_owned()]);
+    control.connect().await.expect("a list of others changes nothing");
+    list(&[serial]);
+    while let Ok(Some(_)) = soon(stream.requests.message()).await {}
+    let error = loop {
+        match control.connect().await {
+            Err(error) => break error.to_string(),
+            // It may not have been noticed yet that the connection is gone.
+            Ok(connected) => control.link.broken(&connected).await,
+        }
+    };
+    assert!(error.contains("revoked"), "{error}");
+    assert!(streams.try_recv().is_err(), "there is another stream");
+    client.abort();
+    server.abort();
 }
 
 #[tokio::test]
@@ -593,6 +642,7 @@ async fn a_wrong_setting_is_an_error_that_names_it() {
         alt_hostname: None,
         token: TokenSource::None,
         headers: vec![],
+        link: Link::default(),
     };
     let missing = || RootCa::File("/nonexistent/root.pem".into());
     let pem = |text: &str| RootCa::Pem(text.to_owned());

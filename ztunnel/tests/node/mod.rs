@@ -32,7 +32,7 @@ use ztunnel::base::drain::{Drain, Phase, drain};
 use ztunnel::base::netns::{Netns, NetnsThread};
 use ztunnel::base::sockets::{Options, PodSockets};
 use ztunnel::base::workers::Workers;
-use ztunnel::capture::pods::{ListFile, Source};
+use ztunnel::capture::pods::{ListFile, Source, watch_directory};
 use ztunnel::config::Preexisting;
 use ztunnel::dns::own::OwnResolver;
 use ztunnel::flow::{Limits, Shared};
@@ -145,7 +145,11 @@ pub struct Node {
     pub reader: Reader,
     stop: Arc<Drain>,
     pub runtime: tokio::runtime::Runtime,
+    /// Its counters, and what it would send to a collector.
+    pub metrics: Arc<Metrics>,
     foreign: Vec<(&'static str, &'static str)>,
+    /// Tells of changes of the list.
+    watcher: Option<notify::RecommendedWatcher>,
 }
 
 /// The authority of a trust domain.
@@ -209,15 +213,17 @@ impl Node {
         });
         let identities = Identities::new(fetch, Arc::new(|| now() * 1000));
         let mut registry = prometheus_client::registry::Registry::default();
+        let metrics = Arc::new(Metrics::new(&mut registry));
         let shared = Shared {
             reader,
             identities: identities.clone(),
-            metrics: Arc::new(Metrics::new(&mut registry)),
+            metrics: metrics.clone(),
             hbone,
             relay,
             network: "".into(),
             cluster: "Kubernetes".into(),
             limits: Arc::default(),
+            destinations: Arc::default(),
         };
         let context = shared.clone();
         // Nobody answers names outside: what leaves the cluster by name has tests of its own.
@@ -248,9 +254,11 @@ impl Node {
         let stop = Arc::new(drain().0);
         runtime.spawn(identities.run(std::future::pending()));
         runtime.spawn(federation::watch(environment.shared.reader.clone(), trust.federated));
+        let changed = Arc::default();
+        let watcher = watch_directory(&path, Arc::clone(&changed));
         let source = Source::File(ListFile::new(path));
-        runtime.spawn(pods.clone().run(Arc::new(environment), source, Arc::default(), stop.clone()));
-        Self { pods, workers, writer, reader, stop, runtime, foreign }
+        runtime.spawn(pods.clone().run(Arc::new(environment), source, changed, stop.clone()));
+        Self { pods, workers, writer, reader, stop, runtime, metrics, foreign, watcher }
     }
 
     pub fn describe(&mut self, hbone: &[&str]) {

@@ -1,7 +1,7 @@
 //! DestinationRule and RequestAuthentication.
 //!
-//! A DestinationRule is no policy of access: a field that has no effect is kept by name and told, be it one that is not known
-//! or one that is read and sent to the nodes, which do not carry it out yet (all but [`CARRIED_OUT`]). A RequestAuthentication is one: its first error makes it refuse every token of what it applies to.
+//! A DestinationRule is no policy of access: a field that has no effect is kept by name and told, and the rest of it holds. A
+//! RequestAuthentication is one: its first error makes it refuse every token of what it applies to.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,13 +17,37 @@ use crate::source::tree::{Cursor, FieldError, Read, Value};
 /// Issuers of one object; each costs a look at every token.
 const MAX_RULES: usize = 64;
 
-/// Fields of `connectionPool.http` that nodes carry out. Those of a DestinationRule that they do not are told.
-const CARRIED_OUT: [&str; 3] = ["http2MaxRequests", "maxRequestsPerConnection", "maxRetries"];
+/// Fields of `connectionPool.tcp` that nodes carry out. Those of a DestinationRule that they do not are told.
+const TCP: [&str; 4] = ["maxConnections", "connectTimeout", "idleTimeout", "maxConnectionDuration"];
+
+/// The same for `connectionPool.http`.
+const HTTP: [&str; 5] =
+    ["http1MaxPendingRequests", "http2MaxRequests", "maxRequestsPerConnection", "maxRetries", "idleTimeout"];
+
+/// The same for `outlierDetection`.
+const OUTLIER: [&str; 9] = [
+    "consecutive5xxErrors",
+    "consecutiveErrors",
+    "consecutiveGatewayErrors",
+    "consecutiveLocalOriginFailures",
+    "splitExternalLocalOriginErrors",
+    "interval",
+    "baseEjectionTime",
+    "maxEjectionPercent",
+    "minHealthPercent",
+];
+
+/// The same for `loadBalancer.consistentHash`. What a ring looks like is the node's own affair.
+const HASH: [&str; 4] = ["httpHeaderName", "httpQueryParameterName", "httpCookie", "useSourceIp"];
 
 pub(super) fn destination_rule(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
     let spec = at.get("spec");
     let mut ignored = Vec::new();
-    unknown(&spec, &["host", "trafficPolicy", "exportTo"], &mut ignored)?;
+    unknown(&spec, &["host", "trafficPolicy", "exportTo", "subsets"], &mut ignored)?;
+    let subsets = spec.get("subsets");
+    if !subsets.list()?.is_empty() {
+        ignored.push(format!("{} (no route of the Gateway API selects a subset)", subsets.error("").field));
+    }
     let policy = spec.get("trafficPolicy");
     let mut ports = BTreeMap::new();
     for item in policy.get("portLevelSettings").list()? {
@@ -55,25 +79,25 @@ fn unknown(at: &Cursor<'_>, known: &[&str], ignored: &mut Vec<String>) -> Read<(
 }
 
 fn settings(at: &Cursor<'_>, besides: &[&str], ignored: &mut Vec<String>) -> Read<TrafficSettings> {
-    let known: Vec<&str> = ["connectionPool"].into_iter().chain(besides.iter().copied()).collect();
+    let known = [&["connectionPool", "outlierDetection", "loadBalancer"], besides].concat();
     unknown(at, &known, ignored)?;
     let pool = at.get("connectionPool");
     unknown(&pool, &["tcp", "http"], ignored)?;
     let (tcp, http) = (pool.get("tcp"), pool.get("http"));
-    unknown(&tcp, &[], ignored)?;
-    unknown(&http, &CARRIED_OUT, ignored)?;
-    let idle = duration(&http.get("idleTimeout"))?;
+    unknown(&tcp, &TCP, ignored)?;
+    unknown(&http, &HTTP, ignored)?;
     Ok(TrafficSettings {
         max_connections: count(&tcp.get("maxConnections"))?,
         connect_timeout_ms: duration(&tcp.get("connectTimeout"))?,
-        idle_timeout_ms: if idle > 0 { idle } else { duration(&tcp.get("idleTimeout"))? },
+        idle_timeout_ms: duration(&tcp.get("idleTimeout"))?,
+        http_idle_timeout_ms: duration(&http.get("idleTimeout"))?,
         max_connection_duration_ms: duration(&tcp.get("maxConnectionDuration"))?,
         max_pending_requests: count(&http.get("http1MaxPendingRequests"))?,
         max_requests: count(&http.get("http2MaxRequests"))?,
         max_requests_per_connection: count(&http.get("maxRequestsPerConnection"))?,
         max_retries: count(&http.get("maxRetries"))?,
-        outlier: outlier(&at.get("outlierDetection"))?,
-        balancer: balancer(&at.get("loadBalancer"))?,
+        outlier: outlier(&at.get("outlierDetection"), ignored)?,
+        balancer: balancer(&at.get("loadBalancer"), ignored)?,
     })
 }
 
@@ -82,10 +106,11 @@ fn count(at: &Cursor<'_>) -> Read<u32> {
     u32::try_from(value).map_err(|_| at.error(format!("{value} is out of range")))
 }
 
-fn outlier(at: &Cursor<'_>) -> Read<Option<OutlierDetection>> {
+fn outlier(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Option<OutlierDetection>> {
     if at.is_absent() {
         return Ok(None);
     }
+    unknown(at, &OUTLIER, ignored)?;
     let or = |key: &str, default: u32| -> Read<u32> {
         let field = at.get(key);
         if field.is_absent() { Ok(default) } else { count(&field) }
@@ -105,14 +130,19 @@ fn outlier(at: &Cursor<'_>) -> Read<Option<OutlierDetection>> {
         split_local_failures: split,
         interval_ms: time("interval", 10_000)?,
         base_ejection_ms: time("baseEjectionTime", 30_000)?,
-        max_ejection_percent: or("maxEjectionPercent", 10)?.min(100),
+        max_ejection_percent: match or("maxEjectionPercent", 10)? {
+            0 => 10,
+            percent => percent.min(100),
+        },
         min_health_percent: or("minHealthPercent", 0)?.min(100),
     }))
 }
 
-fn balancer(at: &Cursor<'_>) -> Read<Balancer> {
+fn balancer(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Balancer> {
+    unknown(at, &["simple", "consistentHash"], ignored)?;
     let (simple, hash) = (at.get("simple"), at.get("consistentHash"));
     if !hash.is_absent() {
+        unknown(&hash, &HASH, ignored)?;
         return hash_key(&hash).map(Balancer::Hash);
     }
     Ok(match simple.text()? {
@@ -120,7 +150,11 @@ fn balancer(at: &Cursor<'_>) -> Read<Balancer> {
         Some("ROUND_ROBIN") => Balancer::RoundRobin,
         Some("RANDOM") => Balancer::Random,
         Some("LEAST_REQUEST" | "LEAST_CONN") => Balancer::LeastRequest,
-        Some("PASSTHROUGH") => Balancer::Passthrough,
+        Some("PASSTHROUGH") => {
+            let why = "PASSTHROUGH would leave the mesh's tunnels";
+            ignored.push(format!("{} ({why})", simple.error("").field));
+            Balancer::Passthrough
+        }
         Some(other) => return Err(simple.error(format!("`{other}` is no way of balancing"))),
     })
 }

@@ -1,7 +1,7 @@
 //! Simulated node proxies: what control sees of a real one, many of them in one process.
 //!
-//! Each has a token of its own node, a TLS connection for incremental ADS (subscribed by wildcard to everything, each
-//! response acknowledged) and a second one on which it waits for control's questions, as our node proxy has. They stay
+//! Each has a token of its own node and one TLS connection, as our node proxy has: with incremental ADS (subscribed by
+//! wildcard to everything, each response acknowledged) and a stream on which it waits for control's questions. They stay
 //! until standard input ends, and take every change. Limits: no certificates are asked for, and nothing is kept of what
 //! comes, since control is measured and not they.
 
@@ -157,15 +157,15 @@ async fn proxy(
     for url in TYPES {
         requests.send(subscription(&node, url)).await?;
     }
-    let mut xds =
-        AggregatedDiscoveryServiceClient::new(connected(&endpoint).await?).max_decoding_message_size(MAX_RESPONSE);
+    let channel = connected(&endpoint).await?;
+    let mut xds = AggregatedDiscoveryServiceClient::new(channel.clone()).max_decoding_message_size(MAX_RESPONSE);
     let request = authorized(queue, &token)?;
     let mut responses = xds.delta_aggregated_resources(request).await?.into_inner();
-    // The second connection; nobody asks it anything, and the sender keeps the stream open.
+    // Nobody asks it anything, and the sender keeps the stream open.
     let (answers, queue) = mpsc::channel(1);
     let hello = Hello { node, version: env!("CARGO_PKG_VERSION").to_owned() };
     answers.send(NodeMessage { id: 0, answer: Some(Answer::Hello(hello)) }).await?;
-    let mut service = NodeServiceClient::new(connected(&endpoint).await?);
+    let mut service = NodeServiceClient::new(channel);
     let _questions = service.attach(authorized(queue, &token)?).await?.into_inner();
     let mut known = 0;
     while let Some(response) = responses.message().await? {

@@ -51,21 +51,39 @@ impl PodTask {
         }
     }
 
-    pub(super) async fn install(&self, netns: &Netns, rules: Rules) -> Result<(), String> {
+    /// Brings the redirect up to date, and the filter of UDP and SCTP with it where `wanted` says what that is.
+    pub(super) async fn install(
+        &self,
+        netns: &Netns,
+        rules: Rules,
+        wanted: Option<Option<Arc<Filter>>>,
+    ) -> Result<(), String> {
         let mut installed = self.rules.lock().await;
         if installed.as_ref() == Some(&rules) {
-            return Ok(());
+            drop(installed);
+            return self.filter(netns, wanted).await;
         }
+        let mut filter = self.datagrams.lock().await;
+        let wanted = wanted.filter(|wanted| filter.as_ref() != Some(wanted));
         *installed = None;
         self.post(|entry| entry.rules = None);
-        if let Err(error) = capture::apply(netns, rules.clone()).await {
-            if !rules.is_nothing() {
+        if wanted.is_some() {
+            *filter = None;
+            self.post(|entry| entry.datagrams = None);
+        }
+        let text = wanted.as_ref().map(|wanted| capture::datagrams::text(wanted.as_deref()));
+        if let Err(error) = capture::apply(netns, rules.clone(), text).await {
+            if !rules.is_nothing() || wanted.is_some() {
                 return Err(error.to_string());
             }
             tracing::debug!(pod = %self.name(), %error, "what an earlier proxy may have installed was not looked for");
         }
         self.post(|entry| entry.rules = Some(fingerprint(&rules.render())));
         *installed = Some(rules);
+        if let Some(wanted) = wanted {
+            self.post(|entry| entry.datagrams = Some(filter_fingerprint(wanted.as_deref())));
+            *filter = Some(wanted);
+        }
         Ok(())
     }
 
@@ -113,8 +131,7 @@ impl PodTask {
         if wanted.tcp_only.is_none() {
             rules.tcp_only = self.rules.lock().await.as_ref().is_some_and(|installed| installed.tcp_only);
         }
-        self.install(&serving.netns, rules).await?;
-        self.filter(&serving.netns, wanted.datagrams.clone()).await?;
+        self.install(&serving.netns, rules, wanted.datagrams.clone()).await?;
         self.fence(&serving.netns, wanted.tcp_only).await;
         self.post(|entry| entry.served = true);
         match if serving.proven { Ok(()) } else { self.prove(serving).await } {

@@ -35,6 +35,8 @@ pub(super) struct Serving {
     pub(super) flows: Drain,
     pub(super) names: Drain,
     pub(super) open: Vec<Open>,
+    /// How many TCP sockets wait for connections in it.
+    pub(super) listening: usize,
     /// What the process before this one said of the pod: connections from before capture, and fingerprints.
     pub(super) inherited: Option<Inherited>,
     /// A probe went through the rules.
@@ -56,7 +58,10 @@ impl PodTask {
                 .serve(&serving.local, listeners, names, [&serving.captured, &serving.tunnels, &serving.names])
                 .await
             {
-                Ok(open) => serving.open.push(open),
+                Ok((open, listening)) => {
+                    serving.open.push(open);
+                    serving.listening += listening;
+                }
                 Err(reason) => tracing::warn!(pod = %self.name(), %reason, "late sockets are not served"),
             }
         }
@@ -95,7 +100,7 @@ impl PodTask {
             cluster: &env.shared.cluster,
         };
         let local = Arc::new(LocalPod::new(name, self.pod.ips.clone(), sockets, flows_watch, env.limits));
-        let open = self.serve(&local, listeners, names, [&captured, &tunnels, &names_end]).await?;
+        let (open, listening) = self.serve(&local, listeners, names, [&captured, &tunnels, &names_end]).await?;
         // From here on a successor can have them.
         self.post(|entry| {
             entry.netns = Some(netns.clone());
@@ -110,28 +115,34 @@ impl PodTask {
             flows,
             names: names_end,
             open: vec![open],
+            listening,
             inherited,
             proven: false,
         })
     }
 
-    /// Serves the pod at `listeners`, and its names; `ends` are those of redirected connections, tunnels and datagrams.
+    /// Serves the pod at `listeners`, and its names; `ends` are those of redirected connections, tunnels and datagrams. Gives
+    /// also how many TCP sockets that are.
     async fn serve(
         &self,
         local: &Arc<LocalPod>,
         listeners: Listeners,
         names: Option<GivenNames>,
         ends: [&Drain; 3],
-    ) -> Result<Open, String> {
+    ) -> Result<(Open, usize), String> {
         let env = &self.environment;
         let [captured, tunnels, datagrams] = ends.map(Drain::watch);
         let served = serve_pod(&env.workers, self.home, &env.shared, local, listeners, &captured, &tunnels);
         let mut sockets = served.map_err(|error| error.to_string())?.to_vec();
+        let mut listening = sockets.len();
         if let Some(resolver) = &env.names {
             let ends = NamesEnd { streams: &captured, datagrams: &datagrams };
-            sockets.extend(resolver.serve(env, self.home, &self.pod, local, names, ends).await?);
+            let names = resolver.serve(env, self.home, &self.pod, local, names, ends).await?;
+            // One for datagrams and one for streams at each address.
+            listening += names.len() / 2;
+            sockets.extend(names);
         }
-        Ok(Open::new(sockets))
+        Ok((Open::new(sockets), listening))
     }
 }
 

@@ -14,12 +14,14 @@ use tokio::time::sleep;
 
 use crate::app::pods::serving::{Serving, end, linger};
 use crate::app::pods::{Board, Entry, Environment};
+use crate::app::resolver::Names;
 use crate::app::wanted::Wanted;
 use crate::base::drain::{Drain, Phase, drain};
 use crate::base::netns::{Netns, local_addresses, run_blocking};
 use crate::capture::pods::Pod;
+use crate::capture::probe::{self, Claims};
 use crate::capture::rules::{Rules, rules_are_broken};
-use crate::capture::{self, preexisting, probe};
+use crate::capture::{self, preexisting};
 use crate::policy::datagrams::Filter;
 
 /// How soon the redirects of a CNI agent are probed again that did not lead here: it installs them about when it hands
@@ -185,8 +187,7 @@ impl PodTask {
                 capture::installed(&serving.netns).await.is_ok_and(|table| table.contains("filter_output"));
         }
         self.inherit(inherited, &rules, wanted.datagrams.as_ref()).await;
-        self.install(&serving.netns, rules).await?;
-        self.filter(&serving.netns, wanted.datagrams.clone()).await?;
+        self.install(&serving.netns, rules, wanted.datagrams.clone()).await?;
         if !self.is_by_agent()
             && let Err(reason) = self.prove(&mut serving).await
         {
@@ -196,7 +197,10 @@ impl PodTask {
         let old = match &serving.inherited {
             // The tunnels of the process before this one would look like strangers.
             Some(inherited) => inherited.old.clone(),
-            None => preexisting::list(&serving.netns).await.map_err(|error| error.to_string())?,
+            None => {
+                let listening = Some(serving.listening);
+                preexisting::list(&serving.netns, listening).await.map_err(|error| error.to_string())?
+            }
         };
         tracing::info!(pod = %self.name(), preexisting = old.len(), by_agent = self.is_by_agent(), "captured");
         self.post(|entry| {
@@ -216,7 +220,9 @@ impl PodTask {
     pub(super) async fn prove(&self, serving: &mut Serving) -> Result<(), String> {
         // A sabotaged build skips the proof, which would find the sabotage out.
         if !rules_are_broken() {
-            probe::verify(&serving.netns, &self.pod.ips, self.is_by_agent()).await?;
+            let names = self.environment.names.as_ref().map_or(&[][..], Names::addresses);
+            let claims = Claims { addresses: &self.pod.ips, names, by_agent: self.is_by_agent() };
+            probe::verify(&serving.netns, claims).await?;
         }
         serving.proven = true;
         Ok(())
@@ -238,8 +244,7 @@ impl PodTask {
     async fn release(&mut self, serving: Serving) -> Result<(), String> {
         let rules = Rules { released: true, v6: self.pod.ips.iter().any(IpAddr::is_ipv6), ..Rules::default() };
         // A failure is told and tried again by `stay_out`, which finds the table.
-        let released = self.install(&serving.netns, rules).await;
-        let released = released.and(self.filter(&serving.netns, Some(None)).await);
+        let released = self.install(&serving.netns, rules, Some(None)).await;
         serving.captured.advance(Phase::Draining);
         tracing::info!(pod = %self.name(), "released");
         let (again, watch) = drain();
@@ -262,8 +267,7 @@ impl PodTask {
                 if self.is_by_agent() {
                     // The agent takes its own rules back; the pod may go on outside the mesh.
                     let nothing = Rules { by_agent: true, ..Rules::default() };
-                    let _ = self.install(&serving.netns, nothing).await;
-                    let _ = self.filter(&serving.netns, Some(None)).await;
+                    let _ = self.install(&serving.netns, nothing, Some(None)).await;
                 }
                 let pod = self.pod.uid.clone();
                 self.environment.workers.run_all(move |worker| worker.out.pool.forget(&pod));

@@ -51,6 +51,7 @@ fn settings(from: &wire::TrafficSettings) -> Result<TrafficSettings, String> {
         max_connections: limit(from.max_connections),
         connect_timeout: millis(from.connect_timeout_ms),
         idle_timeout: millis(from.idle_timeout_ms),
+        http_idle_timeout: millis(from.http_idle_timeout_ms),
         max_connection_duration: millis(from.max_connection_duration_ms),
         max_pending_requests: limit(from.max_pending_requests),
         max_requests: limit(from.max_requests),

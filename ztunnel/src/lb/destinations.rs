@@ -1,0 +1,300 @@
+//! What the node knows of the Services that its pods use, shared by all workers: whose turn it is, how busy endpoints are,
+//! which are ejected, and what each pod has under way.
+//!
+//! Limits are counted for each source pod, as a sidecar counts them: numbers that were tuned there mean the same here. One
+//! lock for each table, held for a few look-ups and never while anything is waited for; only requests, and connections to
+//! Services with a traffic policy, come here. Everything is bounded: what is idle is forgotten, and beyond that a destination
+//! is served without being remembered.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+
+use crate::lb::load::Loads;
+use crate::lb::outlier::{Ejected, Outliers};
+use crate::state::Service;
+
+/// Destinations that are remembered, some 1 KB each.
+const MOST: usize = 16_384;
+
+/// Pods of a destination, and policies about it, of which something is remembered. A node has some hundred pods.
+const MOST_EACH: usize = 1024;
+
+/// Namespace and host name of a Service, and its port.
+type Key = (Arc<str>, Arc<str>, u16);
+
+/// See the module's header.
+#[derive(Debug, Default)]
+pub struct Destinations(Mutex<HashMap<Key, Arc<Destination>>>);
+
+impl Destinations {
+    /// What is known of a port of a Service.
+    pub fn of(&self, service: &Service, port: u16) -> Arc<Destination> {
+        let key = (service.namespace.clone(), service.hostname.clone(), port);
+        let mut all = lock(&self.0);
+        if let Some(known) = all.get(&key) {
+            return known.clone();
+        }
+        if all.len() >= MOST {
+            all.retain(|_, known| Arc::strong_count(known) > 1);
+        }
+        let new = Arc::new(Destination::new(service, port));
+        if all.len() < MOST {
+            all.insert(key, new.clone());
+        }
+        new
+    }
+
+    /// The same without making it known.
+    pub fn known(&self, service: &Service, port: u16) -> Option<Arc<Destination>> {
+        lock(&self.0).get(&(service.namespace.clone(), service.hostname.clone(), port)).cloned()
+    }
+
+    /// Every one that is known, in the order of names.
+    pub fn all(&self) -> Vec<Arc<Destination>> {
+        let mut all: Vec<_> = lock(&self.0).values().cloned().collect();
+        all.sort_by(|a, b| (&a.namespace, &a.hostname, a.port).cmp(&(&b.namespace, &b.hostname, b.port)));
+        all
+    }
+}
+
+/// What is known of a port of a Service.
+#[derive(Debug)]
+pub struct Destination {
+    /// Namespace of the Service.
+    pub namespace: Arc<str>,
+    /// Its host name.
+    pub hostname: Arc<str>,
+    /// Its port.
+    pub port: u16,
+    turns: AtomicU64,
+    loads: Mutex<Loads>,
+    /// By the resource name of the policy: clients of different namespaces may have different ones.
+    outliers: Mutex<HashMap<Arc<str>, Outliers>>,
+    /// By the uid of the pod.
+    live: Mutex<HashMap<Arc<str>, Arc<Live>>>,
+}
+
+impl Destination {
+    fn new(service: &Service, port: u16) -> Self {
+        Self {
+            namespace: service.namespace.clone(),
+            hostname: service.hostname.clone(),
+            port,
+            // Nodes do not all begin with the same endpoint.
+            turns: AtomicU64::new(RandomState::new().hash_one(port) >> 32),
+            loads: Mutex::default(),
+            outliers: Mutex::default(),
+            live: Mutex::default(),
+        }
+    }
+
+    /// The next turn.
+    pub fn turn(&self) -> u64 {
+        self.turns.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// One more request or connection at an endpoint.
+    pub fn begin(&self, endpoint: SocketAddr, now: Instant) {
+        lock(&self.loads).begin(endpoint, now);
+    }
+
+    /// It is over.
+    pub fn end(&self, endpoint: SocketAddr) {
+        lock(&self.loads).end(endpoint);
+    }
+
+    /// Its answer began after that time.
+    pub fn took(&self, endpoint: SocketAddr, time: Duration, now: Instant) {
+        lock(&self.loads).took(endpoint, time, now);
+    }
+
+    /// Requests and connections under way at an endpoint.
+    pub fn under_way(&self, endpoint: SocketAddr) -> u32 {
+        lock(&self.loads).under_way(endpoint)
+    }
+
+    /// What one more request would wait for there.
+    pub fn cost(&self, endpoint: SocketAddr, now: Instant) -> f64 {
+        lock(&self.loads).cost(endpoint, now)
+    }
+
+    /// Calls `then` with what a policy made of the endpoints.
+    pub fn outliers<T>(&self, policy: &Arc<str>, now: Instant, then: impl FnOnce(&mut Outliers) -> T) -> T {
+        let mut all = lock(&self.outliers);
+        if all.len() >= MOST_EACH && !all.contains_key(policy) {
+            all.retain(|_, one| !one.is_empty());
+        }
+        then(all.entry(policy.clone()).or_insert_with(|| Outliers::new(now)))
+    }
+
+    /// Everything that is ejected, with the policy that did it.
+    pub fn ejected(&self, now: Instant) -> Vec<(Arc<str>, Ejected)> {
+        let all = lock(&self.outliers);
+        let mut list: Vec<_> = all
+            .iter()
+            .flat_map(|(policy, one)| one.ejected(now).into_iter().map(|ejected| (policy.clone(), ejected)))
+            .collect();
+        list.sort_by(|a, b| (&a.0, a.1.endpoint).cmp(&(&b.0, b.1.endpoint)));
+        list
+    }
+
+    /// What `pod` has under way.
+    pub fn live(&self, pod: &Arc<str>) -> Arc<Live> {
+        let mut all = lock(&self.live);
+        if all.len() >= MOST_EACH && !all.contains_key(pod) {
+            all.retain(|_, live| Arc::strong_count(live) > 1);
+        }
+        all.entry(pod.clone()).or_default().clone()
+    }
+
+    /// The same for every pod that has anything.
+    pub fn pods(&self) -> Vec<(Arc<str>, Arc<Live>)> {
+        let all = lock(&self.live);
+        let mut list: Vec<_> = all.iter().map(|(pod, live)| (pod.clone(), live.clone())).collect();
+        list.sort_by(|a, b| a.0.cmp(&b.0));
+        list
+    }
+}
+
+/// What is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Connections to endpoints.
+    Connections,
+    /// Requests that wait for one.
+    Pending,
+    /// Requests under way.
+    Requests,
+    /// Retries under way.
+    Retries,
+}
+
+impl Kind {
+    /// As Envoy names the counter of what went beyond.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Connections => "cx",
+            Self::Pending => "rq_pending",
+            Self::Requests => "rq",
+            Self::Retries => "rq_retry",
+        }
+    }
+}
+
+/// What one pod has under way to a destination.
+#[derive(Debug, Default)]
+pub struct Live {
+    counts: [AtomicUsize; 4],
+    /// A connection has come to wait for a request, or has gone.
+    pub freed: Notify,
+    /// Somebody waits for a connection that none may be opened for: those that wait elsewhere should go.
+    pub wanted: Notify,
+}
+
+impl Live {
+    /// One more, if there are fewer than `most`.
+    pub fn take(self: &Arc<Self>, kind: Kind, most: Option<u32>) -> Option<Held> {
+        let most = most.map_or(usize::MAX, |most| usize::try_from(most).unwrap_or(usize::MAX));
+        let count = &self.counts[kind as usize];
+        let taken = count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |live| (live < most).then_some(live + 1));
+        taken.is_ok().then(|| Held { live: self.clone(), kind })
+    }
+
+    /// How many there are.
+    pub fn count(&self, kind: Kind) -> usize {
+        self.counts[kind as usize].load(Ordering::Relaxed)
+    }
+}
+
+/// One that is counted, until dropped.
+#[derive(Debug)]
+pub struct Held {
+    live: Arc<Live>,
+    kind: Kind,
+}
+
+impl Held {
+    /// Where it is counted.
+    pub fn live(&self) -> &Arc<Live> {
+        &self.live
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.live.counts[self.kind as usize].fetch_sub(1, Ordering::Relaxed);
+        if self.kind == Kind::Connections {
+            self.live.freed.notify_waiters();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::task::{Context, Waker};
+    use std::time::Instant;
+
+    use super::{Destinations, Kind, MOST_EACH};
+    use crate::state::Service;
+    use crate::state::fixtures::{service, snapshot};
+
+    fn cart() -> Arc<Service> {
+        let spec = service("shop", "cart", "10.96.0.1");
+        let snapshot = snapshot([crate::state::Change::Service(Arc::new(spec))]);
+        snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap().clone()
+    }
+
+    #[test]
+    fn limits_are_for_each_pod_and_port_and_what_ends_is_given_back() {
+        let (all, service) = (Destinations::default(), cart());
+        let pods: [Arc<str>; 2] = ["a".into(), "b".into()];
+        let live = |port, pod: usize| all.of(&service, port).live(&pods[pod]);
+        let held: Vec<_> = (0..5).filter_map(|_| live(80, 0).take(Kind::Requests, Some(2))).collect();
+        assert_eq!(held.len(), 2, "whoever asks");
+        assert!(live(80, 0).take(Kind::Retries, Some(1)).is_some(), "another count");
+        assert!(live(80, 1).take(Kind::Requests, Some(1)).is_some(), "another pod");
+        assert!(live(81, 0).take(Kind::Requests, Some(1)).is_some(), "another port");
+        drop(held);
+        assert_eq!(live(80, 0).count(Kind::Requests), 0);
+        assert!(live(80, 0).take(Kind::Requests, Some(1)).is_some());
+        assert!(live(80, 0).take(Kind::Requests, None).is_some(), "no limit");
+    }
+
+    #[test]
+    fn whoever_waits_is_told_of_a_connection_that_ends() {
+        let (all, service, pod) = (Destinations::default(), cart(), Arc::<str>::from("a"));
+        let live = all.of(&service, 80).live(&pod);
+        let held = live.take(Kind::Connections, Some(1)).unwrap();
+        assert!(live.take(Kind::Connections, Some(1)).is_none());
+        let mut freed = std::pin::pin!(live.freed.notified());
+        freed.as_mut().enable();
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(freed.as_mut().poll(&mut context).is_pending());
+        drop(held);
+        assert!(freed.poll(&mut context).is_ready());
+    }
+
+    #[test]
+    fn pods_that_are_idle_make_room() {
+        let destination = Destinations::default().of(&cart(), 80);
+        let kept = destination.live(&"kept".into());
+        let _held = kept.take(Kind::Requests, None);
+        for pod in 0..MOST_EACH * 2 {
+            destination.live(&pod.to_string().into());
+        }
+        assert!(destination.pods().len() <= MOST_EACH);
+        assert_eq!(destination.live(&"kept".into()).count(Kind::Requests), 1);
+        assert!(destination.ejected(Instant::now()).is_empty());
+    }
+}

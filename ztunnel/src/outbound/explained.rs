@@ -1,0 +1,129 @@
+//! What becomes of a single request, for an explanation: the steps of `exchange` without the exchange.
+//!
+//! The same functions check, route and choose; what depends on whose turn it is comes as a list with shares. Pure. Limits:
+//! rate limits are named and not asked, because asking is taking; what is not known here is not asked for.
+
+use std::net::SocketAddr;
+
+use http::Request;
+
+use crate::http::Framing;
+use crate::lb::Chance;
+use crate::outbound::decide::{Plan, to_service};
+use crate::outbound::exchange::{Refused, address_of, facts, prepare, respond, retarget};
+use crate::outbound::requests::wanted;
+use crate::outcome::{Code, Outcome};
+use crate::route::{self, Forward, NO_ROUTE, RoutePlan};
+use crate::state::{ServiceName, Snapshot, Workload};
+
+/// What becomes of a request.
+#[derive(Debug, Default)]
+pub struct Explained {
+    /// Route and rule that decide; `None`: none does.
+    pub route: Option<String>,
+    /// Rate limits that it counts against.
+    pub limits: Vec<String>,
+    /// Everything that may become of it, with its share of all such requests.
+    pub outcomes: Vec<(f64, Becomes)>,
+}
+
+/// One thing that may become of it.
+#[derive(Debug)]
+pub enum Becomes {
+    /// The proxy answers.
+    Answered {
+        /// Status.
+        status: u16,
+        /// Why, in a sentence.
+        text: String,
+    },
+    /// It goes to a Service.
+    Sent(Box<Sent>),
+}
+
+/// To a Service.
+#[derive(Debug)]
+pub struct Sent {
+    /// To one of its endpoints; the others are those of the plan's Service.
+    pub plan: Plan,
+    /// Address of the Service, and its port.
+    pub at: SocketAddr,
+    /// As the endpoint gets it.
+    pub request: Request<()>,
+}
+
+impl From<Refused> for Becomes {
+    fn from(refused: Refused) -> Self {
+        Self::Answered { status: refused.reply.status.as_u16(), text: refused.outcome.detail.into_owned() }
+    }
+}
+
+/// Explains one. `None`: requests on such a connection are not read here.
+pub fn explained(
+    snapshot: &Snapshot,
+    source: &Workload,
+    network: &str,
+    destination: SocketAddr,
+    mut request: Request<()>,
+) -> Option<Explained> {
+    wanted(snapshot, source, network, destination)?;
+    let service = snapshot.service_at(network, destination, &source.namespace)?;
+    let all = |becomes: Becomes| Explained { outcomes: vec![(1.0, becomes)], ..Explained::default() };
+    let path = match prepare(&mut request, destination) {
+        Ok((path, _)) => path,
+        Err(refused) => return Some(all(refused.into())),
+    };
+    let port = destination.port();
+    let send = |name: &ServiceName, port: u16, forward: Option<&Forward>| {
+        send(snapshot, source, (name, SocketAddr::new(destination.ip(), port)), &request, &path, forward)
+            .unwrap_or_else(Becomes::from)
+    };
+    let Some(candidates) = snapshot.routes_for(service, port, &source.namespace) else {
+        // Only a traffic policy speaks of it.
+        let own = ServiceName { namespace: service.namespace.clone(), hostname: service.hostname.clone() };
+        return Some(all(send(&own, port, None)));
+    };
+    let facts = facts(&request, &path, port);
+    let Some(found) = route::find(candidates, &facts) else { return Some(all(respond(&NO_ROUTE).into())) };
+    let becomes = |plan: RoutePlan| match plan {
+        RoutePlan::Redirect(redirection) => Becomes::Answered {
+            status: redirection.status,
+            text: format!("the client is sent to {}", String::from_utf8_lossy(redirection.location.as_bytes())),
+        },
+        RoutePlan::Respond(answer) => respond(&answer).into(),
+        RoutePlan::Forward(forward) => send(&forward.backend().service, forward.backend().port, Some(&forward)),
+    };
+    Some(Explained {
+        route: Some(found.text()),
+        limits: found.limits().iter().map(|limit| limit.name.to_string()).collect(),
+        outcomes: found.plans(&facts).into_iter().map(|(share, plan)| (share, becomes(plan))).collect(),
+    })
+}
+
+/// To a Service's port, as its route has it. `to`: the Service, and where the client dialled, with the port of the backend.
+fn send(
+    snapshot: &Snapshot,
+    source: &Workload,
+    to: (&ServiceName, SocketAddr),
+    request: &Request<()>,
+    path: &str,
+    forward: Option<&Forward>,
+) -> Result<Becomes, Refused> {
+    let (name, dialled) = to;
+    let unknown = || format!("the route's backend {}/{} is not known here", name.namespace, name.hostname);
+    let Some(service) = snapshot.service(&name.namespace, &name.hostname) else {
+        let text = unknown();
+        return Ok(Becomes::Answered { status: 500, text });
+    };
+    let at = SocketAddr::new(address_of(service, dialled.ip()), dialled.port());
+    let (mut parts, ()) = request.clone().into_parts();
+    if let Some(forward) = forward {
+        forward.on_request(&mut parts.headers);
+    }
+    let authority = forward.and_then(|forward| forward.authority.as_deref());
+    let path = forward.and_then(|forward| forward.path.as_deref()).unwrap_or(path);
+    retarget(&mut parts, Framing::One, path, authority)
+        .map_err(|text| Refused::from(Outcome::new(Code::BadRequest, text)))?;
+    let plan = to_service(snapshot, source, service, at, &Chance::of(0))?;
+    Ok(Becomes::Sent(Box::new(Sent { plan, at, request: Request::from_parts(parts, ()) })))
+}
