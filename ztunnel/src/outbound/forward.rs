@@ -273,7 +273,8 @@ impl Job<'_> {
             record.destination.addr = Some(endpoint);
             let key = self.key(&plan);
             // One that many share says of itself when it is closing; one that waits may be as dead as the one before.
-            let may_reuse = !self.switch && !(fresh && key.framing == Framing::One);
+            let as_dead = fresh && key.framing == Framing::One;
+            let may_reuse = !self.switch && !as_dead;
             let (held, pending) = match self.room(&key, may_reuse).await.map_err(Missed::final_)? {
                 Room::Waited(conn) => {
                     under_way.replace(passage);
