@@ -177,15 +177,8 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     let (pods_stop, _) = drain();
     let fence = Fence::new(config.fence == Switch::On, reader.clone()).await;
     tokio::spawn(fence.clone().run(stopping.clone()));
-    let pods_drain = start_pods(
-        &config,
-        &shared,
-        &workers,
-        &pods,
-        pods_stop,
-        (taken.clone(), was_replaced.clone()),
-        (outside, fence),
-    )?;
+    let ends = (taken.clone(), was_replaced.clone());
+    let pods_drain = start_pods(&config, &shared, &workers, &pods, pods_stop, ends, (outside, fence))?;
     let attended = Arc::new(AtomicBool::new(false));
     let giver = |admin: Vec<TcpListener>| Giver {
         pods: pods.clone(),
