@@ -4,7 +4,8 @@
 //! that is what the gateway decides by. What NetworkPolicies of the source judge is the gateway, because that is where the
 //! connection goes. A replica that cannot be reached is left for another one, as with any Service (`attempts`); when none is
 //! left the connection ends with `NO_GATEWAY` or with how the last one failed, and never goes out another way. Limits: a
-//! gateway in another network, and one of several that is near, are not looked for.
+//! gateway in another network, and one of several that is near, are not looked for; a DestinationRule of the gateway's Service
+//! is not heeded.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
