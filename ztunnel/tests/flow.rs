@@ -71,6 +71,44 @@ fn traffic_is_tunnelled_authorised_and_cut() {
     assert!(from("a", "10.99.0.3:8080", 10).is_ok());
 }
 
+#[test]
+fn what_flows_through_a_released_pod_goes_on() {
+    let lab = Lab::new("l");
+    for pod in ["a", "b"] {
+        drop(lab.within(pod, || serve(TcpListener::bind("[::]:8080").unwrap())));
+    }
+    let mut node = Node::start(&lab, lab.pods_file(&["a", "b"]));
+    node.describe(&["a", "b"]);
+    node.wait(&[("a", "Captured"), ("b", "Captured")]);
+    // A server outside the mesh, whom a captured client reaches by its proxy.
+    drop(lab.within("c", || serve(TcpListener::bind("[::]:8081").unwrap())));
+    let mut open = Vec::new();
+    for (from, to) in
+        [("a", "10.99.0.2:8080"), ("a", "[fd99::2]:8080"), ("c", "10.99.0.2:8080"), ("a", "10.99.0.3:8081")]
+    {
+        let connected = lab.within(from, move || {
+            let deadline = Instant::now() + Duration::from_secs(10);
+            let mut tcp = loop {
+                match TcpStream::connect(to) {
+                    Ok(tcp) => break tcp,
+                    Err(error) => assert!(Instant::now() < deadline, "{to}: {error}"),
+                }
+            };
+            tcp.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            greeting(&mut tcp).unwrap();
+            tcp
+        });
+        open.push((from, to, connected.join().unwrap()));
+    }
+    lab.pods_file(&[]);
+    node.wait(&[("a", "Uncaptured"), ("b", "Uncaptured")]);
+    for (from, to, tcp) in &mut open {
+        let mut back = [0; 5];
+        tcp.write_all(b"still").unwrap();
+        tcp.read_exact(&mut back).unwrap_or_else(|error| panic!("{from} to {to}, after the release: {error}"));
+    }
+}
+
 /// Many times what one tunnel's first window would give each of them, if the idle ones kept their part.
 #[test]
 fn hundreds_of_idle_connections_do_not_stop_the_next_one() {

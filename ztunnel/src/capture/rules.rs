@@ -78,6 +78,8 @@ impl Rules {
             self.prerouting(text);
             self.output(text);
             self.filters(text);
+        } else {
+            text.push_str(&still_translated());
         }
         if self.dns.is_some() {
             text.push_str(&dns_zones());
@@ -217,6 +219,17 @@ fn marks() -> String {
          chain mark_out {{\n    type route hook output priority mangle; policy accept;\n    \
          ct mark & {MARK_MASK:#x} == {CONNMARK_PROXY:#x} counter meta mark set ct mark\n  }}\n"
     )
+}
+
+/// Chains without a rule. With its last chain of this type a namespace loses the translation itself, also of connections
+/// that were redirected before: their replies would leave with the proxy's port, and nobody would know them.
+fn still_translated() -> String {
+    ["prerouting priority dstnat", "output priority -100"]
+        .map(|hook| {
+            let name = hook.split(' ').next().unwrap_or_default();
+            format!("  chain {name} {{\n    type nat hook {hook}; policy accept;\n  }}\n")
+        })
+        .concat()
 }
 
 /// A conntrack zone of its own for the DNS proxy's upstream queries: an application's query may have the same ports.
