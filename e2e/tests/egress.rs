@@ -190,6 +190,13 @@ fn what_no_rule_names_does_not_leave_whatever_a_client_claims() -> anyhow::Resul
     refused("a virtual address of nobody", &[], "https://240.240.1.1/", &[denied, "was not given for any name"])?;
     refused("a name that leads inside", &[], "https://inside.example/", &[denied, "not where it leads"])?;
     refused("metadata", &[], "http://169.254.169.254/", &[denied, "169.254.169.254"])?;
+    // Asked why, the node says the same of what was tried above.
+    for (to, verdict) in
+        [(&*ip, "refused"), (&*virtual_ip, "plain"), ("240.240.1.1", "refused"), ("169.254.169.254", "refused")]
+    {
+        let explained = lab.control_get(&format!("/debug/explain?from=shop/web&to={to}:443"))?;
+        anyhow::ensure!(explained["verdict"] == verdict, "{to}: {explained}");
+    }
     // What is inside still works, in the mesh and not.
     scenario::reaches(&lab, "shop/web", "http://cart.shop/")?;
     scenario::reaches(&lab, "shop/web", "http://desk.plain/")?;

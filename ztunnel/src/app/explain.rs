@@ -56,6 +56,8 @@ pub(super) fn outbound(
         datagram(snapshot, network, source, transport, destination, &mut answer);
     } else if source.protocol != Protocol::Hbone {
         unenrolled(snapshot, network, source, destination, &mut answer);
+    } else if let Some(way) = outbound::leaving(snapshot, source, network, destination) {
+        leave(way, source, &mut answer);
     } else {
         stream(snapshot, network, source, destination, &mut answer);
         believe(snapshot, source, &mut answer, now);
@@ -72,6 +74,22 @@ pub(super) fn outbound(
         answer.request.get_or_insert_default();
     }
     Ok(answer)
+}
+
+/// A connection that leaves the cluster, from a namespace whose pods need a rule for that.
+fn leave(way: Result<outbound::WayOut, Outcome>, source: &Workload, answer: &mut OutboundAnswer) {
+    match way {
+        Err(outcome) => refuse(answer, outcome),
+        Ok(way) => {
+            if way.gateway {
+                answer.plan = "hbone".to_owned();
+                answer.source_identity = source.identity.to_string();
+            }
+            answer.policy = way.grant.policy.id.to_string();
+            answer.rule = u32::try_from(way.grant.rule).ok();
+            answer.text = way.text;
+        }
+    }
 }
 
 /// A connection of a pod of the mesh.

@@ -45,10 +45,10 @@ const CONNECT: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Bound {
     /// The name; `None`: the address.
-    host: Option<Arc<str>>,
+    pub(super) host: Option<Arc<str>>,
     /// The address, if that is what was dialled.
-    address: Option<IpAddr>,
-    port: u16,
+    pub(super) address: Option<IpAddr>,
+    pub(super) port: u16,
 }
 
 /// What the client said first, owned.
@@ -103,7 +103,7 @@ impl Leave {
 }
 
 impl Bound {
-    fn attempt<'a>(&'a self, spoken: Spoken<'a>) -> Attempt<'a> {
+    pub(super) fn attempt<'a>(&'a self, spoken: Spoken<'a>) -> Attempt<'a> {
         Attempt { host: self.host.as_deref(), address: self.address, port: self.port, spoken }
     }
 }
@@ -119,6 +119,18 @@ pub(super) fn bound(
     network: &str,
     destination: SocketAddr,
 ) -> Option<Result<Bound, Outcome>> {
+    let given = |number| pod.names.lock().unwrap_or_else(PoisonError::into_inner).name(number, Instant::now());
+    meant(snapshot, source, network, destination, given)
+}
+
+/// The same, where `given` knows the name that the pod was given a virtual address for.
+pub(super) fn meant(
+    snapshot: &Snapshot,
+    source: &Workload,
+    network: &str,
+    destination: SocketAddr,
+    given: impl Fn(u16) -> Option<Arc<str>>,
+) -> Option<Result<Bound, Outcome>> {
     let asked = egress::asked(source);
     let (ip, port) = (destination.ip().to_canonical(), destination.port());
     if asked == Asked::Nothing || ip.is_loopback() {
@@ -129,8 +141,7 @@ pub(super) fn bound(
     }
     let of_name = |host: Arc<str>| Some(Ok(Bound { host: Some(host), address: None, port }));
     if let Some(number) = names::number(ip).filter(|_| asked == Asked::Enforce) {
-        let given = pod.names.lock().unwrap_or_else(PoisonError::into_inner).name(number, Instant::now());
-        return match given.or_else(|| spelled_out(snapshot, source, number)) {
+        return match given(number).or_else(|| spelled_out(snapshot, source, number)) {
             Some(host) => of_name(host),
             None => {
                 let text = format!(
@@ -236,6 +247,30 @@ fn left(bound: &Bound, said: &Said, source: &Workload, decided: &Result<Grant, O
     }
 }
 
+/// A rule allows it, and yet it is refused.
+pub(super) fn allowed_but(grant: &Grant, why: &str) -> Outcome {
+    let text = format!("{} allows it, {why}", grant.policy.id);
+    let (policy, rule) = (Some(grant.policy.id.clone()), Some(grant.rule));
+    Outcome { policy, rule, ..Outcome::new(Code::EgressDenied, text) }
+}
+
+/// Why what a rule allows without a gateway needs one.
+pub(super) fn gateways_only(grant: &Grant, bound: &Bound, spoken: &Spoken<'_>) -> Option<Outcome> {
+    if grant.rule().originate.is_some() {
+        return Some(allowed_but(grant, "and asks for TLS that only gateways add; give the rule a gateway (via)"));
+    }
+    let in_the_clear = matches!(spoken, Spoken::Http { .. }) && bound.host.is_some();
+    in_the_clear.then(|| {
+        allowed_but(grant, "and requests in plain text are led out by gateways only; give the rule a gateway (via)")
+    })
+}
+
+/// Host or address, and port, as an egress gateway is asked for it.
+pub(super) fn asked_of_gateway(bound: &Bound) -> Arc<str> {
+    let target = bound.host.as_deref().map(str::to_owned).or_else(|| bound.address.map(bracketed)).unwrap_or_default();
+    format!("{target}:{}", bound.port).into()
+}
+
 async fn go(
     attempts: Attempts<'_>,
     names: &OwnResolver,
@@ -248,9 +283,7 @@ async fn go(
     let rule = grant.rule();
     let bound = &leave.bound;
     if let Some(service) = rule.gateway.as_ref().filter(|_| !gateway::is_broken()) {
-        let target =
-            bound.host.as_deref().map(str::to_owned).or_else(|| bound.address.map(bracketed)).unwrap_or_default();
-        let name: Arc<str> = format!("{target}:{}", bound.port).into();
+        let name = asked_of_gateway(bound);
         let at = (&*service.namespace, &*service.hostname);
         let choose = |tried: &[SocketAddr]| {
             attempts.with_chance(tried, |chance| gateway::plan(snapshot, source, at, &name, chance))
@@ -259,17 +292,10 @@ async fn go(
         let (next, target, _) = attempts.reach_by(snapshot, source, (port, None), choose, tcp, record).await?;
         return Ok((next, target));
     }
-    let refused = |why: &str| {
-        let text = format!("{} allows it, {why}", grant.policy.id);
-        let (policy, rule) = (Some(grant.policy.id.clone()), Some(grant.rule));
-        Outcome { policy, rule, ..Outcome::new(Code::EgressDenied, text) }
-    };
-    if rule.originate.is_some() {
-        return Err(refused("and asks for TLS that only gateways add; give the rule a gateway (via)"));
+    if let Some(outcome) = gateways_only(grant, bound, &leave.said.spoken()) {
+        return Err(outcome);
     }
-    if matches!(leave.said, Said::Http { .. }) && bound.host.is_some() {
-        return Err(refused("and requests in plain text are led out by gateways only; give the rule a gateway (via)"));
-    }
+    let refused = |why: &str| allowed_but(grant, why);
     let targets = targets(names, grant, bound).await.map_err(|why| {
         let host = bound.host.as_deref().unwrap_or_default();
         Outcome::new(Code::NoEndpoint, format!("{host}: {why}"))
