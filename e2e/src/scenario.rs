@@ -41,6 +41,22 @@ pub fn lab(config: LabConfig) -> Option<Lab> {
     }
 }
 
+/// Whether these programs are here; says which one is missing.
+///
+/// # Panics
+/// When one is missing and `CI` is set.
+pub fn has_tools(names: &[&str]) -> bool {
+    names.iter().all(|name| {
+        let found = Command::new("sh").args(["-c", &format!("PATH=$PATH:/usr/sbin command -v {name}")]).output();
+        let found = found.is_ok_and(|output| output.status.success());
+        if !found {
+            assert!(std::env::var_os("CI").is_none(), "{name} is missing; run .ci/tools.sh");
+            eprintln!("SKIPPED: {name} is missing; run .ci/tools.sh");
+        }
+        found
+    })
+}
+
 /// Whether namespaces can be made and the tools are there.
 pub fn possible() -> Result<(), String> {
     if let Some(missing) = topology::missing_tools() {

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::process::Command;
 
 use e2e::eventually::eventually;
 use e2e::lab::Lab;
@@ -46,13 +45,8 @@ fn world() -> String {
 
 /// The lab, unless a tool is missing: a failure where `CI` is set, a loud skip elsewhere.
 fn lab(tools: &[&str]) -> Option<Lab> {
-    for tool in tools {
-        let found = Command::new("sh").args(["-c", &format!("PATH=$PATH:/usr/sbin command -v {tool}")]).output();
-        if !found.is_ok_and(|output| output.status.success()) {
-            assert!(std::env::var_os("CI").is_none(), "{tool} is missing; run .ci/tools.sh");
-            eprintln!("SKIPPED: {tool} is missing; run .ci/tools.sh");
-            return None;
-        }
+    if !scenario::has_tools(tools) {
+        return None;
     }
     scenario::lab(LabConfig::of(&world()).env("ztunnel", "RUST_LOG", "info,dns=debug"))
 }

@@ -44,13 +44,8 @@ fn world(egress: &str) -> String {
 
 /// The lab with an Internet, unless a tool is missing: a failure where `CI` is set, a loud skip elsewhere.
 fn lab(egress: &str, policy: &str, folder: &Path) -> anyhow::Result<Option<(Lab, Vec<Running>)>> {
-    for tool in ["dig", "unbound", "nginx", "curl", "openssl"] {
-        let found = Command::new("sh").args(["-c", &format!("PATH=$PATH:/usr/sbin command -v {tool}")]).output();
-        if !found.is_ok_and(|output| output.status.success()) {
-            anyhow::ensure!(std::env::var_os("CI").is_none(), "{tool} is missing; run .ci/tools.sh");
-            eprintln!("SKIPPED: {tool} is missing; run .ci/tools.sh");
-            return Ok(None);
-        }
+    if !scenario::has_tools(&["dig", "unbound", "nginx", "curl", "openssl"]) {
+        return Ok(None);
     }
     let server = address::outside(1).v4.to_string();
     let config = LabConfig::of(&world(egress)).env("ztunnel", "TULLE_NAME_SERVERS", &server);

@@ -105,13 +105,8 @@ fn hosts_outside_are_reached_through_the_gateway_or_not_at_all() {
 
 /// A server with TLS at the host outside, and the PEM of who signed its certificate. `None`: a tool is missing.
 fn secured(lab: &Lab, folder: &Path) -> Option<(Running, String)> {
-    for tool in ["nginx", "curl", "openssl"] {
-        let found = Command::new("sh").args(["-c", &format!("PATH=$PATH:/usr/sbin command -v {tool}")]).output();
-        if !found.is_ok_and(|output| output.status.success()) {
-            assert!(std::env::var_os("CI").is_none(), "{tool} is missing; run .ci/tools.sh");
-            eprintln!("SKIPPED: {tool} is missing; run .ci/tools.sh");
-            return None;
-        }
+    if !scenario::has_tools(&["nginx", "curl", "openssl"]) {
+        return None;
     }
     let at = folder.display();
     let new = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2";
