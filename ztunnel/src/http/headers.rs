@@ -11,6 +11,8 @@ use http::header::{
 use http::uri::{Authority, PathAndQuery};
 use http::{Method, Request, Uri, Version};
 
+use crate::route::RequestFacts;
+
 /// Headers of one connection (RFC 9110 §7.6.1, RFC 9112), besides those that `Connection` names.
 const HOP: [&str; 5] =
     ["keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization", "http2-settings"];
@@ -21,6 +23,19 @@ pub const MOST_HEADERS: usize = 100;
 /// Why a request is refused, for its client. Always status 400.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Malformed(pub &'static str);
+
+/// What routes and policies are asked about a request; `path` is the normalised one, `port` that of the destination.
+pub fn facts<'a, B>(request: &'a Request<B>, path: &'a str, port: u16) -> RequestFacts<'a> {
+    RequestFacts {
+        method: request.method().as_str(),
+        scheme: "http",
+        authority: authority(request),
+        port,
+        path,
+        query: request.uri().query(),
+        headers: request.headers(),
+    }
+}
 
 /// The protocol that a request asks to continue with, if it is a proper request for that. Not another HTTP or TLS, which
 /// would take the requests behind it past routes and policies: such a wish is passed over (RFC 9110 §7.8 leaves it to the

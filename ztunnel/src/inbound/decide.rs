@@ -21,11 +21,7 @@ pub fn decide(
     target: SocketAddr,
 ) -> Result<Verdict, Outcome> {
     let facts = entering(snapshot, workload, identity, source, target)?;
-    let verdict = policy::evaluate(snapshot, &facts);
-    if verdict.allowed || authorization_is_broken() {
-        return Ok(verdict);
-    }
-    Err(denial(&verdict))
+    enforced(policy::evaluate(snapshot, &facts))
 }
 
 /// Decides what can be decided of a connection whose requests are decided one by one; see [`requests_are_read`].
@@ -40,11 +36,12 @@ pub fn decide_connection(
     target: SocketAddr,
 ) -> Result<Verdict, Outcome> {
     let facts = entering(snapshot, workload, identity, source, target)?;
-    let verdict = policy::evaluate_connection(snapshot, &facts);
-    if verdict.allowed || authorization_is_broken() {
-        return Ok(verdict);
-    }
-    Err(denial(&verdict))
+    enforced(policy::evaluate_connection(snapshot, &facts))
+}
+
+/// A verdict as what becomes of it.
+fn enforced(verdict: Verdict) -> Result<Verdict, Outcome> {
+    if verdict.allowed || authorization_is_broken() { Ok(verdict) } else { Err(denial(&verdict)) }
 }
 
 /// Decides a connection whose bytes are not HTTP although a policy speaks of requests: by what is left of the policies, and

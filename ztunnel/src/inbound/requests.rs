@@ -30,7 +30,7 @@ use crate::inbound::recheck::{Admitted, Registration};
 use crate::inbound::{decide::denial, stopped};
 use crate::outcome::{Code, Fault, Outcome};
 use crate::policy::{self, Facts, HttpFacts, Verdict, jwt};
-use crate::route::{RequestFacts, path};
+use crate::route::path;
 use crate::state::{Snapshot, Workload};
 use crate::telemetry::{ConnRecord, Direction, HttpRecord, Peer};
 
@@ -332,22 +332,13 @@ fn authorise<B>(
     now: i64,
 ) -> Result<Verdict, jwt::TokenRefused> {
     let port = connection.destination_port;
-    let authenticated = jwt::authenticate(snapshot, connection.destination, &facts(request, path, port), now)?;
+    let authenticated = jwt::authenticate(snapshot, connection.destination, &headers::facts(request, path, port), now)?;
     authenticated.on_request(request.headers_mut());
     let token = authenticated.token.as_ref();
-    Ok(policy::evaluate_request(snapshot, &HttpFacts { connection, request: facts(request, path, port), token }))
-}
-
-fn facts<'a, B>(request: &'a Request<B>, path: &'a str, port: u16) -> RequestFacts<'a> {
-    RequestFacts {
-        method: request.method().as_str(),
-        scheme: "http",
-        authority: headers::authority(request),
-        port,
-        path,
-        query: request.uri().query(),
-        headers: request.headers(),
-    }
+    Ok(policy::evaluate_request(
+        snapshot,
+        &HttpFacts { connection, request: headers::facts(request, path, port), token },
+    ))
 }
 
 /// A token that no rule accepts, in Envoy's words.

@@ -21,7 +21,7 @@ use crate::outbound::forward::{Job, Target};
 use crate::outbound::requests::Client;
 use crate::outbound::waypoint;
 use crate::outcome::{Code, Fault, Outcome};
-use crate::route::{self, Forward, NO_ROUTE, RequestFacts, Respond, RoutePlan, path};
+use crate::route::{self, Forward, NO_ROUTE, Respond, RoutePlan, path};
 use crate::state::{Service, ServiceName, Snapshot, Workload};
 use crate::telemetry::{Direction, HttpRecord, Peer};
 
@@ -117,7 +117,7 @@ impl Client {
             let to = self.target(snapshot, source, &own, port).await?;
             return self.forward(to, request, path, None, upgrade.is_some(), switches, record).await;
         };
-        let facts = facts(&request, &path, port);
+        let facts = headers::facts(&request, &path, port);
         let Some(found) = route::find(candidates, &facts) else { return Err(respond(&NO_ROUTE)) };
         record.route = Some(found.text().into());
         for limit in found.limits() {
@@ -247,19 +247,6 @@ pub(super) fn prepare<B>(
     headers::strip_forged(request.headers_mut());
     let path = path::normalise(request.uri().path()).map_err(|error| malformed(error.to_string()))?.into_owned();
     Ok((path, upgrade))
-}
-
-/// What routes are asked about.
-pub(super) fn facts<'a, B>(request: &'a Request<B>, path: &'a str, port: u16) -> RequestFacts<'a> {
-    RequestFacts {
-        method: request.method().as_str(),
-        scheme: "http",
-        authority: headers::authority(request),
-        port,
-        path,
-        query: request.uri().query(),
-        headers: request.headers(),
-    }
 }
 
 /// Sabotage of test builds: with `TULLE_BREAK=weights` it is always the first turn.

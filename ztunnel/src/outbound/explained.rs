@@ -7,10 +7,10 @@ use std::net::SocketAddr;
 
 use http::Request;
 
-use crate::http::Framing;
+use crate::http::{Framing, headers};
 use crate::lb::Chance;
 use crate::outbound::decide::{Plan, to_service};
-use crate::outbound::exchange::{Refused, address_of, facts, prepare, respond, retarget};
+use crate::outbound::exchange::{Refused, address_of, prepare, respond, retarget};
 use crate::outbound::requests::wanted;
 use crate::outcome::{Code, Outcome};
 use crate::route::{self, Forward, NO_ROUTE, RoutePlan};
@@ -83,7 +83,7 @@ pub fn explained(
         let own = ServiceName { namespace: service.namespace.clone(), hostname: service.hostname.clone() };
         return Some(all(send(&own, port, None)));
     };
-    let facts = facts(&request, &path, port);
+    let facts = headers::facts(&request, &path, port);
     let Some(found) = route::find(candidates, &facts) else { return Some(all(respond(&NO_ROUTE).into())) };
     let becomes = |plan: RoutePlan| match plan {
         RoutePlan::Redirect(redirection) => Becomes::Answered {
