@@ -1,8 +1,8 @@
 //! Hygiene of headers between two connections: what belongs to one of them goes no further, what only a proxy may say is
 //! not taken from an application, and a request that two readers could read differently is refused.
 //!
-//! hyper has parsed and framed the message before (bad chunking, folded lines, contradicting lengths never come here); this
-//! is what it leaves to the program. Pure, and fuzzed.
+//! `gate` and hyper have framed the message before (bad chunking, folded lines, contradicting lengths never come here); this
+//! is what they leave to the program. Pure, and fuzzed.
 
 use http::header::{
     CONNECTION, CONTENT_LENGTH, FORWARDED, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRAILER, TRANSFER_ENCODING,
