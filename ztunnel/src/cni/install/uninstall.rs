@@ -113,7 +113,8 @@ fn namespaces(proc: &Path) -> Vec<PathBuf> {
     let processes = entries(proc)
         .filter(|entry| entry.file_name().to_str().is_some_and(is_process))
         .map(|entry| entry.path().join("ns/net"));
-    let named = entries(Path::new("/run/netns")).map(|entry| entry.path());
+    // As the node's first process sees them: a container's own mounts may lack those that came later.
+    let named = entries(&proc.join("1/root/run/netns")).map(|entry| entry.path());
     processes.chain(named).collect()
 }
 
