@@ -124,7 +124,8 @@ impl Runtime {
             let said = self.run("ADD", plugin, &conf, sandbox)?;
             if !said.success {
                 let failed = Failed { plugin: kind(plugin), error: said.json() };
-                self.del(sandbox)?;
+                // What that says changes nothing about the failure.
+                let _ = self.del(sandbox)?;
                 return Ok(Err(failed));
             }
             anyhow::ensure!(said.json().is_object(), "{} printed no result: {said:?}", kind(plugin));

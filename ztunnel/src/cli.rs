@@ -13,7 +13,7 @@ use crate::cni::conf::{PLUGIN, VERSIONS};
 use crate::cni::install::{Keeper, Memory, State, begin, once, uninstall};
 use crate::cni::plugin;
 use crate::config::Node;
-use crate::config::cni::{Install, environment};
+use crate::config::cni::{Installation, environment};
 use crate::config::gateway::Gateway;
 
 #[derive(Parser)]
@@ -47,13 +47,13 @@ enum CniCommand {
     /// Install the plugin: the program, and a configuration that sorts first and ends in it.
     Install {
         #[command(flatten)]
-        install: Box<Install>,
+        install: Box<Installation>,
         /// Keep it installed, whatever becomes of the node's configuration, until it is uninstalled.
         #[arg(long)]
         watch: bool,
     },
     /// Release every pod of the node, then remove the configuration and the program.
-    Uninstall(Box<Install>),
+    Uninstall(Box<Installation>),
 }
 
 #[derive(clap::Args)]
@@ -115,7 +115,7 @@ fn be_plugin() -> ExitCode {
     if said.success { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn install_plugin(install: &Install, watch: bool) -> anyhow::Result<()> {
+fn install_plugin(install: &Installation, watch: bool) -> anyhow::Result<()> {
     let settings = install.settings()?;
     if watch {
         Keeper::start(settings, |report| eprintln!("ztunnel cni install: {report}"))?.wait();
@@ -128,7 +128,7 @@ fn install_plugin(install: &Install, watch: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn uninstall_plugin(install: &Install) -> anyhow::Result<()> {
+fn uninstall_plugin(install: &Installation) -> anyhow::Result<()> {
     let done = |step: uninstall::Step| println!("{}", step.done());
     uninstall::run(&install.settings()?, &install.proc, done).map_err(anyhow::Error::msg)
 }

@@ -50,8 +50,8 @@ pub fn as_root(name: &str, test: fn() -> anyhow::Result<()>) {
 }
 
 fn plugins() -> Result<PathBuf, String> {
-    let has = |folder: &&str| ["bridge", "host-local"].iter().all(|name| Path::new(folder).join(name).exists());
-    let found = PLUGINS.iter().find(has).map(PathBuf::from);
+    let has = |folder: &PathBuf| ["bridge", "host-local"].iter().all(|name| folder.join(name).exists());
+    let found = PLUGINS.iter().map(PathBuf::from).find(has);
     found.ok_or_else(|| "the CNI project's bridge and host-local plugins are missing; run .ci/tools.sh all".to_owned())
 }
 

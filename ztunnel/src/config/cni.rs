@@ -65,7 +65,7 @@ impl Plugin {
 
 /// Settings of `ztunnel cni install` and `uninstall`.
 #[derive(Clone, Debug, Args)]
-pub struct Install {
+pub struct Installation {
     #[command(flatten)]
     pub plugin: Plugin,
     /// Namespace of the node proxy's pod, the mesh's root namespace.
@@ -85,7 +85,7 @@ pub struct Install {
     pub proc: PathBuf,
 }
 
-impl Install {
+impl Installation {
     /// See [`Plugin::settings`].
     ///
     /// # Errors
