@@ -33,6 +33,19 @@ const PLUGINS: [&str; 2] = ["/usr/lib/cni", "/opt/cni/bin"];
 /// # Panics
 /// When the test fails, or cannot run and `CI` is set.
 pub fn as_root(name: &str, test: fn() -> anyhow::Result<()>) {
+    root(name, &["--net"], test);
+}
+
+/// The same for a test that needs what listens on this machine's loopback.
+///
+/// # Panics
+/// When the test fails, or cannot run and `CI` is set.
+#[allow(dead_code, reason = "one of the two programs that share this file has such a test")]
+pub fn as_root_here(name: &str, test: fn() -> anyhow::Result<()>) {
+    root(name, &[], test);
+}
+
+fn root(name: &str, more: &[&str], test: fn() -> anyhow::Result<()>) {
     if let Err(why) = plugins() {
         assert!(std::env::var_os("CI").is_none(), "{why}");
         eprintln!("SKIPPED: {why}");
@@ -44,7 +57,7 @@ pub fn as_root(name: &str, test: fn() -> anyhow::Result<()>) {
     }
     let own = std::env::current_exe().unwrap();
     let mut command = Command::new("unshare");
-    command.args(["--user", "--map-root-user", "--mount", "--net"]).arg(own).args(["--exact", name, "--nocapture"]);
+    command.args(["--user", "--map-root-user", "--mount"]).args(more).arg(own).args(["--exact", name, "--nocapture"]);
     let status = command.status().unwrap();
     assert!(status.success(), "{name} failed in a user namespace");
 }
