@@ -36,6 +36,8 @@ pub mod lab;
 pub mod shop;
 pub mod sniff;
 
+pub mod kube;
+
 pub mod issuer;
 pub mod scenario;
 
