@@ -1,6 +1,9 @@
 //! One node with the real `bridge` and `host-local` plugins, ours installed behind them by its own installer, and a peer that
 //! speaks for the node's agent.
 
+#![allow(dead_code, unreachable_pub, reason = "two programs share this file, and neither needs all of it")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on says so by panicking")]
+
 use std::fs;
 use std::io::BufRead as _;
 use std::io::BufReader;
@@ -40,7 +43,6 @@ pub fn as_root(name: &str, test: fn() -> anyhow::Result<()>) {
 ///
 /// # Panics
 /// When the test fails, or cannot run and `CI` is set.
-#[allow(dead_code, reason = "one of the two programs that share this file has such a test")]
 pub fn as_root_here(name: &str, test: fn() -> anyhow::Result<()>) {
     root(name, &[], test);
 }
