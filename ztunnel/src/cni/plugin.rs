@@ -7,6 +7,7 @@
 
 use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
@@ -14,6 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::base::netns::{Netns, local_addresses, run_waiting};
 use crate::cni::api::{self, ApiError};
@@ -31,6 +33,8 @@ use crate::cni::{KNOWN_FILE, files, journal};
 pub const LIMIT: Duration = Duration::from_secs(20);
 /// What the agent gets of it where the pod must not wait for the answer: a DEL and a GC succeed without.
 const SHORT: Duration = Duration::from_secs(5);
+/// Pause before the next try to reach an agent that so many want something of that no more may wait.
+const FULL: Duration = Duration::from_millis(20);
 /// What the API server gets of it.
 const API: Duration = Duration::from_millis(2500);
 
@@ -263,7 +267,7 @@ fn own_netns(request: &Request) -> Result<(), Refusal> {
 /// Why there is no answer of its.
 pub fn ask(socket: &Path, request: &Request, until: Instant) -> Result<Answer, String> {
     let line = request.encode()?;
-    let mut stream = UnixStream::connect(socket).map_err(|error| error.to_string())?;
+    let mut stream = connect(socket, until).map_err(|error| error.to_string())?;
     let limit = |stream: &UnixStream| -> io::Result<()> {
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -295,4 +299,21 @@ pub fn ask(socket: &Path, request: &Request, until: Instant) -> Result<Answer, S
         return Err("it ended the connection without an answer".to_owned());
     }
     wire::decode(&answer)
+}
+
+/// Connects before a deadline, which the system does not offer for these sockets: where too many wait already, it would make
+/// this one wait without end, or refuse it at once.
+fn connect(path: &Path, until: Instant) -> io::Result<UnixStream> {
+    let address = SockAddr::unix(path)?;
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    loop {
+        match socket.connect(&address) {
+            Ok(()) => break,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < until => thread::sleep(FULL),
+            Err(error) => return Err(error),
+        }
+    }
+    socket.set_nonblocking(false)?;
+    Ok(UnixStream::from(OwnedFd::from(socket)))
 }
