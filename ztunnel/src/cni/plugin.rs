@@ -310,10 +310,53 @@ fn connect(path: &Path, until: Instant) -> io::Result<UnixStream> {
     loop {
         match socket.connect(&address) {
             Ok(()) => break,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < until => thread::sleep(FULL),
-            Err(error) => return Err(error),
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+            Err(_) if Instant::now() < until => thread::sleep(FULL),
+            Err(_) => return Err(io::Error::other("too many wait for it already")),
         }
     }
     socket.set_nonblocking(false)?;
     Ok(UnixStream::from(OwnedFd::from(socket)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use socket2::{Domain, SockAddr, Socket, Type};
+
+    use super::{ask, run};
+    use crate::cni::conf::Environment;
+    use crate::cni::wire::{Command, Request};
+
+    #[test]
+    fn what_stands_on_standard_output_is_a_result_or_an_error() {
+        let env = |command: &str| Environment { command: command.into(), ..Environment::default() };
+        let long = "x".repeat((1 << 20) + 1);
+        for (command, stdin, success, says) in [
+            ("VERSION", "", true, r#""supportedVersions":["0.3.0","#),
+            ("VERSION", "no JSON at all", true, "1.1.0"),
+            ("ADD", "", false, r#""code":6"#),
+            ("ADD", long.as_str(), false, "more than 1048576 bytes"),
+            ("ADD", r#"{"cniVersion":"0.4.0","socket":"relative"}"#, false, r#""cniVersion":"0.4.0","code":7"#),
+            ("add", r#"{"cniVersion":"1.0.0"}"#, false, r#""code":4"#),
+        ] {
+            let said = run(env(command), std::io::Cursor::new(stdin.to_owned()));
+            assert!(said.success == success && said.stdout.contains(says), "{command}: {said:?}");
+            assert!(said.stdout.ends_with('\n') && said.stdout.lines().count() == 1, "{said:?}");
+        }
+    }
+
+    #[test]
+    fn an_agent_that_takes_nobody_is_given_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("cni.sock");
+        let listener = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        listener.bind(&SockAddr::unix(&path).unwrap()).unwrap();
+        listener.listen(0).unwrap();
+        let request = Request::of(Command::Status);
+        let why: Vec<_> =
+            (0..4).map(|_| ask(&path, &request, Instant::now() + Duration::from_millis(100)).unwrap_err()).collect();
+        assert!(why[0].contains("did not answer in time") && why[3].contains("too many"), "{why:?}");
+    }
 }
