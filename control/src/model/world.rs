@@ -229,9 +229,7 @@ impl World {
             return self.egress_policies.get(&(egress, space, name)).cloned().map(Object::EgressPolicy);
         }
         match kind {
-            "ReferenceGrant" => {
-                self.unenforced.get(&("ReferenceGrant", space, name)).cloned().map(Object::Unenforced)
-            }
+            "ReferenceGrant" => self.unenforced.get(&("ReferenceGrant", space, name)).cloned().map(Object::Unenforced),
             _ => None,
         }
     }

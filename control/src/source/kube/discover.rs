@@ -148,7 +148,10 @@ fn step(kind: &Kind, before: &Served, doubt: &mut u32, found: &Result<Found, Str
 async fn notice(client: &Client, nudge: &Notify) {
     loop {
         if let Err(failure) = definitions(client, nudge).await {
-            tracing::debug!(?failure, "definitions of custom resources are not watched; they are looked for now and then");
+            tracing::debug!(
+                ?failure,
+                "definitions of custom resources are not watched; they are looked for now and then"
+            );
             tokio::time::sleep(RETRY).await;
         }
     }

@@ -318,7 +318,8 @@ mod tests {
             let text = format!(r#"{{"metadata":{{"resourceVersion":"7"}},"items":{items}}}"#);
             assert!(page(text.as_bytes(), kind("Pod")).unwrap().items.is_empty());
         }
-        let deep = format!(r#"{{"metadata":{{"resourceVersion":"7"}},"items":[{}1{}]}}"#, "[".repeat(500), "]".repeat(500));
+        let deep =
+            format!(r#"{{"metadata":{{"resourceVersion":"7"}},"items":[{}1{}]}}"#, "[".repeat(500), "]".repeat(500));
         for text in [
             "",
             "{}",
@@ -338,19 +339,24 @@ mod tests {
     #[test]
     fn lines_of_a_watch_say_what_happened() {
         let read = |text: &str| line(text.as_bytes(), kind("Service")).unwrap();
-        let object = r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"s","namespace":"n","resourceVersion":"9"}}"#;
+        let object =
+            r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"s","namespace":"n","resourceVersion":"9"}}"#;
         for event in ["ADDED", "MODIFIED"] {
             let found = read(&format!(r#"{{"type":"{event}","object":{object}}}"#));
             let Line::Applied(item, version) = found else { panic!("{found:?}") };
             assert!(item.object.is_some() && version == "9");
         }
         let gone = read(&format!(r#"{{"object":{object},"type":"DELETED"}}"#));
-        assert!(matches!(gone, Line::Gone { namespace, name, version } if namespace == "n" && name == "s" && version == "9"));
+        assert!(
+            matches!(gone, Line::Gone { namespace, name, version } if namespace == "n" && name == "s" && version == "9")
+        );
         let bookmark = r#"{"type":"BOOKMARK","object":{"kind":"Service","metadata":{"resourceVersion":"12"}}}"#;
         assert!(matches!(read(bookmark), Line::Bookmark(version) if version == "12"));
         let expired = r#"{"type":"ERROR","object":{"kind":"Status","code":410,"message":"too old"}}"#;
         assert!(matches!(read(expired), Line::Failed(410, message) if message == "too old"));
-        for text in ["", "{}", r#"{"type":"ADDED"}"#, r#"{"type":"NEW","object":{}}"#, r#"{"type":"ADDED","object":{}}"#] {
+        for text in
+            ["", "{}", r#"{"type":"ADDED"}"#, r#"{"type":"NEW","object":{}}"#, r#"{"type":"ADDED","object":{}}"#]
+        {
             assert!(line(text.as_bytes(), kind("Service")).is_err(), "{text}");
         }
     }

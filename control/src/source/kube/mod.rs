@@ -59,7 +59,9 @@ pub async fn run(client: Client, outputs: Outputs, mut stop: Stop) {
             first = reported.recv() => first,
         };
         let Some((kind, event)) = first else {
-            tracing::error!("nobody follows the API server any more, which is a defect; the last state stays published");
+            tracing::error!(
+                "nobody follows the API server any more, which is a defect; the last state stays published"
+            );
             return;
         };
         let mut changed = known.apply(kind, event, unix_now());

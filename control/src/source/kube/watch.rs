@@ -125,7 +125,11 @@ impl Follower {
                         Err(Failure::Expired) => {
                             at = None;
                             // At once, but not again and again.
-                            if listed_at.is_some_and(|at| at.elapsed() < HASTY) { Err(Failure::Expired) } else { Ok(()) }
+                            if listed_at.is_some_and(|at| at.elapsed() < HASTY) {
+                                Err(Failure::Expired)
+                            } else {
+                                Ok(())
+                            }
                         }
                         other => other,
                     }
@@ -148,7 +152,9 @@ impl Follower {
             Failure::Other(text) => text,
             Failure::Expired => format!("the list of {what} expired before its end; it is asked for again"),
             Failure::NotFound => format!("the API server does not serve {what} in version {version} (404)"),
-            Failure::TooLarge => format!("one object of {what} is larger than any answer that is read; make it smaller"),
+            Failure::TooLarge => {
+                format!("one object of {what} is larger than any answer that is read; make it smaller")
+            }
         }
     }
 
@@ -231,7 +237,11 @@ impl Follower {
                 }
                 Err(error) => {
                     // Whatever it was about is not known now: ask for everything.
-                    tracing::warn!(error, what, "a report of the API server cannot be read; everything is listed again");
+                    tracing::warn!(
+                        error,
+                        what,
+                        "a report of the API server cannot be read; everything is listed again"
+                    );
                     return Ok((at, Err(Failure::Expired)));
                 }
             };
