@@ -138,7 +138,7 @@ impl Mirror {
 
     fn note(&mut self, answer: &Value) -> anyhow::Result<()> {
         let resource = self.cluster.resource(&kind_of(answer))?;
-        let version = text(answer, "/metadata/resourceVersion").parse().unwrap_or_default();
+        let version: u64 = text(answer, "/metadata/resourceVersion").parse().unwrap_or_default();
         let newest = self.versions.entry(resource).or_default();
         *newest = version.max(*newest);
         Ok(())
