@@ -147,8 +147,9 @@ pub fn start_ztunnel(config: &Config, paths: &Paths, node: u16, netns: &Path) ->
         env.extend(config.env.get(component).cloned().unwrap_or_default());
     }
     if config.api.as_ref().is_some_and(|api| api.agent.is_some()) {
-        for folder in ["run", "cni"] {
-            std::fs::create_dir_all(paths.agent_state(node).join(folder))?;
+        let state = paths.agent_state(node);
+        for folder in [state.join("run"), state.join("cni"), paths.proc(node)] {
+            std::fs::create_dir_all(folder)?;
         }
     }
     Process::start(&Start {
