@@ -31,7 +31,7 @@ const LIBRARIES: [&str; 8] = [
 ///
 /// # Errors
 /// What the node lacks, and what to do.
-pub fn runs_on(program: &Path, root: &Path) -> Result<(), String> {
+pub(super) fn runs_on(program: &Path, root: &Path) -> Result<(), String> {
     let named = |error: io::Error| format!("{}: {error}", program.display());
     let mut head = Vec::new();
     File::open(program).and_then(|file| file.take(HEAD).read_to_end(&mut head)).map_err(named)?;
