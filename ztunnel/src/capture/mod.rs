@@ -13,6 +13,7 @@ pub mod fence;
 pub mod pods;
 pub mod preexisting;
 pub mod probe;
+pub mod probes;
 pub mod rules;
 pub mod zds;
 
