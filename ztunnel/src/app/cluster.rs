@@ -160,6 +160,8 @@ struct Turn {
     ends: Ends,
     /// This process serves the node.
     serves: bool,
+    /// The CNI plugin cannot be answered.
+    deaf: bool,
     writes: Writes,
     since: Instant,
     /// What was handed on last.
@@ -207,6 +209,7 @@ impl Turn {
         Self {
             ends,
             serves: false,
+            deaf: false,
             writes: Writes::new(),
             since: Instant::now(),
             listed: None,
@@ -236,6 +239,7 @@ impl Turn {
                 let problem = format!("the CNI plugin cannot be answered: {error}");
                 tracing::error!(%problem, "pods of the mesh that start now are not let start");
                 agent.pods.set_problem(Some(problem));
+                self.deaf = true;
             }
         }
     }
@@ -284,7 +288,7 @@ impl Turn {
     fn tell_problem(&self, agent: &Agent, health: &[Health; 2]) {
         let (pods, namespaces) = agent.state().view.listed();
         if pods && namespaces {
-            if self.listed.as_ref().is_some_and(|list| list.complete) && agent.settings.cni_socket.exists() {
+            if self.listed.as_ref().is_some_and(|list| list.complete) && !self.deaf {
                 agent.pods.set_problem(None);
             }
             return;

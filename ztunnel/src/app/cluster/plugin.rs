@@ -4,6 +4,7 @@
 //! ADD of any other pod at once. A pod that the watch does not know yet is asked for by name. Where nothing is known the
 //! runtime is told to try again: a pod of the mesh never starts outside of it.
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -67,7 +68,7 @@ impl Agent {
             name: request.pod_name,
             runtime_uid: request.pod_uid,
             netns: PathBuf::from(request.netns),
-            ips: request.ips,
+            ips: request.ips.iter().map(IpAddr::to_canonical).collect(),
         };
         self.state().sandbox_began(sandbox, &pod.uid, found, Instant::now());
         self.wake.notify_one();
@@ -90,7 +91,7 @@ impl Agent {
             let message = format!("the plugins before this one gave pod {name} no address");
             return Err(Refusal::new(WRONG_NETNS, message));
         }
-        let ips: Vec<_> = request.ips.iter().map(std::net::IpAddr::to_canonical).collect();
+        let ips: Vec<_> = request.ips.iter().map(IpAddr::to_canonical).collect();
         at_path(Path::new(&request.netns), &self.settings.proc, &ips).await.map_err(|why| {
             Refusal::new(WRONG_NETNS, format!("the network namespace {} of pod {name} {why}", request.netns))
         })

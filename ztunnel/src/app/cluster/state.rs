@@ -287,7 +287,11 @@ impl State {
         ips.dedup();
         self.sandboxes.push(sandbox);
         match found {
-            Some(found) => drop(self.networks.insert(uid.to_owned(), Network::Found { found, ips, checked: now })),
+            // The same network by another path is the same.
+            Some(found) => match self.networks.get(uid) {
+                Some(Network::Found { found: old, ips: of, .. }) if old.netns == found.netns && *of == ips => {}
+                _ => drop(self.networks.insert(uid.to_owned(), Network::Found { found, ips, checked: now })),
+            },
             // Where it was before is not where it is now.
             None => drop(self.networks.remove(uid)),
         }
@@ -327,3 +331,6 @@ impl State {
         Saved { sandboxes: self.sandboxes.clone(), enrolled }
     }
 }
+
+#[cfg(test)]
+mod tests;
