@@ -53,7 +53,8 @@ fn watch_truth(api: &ApiServer, lab: &Lab, done: &AtomicBool) -> anyhow::Result<
         let before = pod()?;
         let capture = capture(lab, "node-2", "cart")?;
         let after = pod()?;
-        if redirection(&before) == "enabled" && before["metadata"]["resourceVersion"] == after["metadata"]["resourceVersion"]
+        if redirection(&before) == "enabled"
+            && before["metadata"]["resourceVersion"] == after["metadata"]["resourceVersion"]
         {
             anyhow::ensure!(capture == "Captured", "the API says enabled, and the proxy {capture:?}");
             enabled += 1;
@@ -102,9 +103,18 @@ fn labels_capture_and_release_and_the_api_says_what_is_so() -> anyhow::Result<()
         let own = events.iter().filter(|event| event.writes() && event.agent.starts_with("tulle-ztunnel"));
         Ok(own.map(|event| json!(format!("{} {}/{}", event.what(), event.namespace, event.name))).collect())
     };
-    let of_pods = |all: &[Value]| all.iter().filter(|one| one.as_str().is_some_and(|it| it.starts_with("patch pods/status shop/"))).count();
+    let of_pods = |all: &[Value]| {
+        all.iter().filter(|one| one.as_str().is_some_and(|it| it.starts_with("patch pods/status shop/"))).count()
+    };
     let (all, before) = (writes(&api)?, of_pods(&writes(&api)?));
-    let strange: Vec<&Value> = all.iter().filter(|one| !one.as_str().is_some_and(|it| it.starts_with("patch pods/status shop/") || it.starts_with("patch nodes/status /node-"))).collect();
+    let strange: Vec<&Value> = all
+        .iter()
+        .filter(|one| {
+            !one.as_str().is_some_and(|it| {
+                it.starts_with("patch pods/status shop/") || it.starts_with("patch nodes/status /node-")
+            })
+        })
+        .collect();
     assert!(strange.is_empty(), "written besides: {strange:?}");
     scenario::reaches(&lab, "shop/web", "http://cart.shop/")?;
     assert_eq!(of_pods(&writes(&api)?), before, "a quiet node says nothing of its pods");
@@ -200,10 +210,9 @@ fn probes_of_the_kubelet_pass_under_strict_and_nothing_else_in_plaintext_does() 
     let mut objects = scenario::world(true);
     objects.push_str(&scenario::peer_authentication("shop", "STRICT"));
     let server = scenario::server("shop", "probed", "cart", 2);
-    objects.push_str(&server.replace(
-        "    ports: [",
-        "    readinessProbe: {httpGet: {port: 8080, path: /}}\n    ports: [",
-    ));
+    objects.push_str(
+        &server.replace("    ports: [", "    readinessProbe: {httpGet: {port: 8080, path: /}}\n    ports: ["),
+    );
     let Some((api, lab)) = cluster(&objects)? else { return Ok(()) };
     published(&api, "shop/probed", "enabled")?;
     let ip = lab.pod_ip("shop", "probed")?;

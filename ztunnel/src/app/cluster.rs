@@ -82,7 +82,10 @@ impl Agent {
     /// # Errors
     /// What is missing or wrong among them.
     pub(super) async fn new(config: &Node, answers: &Answers) -> anyhow::Result<Arc<Self>> {
-        anyhow::ensure!(!config.node_name.is_empty(), "TULLE_CLUSTER is on, and NODE_NAME does not say which node this is");
+        anyhow::ensure!(
+            !config.node_name.is_empty(),
+            "TULLE_CLUSTER is on, and NODE_NAME does not say which node this is"
+        );
         let settings = config.cluster.clone();
         let client = crate::cluster::client(settings.kubeconfig.as_deref()).await?;
         let closed = settings.egress_default == EgressDefault::Deny;

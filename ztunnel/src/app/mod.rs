@@ -185,7 +185,8 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     let cluster = cluster(&config, &answers).await?;
     let (begin, begun) = oneshot::channel();
     let watched = cluster.map(|agent| (agent, begun));
-    let (pods_drain, agent) = start_pods(&config, &shared, &workers, &pods, pods_stop, ends, (outside, fence), watched)?;
+    let (pods_drain, agent) =
+        start_pods(&config, &shared, &workers, &pods, pods_stop, ends, (outside, fence), watched)?;
     let attended = Arc::new(AtomicBool::new(false));
     let giver = |admin: Vec<TcpListener>| Giver {
         pods: pods.clone(),

@@ -17,7 +17,9 @@ const LENGTHS: [usize; 2] = [36, 32];
 pub fn pod_uids(text: &str) -> impl Iterator<Item = String> {
     // hierarchy:controllers:path; a path may have colons itself.
     let paths = text.lines().filter_map(|line| line.splitn(3, ':').nth(2));
-    paths.filter(|path| path.contains("kubepods") || path.starts_with("/..")).flat_map(|path| path.split('/').filter_map(segment))
+    paths
+        .filter(|path| path.contains("kubepods") || path.starts_with("/.."))
+        .flat_map(|path| path.split('/').filter_map(segment))
 }
 
 /// The uid in one segment of a path.
@@ -45,14 +47,22 @@ mod tests {
         for text in [
             format!("0::/kubepods/pod{UID}/abc"),
             format!("0::/kubepods/besteffort/pod{UID}/0123abcd"),
-            format!("0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{slice}.slice/cri-containerd-ab.scope"),
+            format!(
+                "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{slice}.slice/cri-containerd-ab.scope"
+            ),
             format!("0::/kubepods.slice/kubepods-pod{slice}.slice/crio-ab.scope/container"),
             format!("0::/kubelet.slice/kubelet-kubepods.slice/kubepods-besteffort-pod{slice}.slice/ab"),
             format!("0::/../../pod{UID}/ab"),
-            format!("0::/../../../kubepods-besteffort.slice/kubepods-besteffort-pod{slice}.slice/cri-containerd-ab.scope"),
-            format!("0::/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-besteffort.slice/kubelet-kubepods-besteffort-pod{slice}.slice/ab"),
+            format!(
+                "0::/../../../kubepods-besteffort.slice/kubepods-besteffort-pod{slice}.slice/cri-containerd-ab.scope"
+            ),
+            format!(
+                "0::/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-besteffort.slice/kubelet-kubepods-besteffort-pod{slice}.slice/ab"
+            ),
             format!("12:pids:/kubepods/burstable/pod{UID}/ab\n11:cpu,cpuacct:/kubepods/burstable/pod{UID}/ab\n"),
-            format!("3:cpu:/\n2:memory:/system.slice/containerd.service/kubepods-besteffort-pod{slice}.slice:cri-containerd:ab\n1:name=systemd:/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{slice}.slice/ab"),
+            format!(
+                "3:cpu:/\n2:memory:/system.slice/containerd.service/kubepods-besteffort-pod{slice}.slice:cri-containerd:ab\n1:name=systemd:/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{slice}.slice/ab"
+            ),
             format!("0::/docker/ff/kubepods/besteffort/pod11111111-2222-3333-4444-555555555555/x/kubepods/pod{UID}/y"),
             format!("0::/kubepods/pod{}/ab", UID.to_uppercase()),
         ] {
@@ -72,7 +82,19 @@ mod tests {
     #[test]
     fn what_is_of_no_pod_says_so() {
         let text = format!("0::/user.slice/pod{UID}/x");
-        for text in ["", "0::/", "nonsense", "0::/kubepods", "0::/kubepods/podxyz/a", "0::/kubepods/besteffort/pod/a", "0::/system.slice/kubelet.service", "0::/kubepods/pod0f47a1f6", text.as_str(), "0::/kubepods/pod../../x", "::::::"] {
+        for text in [
+            "",
+            "0::/",
+            "nonsense",
+            "0::/kubepods",
+            "0::/kubepods/podxyz/a",
+            "0::/kubepods/besteffort/pod/a",
+            "0::/system.slice/kubelet.service",
+            "0::/kubepods/pod0f47a1f6",
+            text.as_str(),
+            "0::/kubepods/pod../../x",
+            "::::::",
+        ] {
             assert_eq!(pod_uids(text).next(), None, "{text}");
         }
     }

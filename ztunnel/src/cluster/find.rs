@@ -166,7 +166,11 @@ mod tests {
         process(&proc, 26, &format!("0::/kubepods/pod{OTHER}/x/kubepods/pod{UID}\n"), &files[2]);
         let found = scan(&proc, &[UID.to_owned(), OTHER.to_owned()]).unwrap();
         let paths = |uid: &str| found[uid].iter().map(|one| one.path.clone()).collect::<Vec<_>>();
-        assert_eq!(paths(UID), [proc.join("3/ns/net"), proc.join("20/ns/net")], "each namespace once, the oldest first");
+        assert_eq!(
+            paths(UID),
+            [proc.join("3/ns/net"), proc.join("20/ns/net")],
+            "each namespace once, the oldest first"
+        );
         assert_eq!(paths(OTHER), [proc.join("24/ns/net")]);
         assert!(scan(&proc, &["unknown".to_owned()]).unwrap().is_empty());
         assert!(scan(&folder.path().join("absent"), &[]).is_err());

@@ -112,8 +112,7 @@ mod tests {
     fn a_pod_is_released_only_after_it_was_unpublished_and_control_knows() {
         let now = Instant::now();
         let at = |seconds: u64| now + Duration::from_secs(seconds);
-        let facts =
-            Facts { enrols: false, redirection: Some(ENABLED), capture: Capture::Captured, in_use: true };
+        let facts = Facts { enrols: false, redirection: Some(ENABLED), capture: Capture::Captured, in_use: true };
         let told = Way { told: true, leaving: None };
         let (way, write) = step(facts, told, at(0));
         assert_eq!((way.told, write), (true, Write::Value(None)));

@@ -69,7 +69,9 @@ impl Condition {
             return Self {
                 ready: true,
                 reason: "Serving",
-                message: format!("The mesh is known, and the pods of this node that are in it are captured ({captured})"),
+                message: format!(
+                    "The mesh is known, and the pods of this node that are in it are captured ({captured})"
+                ),
             };
         }
         let any = |words: &str| pending.iter().any(|what| what.starts_with(words));
@@ -92,7 +94,8 @@ impl Condition {
         Self {
             ready: false,
             reason: "Stopped",
-            message: "ztunnel was stopped; pods of this node that are in the mesh are cut off until it is back".to_owned(),
+            message: "ztunnel was stopped; pods of this node that are in the mesh are cut off until it is back"
+                .to_owned(),
         }
     }
 }

@@ -19,8 +19,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
 
 use crate::cluster::pod::Member;
-use crate::cluster::{QUESTION, said};
 use crate::cluster::view::News;
+use crate::cluster::{QUESTION, said};
 use crate::cni::enrolment::{Labels, relevant};
 use crate::identity::backoff;
 
@@ -40,10 +40,8 @@ pub type Health = watch::Receiver<String>;
 pub fn start(client: &Client, node: &str) -> (mpsc::Receiver<News>, [Health; 2]) {
     let (news, taken) = mpsc::channel(QUEUE);
     let config = watcher::Config::default().timeout(LIFE);
-    let pods = watcher::watcher(
-        Api::<v1::Pod>::all(client.clone()),
-        config.clone().fields(&format!("spec.nodeName={node}")),
-    );
+    let pods =
+        watcher::watcher(Api::<v1::Pod>::all(client.clone()), config.clone().fields(&format!("spec.nodeName={node}")));
     let (well, pods_health) = watch::channel("not asked yet".to_owned());
     let of_pods = Kind {
         what: "pods",

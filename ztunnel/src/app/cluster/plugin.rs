@@ -18,8 +18,7 @@ use crate::cluster::saved::Sandbox;
 use crate::cluster::watch;
 use crate::cni::enrolment::Labels;
 use crate::cni::wire::{
-    Answer, CHECK_FAILED, Command, DEADLINE, Done, NOT_AVAILABLE, Refusal, Request, TRY_AGAIN_LATER,
-    WRONG_NETNS,
+    Answer, CHECK_FAILED, Command, DEADLINE, Done, NOT_AVAILABLE, Refusal, Request, TRY_AGAIN_LATER, WRONG_NETNS,
 };
 
 /// How long an ADD waits for the capture: enough less than the plugin waits that the reason still arrives.
@@ -78,7 +77,8 @@ impl Agent {
             let Err(why) = self.pods.captured_in(&pod.uid, id) else { return Ok(Done { enrolled: true }) };
             if Instant::now() >= until {
                 let message = format!("pod {name} is in the mesh and not captured yet, so it does not start: {why}");
-                let details = "It is tried again. Look at `tulle status` and the log of ztunnel on this node.".to_owned();
+                let details =
+                    "It is tried again. Look at `tulle status` and the log of ztunnel on this node.".to_owned();
                 return Err(Refusal { code: TRY_AGAIN_LATER, message, details });
             }
             sleep(LOOK).await;
@@ -102,7 +102,9 @@ impl Agent {
         let (namespace, name) = (&request.pod_namespace, &request.pod_name);
         let is_meant = |pod: &Member| {
             let uid = request.pod_uid.as_str();
-            pod.namespace == *namespace && pod.name == *name && (uid.is_empty() || uid == pod.uid || uid == pod.runtime_uid)
+            pod.namespace == *namespace
+                && pod.name == *name
+                && (uid.is_empty() || uid == pod.uid || uid == pod.runtime_uid)
         };
         {
             let state = self.state();

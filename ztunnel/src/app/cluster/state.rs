@@ -253,7 +253,9 @@ impl State {
             let before = self.networks.get(&uid);
             let network = match (result, before) {
                 // The process that led here may be another one now; the namespace is the same.
-                (Ok(found), Some(Network::Found { found: old, ips: of, .. })) if old.netns == found.netns && *of == ips => {
+                (Ok(found), Some(Network::Found { found: old, ips: of, .. }))
+                    if old.netns == found.netns && *of == ips =>
+                {
                     continue;
                 }
                 (Ok(found), Some(Network::Ended { id, .. })) if found.netns.id() == *id => {

@@ -200,7 +200,10 @@ fn what_the_plugin_says_counts_until_it_says_that_it_is_over() {
     };
     node.state.sandbox_began(sandbox("c1"), "uid-a", Some(network.clone()), node.now);
     let steps = node.look(&[], false);
-    assert_eq!((steps.list.pods[0].handle.clone(), &steps.list.pods[0].ips), (Some(network.netns.clone()), &pod("a").ips));
+    assert_eq!(
+        (steps.list.pods[0].handle.clone(), &steps.list.pods[0].ips),
+        (Some(network.netns.clone()), &pod("a").ips)
+    );
     assert!(node.state.strangers(&[("c1".into(), "eth0".into())]).is_empty());
     assert_eq!(node.state.sandbox_ended("other", "eth0", node.now), None);
     assert_eq!(node.state.sandbox_ended("c1", "eth0", node.now), Some(network.netns.id()));
