@@ -32,6 +32,7 @@ use crate::cluster::find::{Sought, at_path, by_process};
 use crate::cluster::view::News;
 use crate::cluster::watch::Health;
 use crate::cluster::{Client, saved, serve};
+use crate::cni::install::{Keeper, Report};
 use crate::config::cluster::{Cluster as Settings, EgressDefault};
 use crate::config::{Node, Switch};
 use crate::state::{Protocol, Reader};
@@ -52,6 +53,8 @@ const BATCH: usize = 64;
 pub(super) struct Agent {
     settings: Settings,
     node: String,
+    /// The root namespace.
+    root: String,
     client: Client,
     reader: Reader,
     cluster_id: String,
@@ -93,6 +96,7 @@ impl Agent {
         Ok(Arc::new(Self {
             settings,
             node: config.node_name.clone(),
+            root: config.pod_namespace.clone(),
             client,
             reader: answers.shared.reader.clone(),
             cluster_id: config.cluster_id.clone(),
@@ -173,6 +177,8 @@ struct Turn {
     saved: Kept<saved::Saved>,
     known: Kept<Vec<u8>>,
     node: Option<Netns>,
+    /// Keeps the CNI plugin installed as long as it lives.
+    keeper: Option<Keeper>,
 }
 
 /// A thing outside that is kept equal to a value.
@@ -220,6 +226,7 @@ impl Turn {
             saved: Kept::new(),
             known: Kept::new(),
             node,
+            keeper: None,
         }
     }
 
@@ -229,6 +236,7 @@ impl Turn {
         if !begun {
             return;
         }
+        self.install(agent);
         let path: PathBuf = agent.settings.cni_socket.clone();
         match serve::bind(&path) {
             Ok(listener) => {
@@ -244,6 +252,21 @@ impl Turn {
                 agent.pods.set_problem(Some(problem));
                 self.deaf = true;
             }
+        }
+    }
+
+    /// Has the CNI plugin installed, and kept so.
+    fn install(&mut self, agent: &Agent) {
+        let settings = &agent.settings;
+        if settings.cni_install == Switch::Off {
+            return;
+        }
+        let (state, socket) = (settings.cni_state_dir.clone(), settings.cni_socket.clone());
+        let made = settings.plugin.settings(settings.kubeconfig.clone(), state, socket, agent.root.clone());
+        let told = |report: &Report| tracing::info!(%report, "the CNI plugin's installation");
+        match made.and_then(|settings| Keeper::start(settings, told)) {
+            Ok(keeper) => self.keeper = Some(keeper),
+            Err(error) => tracing::error!(%error, "the CNI plugin is not installed (TULLE_CNI_INSTALL)"),
         }
     }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use crate::config::Switch;
+use crate::config::cni::Plugin;
 
 /// What may leave namespaces that do not say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -42,6 +43,11 @@ pub struct Cluster {
     /// Socket at which the CNI plugin is answered.
     #[arg(long, env = "TULLE_CNI_SOCKET", default_value = "/run/tulle/cni.sock")]
     pub cni_socket: PathBuf,
+    /// The CNI plugin is installed on this node, and kept installed: on or off.
+    #[arg(long, env = "TULLE_CNI_INSTALL", default_value = "off")]
+    pub cni_install: Switch,
+    #[command(flatten)]
+    pub plugin: Plugin,
     /// The probes of the node's kubelet get an address by which they are known: on or off.
     #[arg(long, env = "TULLE_PROBES", default_value = "on")]
     pub probes: Switch,
