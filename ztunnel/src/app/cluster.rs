@@ -350,8 +350,8 @@ impl Turn {
 /// What the CNI plugin reads while the agent is away.
 const NAMESPACES: &str = "namespaces.json";
 
-async fn blocking(work: impl FnOnce() -> std::io::Result<()> + Send + 'static) -> std::io::Result<()> {
-    tokio::task::spawn_blocking(work).await.map_err(std::io::Error::other)?
+async fn blocking(work: impl FnOnce() -> Result<(), String> + Send + 'static) -> Result<(), String> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| error.to_string())?
 }
 
 /// Looks for the networks of pods: where the plugin said, else at processes.

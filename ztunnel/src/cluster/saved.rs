@@ -5,15 +5,13 @@
 //! API server is away leaves no captured pod without a proxy. The run folder is empty after a reboot, as are the network
 //! namespaces. The file is replaced by rename and holds no secret; one that cannot be read counts as absent.
 
-use std::fs;
-use std::io::{self, Read as _, Write as _};
 use std::net::IpAddr;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::cluster::pod::Member;
+use crate::cni::files;
 
 /// Name of the file.
 pub const FILE: &str = "agent.json";
@@ -103,50 +101,34 @@ impl Saved {
     /// Reads the file in `folder`.
     pub fn read(folder: &Path) -> Self {
         let path = folder.join(FILE);
-        let read = || -> io::Result<Self> {
-            let mut text = String::new();
-            fs::File::open(&path)?.take(LARGEST).read_to_string(&mut text)?;
-            Ok(serde_json::from_str(&text)?)
-        };
-        match read() {
-            Ok(saved) => saved,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::default(),
-            Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "what was remembered cannot be read; pods are looked for anew");
-                Self::default()
-            }
+        if !path.exists() {
+            return Self::default();
         }
+        let read = files::read_bounded(&path, LARGEST);
+        let saved = read.and_then(|text| serde_json::from_slice(&text).map_err(|error| error.to_string()));
+        saved.unwrap_or_else(|error| {
+            tracing::warn!(path = %path.display(), %error, "what was remembered cannot be read; pods are looked for anew");
+            Self::default()
+        })
     }
 
     /// Replaces the file in `folder`, which is made if it is absent.
     ///
     /// # Errors
-    /// What the system says.
-    pub fn write(&self, folder: &Path) -> io::Result<()> {
-        replace(folder, FILE, &serde_json::to_vec(self)?)
+    /// What failed, where, and what to do.
+    pub fn write(&self, folder: &Path) -> Result<(), String> {
+        let content = serde_json::to_vec(self).map_err(|error| error.to_string())?;
+        replace(folder, FILE, &content)
     }
 }
 
-/// Replaces a file that only root may read.
+/// Replaces a file that only root may read; the folder is made if it is absent.
 ///
 /// # Errors
-/// What the system says; the file is as it was then.
-pub fn replace(folder: &Path, name: &str, content: &[u8]) -> io::Result<()> {
-    fs::create_dir_all(folder)?;
-    // The process before this one may be writing too.
-    let new = folder.join(format!(".{name}.{}", std::process::id()));
-    let written = fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&new)
-        .and_then(|mut file| file.write_all(content))
-        .and_then(|()| fs::rename(&new, folder.join(name)));
-    if written.is_err() {
-        let _ = fs::remove_file(&new);
-    }
-    written
+/// What failed, where, and what to do; the file is as it was then.
+pub fn replace(folder: &Path, name: &str, content: &[u8]) -> Result<(), String> {
+    files::make_folder(folder, 0o700)?;
+    files::replace(&folder.join(name), content, 0o600).map(drop)
 }
 
 #[cfg(test)]
