@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use crate::cluster::pod::Member;
-use crate::cni::enrolment::{Known, Labels};
+use crate::cni::enrolment::{Known, Labels, word};
 
 /// How long a pod may be known from a question only. The watch follows within seconds; one that never shows it means
 /// that the pod is gone.
@@ -110,9 +110,11 @@ impl View {
         self.known.namespaces.get(name)
     }
 
-    /// What decides about pods besides their own labels.
-    pub fn known(&self) -> &Known {
-        &self.known
+    /// What the CNI plugin decides by while nobody answers it: what decides about pods besides their own labels, and where
+    /// those were seen to decide.
+    pub fn known(&self) -> Known {
+        let own_word = self.pods().filter(|pod| word(&pod.labels) == Some(true) && self.enrols(pod));
+        Known { self_enrolling: own_word.map(|pod| pod.namespace.clone()).collect(), ..self.known.clone() }
     }
 
     /// Whether labels want `pod` in the mesh. One whose namespace is not known has a namespace without labels, as
@@ -172,6 +174,15 @@ mod tests {
         assert!(enrols(&view));
         view.take(News::NamespaceGone("shop".into()));
         assert!(!enrols(&view));
+    }
+
+    #[test]
+    fn the_plugin_is_told_where_pods_enrol_themselves() {
+        let mut view = View::default();
+        let labels = Labels::from([("tulle.dev/mesh".to_owned(), "enabled".to_owned())]);
+        view.take(News::Pods(vec![pod("a"), Member { labels: labels.clone(), namespace: "mixed".into(), ..pod("b") }]));
+        view.take(News::Pod(Member { labels, namespace: "node".into(), host_network: true, ..pod("c") }));
+        assert_eq!(view.known().self_enrolling, ["mixed".to_owned()].into());
     }
 
     #[test]
