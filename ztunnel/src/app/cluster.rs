@@ -292,7 +292,7 @@ impl Turn {
             {
                 locating.spawn(locate(agent.settings.proc.clone(), sought));
             }
-            let known = state.view.listed().1.then(|| state.view.known().encode());
+            let known = state.view.listed().1.then(|| state.view.known_to_plugin().encode());
             (steps.list, steps.probe_ports, steps.moving, state.saved(), known)
         };
         self.keep_probes(probe_ports).await;

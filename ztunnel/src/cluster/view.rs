@@ -110,9 +110,13 @@ impl View {
         self.known.namespaces.get(name)
     }
 
-    /// What the CNI plugin decides by while nobody answers it: what decides about pods besides their own labels, and where
-    /// those were seen to decide.
-    pub fn known(&self) -> Known {
+    /// What decides about pods besides their own labels.
+    pub fn known(&self) -> &Known {
+        &self.known
+    }
+
+    /// What the CNI plugin decides by while nobody answers it: the same, and where pods were seen to enrol themselves.
+    pub fn known_to_plugin(&self) -> Known {
         let own_word = self.pods().filter(|pod| word(&pod.labels) == Some(true) && self.enrols(pod));
         Known { self_enrolling: own_word.map(|pod| pod.namespace.clone()).collect(), ..self.known.clone() }
     }
@@ -182,7 +186,7 @@ mod tests {
         let labels = Labels::from([("tulle.dev/mesh".to_owned(), "enabled".to_owned())]);
         view.take(News::Pods(vec![pod("a"), Member { labels: labels.clone(), namespace: "mixed".into(), ..pod("b") }]));
         view.take(News::Pod(Member { labels, namespace: "node".into(), host_network: true, ..pod("c") }));
-        assert_eq!(view.known().self_enrolling, ["mixed".to_owned()].into());
+        assert_eq!(view.known_to_plugin().self_enrolling, ["mixed".to_owned()].into());
     }
 
     #[test]
