@@ -314,6 +314,12 @@ fn an_audited_namespace_goes_on_as_before_and_says_what_it_did() -> anyhow::Resu
     anyhow::ensure!(got.contains("inet api.example"), "{got}");
     let spoken = lab.exec_ok("shop/web", &["shop", "tcp", &format!("{ip}:9000")])?;
     anyhow::ensure!(spoken.contains("HELLO"), "{spoken}");
+    // Nobody waits long for what is only watched, so a client that is slow to say its name is seen without it.
+    eventually("the name was seen", scenario::PATIENCE, || {
+        let got = curl(&lab, "shop/web", &["--resolve", &known], "https://api.example/")?;
+        let policy = lab.exec_ok("control", &["tulle", "egress", "--policy", "shop"]).map_err(|e| e.to_string())?;
+        if policy.contains("api.example") { Ok(()) } else { Err(format!("{got}{policy}")) }
+    })?;
     scenario::await_log(&lab, "node-1", &["egress=\"audited\"", "api.example"])?;
     let listed = lab.exec_ok("control", &["tulle", "egress"])?;
     anyhow::ensure!(listed.contains("api.example") && listed.contains("audited"), "{listed}");

@@ -127,10 +127,11 @@ async fn tcp_attempt(
     let (began, t_us) = (Instant::now(), now_us());
     let step = Step::default();
     let attempt = async {
+        let connector = tls.map(|_| secure::connector()).transpose()?;
         let stream = connect(address, family, &step).await?;
-        match tls {
+        match tls.zip(connector.as_ref()) {
             None => talk(stream, line).await,
-            Some(name) => talk(secure::connect(stream, name).await?, line).await,
+            Some((name, connector)) => talk(secure::connect(connector, stream, name).await?, line).await,
         }
     };
     let result = tokio::time::timeout(timeout, attempt).await.unwrap_or_else(|_| Err(late(timeout, &step)));

@@ -27,9 +27,17 @@ pub(super) fn acceptor() -> anyhow::Result<TlsAcceptor> {
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
-/// The client's side, which asks for the server `name`.
-pub(super) async fn connect(tcp: TcpStream, name: &str) -> anyhow::Result<tokio_rustls::client::TlsStream<TcpStream>> {
+/// The client's side, made before there is a connection so that its greeting follows at once.
+pub(super) fn connector() -> anyhow::Result<TlsConnector> {
+    Ok(TlsConnector::from(Arc::new(dial::believing()?.with_no_client_auth())))
+}
+
+/// Asks for the server `name`.
+pub(super) async fn connect(
+    connector: &TlsConnector,
+    tcp: TcpStream,
+    name: &str,
+) -> anyhow::Result<tokio_rustls::client::TlsStream<TcpStream>> {
     let name = ServerName::try_from(name.to_owned()).with_context(|| format!("`{name}` is no server name"))?;
-    let connector = TlsConnector::from(Arc::new(dial::believing()?.with_no_client_auth()));
     Ok(connector.connect(name, tcp).await?)
 }
