@@ -19,6 +19,7 @@ pub mod eventually;
 pub mod netns;
 pub mod place;
 pub mod rootless;
+pub mod runtime;
 pub mod topology;
 
 pub mod client;
@@ -34,6 +35,8 @@ pub mod impostor;
 pub mod lab;
 pub mod shop;
 pub mod sniff;
+
+pub mod kube;
 
 pub mod issuer;
 pub mod scenario;

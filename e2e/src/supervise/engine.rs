@@ -37,6 +37,7 @@ use crate::state::View;
 use crate::state::replace;
 use crate::supervise::Job;
 use crate::supervise::mesh;
+use crate::supervise::mirror::Mirror;
 use crate::supervise::pods;
 use crate::supervise::pods::Running;
 use crate::supervise::process::Process;
@@ -57,8 +58,6 @@ const FORGET: Duration = Duration::from_secs(2);
 const KNOWN: Duration = Duration::from_secs(2);
 /// Several files saved at once are one change.
 const COALESCE: Duration = Duration::from_millis(100);
-/// Annotation of outside hosts: names, by commas, under which the DNS server knows them.
-const HOSTNAMES: &str = "lab.tulle.dev/hostnames";
 
 pub(super) struct Engine {
     config: Config,
@@ -75,6 +74,7 @@ pub(super) struct Engine {
     pods: BTreeMap<PodKey, Running>,
     completed: Completed,
     published: Published,
+    mirror: Option<Mirror>,
     rules: Vec<String>,
     zone: Arc<RwLock<dns::Zone>>,
     _dns: Vec<dns::Server>,
@@ -115,6 +115,7 @@ impl Engine {
         for (netns, node) in node_ns.iter().zip(1..) {
             servers.push(dns::Server::start(netns, address::gateway(node), zone.clone())?);
         }
+        let mirror = config.api.as_ref().map(|api| Mirror::connect(api, &control_ns)).transpose()?;
         let seed = format!("{}/{}", paths.0.display(), std::process::id());
         let mut engine = Self {
             allocator: Allocator::new(config.nodes, &seed),
@@ -131,6 +132,7 @@ impl Engine {
             pods: BTreeMap::new(),
             completed: Completed::default(),
             published: Published::default(),
+            mirror,
             rules: Vec::new(),
             zone,
             _dns: servers,
@@ -408,7 +410,12 @@ impl Engine {
         }
         let own =
             self.pods.values().filter(|pod| matches!(pod.plan.spot, plan::Spot::Node { node: at, .. } if at == node));
-        self.proxies.tell(&self.paths, node, own.map(|pod| (&pod.plan, pod.netns_path(), pod.told_enrolled)))
+        self.proxies.tell(
+            &self.config,
+            &self.paths,
+            node,
+            own.map(|pod| (&pod.plan, pod.netns_path(), pod.told_enrolled)),
+        )
     }
 
     /// Writes objects, names and address translation as they follow from what is known now.
@@ -426,8 +433,14 @@ impl Engine {
         let facts = self.pods.iter().map(|(key, pod)| (key.clone(), pod.facts.clone())).collect();
         self.completed = objects::complete(&wanted, &plans, &facts, &mut self.allocator, self.config.nodes)?;
         self.published.publish(&self.paths.objects(), &self.completed.objects)?;
+        if let Some(mirror) = &mut self.mirror {
+            for (key, uid) in mirror.publish(&self.completed.objects)? {
+                self.allocator.rename(&key, &uid);
+                self.pods.get_mut(&key).into_iter().for_each(|pod| pod.plan.uid.clone_from(&uid));
+            }
+        }
         if let Ok(mut zone) = self.zone.write() {
-            *zone = dns::zone(&self.completed.services, &self.hosts());
+            *zone = dns::zone(&self.completed.services, &pods::hosts(self.pods.values()));
         }
         let nodes = 1..=self.config.nodes;
         let rules: Vec<String> = nodes.map(|node| kubeproxy::rules(&self.completed.services, node)).collect();
@@ -439,18 +452,6 @@ impl Engine {
         }
         self.show();
         Ok(())
-    }
-
-    fn hosts(&self) -> Vec<(String, address::Pair)> {
-        let outside = self.pods.values().filter(|pod| pod.plan.is_outside());
-        outside
-            .flat_map(|pod| {
-                let names = manifest::strings(&pod.plan.manifest, "/metadata/annotations").remove(HOSTNAMES);
-                let names: Vec<String> =
-                    names.unwrap_or_default().split(',').map(|name| name.trim().to_owned()).collect();
-                names.into_iter().filter(|name| !name.is_empty()).map(|name| (name, pod.plan.spot.addresses()))
-            })
-            .collect()
     }
 
     /// Asks the nodes for the capture state of their pods.
@@ -519,8 +520,7 @@ impl Engine {
 
     fn await_published(&mut self, deadline: Instant) {
         while self.control.as_mut().is_some_and(|control| control.exited().is_none()) && Instant::now() < deadline {
-            let sync = mesh::control_sync(self.control_ns.path());
-            if sync.is_ok_and(|sync| self.published.missing(&sync, &[]).is_empty()) {
+            if self.unpublished(&[]).is_empty() {
                 return;
             }
             std::thread::sleep(eventually::INTERVAL);
@@ -545,12 +545,27 @@ impl Engine {
         }
     }
 
+    /// What control has not heard of or not published, and which nodes do not have it.
+    fn unpublished(&self, nodes: &[String]) -> Vec<String> {
+        let control = self.control_ns.path();
+        let asked = match &self.mirror {
+            // The source first: what it has heard of by then is in what is asked for afterwards.
+            Some(mirror) => mesh::control_source(control).map(|followed| mirror.behind(&followed)),
+            None => Ok(vec![]),
+        };
+        let sync = asked.and_then(|behind| Ok((behind, mesh::control_sync(control)?)));
+        match sync {
+            Ok((mut missing, sync)) => {
+                missing.extend(self.published.missing(&sync, nodes, self.mirror.is_some()));
+                missing
+            }
+            Err(error) => vec![format!("control does not answer: {error:#}")],
+        }
+    }
+
     fn sync_missing(&self) -> Vec<String> {
         let nodes: Vec<String> = (1..=self.config.nodes).map(|node| format!("node-{node}")).collect();
-        let mut missing = match mesh::control_sync(self.control_ns.path()) {
-            Ok(sync) => self.published.missing(&sync, &nodes),
-            Err(error) => vec![format!("control does not answer: {error:#}")],
-        };
+        let mut missing = self.unpublished(&nodes);
         for (node, netns) in (1..).zip(&self.node_ns) {
             missing.extend(self.proxies.unready(node, netns.path()));
         }
