@@ -234,10 +234,18 @@ fn the_fence_holds_against_the_pod_itself_with_and_without_a_proxy() -> anyhow::
     let pod = lab.pod_ip("shop", "web")?;
     scenario::count_packets(&lab, INTERNET, &pod)?;
     attack(&lab, &ip)?;
-    anyhow::ensure!(scenario::counted_packets(&lab, INTERNET)? == 0, "{} packets of the pod came to the outside", scenario::counted_packets(&lab, INTERNET)?);
+    anyhow::ensure!(
+        scenario::counted_packets(&lab, INTERNET)? == 0,
+        "{} packets of the pod came to the outside",
+        scenario::counted_packets(&lab, INTERNET)?
+    );
     lab.kill("node-1", "KILL")?;
     attack(&lab, &ip)?;
-    anyhow::ensure!(scenario::counted_packets(&lab, INTERNET)? == 0, "{} packets of the pod came to the outside, proxy dead", scenario::counted_packets(&lab, INTERNET)?);
+    anyhow::ensure!(
+        scenario::counted_packets(&lab, INTERNET)? == 0,
+        "{} packets of the pod came to the outside, proxy dead",
+        scenario::counted_packets(&lab, INTERNET)?
+    );
     // What counts can count: the fence away, the same pod is seen.
     lab.exec_ok("node-1", &["sh", "-c", "PATH=$PATH:/usr/sbin nft delete table inet tulle_fence"])?;
     let _ = attack(&lab, &ip);

@@ -81,9 +81,8 @@ pub(super) fn bound_to_names(lab: &Lab) -> anyhow::Result<String> {
     // Nobody waits long for what is only watched, so a client that is slow to say its name is seen without it.
     eventually("the policy that would allow what was seen names the host", Duration::from_secs(20), || {
         let seen = dial(lab, other, other).map_err(|error| error.to_string())?;
-        let proposed = lab
-            .exec_ok("control", &["tulle", "egress", "--policy", "vault"])
-            .map_err(|error| error.to_string())?;
+        let proposed =
+            lab.exec_ok("control", &["tulle", "egress", "--policy", "vault"]).map_err(|error| error.to_string())?;
         if proposed.contains(other) { Ok(()) } else { Err(format!("{seen}\n{proposed}")) }
     })?;
     lab.apply_yaml(&format!("{}---{POLICY}", vault("deny")))?;
@@ -109,7 +108,8 @@ pub(super) fn fenced(lab: &Lab) -> anyhow::Result<String> {
     reached(lab, "bourse.example.test", "bourse.example.test")?;
     let (address, pod) = (lab.pod_ip("abroad", "bourse")?, lab.pod_ip("vault", "teller")?);
     scenario::count_packets(lab, HOST, &pod)?;
-    let marked = "table inet evil { chain out { type route hook output priority -300; policy accept; meta mark set 0x539; }; }";
+    let marked =
+        "table inet evil { chain out { type route hook output priority -300; policy accept; meta mark set 0x539; }; }";
     let script = format!(
         "PATH=$PATH:/usr/sbin:/sbin; nft '{marked}'; shop tcp {address}:9000 --timeout-ms 1000; \
          nft flush ruleset; shop tcp {address}:9000 --timeout-ms 1000; shop udp {address}:9000 --timeout-ms 500; true"
@@ -119,5 +119,6 @@ pub(super) fn fenced(lab: &Lab) -> anyhow::Result<String> {
     ensure!(!said.contains("HELLO"), "the pod got around its proxy: {said}");
     let count = scenario::counted_packets(lab, HOST)?;
     ensure!(count == 0, "{count} packets of the pod arrived outside");
-    Ok("a container with all power over its own network marked its packets, then flushed its rules: 0 packets arrived".into())
+    Ok("a container with all power over its own network marked its packets, then flushed its rules: 0 packets arrived"
+        .into())
 }

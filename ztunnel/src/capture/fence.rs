@@ -52,7 +52,11 @@ pub fn render(interfaces: &BTreeSet<String>, bridged: &BTreeSet<String>, inside:
         return text;
     }
     if !bridged.is_empty() {
-        let _ = writeln!(text, "table bridge {TABLE} {{\n  set pods {{\n    type ifname\n    elements = {{ {} }}\n  }}", list(bridged));
+        let _ = writeln!(
+            text,
+            "table bridge {TABLE} {{\n  set pods {{\n    type ifname\n    elements = {{ {} }}\n  }}",
+            list(bridged)
+        );
         text.push_str("  chain forward {\n    type filter hook forward priority filter; policy accept;\n");
         text.push_str("    iifname @pods meta oifkind != \"veth\" counter drop\n  }\n}\n");
     }
@@ -60,7 +64,10 @@ pub fn render(interfaces: &BTreeSet<String>, bridged: &BTreeSet<String>, inside:
     let _ = writeln!(text, "  set pods {{\n    type ifname\n    elements = {{ {} }}\n  }}", list(interfaces));
     if !bridged.is_empty() {
         let devices = list(bridged);
-        let _ = writeln!(text, "  chain port {{\n    type filter hook ingress devices = {{ {devices} }} priority filter; policy accept;");
+        let _ = writeln!(
+            text,
+            "  chain port {{\n    type filter hook ingress devices = {{ {devices} }} priority filter; policy accept;"
+        );
         let _ = writeln!(text, "    meta mark set meta mark or {MARK}\n  }}");
     }
     for (name, addresses) in [("mesh", &inside.mesh), ("plain", &inside.plain)] {
@@ -243,7 +250,8 @@ mod tests {
         let node = |rest: &str| links(&format!("[{lo},{}]", link(7, "pod1", rest)));
         let (near, far) = (",\"link_index\":7,\"link_netnsid\":0", ",\"link_index\":2,\"link_netnsid\":1");
         assert_eq!(ends(&pod(near), &node(far)), Ok(["pod1".to_owned()].into()));
-        let port = format!("{far},\"master\":\"cni0\",\"linkinfo\":{{\"info_kind\":\"veth\",\"info_slave_kind\":\"bridge\"}}");
+        let port =
+            format!("{far},\"master\":\"cni0\",\"linkinfo\":{{\"info_kind\":\"veth\",\"info_slave_kind\":\"bridge\"}}");
         assert_eq!(ends(&pod(near), &node(&port)), Ok(["pod1".to_owned()].into()));
         for (text, expected) in [(&*port, 1), (far, 0)] {
             assert_eq!(bridged(&["pod1".to_owned()].into(), &node(text)).len(), expected, "{text}");
