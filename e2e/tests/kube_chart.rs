@@ -22,7 +22,7 @@ const TABLE: &[(&str, &str)] = &[
     ),
     (
         "another control plane",
-        "control: {replicas: 3, minAvailable: 2, egressDefault: deny, tlsSan: [a.example, 192.0.2.1],\n\
+        "control: {replicas: 3, minAvailable: 2, caSecret: cacerts, egressDefault: deny, tlsSan: [a.example, 192.0.2.1],\n\
            env: {TULLE_CONTROL_JWKS_REFRESH: 1m, RUST_LOG: 'debug', EMPTY: ''}, resources: {}, podAnnotations: {x: 'true'},\n\
            nodeSelector: {kubernetes.io/os: null, pool: infra}, tolerations: [{key: infra, operator: Equal, value: 'yes', effect: NoSchedule}],\n\
            priorityClassName: ''}\n",

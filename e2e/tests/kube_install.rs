@@ -154,7 +154,7 @@ fn rights_are_those_that_are_needed_and_no_others() -> anyhow::Result<()> {
         ("control", "watch apiextensions.k8s.io:customresourcedefinitions"),
         ("control", "create secrets tulle-system/"),
         ("control", "update secrets tulle-system/tulle-ca"),
-        ("control", "update configmaps tulle-system/tulle-ca-root-cert"),
+        ("control", "patch configmaps tulle-system/tulle-ca-root-cert"),
         ("control", "update coordination.k8s.io:leases tulle-system/tulle-control"),
         ("ztunnel", "watch pods"),
         ("ztunnel", "watch namespaces"),
@@ -164,6 +164,9 @@ fn rights_are_those_that_are_needed_and_no_others() -> anyhow::Result<()> {
     let needless = [
         ("control", "get secrets tulle-system/other"),
         ("control", "list secrets"),
+        ("control", "patch secrets tulle-system/tulle-ca"),
+        ("control", "delete secrets tulle-system/tulle-ca"),
+        ("control", "update gateway.networking.k8s.io:httproutes/status shop/a"),
         ("control", "get secrets shop/a"),
         ("control", "create secrets shop/"),
         ("control", "patch pods shop/a"),

@@ -99,6 +99,8 @@ pub struct Control {
     pub min_available: u32,
     /// allow, audit or deny.
     pub egress_default: String,
+    /// Secret of the CA.
+    pub ca_secret: String,
     /// Further names of its certificate.
     pub tls_san: Vec<String>,
     /// Further settings.
@@ -251,6 +253,9 @@ impl Values {
         if (update.max_surge == 0) == (update.max_unavailable == 0) {
             let text = "ztunnel.update: one of maxSurge and maxUnavailable is 0, and only one, as the API server has it";
             return Err(text.to_owned());
+        }
+        if self.control.ca_secret.is_empty() {
+            return Err("control.caSecret is empty; name the Secret that holds the keys of the CA".to_owned());
         }
         if self.control.replicas == 0 || (self.egress_gateway.enabled && self.egress_gateway.replicas == 0) {
             return Err("replicas is 0; at least one is needed".to_owned());

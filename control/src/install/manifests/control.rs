@@ -54,6 +54,7 @@ fn container(input: &Input<'_>) -> Value {
     let own = map(&[
         ("TULLE_CONTROL_SOURCE", "kube"),
         ("TULLE_CONTROL_CA_DIR", "/var/run/tulle/ca"),
+        ("TULLE_CONTROL_CA_SECRET", &chosen.ca_secret),
         ("TULLE_CONTROL_TRUST_DOMAIN", &values.trust_domain),
         ("TULLE_CONTROL_CLUSTER_DOMAIN", &values.cluster_domain),
         ("TULLE_CONTROL_CLUSTER_ID", &values.cluster_id),

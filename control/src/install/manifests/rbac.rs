@@ -27,8 +27,7 @@ pub struct Permission {
 }
 
 const READ: &[&str] = &["get", "list", "watch"];
-const STATUS: &[&str] = &["patch", "update"];
-const KEEP: &[&str] = &["get", "list", "watch", "update", "patch"];
+const STATUS: &[&str] = &["patch"];
 
 const fn of_cluster(
     role: &'static str,
@@ -52,13 +51,15 @@ const fn own(
 
 const CONTROL: &str = "tulle-control";
 const NODE: &str = "tulle-ztunnel";
+/// The name in the table of the Secret that `control.caSecret` names.
+const CA_SECRET: &str = "tulle-ca";
 
 /// All rules, in the order of the roles.
 const PERMISSIONS: &[Permission] = &[
     of_cluster(
         CONTROL,
         "",
-        &["namespaces", "nodes", "pods", "serviceaccounts", "services", "endpoints"],
+        &["namespaces", "nodes", "pods", "serviceaccounts", "services"],
         READ,
         "what the mesh is made of",
     ),
@@ -130,10 +131,10 @@ const PERMISSIONS: &[Permission] = &[
     ),
     of_cluster(CONTROL, "authentication.k8s.io", &["tokenreviews"], &["create"], "who calls: tokens of node proxies"),
     own("", &["secrets", "configmaps"], &[], &["create"], "the first replica makes the two below; a name cannot be asked for where an object is made"),
-    own("", &["secrets"], &["tulle-ca"], KEEP, "keys of the certificate authority"),
-    own("", &["configmaps"], &["tulle-ca-root-cert"], KEEP, "roots that proxies check control with"),
+    own("", &["secrets"], &[CA_SECRET], &["get", "list", "watch", "update"], "keys of the certificate authority"),
+    own("", &["configmaps"], &["tulle-ca-root-cert"], &["get", "list", "watch", "patch"], "roots that proxies check control with"),
     own("coordination.k8s.io", &["leases"], &[], &["create"], "as above"),
-    own("coordination.k8s.io", &["leases"], &["tulle-control"], KEEP, "one replica writes status"),
+    own("coordination.k8s.io", &["leases"], &["tulle-control"], &["get", "update"], "one replica writes status"),
     of_cluster(NODE, "", &["namespaces", "pods"], READ, "which pods of the node are enrolled; the CNI plugin asks, too"),
     of_cluster(
         NODE,
@@ -185,7 +186,8 @@ fn role(input: &Input<'_>, name: &str, component: &str, namespaced: bool) -> Val
     let rules = PERMISSIONS.iter().filter(|one| one.role == name && one.namespaced == namespaced).map(|one| {
         let mut rule = json!({"apiGroups": [one.group], "resources": one.resources, "verbs": one.verbs});
         if !one.names.is_empty() {
-            rule["resourceNames"] = json!(one.names);
+            let chosen = |name: &&'static str| if *name == CA_SECRET { input.values.control.ca_secret.as_str() } else { *name };
+            rule["resourceNames"] = one.names.iter().map(chosen).collect();
         }
         rule
     });

@@ -54,14 +54,15 @@ pub struct Options {
 /// # Errors
 /// The step that failed, what it waits for, and that running it again goes on from there.
 pub async fn uninstall(client: &Client, options: &Options, say: &mut dyn FnMut(String)) -> anyhow::Result<()> {
-    release(client, options, say).await?;
+    let told = told(client, &options.namespace).await?;
+    release(client, options, told.closed, say).await?;
     nodes::clean(client, options, say).await?;
     if options.nodes_only {
         return Ok(());
     }
     objects(client, options, say).await?;
     if options.purge {
-        purge(client, options, say).await?;
+        purge(client, options, &told.ca_secret, say).await?;
     } else {
         let text = "the definitions of tulle.dev, Secret tulle-ca and the namespace stay; --purge takes them, too";
         say(text.to_owned());
@@ -70,8 +71,12 @@ pub async fn uninstall(client: &Client, options: &Options, say: &mut dyn FnMut(S
 }
 
 /// Labels so that no pod is enrolled, and waits until the proxies have let go of all.
-async fn release(client: &Client, options: &Options, say: &mut dyn FnMut(String)) -> anyhow::Result<()> {
-    let by_default = closed_by_default(client, &options.namespace).await?;
+async fn release(
+    client: &Client,
+    options: &Options,
+    by_default: bool,
+    say: &mut dyn FnMut(String),
+) -> anyhow::Result<()> {
     let namespaces = labelled(client, "Namespace", None).await?;
     let opening = plan::opens(&namespaces, &options.namespace, by_default);
     if !opening.is_empty() && !options.open_egress {
@@ -116,17 +121,26 @@ async fn release(client: &Client, options: &Options, say: &mut dyn FnMut(String)
     }
 }
 
-/// Whether namespaces without a label are closed, as control is told.
-async fn closed_by_default(client: &Client, namespace: &str) -> anyhow::Result<bool> {
+/// What control is told that matters when it goes.
+struct Told {
+    /// Namespaces without a label are closed.
+    closed: bool,
+    /// Name of the Secret with the keys of the CA.
+    ca_secret: String,
+}
+
+async fn told(client: &Client, namespace: &str) -> anyhow::Result<Told> {
     let control = match kinds::api(client, "Deployment", Some(namespace))?.get_opt("control").await {
-        Ok(control) => control,
-        Err(error) if forbidden(&error) => None,
+        Ok(control) => control.map(|control| control.data).unwrap_or_default(),
+        Err(error) if forbidden(&error) => Value::Null,
         Err(error) => bail!("cannot read Deployment control: {}", explain(&error)),
     };
-    let Some(control) = control else { return Ok(false) };
-    let container = &control.data["spec"]["template"]["spec"]["containers"][0];
-    let set = container["env"].as_array().into_iter().flatten();
-    Ok(set.clone().any(|one| one["name"] == "TULLE_CONTROL_EGRESS_DEFAULT" && one["value"] == "deny"))
+    let set = control["spec"]["template"]["spec"]["containers"][0]["env"].as_array().cloned().unwrap_or_default();
+    let value = |name: &str| set.iter().find(|one| one["name"] == name).and_then(|one| one["value"].as_str());
+    Ok(Told {
+        closed: value("TULLE_CONTROL_EGRESS_DEFAULT") == Some("deny"),
+        ca_secret: value("TULLE_CONTROL_CA_SECRET").unwrap_or("tulle-ca").to_owned(),
+    })
 }
 
 fn forbidden(error: &kube::Error) -> bool {
@@ -224,14 +238,19 @@ async fn objects(client: &Client, options: &Options, say: &mut dyn FnMut(String)
     Ok(())
 }
 
-async fn purge(client: &Client, options: &Options, say: &mut dyn FnMut(String)) -> anyhow::Result<()> {
+async fn purge(
+    client: &Client,
+    options: &Options,
+    ca_secret: &str,
+    say: &mut dyn FnMut(String),
+) -> anyhow::Result<()> {
     for definition in crate::install::manifests::definitions().map_err(anyhow::Error::msg)? {
         let name = definition["metadata"]["name"].as_str().unwrap_or_default();
         if delete(client, "CustomResourceDefinition", None, name).await? {
             say(format!("CustomResourceDefinition {name} and all its objects deleted"));
         }
     }
-    delete(client, "Secret", Some(&options.namespace), "tulle-ca").await?;
+    delete(client, "Secret", Some(&options.namespace), ca_secret).await?;
     let api = kinds::api(client, "Namespace", None)?;
     let made_here = match api.get_opt(&options.namespace).await {
         Ok(Some(namespace)) => {

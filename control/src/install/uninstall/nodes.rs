@@ -143,7 +143,10 @@ async fn cleaned(
         if Instant::now() > deadline {
             let late: Vec<_> = pods.items.iter().filter(|pod| !is_clean(&pod.data)).collect();
             let nodes: Vec<_> = late.iter().filter_map(|pod| pod.data["spec"]["nodeName"].as_str()).take(5).collect();
-            let text = format!("{done} of {wanted} nodes are clean; not {}", nodes.join(", "));
+            let text = match seen {
+                false => "the controller manager does not start the pods that clean the nodes".to_owned(),
+                true => format!("{done} of {wanted} nodes are clean; not {}", nodes.join(", ")),
+            };
             if options.force {
                 say(format!("{text}: `ztunnel cni uninstall` has to be run there by hand"));
                 return Ok(());
