@@ -282,8 +282,12 @@ fn uninstalling_releases_pods_first_and_leaves_what_is_not_its_own() -> anyhow::
         api.apply(&format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}, labels: {{{label}}}}}\n"))?;
     }
     api.apply("apiVersion: v1\nkind: Node\nmetadata: {name: node-1}\n")?;
-    api.patch_status("Node", "node-1", &json!({"status": {"conditions": [
-        {"type": "Ready", "status": "True"}, {"type": "TulleReady", "status": "True"}]}}))?;
+    api.patch_status(
+        "Node",
+        "node-1",
+        &json!({"status": {"conditions": [
+        {"type": "Ready", "status": "True"}, {"type": "TulleReady", "status": "True"}]}}),
+    )?;
     api.apply(&pod("a", "ours", "node-1"))?;
     let captured = json!({"metadata": {"annotations": {"ambient.istio.io/redirection": "enabled"}}});
     api.patch_status("Pod", "ours/a", &captured)?;

@@ -129,7 +129,8 @@ pub(super) fn install(options: &Install, at: &Where<'_>) -> Result<String, Failu
 fn documents(objects: &[serde_json::Value]) -> Result<String, Failure> {
     let mut text = String::new();
     for object in objects {
-        let one = serde_saphyr::to_string(object).map_err(|error| Failure::wrong(format!("cannot write YAML: {error}")))?;
+        let one =
+            serde_saphyr::to_string(object).map_err(|error| Failure::wrong(format!("cannot write YAML: {error}")))?;
         text.push_str("---\n");
         text.push_str(one.trim_end());
         text.push('\n');

@@ -54,11 +54,14 @@ async fn config(kubeconfig: Option<&Path>) -> anyhow::Result<Config> {
     let shown = files.display();
     let mut merged = Kubeconfig::default();
     for file in std::env::split_paths(files).filter(|file| !file.as_os_str().is_empty()) {
-        let one = Kubeconfig::read_from(&file).with_context(|| format!("cannot read --kubeconfig {}", file.display()))?;
+        let one =
+            Kubeconfig::read_from(&file).with_context(|| format!("cannot read --kubeconfig {}", file.display()))?;
         merged = merged.merge(one).with_context(|| format!("--kubeconfig {shown}: its files do not fit together"))?;
     }
     let options = KubeConfigOptions::default();
-    Config::from_custom_kubeconfig(merged, &options).await.with_context(|| format!("--kubeconfig {shown} cannot be used"))
+    Config::from_custom_kubeconfig(merged, &options)
+        .await
+        .with_context(|| format!("--kubeconfig {shown} cannot be used"))
 }
 
 #[cfg(test)]

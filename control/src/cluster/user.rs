@@ -32,9 +32,9 @@ pub async fn user(kubeconfig: Option<&Path>, context: Option<&str>) -> anyhow::R
             Err(error) if context.is_some() => {
                 return Err(error).with_context(|| "the kubeconfig (KUBECONFIG, ~/.kube/config) cannot be used");
             }
-            Err(error) => Config::incluster().map_err(|_| error).context(
-                "no cluster is known: name one by --kubeconfig, KUBECONFIG or ~/.kube/config",
-            )?,
+            Err(error) => Config::incluster()
+                .map_err(|_| error)
+                .context("no cluster is known: name one by --kubeconfig, KUBECONFIG or ~/.kube/config")?,
         },
     };
     config.connect_timeout = Some(Duration::from_secs(10));

@@ -144,12 +144,7 @@ pub async fn prune(
 }
 
 /// Deletes an object with all that it owns; one that is not there is no error. Whether there was one.
-pub(super) async fn delete(
-    client: &Client,
-    kind: &str,
-    namespace: Option<&str>,
-    name: &str,
-) -> anyhow::Result<bool> {
+pub(super) async fn delete(client: &Client, kind: &str, namespace: Option<&str>, name: &str) -> anyhow::Result<bool> {
     match kinds::api(client, kind, namespace)?.delete(name, &DeleteParams::foreground()).await {
         Ok(_) => Ok(true),
         Err(Error::Api(status)) if status.code == 404 => Ok(false),
@@ -191,7 +186,9 @@ pub async fn ready(
         if Instant::now() > deadline {
             let namespace = objects.iter().find_map(|object| object["metadata"]["namespace"].as_str());
             let pods = waiting(client, namespace.unwrap_or_default()).await.unwrap_or_default();
-            bail!("not ready in time: {text}{pods}\n`tulle check` looks for the reason; installing again goes on from here");
+            bail!(
+                "not ready in time: {text}{pods}\n`tulle check` looks for the reason; installing again goes on from here"
+            );
         }
         if text != told {
             say(format!("waiting: {text}"));

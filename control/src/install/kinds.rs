@@ -2,9 +2,9 @@
 //!
 //! A closed list instead of discovery: a kind that is not here is a mistake of this program, and one request less is needed.
 
+use kube::Client;
 use kube::api::{Api, ApiResource, DynamicObject};
 use kube::core::GroupVersionKind;
-use kube::Client;
 use serde_json::Value;
 
 /// apiVersion, kind, plural, whether it has a namespace.
@@ -60,11 +60,7 @@ pub(super) fn api(client: &Client, name: &str, namespace: Option<&str>) -> anyho
 /// Kind, namespace and name of a manifest.
 pub(super) fn identity(object: &Value) -> (&str, Option<&str>, &str) {
     let meta = &object["metadata"];
-    (
-        object["kind"].as_str().unwrap_or_default(),
-        meta["namespace"].as_str(),
-        meta["name"].as_str().unwrap_or_default(),
-    )
+    (object["kind"].as_str().unwrap_or_default(), meta["namespace"].as_str(), meta["name"].as_str().unwrap_or_default())
 }
 
 /// As people read it: `kind/name`, with the namespace in front of the name if there is one.

@@ -251,7 +251,8 @@ impl Values {
         }
         let update = &self.ztunnel.update;
         if (update.max_surge == 0) == (update.max_unavailable == 0) {
-            let text = "ztunnel.update: one of maxSurge and maxUnavailable is 0, and only one, as the API server has it";
+            let text =
+                "ztunnel.update: one of maxSurge and maxUnavailable is 0, and only one, as the API server has it";
             return Err(text.to_owned());
         }
         if self.control.ca_secret.is_empty() {
@@ -289,9 +290,8 @@ fn serde_path(merged: &Value) -> Result<Values, String> {
 fn yaml(text: &str) -> Result<Value, String> {
     // YAML 1.2: `off` is a word.
     let options = serde_saphyr::options! { strict_booleans: true };
-    serde_saphyr::from_str_with_options::<Value>(text, options).map_err(|error| {
-        error.without_snippet().to_string().lines().next().unwrap_or_default().to_owned()
-    })
+    serde_saphyr::from_str_with_options::<Value>(text, options)
+        .map_err(|error| error.without_snippet().to_string().lines().next().unwrap_or_default().to_owned())
 }
 
 /// As Helm merges values.

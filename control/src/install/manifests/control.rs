@@ -21,12 +21,7 @@ pub(super) fn objects(input: &Input<'_>) -> Vec<Value> {
             "spec": {"selector": selector(NAME), "ports": ports},
         }),
         disruption_budget(meta(), chosen.min_available, NAME),
-        deployment(
-            meta(),
-            chosen.replicas,
-            NAME,
-            template(input.labels(NAME), &chosen.pod_annotations, pod(input)),
-        ),
+        deployment(meta(), chosen.replicas, NAME, template(input.labels(NAME), &chosen.pod_annotations, pod(input))),
     ]
 }
 

@@ -164,7 +164,8 @@ fn selector(component: &str) -> Value {
 
 /// The files of [`Input::proxy_env`].
 fn proxy_volumes() -> [Value; 2] {
-    let token = json!({"serviceAccountToken": {"audience": "istio-ca", "expirationSeconds": 43200, "path": "istio-token"}});
+    let token =
+        json!({"serviceAccountToken": {"audience": "istio-ca", "expirationSeconds": 43200, "path": "istio-token"}});
     [
         json!({"name": "token", "projected": {"sources": [token]}}),
         json!({"name": "root-cert", "configMap": {"name": "tulle-ca-root-cert"}}),
@@ -181,9 +182,7 @@ fn proxy_mounts() -> [Value; 2] {
 /// Spread over nodes and zones, as far as it goes.
 fn add_spread(pod: &mut Value, component: &str) {
     let matching = json!({"matchLabels": selector(component)});
-    let over = |key: &str| {
-        json!({"maxSkew": 1, "topologyKey": key, "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": matching})
-    };
+    let over = |key: &str| json!({"maxSkew": 1, "topologyKey": key, "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": matching});
     pod["topologySpreadConstraints"] = json!([over("kubernetes.io/hostname"), over("topology.kubernetes.io/zone")]);
     let term = json!({"topologyKey": "kubernetes.io/hostname", "labelSelector": matching});
     let preferred = json!([{"weight": 100, "podAffinityTerm": term}]);

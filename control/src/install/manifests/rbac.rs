@@ -130,12 +130,30 @@ const PERMISSIONS: &[Permission] = &[
         "kinds that are installed later are picked up",
     ),
     of_cluster(CONTROL, "authentication.k8s.io", &["tokenreviews"], &["create"], "who calls: tokens of node proxies"),
-    own("", &["secrets", "configmaps"], &[], &["create"], "the first replica makes the two below; a name cannot be asked for where an object is made"),
+    own(
+        "",
+        &["secrets", "configmaps"],
+        &[],
+        &["create"],
+        "the first replica makes the two below; a name cannot be asked for where an object is made",
+    ),
     own("", &["secrets"], &[CA_SECRET], &["get", "list", "watch", "update"], "keys of the certificate authority"),
-    own("", &["configmaps"], &["tulle-ca-root-cert"], &["get", "list", "watch", "patch"], "roots that proxies check control with"),
+    own(
+        "",
+        &["configmaps"],
+        &["tulle-ca-root-cert"],
+        &["get", "list", "watch", "patch"],
+        "roots that proxies check control with",
+    ),
     own("coordination.k8s.io", &["leases"], &[], &["create"], "as above"),
     own("coordination.k8s.io", &["leases"], &["tulle-control"], &["get", "update"], "one replica writes status"),
-    of_cluster(NODE, "", &["namespaces", "pods"], READ, "which pods of the node are enrolled; the CNI plugin asks, too"),
+    of_cluster(
+        NODE,
+        "",
+        &["namespaces", "pods"],
+        READ,
+        "which pods of the node are enrolled; the CNI plugin asks, too",
+    ),
     of_cluster(
         NODE,
         "",
@@ -186,7 +204,8 @@ fn role(input: &Input<'_>, name: &str, component: &str, namespaced: bool) -> Val
     let rules = PERMISSIONS.iter().filter(|one| one.role == name && one.namespaced == namespaced).map(|one| {
         let mut rule = json!({"apiGroups": [one.group], "resources": one.resources, "verbs": one.verbs});
         if !one.names.is_empty() {
-            let chosen = |name: &&'static str| if *name == CA_SECRET { input.values.control.ca_secret.as_str() } else { *name };
+            let chosen =
+                |name: &&'static str| if *name == CA_SECRET { input.values.control.ca_secret.as_str() } else { *name };
             rule["resourceNames"] = one.names.iter().map(chosen).collect();
         }
         rule

@@ -155,7 +155,8 @@ async fn pages(client: &Client, kind: &str, selector: Option<&str>) -> anyhow::R
     }
     let mut all = Vec::new();
     loop {
-        let page = api.list(&params).await.map_err(|error| anyhow::anyhow!("cannot list {kind}: {}", explain(&error)))?;
+        let page =
+            api.list(&params).await.map_err(|error| anyhow::anyhow!("cannot list {kind}: {}", explain(&error)))?;
         all.extend(page.items);
         match page.metadata.continue_.filter(|token| !token.is_empty()) {
             Some(token) => params = params.continue_token(&token),
@@ -183,7 +184,8 @@ async fn change(
     let params = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
     for change in changes {
         let Labelled { namespace, name, .. } = change.of;
-        match kinds::api(client, kind, namespace.as_deref())?.patch(name, &params, &Patch::Merge(change.patch())).await {
+        match kinds::api(client, kind, namespace.as_deref())?.patch(name, &params, &Patch::Merge(change.patch())).await
+        {
             Ok(_) => {
                 let name = namespace.as_ref().map_or_else(|| name.clone(), |namespace| format!("{namespace}/{name}"));
                 say(format!("{kind} {name}: {}", change.words()));
@@ -226,7 +228,8 @@ async fn objects(client: &Client, options: &Options, say: &mut dyn FnMut(String)
     }
     // Those that control made and, ended with its objects, could not take away itself.
     for policy in pages(client, "NetworkPolicy", Some("app.kubernetes.io/managed-by=tulle")).await? {
-        let (namespace, name) = (policy.metadata.namespace.unwrap_or_default(), policy.metadata.name.unwrap_or_default());
+        let (namespace, name) =
+            (policy.metadata.namespace.unwrap_or_default(), policy.metadata.name.unwrap_or_default());
         if delete(client, "NetworkPolicy", Some(&namespace), &name).await? {
             say(format!("NetworkPolicy {namespace}/{name} deleted"));
         }
@@ -238,12 +241,7 @@ async fn objects(client: &Client, options: &Options, say: &mut dyn FnMut(String)
     Ok(())
 }
 
-async fn purge(
-    client: &Client,
-    options: &Options,
-    ca_secret: &str,
-    say: &mut dyn FnMut(String),
-) -> anyhow::Result<()> {
+async fn purge(client: &Client, options: &Options, ca_secret: &str, say: &mut dyn FnMut(String)) -> anyhow::Result<()> {
     for definition in crate::install::manifests::definitions().map_err(anyhow::Error::msg)? {
         let name = definition["metadata"]["name"].as_str().unwrap_or_default();
         if delete(client, "CustomResourceDefinition", None, name).await? {

@@ -23,11 +23,7 @@ const WHERE: &str = "tulle.dev/node-selector";
 /// A label that no node has.
 const NOWHERE: &str = "tulle.dev/uninstall";
 
-pub(super) async fn clean(
-    client: &Client,
-    options: &Options,
-    say: &mut dyn FnMut(String),
-) -> anyhow::Result<()> {
+pub(super) async fn clean(client: &Client, options: &Options, say: &mut dyn FnMut(String)) -> anyhow::Result<()> {
     let namespace = options.namespace.as_str();
     let deadline = Instant::now() + options.timeout;
     let proxies = get(client, "DaemonSet", namespace, PROXIES).await?;
@@ -105,7 +101,8 @@ fn let_go(cleaners: &Value) -> Value {
 
 /// Waits until no proxy runs.
 async fn until_gone(client: &Client, namespace: &str, deadline: Instant) -> anyhow::Result<()> {
-    let theirs = ListParams::default().labels(&format!("app.kubernetes.io/name={PROXIES},app.kubernetes.io/part-of=tulle"));
+    let theirs =
+        ListParams::default().labels(&format!("app.kubernetes.io/name={PROXIES},app.kubernetes.io/part-of=tulle"));
     loop {
         let pods = kinds::api(client, "Pod", Some(namespace))?.list(&theirs).await;
         let pods = pods.map_err(|error| anyhow::anyhow!("cannot list pods: {}", explain(&error)))?;
@@ -128,7 +125,8 @@ async fn cleaned(
     say: &mut dyn FnMut(String),
 ) -> anyhow::Result<()> {
     let namespace = options.namespace.as_str();
-    let ours = ListParams::default().labels(&format!("app.kubernetes.io/name={CLEANERS},app.kubernetes.io/part-of=tulle"));
+    let ours =
+        ListParams::default().labels(&format!("app.kubernetes.io/name={CLEANERS},app.kubernetes.io/part-of=tulle"));
     loop {
         let set = get(client, "DaemonSet", namespace, CLEANERS).await?.unwrap_or(Value::Null);
         let pods = kinds::api(client, "Pod", Some(namespace))?.list(&ours).await;
@@ -165,7 +163,8 @@ fn is_clean(pod: &Value) -> bool {
 pub(super) async fn forget(client: &Client) -> anyhow::Result<()> {
     let gone = json!({"status": {"conditions": [{"type": "TulleReady", "$patch": "delete"}]}});
     for node in pages(client, "Node", None).await? {
-        let has = node.data["status"]["conditions"].as_array().into_iter().flatten().any(|one| one["type"] == "TulleReady");
+        let has =
+            node.data["status"]["conditions"].as_array().into_iter().flatten().any(|one| one["type"] == "TulleReady");
         let name = node.metadata.name.unwrap_or_default();
         if !has {
             continue;
@@ -214,7 +213,8 @@ mod tests {
 
     #[test]
     fn a_node_is_clean_when_its_pod_says_so() {
-        let ended = |code: i32| json!({"status": {"initContainerStatuses": [{"state": {"terminated": {"exitCode": code}}}]}});
+        let ended =
+            |code: i32| json!({"status": {"initContainerStatuses": [{"state": {"terminated": {"exitCode": code}}}]}});
         assert!(is_clean(&ended(0)));
         assert!(!is_clean(&ended(1)));
         assert!(!is_clean(&json!({})));

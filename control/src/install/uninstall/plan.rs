@@ -128,7 +128,12 @@ mod tests {
 
     #[test]
     fn namespaces_that_open_are_named() {
-        let all = [labelled("a", "tulle.dev/egress=deny"), labelled("b", ""), labelled("root", ""), labelled("kube-system", "")];
+        let all = [
+            labelled("a", "tulle.dev/egress=deny"),
+            labelled("b", ""),
+            labelled("root", ""),
+            labelled("kube-system", ""),
+        ];
         assert_eq!(opens(&all, "root", false), ["a"]);
         assert_eq!(opens(&all, "root", true), ["a", "b"]);
     }

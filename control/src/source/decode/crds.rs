@@ -213,7 +213,9 @@ fn check(schema: &Value, value: &Value, path: &str) -> Vec<String> {
         Value::Object(map) => {
             for key in schema["required"].as_array().into_iter().flatten() {
                 if map.get(key.as_str().unwrap()).is_none() {
-                    wrong.push(format!("{}.{}: is missing", path, key.as_str().unwrap()).trim_start_matches('.').to_owned());
+                    wrong.push(
+                        format!("{}.{}: is missing", path, key.as_str().unwrap()).trim_start_matches('.').to_owned(),
+                    );
                 }
             }
             for (key, item) in map {
