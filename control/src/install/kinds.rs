@@ -44,6 +44,12 @@ fn kind(name: &str) -> Option<&'static Kind> {
     KINDS.iter().chain([&NAMESPACE]).find(|kind| kind.1 == name)
 }
 
+/// Whether it is a kind of the list, with or without a namespace.
+#[cfg(test)]
+pub(super) fn known(name: &str, namespaced: bool) -> bool {
+    kind(name).is_some_and(|kind| kind.3 == namespaced)
+}
+
 /// Objects of a kind, in a namespace if it has one; `None` as namespace: all of them.
 pub(super) fn api(client: &Client, name: &str, namespace: Option<&str>) -> anyhow::Result<Api<DynamicObject>> {
     let Some((version, kind, plural, namespaced)) = kind(name) else {

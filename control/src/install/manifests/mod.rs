@@ -237,3 +237,73 @@ fn disruption_budget(meta: Value, min_available: u32, component: &str) -> Value 
         },
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use serde_json::Value;
+
+    use super::{Input, namespace, objects};
+    use crate::install::kinds;
+    use crate::install::values::Values;
+
+    fn all(sets: &[&str]) -> Vec<Value> {
+        let sets: Vec<_> = sets.iter().map(ToString::to_string).collect();
+        let values = Values::read(&[], &sets).unwrap();
+        let input = Input { values: &values, namespace: "mesh", managed_by: "tests" };
+        let mut all = vec![namespace("mesh", "tests")];
+        all.extend(objects(&input).unwrap());
+        all
+    }
+
+    #[test]
+    fn every_object_is_of_a_known_kind_made_once_and_found_again_by_its_labels() {
+        let mut seen = BTreeSet::new();
+        for object in all(&["egressGateway.enabled=true"]) {
+            let (kind, space, name) = kinds::identity(&object);
+            assert!(kinds::known(kind, space.is_some()), "{kind} {space:?} {name}");
+            assert!(seen.insert(format!("{kind} {name}")), "{kind} {name} twice");
+            assert!(space.is_none_or(|space| space == "mesh"), "{object}");
+            let labels = &object["metadata"]["labels"];
+            let found =
+                labels["app.kubernetes.io/part-of"] == "tulle" && labels["app.kubernetes.io/managed-by"] == "tests";
+            assert!(found || kind == "CustomResourceDefinition", "{object}");
+        }
+    }
+
+    #[test]
+    fn every_container_is_confined_bounded_and_tagged_and_no_text_is_left_open() {
+        for object in all(&["egressGateway.enabled=true", "image.registry=registry.example", "image.tag=v1"]) {
+            assert!(!object.to_string().contains("{{"), "{object}");
+            for container in object["spec"]["template"]["spec"]["containers"].as_array().into_iter().flatten() {
+                let image = container["image"].as_str().unwrap();
+                assert!(image.starts_with("registry.example/tulle/") && image.ends_with(":v1"), "{image}");
+                assert!(container["resources"]["limits"]["memory"].is_string(), "{container}");
+                assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
+                assert_eq!(container["securityContext"]["capabilities"]["drop"][0], "ALL");
+                assert!(container["securityContext"]["privileged"] != true);
+                assert!(container["readinessProbe"].is_object(), "{container}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_user_sets_wins_over_what_is_built_in() {
+        let objects = all(&["control.env.RUST_LOG=trace"]);
+        let control = objects.iter().find(|one| one["kind"] == "Deployment").unwrap();
+        let env = control["spec"]["template"]["spec"]["containers"][0]["env"].as_array().unwrap();
+        let set: Vec<_> = env.iter().filter(|one| one["name"] == "RUST_LOG").collect();
+        assert!(set.len() == 1 && set[0]["value"] == "trace", "{set:?}");
+    }
+
+    #[test]
+    fn what_is_not_chosen_is_not_there() {
+        let objects = all(&["crds.install=false", "nodeRestriction.enabled=false"]);
+        let kinds: BTreeSet<_> = objects.iter().map(|one| one["kind"].as_str().unwrap()).collect();
+        assert!(
+            !kinds.contains("CustomResourceDefinition") && !kinds.contains("ValidatingAdmissionPolicy"),
+            "{kinds:?}"
+        );
+    }
+}
