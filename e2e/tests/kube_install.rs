@@ -1,6 +1,5 @@
 //! Promise: what `tulle install` brings, a real API server takes; its rights are enough and no more; and it goes as it came.
 
-use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
@@ -224,7 +223,7 @@ fn a_node_proxy_writes_about_its_own_node_alone() -> anyhow::Result<()> {
     let proxy = |bound: Option<&str>| -> anyhow::Result<Cluster> {
         let token = api.token("tulle-system/ztunnel", "", bound)?;
         let file = api.dir().join(format!("proxy-{}.kubeconfig", bound.is_some()));
-        write_kubeconfig(&file, &api, &token)?;
+        kube::write_kubeconfig(&file, &api.url(), &api.authority(), &json!({"token": token}))?;
         Cluster::connect(&file, "a-proxy")
     };
     let captured = json!({"metadata": {"annotations": {"ambient.istio.io/redirection": "enabled"}}});
@@ -257,16 +256,6 @@ fn a_node_proxy_writes_about_its_own_node_alone() -> anyhow::Result<()> {
     let unbound = proxy(None)?;
     assert!(unbound.patch_status("Pod", "shop/a-node-1", &captured).is_err(), "a token of no pod may write");
     Ok(())
-}
-
-fn write_kubeconfig(path: &Path, api: &ApiServer, token: &str) -> anyhow::Result<()> {
-    let text = json!({
-        "apiVersion": "v1", "kind": "Config", "current-context": "c",
-        "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
-        "clusters": [{"name": "k", "cluster": {"server": api.url(), "certificate-authority": api.authority()}}],
-        "users": [{"name": "u", "user": {"token": token}}],
-    });
-    Ok(std::fs::write(path, text.to_string())?)
 }
 
 #[test]
