@@ -12,7 +12,7 @@ pub mod cluster;
 pub mod crds;
 pub mod programs;
 
-mod pki;
+pub mod pki;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -24,7 +24,6 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use http::Method;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
@@ -33,7 +32,6 @@ pub use cluster::Cluster;
 
 use crate::address;
 use crate::client;
-use crate::eventually::eventually;
 use crate::kube::audit::{Event, Summary};
 use crate::kube::pki::Pki;
 use crate::place::Placement;
