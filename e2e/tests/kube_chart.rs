@@ -84,7 +84,18 @@ impl Both {
     fn of_helm(&self, values: &str) -> anyhow::Result<Output> {
         let file = self.file(values)?;
         let chart = chart().display().to_string();
-        self.helm(&["template", "tulle", &chart, "--kube-version", "1.36.0", "--namespace", "mesh", "--no-hooks", "--values", &file])
+        self.helm(&[
+            "template",
+            "tulle",
+            &chart,
+            "--kube-version",
+            "1.36.0",
+            "--namespace",
+            "mesh",
+            "--no-hooks",
+            "--values",
+            &file,
+        ])
     }
 
     /// What the command gives.

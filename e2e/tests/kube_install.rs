@@ -203,7 +203,7 @@ fn rights_are_those_that_are_needed_and_no_others() -> anyhow::Result<()> {
 
 fn pod(name: &str, namespace: &str, node: &str) -> String {
     format!(
-        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}}}\n\
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, annotations: {{example.org/own: x}}}}\n\
          spec: {{nodeName: {node}, serviceAccountName: {account}, containers: [{{name: a, image: a}}]}}\n",
         account = if namespace == SPACE { "ztunnel" } else { "default" }
     )
@@ -227,6 +227,8 @@ fn a_node_proxy_writes_about_its_own_node_alone() -> anyhow::Result<()> {
         Cluster::connect(&file, "a-proxy")
     };
     let captured = json!({"metadata": {"annotations": {"ambient.istio.io/redirection": "enabled"}}});
+    let annotated = json!({"metadata": {"annotations": {"example.org/other": ""}}});
+    let cleared = json!({"metadata": {"annotations": null}});
     let labelled = json!({"metadata": {"labels": {"app": "other"}}});
     let addressed = json!({"status": {"podIP": "192.0.2.1"}});
     let condition = json!({"status": {"conditions": [{"type": "TulleReady", "status": "True"}]}});
@@ -242,6 +244,8 @@ fn a_node_proxy_writes_about_its_own_node_alone() -> anyhow::Result<()> {
         ("Node", "node-1", &condition, true),
         ("Pod", "shop/a-node-2", &captured, false),
         ("Node", "node-2", &condition, false),
+        ("Pod", "shop/a-node-1", &annotated, false),
+        ("Pod", "shop/a-node-1", &cleared, false),
         ("Pod", "shop/a-node-1", &labelled, false),
         ("Node", "node-1", &labelled, false),
         ("Pod", "shop/a-node-1", &addressed, false),

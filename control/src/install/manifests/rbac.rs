@@ -240,6 +240,15 @@ fn restriction(input: &Input<'_>) -> [Value; 2] {
                : has(object.spec.nodeName) && object.spec.nodeName == variables.node)";
     let little = "object.metadata.?labels == oldObject.metadata.?labels \
                   && (request.resource.resource == \"nodes\" || object.status == oldObject.status)";
+    let annotation = "request.resource.resource == \"nodes\" || ( \
+                      object.metadata.?annotations.orValue({}).all(key, key == \"ambient.istio.io/redirection\" \
+                      || key in oldObject.metadata.?annotations.orValue({}) \
+                      && oldObject.metadata.annotations[key] == object.metadata.annotations[key]) \
+                      && oldObject.metadata.?annotations.orValue({}).all(key, key == \"ambient.istio.io/redirection\" \
+                      || key in object.metadata.?annotations.orValue({})))";
+    let forbidden =
+        |expression: &str, message: &str| json!({"expression": expression, "message": message, "reason": "Forbidden"});
+    let nothing_else = "a proxy of Tulle changes one annotation of pods and the conditions of its node, nothing else";
     let policy = json!({
         "apiVersion": API,
         "kind": "ValidatingAdmissionPolicy",
@@ -253,16 +262,9 @@ fn restriction(input: &Input<'_>) -> [Value; 2] {
             "matchConditions": [{"name": "by-a-node-proxy", "expression": proxy}],
             "variables": [{"name": "node", "expression": node}],
             "validations": [
-                {
-                    "expression": own,
-                    "message": "a proxy of Tulle speaks of its own node and of the pods on it alone",
-                    "reason": "Forbidden",
-                },
-                {
-                    "expression": little,
-                    "message": "a proxy of Tulle changes annotations of pods and conditions of its node, nothing else",
-                    "reason": "Forbidden",
-                },
+                forbidden(own, "a proxy of Tulle speaks of its own node and of the pods on it alone"),
+                forbidden(little, nothing_else),
+                forbidden(annotation, nothing_else),
             ],
         },
     });
