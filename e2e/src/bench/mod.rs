@@ -9,7 +9,7 @@ mod agent;
 mod built;
 mod closed;
 mod generator;
-mod machine;
+pub mod machine;
 mod measure;
 mod paced;
 mod proof;
