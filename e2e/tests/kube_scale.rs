@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use e2e::bench::machine::resident;
+use e2e::bench::resident_bytes as resident;
 use e2e::eventually::eventually;
 use e2e::kube::cluster::{Cluster, PATIENCE};
 use e2e::kube::{self, Options, crds};
