@@ -33,20 +33,22 @@ pub struct Sandbox {
     pub namespace: String,
     /// metadata.name of the pod.
     pub name: String,
+    /// metadata.uid of the pod.
+    pub uid: String,
 }
 
 impl Sandbox {
     /// A sandbox of `pod` (`namespace/name`) with its own id.
     pub fn new(pod: &str, netns: &Path) -> Self {
         let (namespace, name) = pod.split_once('/').unwrap_or(("default", pod));
-        let id = format!("sandbox-{namespace}-{name}");
-        Self { id, netns: netns.to_owned(), namespace: namespace.to_owned(), name: name.to_owned() }
+        let (id, uid) = (format!("sandbox-{namespace}-{name}"), format!("uid-{namespace}-{name}"));
+        Self { id, netns: netns.to_owned(), namespace: namespace.to_owned(), name: name.to_owned(), uid }
     }
 
     fn args(&self) -> String {
-        let Self { id, namespace, name, .. } = self;
+        let Self { id, namespace, name, uid, .. } = self;
         format!(
-            "IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name};K8S_POD_INFRA_CONTAINER_ID={id};K8S_POD_UID=uid-{namespace}-{name}"
+            "IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name};K8S_POD_INFRA_CONTAINER_ID={id};K8S_POD_UID={uid}"
         )
     }
 }

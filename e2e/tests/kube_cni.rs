@@ -8,12 +8,20 @@ mod world;
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::Context as _;
+use e2e::eventually::eventually;
 use e2e::kube;
 use e2e::kube::Options;
+use e2e::kube::cluster::PATIENCE;
+use e2e::kube::crds;
+use e2e::lab::LabConfig;
+use e2e::netns::NetNs;
 use e2e::runtime::Runtime;
 use e2e::runtime::prepared;
+use e2e::scenario;
+use serde_json::Value;
 use serde_json::json;
 use world::World;
 use world::as_root_here;
@@ -97,6 +105,76 @@ fn the_api_server_says_who_waits_while_the_agent_is_away() {
         expect("down and never seen", &[("new/one", false)], "the API server 127.0.0.1:")?;
         let log = fs::read_to_string(world.at("state/plugin.log")).context("no log")?;
         anyhow::ensure!(!log.contains("eyJ"), "a token is in the log");
+        Ok(())
+    });
+}
+
+fn tables(netns: &NetNs) -> anyhow::Result<String> {
+    let output = netns.run(|| Command::new("nft").args(["list", "tables"]).output())??;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[test]
+fn a_pod_begins_behind_the_real_agent_and_not_before() {
+    as_root_here("a_pod_begins_behind_the_real_agent_and_not_before", || {
+        let Some(api) = kube::start(Options::default()) else { return Ok(()) };
+        crds::install(&api)?;
+        let mut config = LabConfig::of(scenario::world(true)).in_cluster(&api, true)?;
+        config.timeout = PATIENCE;
+        let Some(lab) = scenario::lab(config) else { return Ok(()) };
+        if lab.view()?.rootless {
+            // Its nodes are in a user namespace that this process cannot enter.
+            assert!(std::env::var_os("CI").is_none(), "this test enters the lab's nodes, which takes a root");
+            eprintln!("SKIPPED: this test enters the lab's nodes, which takes a root");
+            return Ok(());
+        }
+        let state = lab.paths().agent_state(2);
+        let world = World::new()?;
+        let mut command = world.command(&["install"])?;
+        command.env("TULLE_CNI_SOCKET", state.join("cni.sock")).env("TULLE_CNI_STATE_DIR", state.join("cni"));
+        let installed = command.output()?;
+        anyhow::ensure!(installed.status.success(), "{installed:?}");
+        let view = lab.view()?;
+        let node = view.nodes.iter().find(|node| node.name == "node-2").context("no node-2")?;
+        let runtime = Runtime::new(&node.netns, &world.runtime.conf_dir, &world.runtime.bin_dir);
+        eventually("the agent takes pods", PATIENCE, || {
+            let own = world.own()?;
+            let conf = prepared(&json!({"cniVersion": "1.1.0", "name": "net"}), &own, None);
+            let (_netns, sandbox) = world.pod("shop/nobody")?;
+            let said = runtime.run("STATUS", &own, &conf, &sandbox)?;
+            anyhow::ensure!(
+                said.success && fs::read_to_string(state.join("cni/plugin.log"))?.contains("takes pods"),
+                "{said:?}"
+            );
+            Ok(())
+        })?;
+        for (name, enrolled) in [("shop/late", true), ("plain/late", false)] {
+            let (namespace, own_name) = name.split_once('/').context("a pod has a namespace")?;
+            let made = api.apply(&format!(
+                "apiVersion: v1\nkind: Pod\nmetadata: {{name: {own_name}, namespace: {namespace}}}\n\
+                 spec: {{nodeName: node-2, serviceAccountName: default, containers: [{{name: main, image: none}}]}}\n"
+            ))?;
+            let (netns, mut sandbox) = world.pod(name)?;
+            sandbox.uid = made.first().and_then(|pod| pod["metadata"]["uid"].as_str()).context("no uid")?.to_owned();
+            // The order of a real node: no address is in the API before the runtime is done.
+            let result: Value = runtime.add(&sandbox)?.map_err(|failed| anyhow::anyhow!("{name}: {failed:?}"))?;
+            anyhow::ensure!(result["ips"].as_array().map(Vec::len) == Some(2), "{result}");
+            let seen = tables(&netns)?;
+            anyhow::ensure!(seen.contains("table inet tulle\n") == enrolled, "{name}: {seen}");
+            runtime.check(&sandbox)?.map_err(|failed| anyhow::anyhow!("{name}: {failed:?}"))?;
+            runtime.del(&sandbox)?.map_err(|failed| anyhow::anyhow!("{name}: {failed:?}"))?;
+            // Again, as kubelet makes a new sandbox for the same pod.
+            runtime.add(&sandbox)?.map_err(|failed| anyhow::anyhow!("{name}, again: {failed:?}"))?;
+            anyhow::ensure!(tables(&netns)?.contains("table inet tulle\n") == enrolled, "{name}, again");
+            runtime.del(&sandbox)?.map_err(|failed| anyhow::anyhow!("{name}: {failed:?}"))?;
+        }
+        // Dead: what belongs in the mesh waits, by what the agent itself wrote.
+        lab.kill("node-2", "KILL")?;
+        for (name, starts) in [("shop/last", false), ("plain/last", true)] {
+            let (_netns, sandbox) = world.pod(name)?;
+            let added = runtime.add(&sandbox)?;
+            anyhow::ensure!(added.is_ok() == starts, "{name}: {added:?}");
+        }
         Ok(())
     });
 }

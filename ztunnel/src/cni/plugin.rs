@@ -7,6 +7,7 @@
 
 use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
@@ -14,6 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::base::netns::{Netns, local_addresses, run_waiting};
 use crate::cni::api::{self, ApiError};
@@ -31,6 +33,8 @@ use crate::cni::{KNOWN_FILE, files, journal};
 pub const LIMIT: Duration = Duration::from_secs(20);
 /// What the agent gets of it where the pod must not wait for the answer: a DEL and a GC succeed without.
 const SHORT: Duration = Duration::from_secs(5);
+/// Pause before the next try to reach an agent that so many want something of that no more may wait.
+const FULL: Duration = Duration::from_millis(20);
 /// What the API server gets of it.
 const API: Duration = Duration::from_millis(2500);
 
@@ -167,7 +171,7 @@ fn away(conf: &Conf, why: &str) -> Refusal {
         code: TRY_AGAIN_LATER,
         message: format!("the node's agent does not answer at {} ({why})", conf.socket.display()),
         details: format!(
-            "Look at the ztunnel pod of this node: kubectl -n {} get pods -l app=ztunnel -o wide. The runtime tries again by itself.",
+            "Look at the ztunnel pod of this node: kubectl -n {} get pods -l app.kubernetes.io/name=ztunnel -o wide. The runtime tries again by itself.",
             conf.root_namespace
         ),
     }
@@ -263,7 +267,7 @@ fn own_netns(request: &Request) -> Result<(), Refusal> {
 /// Why there is no answer of its.
 pub fn ask(socket: &Path, request: &Request, until: Instant) -> Result<Answer, String> {
     let line = request.encode()?;
-    let mut stream = UnixStream::connect(socket).map_err(|error| error.to_string())?;
+    let mut stream = connect(socket, until).map_err(|error| error.to_string())?;
     let limit = |stream: &UnixStream| -> io::Result<()> {
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -295,4 +299,64 @@ pub fn ask(socket: &Path, request: &Request, until: Instant) -> Result<Answer, S
         return Err("it ended the connection without an answer".to_owned());
     }
     wire::decode(&answer)
+}
+
+/// Connects before a deadline, which the system does not offer for these sockets: where too many wait already, it would make
+/// this one wait without end, or refuse it at once.
+fn connect(path: &Path, until: Instant) -> io::Result<UnixStream> {
+    let address = SockAddr::unix(path)?;
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    loop {
+        match socket.connect(&address) {
+            Ok(()) => break,
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+            Err(_) if Instant::now() < until => thread::sleep(FULL),
+            Err(_) => return Err(io::Error::other("too many wait for it already")),
+        }
+    }
+    socket.set_nonblocking(false)?;
+    Ok(UnixStream::from(OwnedFd::from(socket)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use socket2::{Domain, SockAddr, Socket, Type};
+
+    use super::{ask, run};
+    use crate::cni::conf::Environment;
+    use crate::cni::wire::{Command, Request};
+
+    #[test]
+    fn what_stands_on_standard_output_is_a_result_or_an_error() {
+        let env = |command: &str| Environment { command: command.into(), ..Environment::default() };
+        let long = "x".repeat((1 << 20) + 1);
+        for (command, stdin, success, says) in [
+            ("VERSION", "", true, r#""supportedVersions":["0.3.0","#),
+            ("VERSION", "no JSON at all", true, "1.1.0"),
+            ("ADD", "", false, r#""code":6"#),
+            ("ADD", long.as_str(), false, "more than 1048576 bytes"),
+            ("ADD", r#"{"cniVersion":"0.4.0","socket":"relative"}"#, false, r#""cniVersion":"0.4.0","code":7"#),
+            ("add", r#"{"cniVersion":"1.0.0"}"#, false, r#""code":4"#),
+        ] {
+            let said = run(env(command), std::io::Cursor::new(stdin.to_owned()));
+            assert!(said.success == success && said.stdout.contains(says), "{command}: {said:?}");
+            assert!(said.stdout.ends_with('\n') && said.stdout.lines().count() == 1, "{said:?}");
+        }
+    }
+
+    #[test]
+    fn an_agent_that_takes_nobody_is_given_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("cni.sock");
+        let listener = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        listener.bind(&SockAddr::unix(&path).unwrap()).unwrap();
+        listener.listen(0).unwrap();
+        let request = Request::of(Command::Status);
+        let why: Vec<_> =
+            (0..4).map(|_| ask(&path, &request, Instant::now() + Duration::from_millis(100)).unwrap_err()).collect();
+        assert!(why[0].contains("did not answer in time") && why[3].contains("too many"), "{why:?}");
+    }
 }

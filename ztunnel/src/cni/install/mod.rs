@@ -178,6 +178,10 @@ fn program(settings: &Settings, memory: &mut Memory) -> Result<(), String> {
 
 fn chain(settings: &Settings, memory: &mut Memory, now: Instant) -> State {
     let folder = &settings.conf_dir;
+    if !folder.exists() {
+        let text = "is not there yet; TULLE_CNI_CONF_DIR has to be the folder that the container runtime reads";
+        return State::Waiting(format!("{} {text}", folder.display()));
+    }
     let listed = match list(folder) {
         Ok(listed) => listed,
         Err(why) => return State::Failed(why),

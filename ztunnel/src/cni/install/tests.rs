@@ -153,7 +153,7 @@ fn a_folder_that_cannot_be_used_is_named() {
     node.settings.bin_dir = node.folder.path().join("bin");
     node.settings.conf_dir = node.folder.path().join("none");
     let state = node.look(&mut Memory::default(), Instant::now());
-    assert!(matches!(&state, State::Failed(why) if why.contains("TULLE_CNI_CONF_DIR")), "{state:?}");
+    assert!(matches!(&state, State::Waiting(why) if why.contains("TULLE_CNI_CONF_DIR")), "{state:?}");
 }
 
 #[test]
