@@ -230,7 +230,8 @@ impl Values {
             }
         }
         for assignment in sets {
-            merge(&mut merged, set(assignment)?);
+            let assigned = set(assignment, &merged)?;
+            merge(&mut merged, assigned);
         }
         let values: Self = serde_path(&merged)?;
         values.check()?;
@@ -310,29 +311,47 @@ fn merge(into: &mut Value, over: Value) {
     }
 }
 
-/// `a.b=value` as `{a: {b: value}}`. A dot of a key is written `\.`; the value is YAML, so `[a, b]` is a list.
-fn set(assignment: &str) -> Result<Value, String> {
-    let Some((path, value)) = assignment.split_once('=') else {
+/// `a.b=value` as `{a: {b: value}}`. A dot of a key is written `\.`; the value is YAML, so `[a, b]` is a list. Where a text
+/// is wanted, `1.10` is one, and not the number.
+fn set(assignment: &str, merged: &Value) -> Result<Value, String> {
+    let Some((path, text)) = assignment.split_once('=') else {
         return Err(format!("--set {assignment}: write it as path.to.value=VALUE"));
     };
-    let value = match value {
-        "" => Value::from(""),
-        text => yaml(text).map_err(|error| format!("--set {path}: the value cannot be read: {error}"))?,
-    };
-    let mut keys = vec![String::new()];
-    let mut characters = path.chars();
-    while let Some(character) = characters.next() {
-        match (character, keys.last_mut()) {
-            ('.', _) => keys.push(String::new()),
-            ('\\', Some(key)) => key.extend(characters.next()),
-            (other, Some(key)) => key.push(other),
-            (_, None) => {}
-        }
-    }
+    let keys = keys(path);
     if keys.iter().any(String::is_empty) || keys.len() > 16 {
         return Err(format!("--set {assignment}: `{path}` is no path of a value"));
     }
+    let mut value = match text {
+        "" => Value::from(""),
+        text => yaml(text).map_err(|error| format!("--set {path}: the value cannot be read: {error}"))?,
+    };
+    if (value.is_number() || value.is_boolean()) && wants_text(&keys, merged) {
+        value = Value::from(text);
+    }
     Ok(keys.into_iter().rev().fold(value, |value, key| Value::Object(Map::from_iter([(key, value)]))))
+}
+
+/// The keys of a path.
+fn keys(path: &str) -> Vec<String> {
+    let mut keys = Vec::new();
+    let mut key = String::new();
+    let mut characters = path.chars();
+    while let Some(character) = characters.next() {
+        match character {
+            '.' => keys.push(std::mem::take(&mut key)),
+            '\\' => key.extend(characters.next()),
+            other => key.push(other),
+        }
+    }
+    keys.push(key);
+    keys
+}
+
+/// Whether a value is a text: its default is one, or it is in a map of texts.
+fn wants_text(keys: &[String], merged: &Value) -> bool {
+    let default = keys.iter().try_fold(merged, |value, key| value.get(key));
+    let of_texts = |key: &String| matches!(key.as_str(), "env" | "podAnnotations" | "nodeSelector");
+    default.is_some_and(Value::is_string) || keys.iter().rev().nth(1).is_some_and(of_texts)
 }
 
 #[cfg(test)]
@@ -357,9 +376,10 @@ mod tests {
         let values = read(
             &["control: {replicas: 3, env: {A: '1'}}", "control: {tlsSan: [a.example, b.example]}\nglobal: {x: 1}", ""],
             &[
-                "control.env.B=2x",
+                "control.env.B=2",
+                "image.tag=1.10",
+                "trustDomain=true",
                 "control.replicas=5",
-                "image.tag=",
                 "ztunnel.networkPolicy=off",
                 r"ztunnel.podAnnotations.prometheus\.io/scrape='false'",
                 "ztunnel.nodeSelector={pool: mesh}",
@@ -369,6 +389,8 @@ mod tests {
         .unwrap();
         assert_eq!(values.control.replicas, 5);
         assert_eq!(values.control.env.len(), 2);
+        assert_eq!(values.control.env["B"], "2");
+        assert_eq!((values.image.tag.as_str(), values.trust_domain.as_str()), ("1.10", "true"), "texts stay texts");
         assert_eq!(values.control.tls_san.len(), 2);
         assert_eq!(values.ztunnel.network_policy, "off");
         assert_eq!(values.ztunnel.pod_annotations["prometheus.io/scrape"], "false");
@@ -383,7 +405,7 @@ mod tests {
             ("control.replica=3", "replica"),
             ("control.replicas=many", "many"),
             ("control.replicas=0", "replicas"),
-            ("control.env.A=1", "string"),
+            ("control.env.A=[1]", "string"),
             ("control", "path.to.value"),
             ("=1", "path"),
             ("a..b=1", "path"),
@@ -401,6 +423,7 @@ mod tests {
             let error = read(&[], &[set]).map(|_| ()).unwrap_err();
             assert!(error.contains(word), "{set}: {error}");
         }
+        assert!(read(&["control: {env: {A: 1}}"], &[]).unwrap_err().contains("string"));
         assert!(read(&["- a"], &[]).is_err());
         assert!(read(&["a: ["], &[]).is_err());
     }
