@@ -145,8 +145,13 @@ const PERMISSIONS: &[Permission] = &[
         &["get", "list", "watch", "patch"],
         "roots that proxies check control with",
     ),
-    own("coordination.k8s.io", &["leases"], &[], &["create"], "as above"),
-    own("coordination.k8s.io", &["leases"], &["tulle-control"], &["get", "update"], "one replica writes status"),
+    own(
+        "coordination.k8s.io",
+        &["leases"],
+        &[],
+        &["create", "get", "list", "update", "patch", "delete"],
+        "one replica writes status; each says in one of its own what its nodes have",
+    ),
     of_cluster(
         NODE,
         "",

@@ -235,9 +235,15 @@ async fn objects(client: &Client, options: &Options, say: &mut dyn FnMut(String)
         }
     }
     nodes::forget(client).await?;
-    for (kind, name) in [("Lease", "tulle-control"), ("ConfigMap", "tulle-ca-root-cert")] {
-        delete(client, kind, Some(&options.namespace), name).await?;
+    // That of the replica that wrote status, and those of replicas that were killed.
+    let leases = kinds::api(client, "Lease", Some(&options.namespace))?.list(&ListParams::default()).await;
+    for lease in leases.map_err(|error| anyhow::anyhow!("Lease: {}", explain(&error)))? {
+        let name = lease.metadata.name.unwrap_or_default();
+        if name.starts_with("tulle-control") {
+            delete(client, "Lease", Some(&options.namespace), &name).await?;
+        }
     }
+    delete(client, "ConfigMap", Some(&options.namespace), "tulle-ca-root-cert").await?;
     Ok(())
 }
 
