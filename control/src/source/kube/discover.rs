@@ -56,11 +56,11 @@ type Found = BTreeMap<String, BTreeSet<String>>;
 
 /// Looks for optional kinds without end and tells their followers; all others are taken to be there.
 pub async fn run(client: Client, told: Vec<Told>) {
-    // Both halves are held until the end: who has lost the sender that tells it stops following.
-    let (optional, builtin): (Vec<Told>, Vec<Told>) = told.into_iter().partition(|(kind, _)| kind.optional);
-    for (kind, served) in &builtin {
+    for (kind, served) in told.iter().filter(|(kind, _)| !kind.optional) {
         served.send_replace(kind.versions.first().map_or(Served::Absent, |version| Served::In(version)));
     }
+    // The others are kept, too: a follower ends when nobody can tell it anything any more.
+    let (optional, _others): (Vec<Told>, Vec<Told>) = told.into_iter().partition(|(kind, _)| kind.optional);
     let nudge = Arc::new(Notify::new());
     let looks = async {
         let mut doubts = vec![0; optional.len()];
