@@ -68,7 +68,7 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     let key_settings = serve.keys().map_err(anyhow::Error::msg)?;
     let now = base::unix_now();
     let authority = Authority::open(&serve.ca_dir, now).context("cannot open the CA")?;
-    let verifier = Arc::new(authn::Verifier::new(authority.token_key())?);
+    let authn = Arc::new(authn::Authn::new(authn::Verifier::new(authority.token_key())?, None));
     let authority = Arc::new(ArcSwap::from_pointee(authority));
     let server_tls = tls::ServerTls::new(&authority.load(), serve.server_names(), now)?;
     let grpc_listener = bind(serve.grpc_listen, "--grpc-listen").await?;
@@ -84,13 +84,13 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     let (told, trust) = watch::channel(tls::trust(&authority.load()));
     let services = grpc::Services {
         xds: xds::server::Server::new(
-            Arc::clone(&verifier),
+            Arc::clone(&authn),
             outputs.published.clone(),
             Arc::clone(&node_states),
             stop.clone(),
         ),
         ca: ca::server::Server {
-            verifier: Arc::clone(&verifier),
+            authn: Arc::clone(&authn),
             authority: Arc::clone(&authority),
             accounts: outputs.accounts.clone(),
             trust_domain: serve.trust_domain.clone(),
@@ -98,7 +98,7 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
             counters: Arc::clone(&counters),
         },
         nodes: nodes::Server {
-            verifier,
+            authn,
             registry: Arc::clone(&registry),
             root_namespace: serve.root_namespace.clone(),
             trust,

@@ -5,6 +5,7 @@
 
 pub mod decode;
 pub mod files;
+pub mod statuses;
 pub mod tree;
 
 use std::sync::Arc;
