@@ -6,9 +6,11 @@
 
 pub mod engine;
 mod grpc;
+mod in_cluster;
 mod tls;
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,6 +25,7 @@ use crate::authn;
 use crate::base;
 use crate::ca;
 use crate::cluster;
+use crate::cluster::authority::Mirror;
 use crate::config::{Serve, Source, Token};
 use crate::keys;
 use crate::model::KeySources;
@@ -58,17 +61,37 @@ impl Running {
     }
 }
 
+/// Where objects come from, ready to be read.
+enum From {
+    Files(PathBuf),
+    Kube(cluster::Client, Option<Mirror>),
+}
+
+async fn source(serve: &Serve) -> anyhow::Result<From> {
+    Ok(match &serve.source {
+        Source::Files(folder) => {
+            anyhow::ensure!(folder.is_dir(), "--source files:{}: there is no such folder", folder.display());
+            From::Files(folder.clone())
+        }
+        Source::Kube => {
+            let client = cluster::client(serve.kubeconfig.as_deref()).await?;
+            let (namespace, secret) = (&serve.root_namespace, &serve.ca_secret);
+            let mirror = match secret.is_empty() {
+                true => None,
+                false => Some(Mirror::open(client.clone(), namespace, secret, &serve.ca_dir).await),
+            };
+            From::Kube(client, mirror)
+        }
+    })
+}
+
 /// Starts everything and returns once the listeners are bound.
 pub async fn start(serve: Serve) -> anyhow::Result<Running> {
-    let Source::Files(folder) = serve.source.clone() else {
-        cluster::client(serve.kubeconfig.as_deref()).await?;
-        anyhow::bail!("the Kubernetes source is not part of this version yet; use files:<dir>");
-    };
-    anyhow::ensure!(folder.is_dir(), "--source files:{}: there is no such folder", folder.display());
+    let from = source(&serve).await?;
     let key_settings = serve.keys().map_err(anyhow::Error::msg)?;
     let now = base::unix_now();
     let authority = Authority::open(&serve.ca_dir, now).context("cannot open the CA")?;
-    let authn = Arc::new(authn::Authn::new(authn::Verifier::new(authority.token_key())?, None));
+    let own = authn::Verifier::new(authority.token_key())?;
     let authority = Arc::new(ArcSwap::from_pointee(authority));
     let server_tls = tls::ServerTls::new(&authority.load(), serve.server_names(), now)?;
     let grpc_listener = bind(serve.grpc_listen, "--grpc-listen").await?;
@@ -76,7 +99,16 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     let (stop_sender, stop) = base::stop();
 
     let (loaded_sender, loaded) = watch::channel(None);
+    let (followed_sender, followed) = watch::channel(Arc::default());
     let (engine, outputs) = engine::new(serve.settings());
+    let (view, published) = (outputs.view.clone(), outputs.published.clone());
+    let reviews = match &from {
+        From::Files(_) => None,
+        From::Kube(client, _) => {
+            Some(in_cluster::reviews(client, serve.token_audience.clone(), view.clone()))
+        }
+    };
+    let authn = Arc::new(authn::Authn::new(own, reviews));
     let (fetched_sender, fetched) = watch::channel(KeySources::default());
     let node_states = Arc::new(xds::server::Nodes::default());
     let registry = Arc::new(nodes::Registry::default());
@@ -85,6 +117,7 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     let services = grpc::Services {
         xds: xds::server::Server::new(
             Arc::clone(&authn),
+            serve.root_namespace.clone(),
             outputs.published.clone(),
             Arc::clone(&node_states),
             stop.clone(),
@@ -108,21 +141,28 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     let state = admin::State {
         view: outputs.view,
         published: outputs.published,
-        node_states,
+        node_states: Arc::clone(&node_states),
         registry,
         counters,
         authority: Arc::clone(&authority),
         settings: serve.settings(),
+        followed,
     };
     let (grpc, http) = (grpc_listener.local_addr()?, http_listener.local_addr()?);
-    let tasks = vec![
-        tokio::spawn(source::files::watch::run(folder, loaded_sender, stop.clone())),
+    let mut tasks = vec![
         tokio::spawn(engine.run(loaded, fetched, stop.clone())),
         tokio::spawn(keys::run(key_settings, outputs.key_sources, fetched_sender, stop.clone())),
         tokio::spawn(tls::renew(serve.ca_dir.clone(), authority, server_tls.clone(), told, stop.clone())),
         tokio::spawn(grpc::serve(grpc_listener, server_tls, services, stop.clone())),
-        tokio::spawn(admin::serve(http_listener, state, stop)),
+        tokio::spawn(admin::serve(http_listener, state, stop.clone())),
     ];
+    match from {
+        From::Files(folder) => tasks.push(tokio::spawn(source::files::watch::run(folder, loaded_sender, stop))),
+        From::Kube(client, mirror) => {
+            let parts = in_cluster::Parts { client, settings: serve.settings(), view, nodes: node_states, published, mirror };
+            tasks.extend(in_cluster::start(parts, loaded_sender, followed_sender, &stop));
+        }
+    }
     tracing::info!(%grpc, %http, "control is up");
     Ok(Running { grpc, http, stop: stop_sender, tasks })
 }

@@ -7,7 +7,7 @@
 mod review;
 mod token;
 
-pub use review::{Ask, FindPod, MAX_REVIEWS, PodPlace, Refusal, Reviews, unverified};
+pub use review::{Ask, Claims, FindPod, MAX_REVIEWS, PodPlace, Refusal, Reviews, unverified};
 pub use token::{Caller, Issuer, MAX_TOKEN_BYTES, TokenError, Verifier};
 
 use std::sync::Arc;

@@ -7,6 +7,7 @@
 
 mod egress;
 mod fetch;
+mod kept;
 mod local;
 mod render;
 mod revoke;

@@ -1,4 +1,4 @@
-//! The CA in a cluster: Secret `tulle-ca` is the authority, `--ca-dir` of each replica a copy of it, and ConfigMap
+//! The CA in a cluster: a Secret (`tulle-ca`) is the authority, one key for each file, `--ca-dir` of each replica a copy of it, and ConfigMap
 //! `tulle-ca-root-cert` what everybody may see of it.
 //!
 //! The directory stays what all the rest works on. Whoever comes first makes an authority and creates the Secret; who comes
@@ -32,8 +32,6 @@ use crate::base::{Stop, unix_now};
 use crate::cluster::lease::Leader;
 use crate::cluster::{FIELD_MANAGER, words};
 
-/// The authority: one key for each file of `--ca-dir`.
-pub const SECRET: &str = "tulle-ca";
 /// What nodes need of it: `root-cert.pem` and `crl.pem`.
 pub const BUNDLE: &str = "tulle-ca-root-cert";
 /// A longer list would leave no room for the roots in an object of 1 MiB.
@@ -66,36 +64,43 @@ fn step(base: Option<&Files>, dir: &Files, secret: Option<&Files>) -> Step {
         None if dir.is_authority() => Step::Create,
         None => Step::Make,
         Some(secret) if secret == dir => Step::Nothing,
-        Some(secret) if base == Some(secret) => Step::WriteBack,
+        Some(secret) if base == Some(secret) && !has_lost(dir, secret) => Step::WriteBack,
         Some(_) => Step::Take,
     }
+}
+
+/// Files that went from the directory alone were lost: only a step on the Secret itself takes one away.
+fn has_lost(dir: &Files, secret: &Files) -> bool {
+    // Replaced intermediates go by themselves when nothing of theirs lives.
+    secret.0.keys().any(|file| file != "replaced-ca.pem" && !dir.0.contains_key(file))
 }
 
 /// The copy of one replica.
 pub struct Mirror {
     secrets: Api<Secret>,
     bundles: Api<ConfigMap>,
+    name: String,
     dir: PathBuf,
     base: Option<Files>,
 }
 
 impl Mirror {
-    /// Makes directory and Secret equal, and waits for the API server as long as that takes.
-    pub async fn open(client: Client, namespace: &str, dir: &Path) -> Self {
+    /// Makes a directory and the Secret `name` equal, and waits for the API server as long as that takes.
+    pub async fn open(client: Client, namespace: &str, name: &str, dir: &Path) -> Self {
         let (secrets, bundles) = (Api::namespaced(client.clone(), namespace), Api::namespaced(client, namespace));
-        let mut this = Self { secrets, bundles, dir: dir.to_owned(), base: None };
+        let mut this = Self { secrets, bundles, name: name.to_owned(), dir: dir.to_owned(), base: None };
         let mut last = String::new();
         loop {
-            let done = async {
-                this.sync().await?;
-                this.show(false).await
+            let done = match this.sync().await {
+                Ok(()) => this.show(false).await,
+                Err(error) => Err(error),
             };
-            match done.await {
+            match done {
                 Ok(()) => return this,
                 Err(error) => {
                     let error = format!("{error:#}");
                     if error != last {
-                        tracing::error!(error, "control waits for Secret {SECRET} and ConfigMap {BUNDLE}");
+                        tracing::error!(error, "control waits for Secret {name} and ConfigMap {BUNDLE} in namespace {namespace}");
                         last = error;
                     }
                     tokio::time::sleep(AGAIN).await;
@@ -106,8 +111,10 @@ impl Mirror {
 
     /// Once; several rounds if others write at the same time.
     async fn sync(&mut self) -> anyhow::Result<()> {
+        let name = &self.name;
         for _ in 0..5 {
-            let stored = in_time(self.secrets.get_opt(SECRET)).await.with_context(|| format!("cannot read {SECRET}"))?;
+            let stored =
+                in_time(self.secrets.get_opt(name)).await.with_context(|| format!("cannot read Secret {name}"))?;
             let theirs = stored.as_ref().map(files).transpose()?;
             let ours = mirror::read(&self.dir)?;
             let written = match step(self.base.as_ref(), &ours, theirs.as_ref()) {
@@ -122,7 +129,7 @@ impl Mirror {
                 Step::Take => {
                     let theirs = theirs.unwrap_or_default();
                     if self.base.as_ref().is_some_and(|base| *base != ours) {
-                        tracing::warn!("{SECRET} was changed by another replica at the same time; its authority counts");
+                        tracing::warn!("Secret {name} was changed by another replica at the same time; its authority counts");
                     }
                     mirror::write(&self.dir, &theirs)?;
                     self.base = Some(theirs);
@@ -130,25 +137,25 @@ impl Mirror {
                     Authority::open(&self.dir, unix_now())?;
                     continue;
                 }
-                Step::Create => in_time(self.secrets.create(&PostParams::default(), &object(&ours, None))).await,
+                Step::Create => in_time(self.secrets.create(&PostParams::default(), &object(name, &ours, None))).await,
                 Step::WriteBack => {
                     let version = stored.and_then(|secret| secret.metadata.resource_version);
-                    let object = object(&ours, version);
-                    in_time(self.secrets.replace(SECRET, &PostParams::default(), &object)).await
+                    let object = object(name, &ours, version);
+                    in_time(self.secrets.replace(name, &PostParams::default(), &object)).await
                 }
             };
             match written {
                 Ok(_) => {
-                    tracing::info!("wrote the CA to Secret {SECRET}");
+                    tracing::info!("wrote the CA to Secret {name}");
                     self.base = Some(ours);
                     return Ok(());
                 }
                 // Somebody was faster: what he wrote is looked at.
                 Err(Failure::Conflict(_)) => {}
-                Err(error) => return Err(error).with_context(|| format!("cannot write {SECRET}")),
+                Err(error) => return Err(error).with_context(|| format!("cannot write Secret {name}")),
             }
         }
-        bail!("Secret {SECRET} is changed all the time by others");
+        bail!("Secret {name} is changed all the time by others");
     }
 
     /// Makes the ConfigMap say what the directory has. Without `all` only if there is none.
@@ -179,7 +186,7 @@ impl Mirror {
 
     /// Keeps them equal until it is told to stop.
     pub async fn keep(mut self, leader: Leader, mut stop: Stop) {
-        let secrets = events(&self.secrets, SECRET);
+        let secrets = events(&self.secrets, &self.name);
         let bundles = events(&self.bundles, BUNDLE);
         let (mut secrets, mut bundles) = (std::pin::pin!(secrets), std::pin::pin!(bundles));
         let mut last = String::new();
@@ -188,16 +195,11 @@ impl Mirror {
             let holds = leader.holds_for(REQUEST);
             show |= holds && !held;
             held = holds;
-            let done = async {
-                if sync {
-                    self.sync().await?;
-                }
-                if show && held {
-                    self.show(true).await?;
-                }
-                anyhow::Ok(())
-            };
-            match done.await {
+            let mut done = if sync { self.sync().await } else { Ok(()) };
+            if done.is_ok() && show && held {
+                done = self.show(true).await;
+            }
+            match done {
                 Ok(()) => {
                     (sync, show) = (false, false);
                     last.clear();
@@ -224,17 +226,17 @@ impl Mirror {
 }
 
 /// One element for each time that the object may have changed.
-fn events<K>(api: &Api<K>, name: &'static str) -> impl Stream<Item = ()> + use<K>
+fn events<K>(api: &Api<K>, name: &str) -> impl Stream<Item = ()> + use<K>
 where
     K: kube::Resource + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + 'static,
 {
     // `default_backoff`: a second, then longer, at most half a minute.
-    watch_object(api.clone(), name).default_backoff().filter_map(move |event| async move {
+    watch_object(api.clone(), name).default_backoff().filter_map(|event| async move {
         match event {
             Ok(_) => Some(()),
             Err(watcher::Error::WatchError(status)) if status.code == 410 => None,
             Err(error) => {
-                tracing::debug!(name, %error, "watch interrupted");
+                tracing::debug!(%error, "a watch of the CA was interrupted");
                 None
             }
         }
@@ -267,22 +269,22 @@ fn files(secret: &Secret) -> anyhow::Result<Files> {
     let mut all = BTreeMap::new();
     for (name, bytes) in secret.data.iter().flatten() {
         let text = String::from_utf8(bytes.0.clone());
-        let text = text.map_err(|_| anyhow::anyhow!("key {name} of Secret {SECRET} is not text"))?;
+        let text = text.map_err(|_| anyhow::anyhow!("key {name} of the CA's Secret is not text"))?;
         all.insert(name.clone(), text);
     }
     let files = Files(all);
     let strangers = files.strangers();
     if !strangers.is_empty() {
-        bail!("Secret {SECRET} has keys that are no files of a CA: {}; remove them", strangers.join(", "));
+        bail!("the CA's Secret has keys that are no files of a CA: {}; remove them", strangers.join(", "));
     }
     Ok(files)
 }
 
-fn object(files: &Files, version: Option<String>) -> Secret {
-    let data = files.0.iter().map(|(name, text)| (name.clone(), ByteString(text.clone().into_bytes()))).collect();
+fn object(name: &str, files: &Files, version: Option<String>) -> Secret {
+    let data = files.0.iter().map(|(file, text)| (file.clone(), ByteString(text.clone().into_bytes()))).collect();
     Secret {
         metadata: ObjectMeta {
-            name: Some(SECRET.to_owned()),
+            name: Some(name.to_owned()),
             resource_version: version,
             labels: Some(labels()),
             ..ObjectMeta::default()
@@ -295,6 +297,7 @@ fn object(files: &Files, version: Option<String>) -> Secret {
 /// The Secret as a command reads it, to be changed and written back.
 pub struct Checkout {
     secrets: Api<Secret>,
+    name: String,
     version: Option<String>,
 }
 
@@ -303,13 +306,14 @@ impl Checkout {
     ///
     /// # Errors
     /// If there is no Secret, or it cannot be read.
-    pub async fn open(client: Client, namespace: &str, dir: &Path) -> anyhow::Result<Self> {
+    pub async fn open(client: Client, namespace: &str, name: &str, dir: &Path) -> anyhow::Result<Self> {
         let secrets: Api<Secret> = Api::namespaced(client, namespace);
-        let Some(secret) = in_time(secrets.get_opt(SECRET)).await.with_context(|| format!("cannot read {SECRET}"))? else {
-            bail!("there is no Secret {namespace}/{SECRET}: control makes it when it starts");
+        let found = in_time(secrets.get_opt(name)).await;
+        let Some(secret) = found.with_context(|| format!("cannot read Secret {namespace}/{name}"))? else {
+            bail!("there is no Secret {namespace}/{name}: control makes it when it starts");
         };
         mirror::write(dir, &files(&secret)?)?;
-        Ok(Self { secrets, version: secret.metadata.resource_version })
+        Ok(Self { secrets, name: name.to_owned(), version: secret.metadata.resource_version })
     }
 
     /// Writes the directory back, if nobody has changed the Secret since.
@@ -317,13 +321,14 @@ impl Checkout {
     /// # Errors
     /// If somebody has, or it cannot be written; nothing has changed then.
     pub async fn write_back(self, dir: &Path) -> anyhow::Result<()> {
-        let object = object(&mirror::read(dir)?, self.version);
-        match in_time(self.secrets.replace(SECRET, &PostParams::default(), &object)).await {
+        let name = &self.name;
+        let object = object(name, &mirror::read(dir)?, self.version);
+        match in_time(self.secrets.replace(name, &PostParams::default(), &object)).await {
             Ok(_) => Ok(()),
             Err(Failure::Conflict(_)) => {
-                bail!("Secret {SECRET} was changed by somebody else meanwhile; nothing was done, so run this again")
+                bail!("Secret {name} was changed by somebody else meanwhile; nothing was done, so run this again")
             }
-            Err(error) => Err(error).with_context(|| format!("cannot write {SECRET}; nothing was done")),
+            Err(error) => Err(error).with_context(|| format!("cannot write Secret {name}; nothing was done")),
         }
     }
 }
@@ -350,6 +355,7 @@ mod tests {
             ("rotated elsewhere", Some(&a), &a, Some(&b), Step::Take),
             ("both at once", Some(&a), &b, Some(&c), Step::Take),
             ("both at once, the same", Some(&a), &b, Some(&b), Step::Nothing),
+            ("its files were lost", Some(&a), &none, Some(&a), Step::Take),
             ("the Secret was deleted", Some(&a), &a, None, Step::Create),
         ];
         for (name, base, dir, secret, expected) in cases {

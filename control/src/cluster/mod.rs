@@ -15,8 +15,10 @@ use std::time::Duration;
 use anyhow::Context;
 use http::HeaderValue;
 use http::header::USER_AGENT;
+use kube::Config;
 use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::{Client, Config};
+
+pub use kube::Client;
 
 /// A server in the same cluster answers in milliseconds; further away it is at most some seconds.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -57,11 +59,14 @@ async fn config(kubeconfig: Option<&Path>) -> anyhow::Result<Config> {
     let shown = files.display();
     let mut merged = Kubeconfig::default();
     for file in std::env::split_paths(files).filter(|file| !file.as_os_str().is_empty()) {
-        let one = Kubeconfig::read_from(&file).with_context(|| format!("cannot read --kubeconfig {}", file.display()))?;
+        let one =
+            Kubeconfig::read_from(&file).with_context(|| format!("cannot read --kubeconfig {}", file.display()))?;
         merged = merged.merge(one).with_context(|| format!("--kubeconfig {shown}: its files do not fit together"))?;
     }
     let options = KubeConfigOptions::default();
-    Config::from_custom_kubeconfig(merged, &options).await.with_context(|| format!("--kubeconfig {shown} cannot be used"))
+    Config::from_custom_kubeconfig(merged, &options)
+        .await
+        .with_context(|| format!("--kubeconfig {shown} cannot be used"))
 }
 
 /// An error of a request in one sentence, without what the request carried.

@@ -31,6 +31,11 @@ pub const KINDS: &[(&str, &str, &str)] = &[
     ("tulle.dev", "HTTPRateLimit", "httpratelimits"),
 ];
 
+/// Whether the status of a kind is written.
+pub fn is_kept(kind: &str) -> bool {
+    KINDS.iter().any(|(_, of, _)| *of == kind)
+}
+
 /// One object's status, and what a write of it names.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Seen {
@@ -77,7 +82,7 @@ impl Statuses {
 
     /// The object is gone.
     pub fn forget(&self, kind: &str, namespace: &str, name: &str) {
-        if !KINDS.iter().any(|(_, of, _)| *of == kind) {
+        if !is_kept(kind) {
             return;
         }
         let key = ObjectKey { kind: kind.to_owned(), namespace: namespace.to_owned(), name: name.to_owned() };

@@ -271,12 +271,13 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::model::Expression;
 
     #[test]
     fn a_policy_adds_tunnels_and_probes_in_the_directions_that_are_closed() {
         let pods = Selector {
             labels: BTreeMap::from([("app".into(), "db".into())]),
-            expressions: vec![crate::model::Expression {
+            expressions: vec![Expression {
                 key: "tier".into(),
                 operator: Operator::In,
                 values: vec!["a".into()],

@@ -7,6 +7,7 @@
 //! that the API server does not keep) is remembered. [`tracker`] knows how far the nodes are, [`beside`] keeps the
 //! NetworkPolicies for other CNIs. Limits: one request at a time; a status is about the objects as this replica knows them.
 
+pub mod acks;
 pub mod beside;
 mod desired;
 mod tracker;
@@ -15,7 +16,6 @@ mod write;
 pub use desired::CONTROLLER;
 
 use std::collections::BTreeMap;
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,9 +29,11 @@ use crate::cluster::lease::Leader;
 use crate::model::{ObjectConditions, ObjectKey};
 use crate::source::Loaded;
 use crate::source::statuses::{Seen, Statuses};
+use crate::status::acks::History;
 use crate::status::desired::{Programmed, Said, is_programmed};
 use crate::status::tracker::Tracker;
 use crate::status::write::{Outcome, Writer};
+use crate::xds::Published;
 use crate::xds::server::Nodes;
 
 /// Writes a second, of all objects. The API server has other clients.
@@ -45,14 +47,23 @@ const LOOK: Duration = Duration::from_millis(500);
 /// After a failure, doubled with each to the longest.
 const BACK_OFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
+/// Objects that are looked at before what happened meanwhile is taken in: half a second's writes.
+const TOGETHER: usize = 10;
+
 /// What the writer reads.
 pub struct Inputs {
     /// Conditions, and the objects that they are about.
     pub view: watch::Receiver<Arc<View>>,
     /// What objects say now.
     pub statuses: Arc<Statuses>,
-    /// What nodes have acknowledged.
+    /// What this replica's nodes have acknowledged.
     pub nodes: Arc<Nodes>,
+    /// What it publishes.
+    pub published: watch::Receiver<Published>,
+    /// Where replicas say what their nodes have, and as whom this one does.
+    pub root_namespace: String,
+    /// See `root_namespace`.
+    pub identity: String,
     /// Whether this replica writes.
     pub leader: Leader,
 }
@@ -62,6 +73,8 @@ pub struct Inputs {
 struct Due {
     at: Instant,
     failures: u32,
+    /// Somebody has just changed it, and waits; not one of many that a new holder looks at.
+    urgent: bool,
 }
 
 struct State {
@@ -77,6 +90,9 @@ struct State {
     /// Of what was published last.
     generation: u64,
     acked: BTreeMap<String, u64>,
+    history: History,
+    /// When other replicas were last asked what their nodes have.
+    heard: Option<Instant>,
     held: bool,
 }
 
@@ -91,6 +107,8 @@ pub async fn run(client: Client, inputs: Inputs, mut stop: Stop) {
         problems: BTreeMap::new(),
         generation: 0,
         acked: BTreeMap::new(),
+        history: History::default(),
+        heard: None,
         held: false,
     };
     let mut view = state.inputs.view.clone();
@@ -105,16 +123,21 @@ pub async fn run(client: Client, inputs: Inputs, mut stop: Stop) {
         }
         let now = Arc::clone(&view.borrow_and_update());
         state.take(&now);
-        if let Some(key) = state.next() {
+        tokio::select! {
+            () = stop.requested() => return,
+            () = state.hear(&now) => {}
+        }
+        for key in state.next() {
             let began = Instant::now();
-            tokio::select! {
+            let sent = tokio::select! {
                 () = stop.requested() => return,
-                () = state.look(&key, &now) => {}
+                sent = state.look(&key, &now) => sent,
+            };
+            if sent {
+                tokio::time::sleep((Duration::from_secs(1) / RATE).saturating_sub(began.elapsed())).await;
             }
-            // The next one waits for its turn, not for another change.
+            // The rest waits for its turn, not for another change.
             view.mark_changed();
-            let spent = began.elapsed();
-            tokio::time::sleep((Duration::from_secs(1) / RATE).saturating_sub(spent)).await;
         }
     }
 }
@@ -127,6 +150,7 @@ impl State {
         }
         let now = Instant::now();
         let mut dirty = self.inputs.statuses.take_changed();
+        let urgent = self.generation > 0;
         if self.generation != view.generation {
             dirty.extend(self.tracker.update(view.generation, view.conditions.clone()));
             let problems = problems(&view.loaded);
@@ -135,11 +159,8 @@ impl State {
             self.problems = problems;
             self.generation = view.generation;
         }
-        let acked = self.inputs.nodes.acked();
-        if acked != self.acked {
-            self.acked = acked;
-            dirty.extend(self.tracker.unfinished().cloned());
-        }
+        self.history.note(&self.inputs.published.borrow());
+        dirty.extend(self.told(self.inputs.nodes.acked()));
         let holds = self.inputs.leader.holds_for(write::REQUEST);
         if !holds {
             // The next holder looks at everything; so does this one, when it holds again.
@@ -148,25 +169,60 @@ impl State {
             return;
         }
         if !std::mem::replace(&mut self.held, true) {
-            dirty.extend(self.inputs.statuses.keys());
+            for key in self.inputs.statuses.keys() {
+                self.due.insert(key, Due { at: now, failures: 0, urgent: false });
+            }
         }
         for key in dirty {
-            self.due.entry(key).or_insert(Due { at: now, failures: 0 });
+            self.due.entry(key).or_insert(Due { at: now, failures: 0, urgent }).urgent |= urgent;
         }
         self.written.retain(|_, at| now.duration_since(*at) < PROGRESS);
     }
 
-    fn next(&self) -> Option<ObjectKey> {
-        let now = Instant::now();
-        self.due.iter().filter(|(_, due)| due.at <= now).min_by_key(|(_, due)| due.at).map(|(key, _)| key.clone())
+    /// Takes what nodes have; gives the objects that it may matter to. What other replicas said stays until it is heard
+    /// anew: a node that goes from one to another has what it had.
+    fn told(&mut self, acked: BTreeMap<String, u64>) -> Vec<ObjectKey> {
+        let mut changed = false;
+        for (node, generation) in acked {
+            let known = self.acked.entry(node).or_default();
+            changed |= generation > *known;
+            *known = generation.max(*known);
+        }
+        if changed { self.tracker.unfinished().cloned().collect() } else { Vec::new() }
     }
 
-    /// Writes an object's status if it is to say something else.
-    async fn look(&mut self, key: &ObjectKey, view: &View) {
+    /// Asks other replicas what their nodes have, as long as something depends on it.
+    async fn hear(&mut self, view: &View) {
+        let own = self.inputs.nodes.acked();
+        let of_others = view.nodes.iter().any(|node| !own.contains_key(node));
+        let wanted = of_others && self.held && self.tracker.unfinished().next().is_some();
+        if !wanted || self.heard.is_some_and(|at| at.elapsed() < APART) {
+            return;
+        }
+        self.heard = Some(Instant::now());
+        let (mut acked, inputs) = (BTreeMap::new(), &self.inputs);
+        let (namespace, identity) = (&inputs.root_namespace, &inputs.identity);
+        acks::heard(self.writer.client(), namespace, identity, &self.history, &mut acked).await;
         let now = Instant::now();
-        let Some(due) = self.due.remove(key) else { return };
-        let Some(seen) = self.inputs.statuses.get(key) else { return };
-        let Some(said) = self.said(key, &seen) else { return };
+        for key in self.told(acked) {
+            self.due.entry(key).or_insert(Due { at: now, failures: 0, urgent: true });
+        }
+    }
+
+    /// Some of those that are due, the urgent and the oldest first.
+    fn next(&self) -> Vec<ObjectKey> {
+        let now = Instant::now();
+        let mut ready: Vec<(&ObjectKey, &Due)> = self.due.iter().filter(|(_, due)| due.at <= now).collect();
+        ready.sort_by_key(|(_, due)| (!due.urgent, due.at));
+        ready.into_iter().take(TOGETHER).map(|(key, _)| key.clone()).collect()
+    }
+
+    /// Writes an object's status if it is to say something else. Whether it sent anything.
+    async fn look(&mut self, key: &ObjectKey, view: &View) -> bool {
+        let now = Instant::now();
+        let Some(due) = self.due.remove(key) else { return false };
+        let Some(seen) = self.inputs.statuses.get(key) else { return false };
+        let Some(said) = self.said(key, &seen) else { return false };
         let before = is_programmed(&seen.status, said.generation);
         let programmed = match self.problems.contains_key(key) {
             true => Programmed::Stays,
@@ -181,7 +237,7 @@ impl State {
             now: &moment,
         };
         let whole = Said { programmed: &programmed, ..as_is };
-        let Some(patch) = write::patch(key, &seen, &whole) else { return };
+        let Some(patch) = write::patch(key, &seen, &whole) else { return false };
         // Nothing but how many nodes have it, and not all of them yet.
         let only_progress = write::patch(key, &seen, &as_is).is_none()
             && matches!(&programmed, Programmed::On { have, of, .. } if have < of);
@@ -190,14 +246,17 @@ impl State {
             && now < *last + apart
         {
             self.due.insert(key.clone(), Due { at: *last + apart, ..due });
-            return;
+            return false;
+        }
+        if !self.inputs.leader.holds_for(write::REQUEST) {
+            return false;
         }
         match self.writer.write(key, &seen, &patch).await {
             Outcome::Written(new) => {
                 self.written.insert(key.clone(), now);
                 self.inputs.statuses.note(key.clone(), new);
             }
-            Outcome::Same => {}
+            Outcome::Same => return false,
             Outcome::Changed(new) => {
                 self.inputs.statuses.note(key.clone(), new);
                 self.due.insert(key.clone(), due);
@@ -205,9 +264,10 @@ impl State {
             Outcome::Gone => self.inputs.statuses.forget(&key.kind, &key.namespace, &key.name),
             Outcome::Failed => {
                 let wait = (BACK_OFF.0 * 2u32.saturating_pow(due.failures.min(10))).min(BACK_OFF.1);
-                self.due.insert(key.clone(), Due { at: now + wait, failures: due.failures + 1 });
+                self.due.insert(key.clone(), Due { at: now + wait, failures: due.failures + 1, ..due });
             }
         }
+        true
     }
 
     /// What is to be said of an object. `None`: nothing yet, as what is known of it is of before.

@@ -60,6 +60,11 @@ impl Writer {
         Self { client, peculiar: BTreeMap::new(), last_error: String::new() }
     }
 
+    /// The client that it writes by.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
     /// Writes what [`patch`] gave.
     pub async fn write(&mut self, key: &ObjectKey, seen: &Seen, status: &Value) -> Outcome {
         if self.peculiar.get(key).is_some_and(|(sent, back)| without_time(sent) == without_time(status) && *back == seen.status) {
@@ -128,13 +133,14 @@ fn without_time(status: &Value) -> Value {
     let entries = status.as_object_mut().into_iter().flat_map(|fields| fields.values_mut());
     let entries = entries.filter_map(Value::as_array_mut).flatten();
     for entry in entries {
-        let nested = entry["conditions"].is_array();
-        let conditions = if nested { entry["conditions"].as_array_mut() } else { None };
-        for condition in conditions.into_iter().flatten() {
-            condition.as_object_mut().map(|fields| fields.remove("lastTransitionTime"));
-        }
-        if !nested {
-            entry.as_object_mut().map(|fields| fields.remove("lastTransitionTime"));
+        let Some(fields) = entry.as_object_mut() else { continue };
+        fields.remove("lastTransitionTime");
+        // Of a route, they are one level deeper.
+        let nested = fields.get_mut("conditions").and_then(Value::as_array_mut);
+        for condition in nested.into_iter().flatten() {
+            if let Some(fields) = condition.as_object_mut() {
+                fields.remove("lastTransitionTime");
+            }
         }
     }
     status

@@ -13,7 +13,7 @@ use sha2::Digest;
 use sha2::Sha256;
 use tulle_proto::names;
 
-use crate::model::{Key, Selector, World, in_namespace};
+use crate::model::{Key, NetworkPolicy, Selector, World, in_namespace};
 use crate::translate::Settings;
 use crate::translate::enrol;
 
@@ -36,7 +36,7 @@ pub fn beside(world: &World, settings: &Settings) -> BTreeMap<Key, Beside> {
     for namespace in namespaces.into_iter().filter(|namespace| takes_part(world, namespace, settings)) {
         let policies: Vec<_> = in_namespace(&world.network_policies, namespace).collect();
         // Of one that cannot be read the API server knows what it selects; nothing narrower is sure to be enough.
-        let selectors = |isolates: fn(&crate::model::NetworkPolicy) -> bool| {
+        let selectors = |isolates: fn(&NetworkPolicy) -> bool| {
             let found = policies.iter().filter(|policy| isolates(policy));
             let found: BTreeSet<Selector> = found.map(|policy| policy.pods.clone().unwrap_or_default()).collect();
             // All pods are isolated then: one for all of them is enough.

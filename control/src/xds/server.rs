@@ -131,20 +131,22 @@ impl Nodes {
 #[derive(Clone)]
 pub struct Server {
     authn: Arc<authn::Authn>,
+    root_namespace: String,
     published: watch::Receiver<Published>,
     nodes: Arc<Nodes>,
     stop: Stop,
 }
 
 impl Server {
-    /// Serves what is published to callers that `authn` knows.
+    /// Serves what is published to callers that `authn` knows; node proxies are those of `root_namespace`.
     pub fn new(
         authn: Arc<authn::Authn>,
+        root_namespace: String,
         published: watch::Receiver<Published>,
         nodes: Arc<Nodes>,
         stop: Stop,
     ) -> Self {
-        Self { authn, published, nodes, stop }
+        Self { authn, root_namespace, published, nodes, stop }
     }
 }
 
@@ -209,7 +211,7 @@ impl Server {
             return Ok(());
         };
         let first = first?;
-        let (node, version) = identify(&caller, first.node.as_ref())?;
+        let (node, version) = identify(&caller, first.node.as_ref(), &self.root_namespace)?;
         let takes = taken_types(first.node.as_ref());
         let stream = self.nodes.open(&node, version.clone());
         tracing::info!(%node, %version, "node connected");
@@ -271,7 +273,11 @@ impl Server {
 }
 
 /// Binds the stream to the node that the token names.
-fn identify(caller: &authn::Caller, node: Option<&Node>) -> Result<(String, String), Status> {
+fn identify(
+    caller: &authn::Caller,
+    node: Option<&Node>,
+    root_namespace: &str,
+) -> Result<(String, String), Status> {
     let Some(claimed) = &caller.node else {
         return Err(Status::permission_denied(
             "the token has no tulle.dev/node claim; make one with `control token --node NAME`",
@@ -287,8 +293,11 @@ fn identify(caller: &authn::Caller, node: Option<&Node>) -> Result<(String, Stri
         )));
     }
     let version = metadata(node, names::METADATA_TULLE_VERSION).unwrap_or_default();
-    // A gateway runs on a node and is not its proxy: it must not be taken for that, nor take its place.
+    // A gateway runs on a node and is not its proxy: it must not be taken for that, nor take its place. Nor must any other
+    // account, whatever it says.
+    let is_node = caller.namespace == root_namespace && caller.service_account == names::NODE_SERVICE_ACCOUNT;
     let name = match metadata(node, names::METADATA_TULLE_GATEWAY) {
+        None if !is_node => format!("proxy {}/{} on {name}", caller.namespace, caller.service_account),
         Some(_) => format!("gateway {}/{} on {name}", caller.namespace, caller.service_account),
         None => name.to_owned(),
     };

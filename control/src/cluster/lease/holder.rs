@@ -19,7 +19,7 @@ use crate::cluster::lease::{Action, Answer, DURATION, Elector, HELD, Record};
 use crate::cluster::words;
 
 /// How long one request may take.
-const REQUEST: Duration = Duration::from_secs(4);
+const REQUEST: Duration = Duration::from_secs(3);
 
 /// Until when the lease is held; `None`: it is not.
 pub type Term = Option<Instant>;

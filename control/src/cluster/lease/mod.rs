@@ -18,8 +18,10 @@ pub const DURATION: Duration = Duration::from_secs(15);
 pub const HELD: Duration = Duration::from_secs(10);
 /// Between two renewals, and between two tries of everybody else.
 const RENEW: Duration = Duration::from_secs(5);
-/// Between two looks at a lease of another, and after a failure.
+/// Between two looks at a lease of another.
 const LOOK: Duration = Duration::from_secs(2);
+/// After a failure: soon enough that one lost answer does not cost the lease.
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// What the API server has.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -139,7 +141,7 @@ impl Elector {
                     // It may have been written. When it was seen before says nothing about what is there now.
                     (self.seen, self.absent) = (None, false);
                 }
-                self.next = now + LOOK;
+                self.next = now + AGAIN;
             }
         }
     }
