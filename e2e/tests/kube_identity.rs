@@ -33,7 +33,8 @@ fn pod(api: &ApiServer, namespace: &str, name: &str, account: &str, node: &str) 
          apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec:\n  nodeName: {node}\n  \
          serviceAccountName: {account}\n  containers: [{{name: app, image: none}}]\n"
     ))?;
-    let status = serde_json::json!({"status": {"phase": "Running", "podIP": "10.44.0.9", "podIPs": [{"ip": "10.44.0.9"}]}});
+    let status =
+        serde_json::json!({"status": {"phase": "Running", "podIP": "10.44.0.9", "podIPs": [{"ip": "10.44.0.9"}]}});
     api.patch_status("Pod", &format!("{namespace}/{name}"), &status)?;
     Ok(())
 }
@@ -72,6 +73,7 @@ fn sign(
 
 #[test]
 fn a_token_is_worth_what_the_api_server_says_of_it() -> anyhow::Result<()> {
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let Some(mut api) = kube::start(Options::default()) else { return Ok(()) };
     crds::install(&api)?;
     api.apply(&namespaces())?;
@@ -100,7 +102,13 @@ fn a_token_is_worth_what_the_api_server_says_of_it() -> anyhow::Result<()> {
         ("a node, what runs elsewhere", node.clone(), ("shop", "web"), true, refused(Code::PermissionDenied, "node-1")),
         ("a node, itself", node.clone(), (ROOT, "ztunnel"), false, None),
         ("a pod, itself", cart.clone(), ("shop", "cart"), false, None),
-        ("a pod, another", cart.clone(), ("shop", "web"), true, refused(Code::PermissionDenied, "its own identity only")),
+        (
+            "a pod, another",
+            cart.clone(),
+            ("shop", "web"),
+            true,
+            refused(Code::PermissionDenied, "its own identity only"),
+        ),
         (
             "the same account of another namespace",
             token("shop/ztunnel", "istio-ca", Some("shop/ztunnel-1"))?,
@@ -128,12 +136,10 @@ fn a_token_is_worth_what_the_api_server_says_of_it() -> anyhow::Result<()> {
     ];
     for (name, token, identity, impersonate, expected) in cases {
         // The pods may still be on their way to control.
-        eventually(name, PATIENCE, || {
-            match (sign(&api, &control, &token, identity, impersonate)?, expected) {
-                (Ok(()), None) => Ok(()),
-                (Err(status), Some((code, word))) if status.code() == code && status.message().contains(word) => Ok(()),
-                (other, _) => Err(anyhow::anyhow!("{other:?}")),
-            }
+        eventually(name, PATIENCE, || match (sign(&api, &control, &token, identity, impersonate)?, expected) {
+            (Ok(()), None) => Ok(()),
+            (Err(status), Some((code, word))) if status.code() == code && status.message().contains(word) => Ok(()),
+            (other, _) => Err(anyhow::anyhow!("{other:?}")),
         })?;
     }
 
@@ -237,9 +243,7 @@ fn replicas_that_start_at_once_are_one_authority_and_rotate_together() -> anyhow
         assert_eq!(mode & 0o777, 0o600);
 
         let (kube, ca) = (kubeconfig.display().to_string(), dir.path().join("one/ca").display().to_string());
-        let rotate = || {
-            run(&["rotate", "root", "--force", "--ca-dir", &ca, "--source", "kube", "--kubeconfig", &kube])
-        };
+        let rotate = || run(&["rotate", "root", "--force", "--ca-dir", &ca, "--source", "kube", "--kubeconfig", &kube]);
         let second = |path: &str| {
             let answer = e2e::client::get(two, path, Duration::from_secs(20))?;
             anyhow::Ok(serde_json::from_str::<serde_json::Value>(&answer.body)?)
@@ -262,7 +266,9 @@ fn replicas_that_start_at_once_are_one_authority_and_rotate_together() -> anyhow
         equal("the ConfigMap is back")?;
         std::fs::remove_file(dir.path().join("two/ca/root-key.pem"))?;
         equal("its files are what they were")?;
-        assert!(api.get("Secret", &format!("{ROOT}/tulle-ca"))?.is_some_and(|it| it["data"]["root-key.pem"].is_string()));
+        assert!(
+            api.get("Secret", &format!("{ROOT}/tulle-ca"))?.is_some_and(|it| it["data"]["root-key.pem"].is_string())
+        );
         drop(end);
         one.stop();
         Ok(())

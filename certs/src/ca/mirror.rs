@@ -9,9 +9,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::ca::CaError;
-use crate::ca::files::{
-    self, CA_CERT, CA_KEY, CRL, NEXT_ROOT_KEY, OLD_ROOT_KEY, ROOT_CERT, ROOT_KEY, TOKEN_KEY, io,
-};
+use crate::ca::files::{self, CA_CERT, CA_KEY, CRL, NEXT_ROOT_KEY, OLD_ROOT_KEY, ROOT_CERT, ROOT_KEY, TOKEN_KEY, io};
 use crate::ca::replaced;
 
 /// Content by file name. No `Debug`: there are keys in it.

@@ -104,9 +104,7 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     let (view, published) = (outputs.view.clone(), outputs.published.clone());
     let reviews = match &from {
         From::Files(_) => None,
-        From::Kube(client, _) => {
-            Some(in_cluster::reviews(client, serve.token_audience.clone(), view.clone()))
-        }
+        From::Kube(client, _) => Some(in_cluster::reviews(client, serve.token_audience.clone(), view.clone())),
     };
     let authn = Arc::new(authn::Authn::new(own, reviews));
     let (fetched_sender, fetched) = watch::channel(KeySources::default());
@@ -159,7 +157,8 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     match from {
         From::Files(folder) => tasks.push(tokio::spawn(source::files::watch::run(folder, loaded_sender, stop))),
         From::Kube(client, mirror) => {
-            let parts = in_cluster::Parts { client, settings: serve.settings(), view, nodes: node_states, published, mirror };
+            let parts =
+                in_cluster::Parts { client, settings: serve.settings(), view, nodes: node_states, published, mirror };
             tasks.extend(in_cluster::start(parts, loaded_sender, followed_sender, &stop));
         }
     }

@@ -46,9 +46,7 @@ impl Authn {
                 }
             });
         }
-        self.own
-            .verify(token, now)
-            .map_err(|error| Status::unauthenticated(format!("the token is refused: {error}")))
+        self.own.verify(token, now).map_err(|error| Status::unauthenticated(format!("the token is refused: {error}")))
     }
 }
 

@@ -25,7 +25,7 @@ pub fn revoke(options: &Revoke) -> anyhow::Result<String> {
     kept::change(&options.kept, &options.ca_dir, |dir| {
         let all = take_back(dir, of, &serials, base::unix_now()).context("cannot revoke")?;
         Ok(format!(
-        "crl.pem takes back {all} certificate(s); nodes whose CRL_PATH is a copy of it follow once they have it\n\
+            "crl.pem takes back {all} certificate(s); nodes whose CRL_PATH is a copy of it follow once they have it\n\
          This holds for what {holds}"
         ))
     })

@@ -100,7 +100,10 @@ impl Mirror {
                 Err(error) => {
                     let error = format!("{error:#}");
                     if error != last {
-                        tracing::error!(error, "control waits for Secret {name} and ConfigMap {BUNDLE} in namespace {namespace}");
+                        tracing::error!(
+                            error,
+                            "control waits for Secret {name} and ConfigMap {BUNDLE} in namespace {namespace}"
+                        );
                         last = error;
                     }
                     tokio::time::sleep(AGAIN).await;
@@ -129,7 +132,9 @@ impl Mirror {
                 Step::Take => {
                     let theirs = theirs.unwrap_or_default();
                     if self.base.as_ref().is_some_and(|base| *base != ours) {
-                        tracing::warn!("Secret {name} was changed by another replica at the same time; its authority counts");
+                        tracing::warn!(
+                            "Secret {name} was changed by another replica at the same time; its authority counts"
+                        );
                     }
                     mirror::write(&self.dir, &theirs)?;
                     self.base = Some(theirs);

@@ -132,7 +132,11 @@ pub async fn say(
         match tokio::time::timeout(REQUEST, api.patch(&name, &params, &apply)).await {
             Ok(Ok(_)) => (last, failed) = (Some((said, Instant::now())), false),
             Ok(Err(error)) if !failed => {
-                tracing::warn!(lease = name, error = words(&error), "other replicas do not hear what this one's nodes have");
+                tracing::warn!(
+                    lease = name,
+                    error = words(&error),
+                    "other replicas do not hear what this one's nodes have"
+                );
                 failed = true;
             }
             _ => failed = true,
@@ -203,15 +207,21 @@ mod tests {
         let history = |all: &[(u64, &str)]| {
             let mut history = History::default();
             for (generation, digest) in all {
-                history.note(&Published { generation: *generation, policies: (*digest).into(), ..Published::default() });
+                history.note(&Published {
+                    generation: *generation,
+                    policies: (*digest).into(),
+                    ..Published::default()
+                });
             }
             history
         };
-        let acked = |all: &[(&str, u64)]| all.iter().map(|(node, at)| ((*node).to_owned(), *at)).collect::<BTreeMap<_, _>>();
+        let acked =
+            |all: &[(&str, u64)]| all.iter().map(|(node, at)| ((*node).to_owned(), *at)).collect::<BTreeMap<_, _>>();
         let other = history(&[(1, "a"), (2, "b"), (3, "b"), (9, "c")]);
         let said = other.said(&acked(&[("n1", 1), ("n2", 8), ("n3", 9), ("n4", 0), ("n5", 12)]));
         let expected = [("a", vec!["n1"]), ("b", vec!["n2"]), ("c", vec!["n3", "n5"])];
-        let shown: Vec<_> = said.iter().map(|(d, n)| (d.as_str(), n.iter().map(String::as_str).collect::<Vec<_>>())).collect();
+        let shown: Vec<_> =
+            said.iter().map(|(d, n)| (d.as_str(), n.iter().map(String::as_str).collect::<Vec<_>>())).collect();
         assert_eq!(shown, expected);
         // This one has gathered otherwise: it never published b.
         let own = history(&[(1, "a"), (40, "c")]);

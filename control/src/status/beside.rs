@@ -65,13 +65,8 @@ pub async fn run(
     let api: Api<NetworkPolicy> = Api::all(client.clone());
     let ours = watcher::Config::default().labels(LABEL);
     let mut events = std::pin::pin!(watcher(api, ours).default_backoff());
-    let mut state = State {
-        client,
-        there: BTreeMap::new(),
-        listed: false,
-        unwanted: BTreeMap::new(),
-        not_before: BTreeMap::new(),
-    };
+    let mut state =
+        State { client, there: BTreeMap::new(), listed: false, unwanted: BTreeMap::new(), not_before: BTreeMap::new() };
     let mut fresh = BTreeMap::new();
     let (mut wanted, mut generation) = (BTreeMap::new(), 0);
     loop {
@@ -176,7 +171,10 @@ impl State {
 
 async fn write(client: &Client, key: &Key, policy: &NetworkPolicy, there: bool) -> Result<NetworkPolicy, String> {
     let api: Api<NetworkPolicy> = Api::namespaced(client.clone(), &key.0);
-    let (create, apply) = (PostParams { field_manager: Some(FIELD_MANAGER.into()), ..PostParams::default() }, PatchParams::apply(FIELD_MANAGER).force());
+    let (create, apply) = (
+        PostParams { field_manager: Some(FIELD_MANAGER.into()), ..PostParams::default() },
+        PatchParams::apply(FIELD_MANAGER).force(),
+    );
     let request = async {
         match there {
             // Creating, so that one of somebody else is not overwritten.
@@ -277,11 +275,7 @@ mod tests {
     fn a_policy_adds_tunnels_and_probes_in_the_directions_that_are_closed() {
         let pods = Selector {
             labels: BTreeMap::from([("app".into(), "db".into())]),
-            expressions: vec![Expression {
-                key: "tier".into(),
-                operator: Operator::In,
-                values: vec!["a".into()],
-            }],
+            expressions: vec![Expression { key: "tier".into(), operator: Operator::In, values: vec!["a".into()] }],
         };
         let both = spec(&Beside { pods, ingress: true, egress: true });
         assert_eq!(

@@ -84,9 +84,9 @@ pub fn parents(status: &Value, said: &Said<'_>) -> Vec<Value> {
 /// Whether the status says that the nodes have this generation: of a route, at all parents of ours.
 pub fn is_programmed(status: &Value, generation: i64) -> bool {
     let says = |owner: &Value| {
-        list(owner, "conditions").iter().any(|one| {
-            one["type"] == PROGRAMMED && one["status"] == "True" && one["observedGeneration"] == generation
-        })
+        list(owner, "conditions")
+            .iter()
+            .any(|one| one["type"] == PROGRAMMED && one["status"] == "True" && one["observedGeneration"] == generation)
     };
     let mut entries = list(status, "parents").iter().filter(|entry| entry["controllerName"] == CONTROLLER).peekable();
     if entries.peek().is_none() { says(status) } else { entries.all(says) }

@@ -103,7 +103,8 @@ pub fn outdated(said: &ObjectConditions, generation: i64, message: &str) -> Obje
     let wrong = Condition::failing("Accepted", "Invalid", message.to_owned());
     let mut all = said.clone();
     all.generation = generation;
-    for list in std::iter::once(&mut all.conditions).chain(all.parents.iter_mut().map(|parent| &mut parent.conditions)) {
+    for list in std::iter::once(&mut all.conditions).chain(all.parents.iter_mut().map(|parent| &mut parent.conditions))
+    {
         list.retain(|one| one.kind != wrong.kind);
         list.insert(0, wrong.clone());
     }
@@ -130,7 +131,8 @@ mod tests {
     #[test]
     fn an_object_is_programmed_once_all_nodes_had_it_whoever_joins_later() {
         let nodes = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
-        let acked = |all: &[(&str, u64)]| all.iter().map(|(name, at)| ((*name).to_owned(), *at)).collect::<BTreeMap<_, _>>();
+        let acked =
+            |all: &[(&str, u64)]| all.iter().map(|(name, at)| ((*name).to_owned(), *at)).collect::<BTreeMap<_, _>>();
         let mut tracker = Tracker::default();
         assert_eq!(tracker.update(1, vec![said("a", 1), said("b", 1)]), [key("a"), key("b")]);
         let two = nodes(&["n1", "n2"]);

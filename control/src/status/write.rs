@@ -67,7 +67,11 @@ impl Writer {
 
     /// Writes what [`patch`] gave.
     pub async fn write(&mut self, key: &ObjectKey, seen: &Seen, status: &Value) -> Outcome {
-        if self.peculiar.get(key).is_some_and(|(sent, back)| without_time(sent) == without_time(status) && *back == seen.status) {
+        if self
+            .peculiar
+            .get(key)
+            .is_some_and(|(sent, back)| without_time(sent) == without_time(status) && *back == seen.status)
+        {
             return Outcome::Same;
         }
         let Some(api) = self.api(key, seen) else { return Outcome::Gone };
@@ -111,7 +115,8 @@ impl Writer {
     }
 
     fn remember(&mut self, key: &ObjectKey, status: &Value, new: &Seen) {
-        let kept = status.as_object().is_some_and(|fields| fields.iter().all(|(name, value)| new.status[name] == *value));
+        let kept =
+            status.as_object().is_some_and(|fields| fields.iter().all(|(name, value)| new.status[name] == *value));
         if kept {
             self.peculiar.remove(key);
         } else if self.peculiar.len() < PECULIAR {

@@ -42,7 +42,8 @@ pub fn beside(world: &World, settings: &Settings) -> BTreeMap<Key, Beside> {
             // All pods are isolated then: one for all of them is enough.
             if found.contains(&Selector::default()) { BTreeSet::from([Selector::default()]) } else { found }
         };
-        let (ingress, egress) = (selectors(|policy| policy.ingress.is_some()), selectors(|policy| policy.egress.is_some()));
+        let (ingress, egress) =
+            (selectors(|policy| policy.ingress.is_some()), selectors(|policy| policy.egress.is_some()));
         for pods in ingress.union(&egress) {
             let one = Beside { pods: pods.clone(), ingress: ingress.contains(pods), egress: egress.contains(pods) };
             all.insert((namespace.to_owned(), name(pods)), one);
@@ -93,9 +94,8 @@ mod tests {
 
     #[test]
     fn every_selector_that_isolates_pods_gets_one_and_nothing_else_is_selected() {
-        let namespace = |labels: &str| {
-            format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: shop, labels: {{{labels}}}}}\n")
-        };
+        let namespace =
+            |labels: &str| format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: shop, labels: {{{labels}}}}}\n");
         let pod = |labels: &str, annotations: &str| {
             format!(
                 "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: web, namespace: shop, labels: {{{labels}}}, \
@@ -135,7 +135,10 @@ mod tests {
             let found = beside(&world(&text), &Settings::default());
             let shape: Vec<_> = found.values().map(|one| (one.pods.is_empty(), one.ingress, one.egress)).collect();
             assert_eq!(shape, expected, "{name}: {found:?}");
-            assert!(found.iter().all(|((_, name), one)| (name == names::BESIDE) == one.pods.is_empty()), "{name}: {found:?}");
+            assert!(
+                found.iter().all(|((_, name), one)| (name == names::BESIDE) == one.pods.is_empty()),
+                "{name}: {found:?}"
+            );
         }
     }
 }

@@ -79,9 +79,8 @@ impl Nodes {
 
     /// The generation that each connected node has acknowledged.
     pub fn acked(&self) -> BTreeMap<String, u64> {
-        let connected = |(name, state): (&String, &NodeState)| {
-            state.connected.then(|| (name.clone(), state.acked_generation))
-        };
+        let connected =
+            |(name, state): (&String, &NodeState)| state.connected.then(|| (name.clone(), state.acked_generation));
         self.lock().iter().filter_map(connected).collect()
     }
 
@@ -273,11 +272,7 @@ impl Server {
 }
 
 /// Binds the stream to the node that the token names.
-fn identify(
-    caller: &authn::Caller,
-    node: Option<&Node>,
-    root_namespace: &str,
-) -> Result<(String, String), Status> {
+fn identify(caller: &authn::Caller, node: Option<&Node>, root_namespace: &str) -> Result<(String, String), Status> {
     let Some(claimed) = &caller.node else {
         return Err(Status::permission_denied(
             "the token has no tulle.dev/node claim; make one with `control token --node NAME`",

@@ -9,6 +9,7 @@
 
 pub mod audit;
 pub mod cluster;
+pub mod control;
 pub mod crds;
 pub mod programs;
 

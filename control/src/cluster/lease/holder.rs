@@ -156,7 +156,8 @@ fn object(name: &str, record: &Record) -> Lease {
             ..ObjectMeta::default()
         },
         spec: Some(LeaseSpec {
-            holder_identity: Some(record.holder.clone()),
+            // The API server takes no empty one.
+            holder_identity: Some(record.holder.clone()).filter(|holder| !holder.is_empty()),
             lease_duration_seconds: i32::try_from(seconds).ok(),
             lease_transitions: Some(record.transitions),
             renew_time: Some(now),

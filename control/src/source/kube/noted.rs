@@ -60,8 +60,10 @@ mod tests {
         let page = |names: &[&str]| {
             let items: Vec<_> = names
                 .iter()
-                .map(|name| serde_json::json!({"metadata": {"name": name, "namespace": "shop", "resourceVersion": "5",
-                    "generation": 2, "uid": "u"}, "status": {"parents": [{"x": [1, true, null, "t"]}]}}))
+                .map(|name| {
+                    serde_json::json!({"metadata": {"name": name, "namespace": "shop", "resourceVersion": "5",
+                    "generation": 2, "uid": "u"}, "status": {"parents": [{"x": [1, true, null, "t"]}]}})
+                })
                 .collect();
             let list = serde_json::json!({"metadata": {"resourceVersion": "9"}, "items": items});
             Event::Page(json::page(list.to_string().as_bytes(), &KINDS[place]).expect("a list").items)

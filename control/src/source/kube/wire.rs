@@ -43,7 +43,7 @@ pub async fn get(client: &Client, request: http::Request<Vec<u8>>, what: &str) -
         match Limited::new(body, MAX_ANSWER).collect().await {
             Ok(body) => Ok(body.to_bytes().to_vec()),
             Err(error) if error.is::<http_body_util::LengthLimitError>() => Err(Failure::TooLarge),
-            Err(error) => Err(broken(what, &error)),
+            Err(error) => Err(broken(what, &*error)),
         }
     };
     timeout(ANSWER, whole).await.unwrap_or_else(|_| {
