@@ -8,6 +8,8 @@ use anyhow::Context as _;
 use e2e::eventually::eventually;
 use e2e::kube::control::Control;
 use e2e::kube::{self, ApiServer, Options, crds};
+use e2e::lab::{LabConfig, programs_dir};
+use e2e::scenario;
 use serde_json::{Value, json};
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -276,5 +278,51 @@ fn isolated_pods_of_the_mesh_get_policies_for_its_own_traffic_until_they_leave()
     assert_eq!(ours("shop")?.len(), 1);
     let all = writes(&api)?;
     assert!(all.len() - before <= 2, "{:?}", &all[before..]);
+    Ok(())
+}
+
+/// A lab in a cluster, and a second replica of control in it, which has no node attached.
+#[test]
+fn programmed_counts_the_nodes_of_every_replica() -> anyhow::Result<()> {
+    let Some(api) = kube::start(Options::default()) else { return Ok(()) };
+    crds::install(&api)?;
+    let mut config = LabConfig::of(&scenario::world(true)).in_cluster(&api, false)?;
+    config.timeout = kube::cluster::PATIENCE;
+    let Some(lab) = scenario::lab(config) else { return Ok(()) };
+    let inside = api.in_lab(&api.kubeconfig())?.display().to_string();
+    let ca = lab.paths().ca().display().to_string();
+    let program = programs_dir()?.join("control").display().to_string();
+    let listen = ["--grpc-listen", "0.0.0.0:15112", "--http-listen", "127.0.0.1:15114", "--tls-san", "10.10.0.2"];
+    let mut argv = vec![program.as_str(), "serve", "--source", "kube", "--kubeconfig", &inside, "--ca-dir", &ca];
+    argv.extend(listen);
+    let holder = || -> anyhow::Result<Value> {
+        let lease = api.get("Lease", "tulle-system/tulle-control")?.context("no Lease")?;
+        Ok(lease["spec"]["holderIdentity"].clone())
+    };
+    let first = eventually("somebody holds the Lease", PATIENCE, || match holder()? {
+        Value::Null => Err(anyhow::anyhow!("nobody")),
+        holder => Ok(holder),
+    })?;
+    let _second = lab.spawn("control", &argv)?;
+    eventually("the second one is ready", PATIENCE, || match lab.get("control", 15114, "/readyz")? {
+        (200, _) => Ok(()),
+        other => Err(anyhow::anyhow!("{other:?}")),
+    })?;
+    // The nodes stay with the one that is started again, and the other one writes.
+    lab.restart("control")?;
+    let second = eventually("the second one holds the Lease", PATIENCE, || match holder()? {
+        Value::Null => Err(anyhow::anyhow!("nobody")),
+        now if now == first => Err(anyhow::anyhow!("still the first")),
+        now => Ok(now),
+    })?;
+    api.apply(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: cart, namespace: shop}\nspec:\n  \
+         parentRefs: [{group: '', kind: Service, name: cart, port: 80}]\n  \
+         rules: [{backendRefs: [{name: cart, port: 80}]}]\n",
+    )?;
+    let route = api.wait("HTTPRoute", ROUTE, "every node has it", |it| says(it, "Programmed", "True"))?;
+    let message = condition(&route, "Programmed")["message"].as_str().unwrap_or_default().to_owned();
+    assert!(message.starts_with("Programmed on ") && !message.contains(" 0 "), "{message}");
+    assert_eq!(holder()?, second, "who wrote has no node");
     Ok(())
 }
