@@ -40,7 +40,7 @@ metadata: {name: cart, namespace: shop}
 apiVersion: v1
 kind: Service
 metadata: {name: cart, namespace: shop}
-spec: {selector: {app: cart}, clusterIPs: [\"\"], ports: [{name: http, port: 80, targetPort: 8080, appProtocol: http}]}
+spec: {selector: {app: cart}, ports: [{name: http, port: 80, targetPort: 8080, appProtocol: http}]}
 ---
 apiVersion: discovery.k8s.io/v1
 kind: EndpointSlice
@@ -374,7 +374,7 @@ fn what_is_forbidden_is_said_with_the_missing_rule_and_taken_up_when_it_is_allow
         format!(
             "apiVersion: rbac.authorization.k8s.io/v1\nkind: ClusterRole\nmetadata: {{name: tulle-control}}\nrules:\n\
              - {{apiGroups: [''], resources: [{core}], verbs: [list, watch]}}\n\
-             - {{apiGroups: [discovery.k8s.io, networking.k8s.io], resources: ['*'], verbs: [list, watch]}}\n"
+             - {{apiGroups: [discovery.k8s.io, networking.k8s.io, certificates.k8s.io], resources: ['*'], verbs: [list, watch]}}\n"
         )
     };
     let account = server.kubeconfig_for("tulle-system/control")?;
