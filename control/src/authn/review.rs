@@ -315,7 +315,7 @@ mod tests {
         let token = "e30.eyJpc3MiOiJodHRwczovL2t1YmUiLCJleHAiOjcsInN1YiI6IngifQ.c2ln";
         assert_eq!(unverified(token), Some(Claims { issuer: "https://kube".into(), expiry: Some(7) }));
         assert_eq!(unverified("e30.e30.c2ln"), Some(Claims::default()));
-        for none in ["", "a", "a.b", "a.b.c", "a.e30.c.d", "..", "e30.W10.e30"] {
+        for none in ["", "a", "a.b", "a.b.c", "a.e30.c.d", "..", "e30.x.e30"] {
             assert_eq!(unverified(none), None, "{none}");
         }
         assert_eq!(unverified(&format!("e30.{}.x", "A".repeat(9000))), None, "too long");

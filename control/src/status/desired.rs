@@ -14,7 +14,7 @@ pub const CONTROLLER: &str = "tulle.dev/controller";
 const OURS: [&str; 7] =
     ["Accepted", "AppliedToPods", "Enforced", "KeysFetched", "MeshWide", PROGRAMMED, "ResolvedRefs"];
 /// Whether the nodes have it.
-pub const PROGRAMMED: &str = "Programmed";
+pub(super) const PROGRAMMED: &str = "Programmed";
 /// Longest message, characters. The API server takes 32 KiB; nobody reads that.
 const MAX_MESSAGE: usize = 2000;
 /// Entries of all controllers that a route's status may have (Gateway API).
@@ -22,7 +22,7 @@ const MAX_PARENTS: usize = 32;
 
 /// How far the nodes are.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Programmed {
+pub(super) enum Programmed {
     /// It was said already, or there is nothing to say: what is there stays.
     Stays,
     /// So many of so many; the first names of the others.
@@ -37,7 +37,7 @@ pub enum Programmed {
 }
 
 /// What there is to say of an object.
-pub struct Said<'a> {
+pub(super) struct Said<'a> {
     /// metadata.generation that it is about.
     pub generation: i64,
     /// Of the object as a whole. Not used if it is a route.
@@ -51,12 +51,12 @@ pub struct Said<'a> {
 }
 
 /// The `conditions` of a status as they are to be.
-pub fn conditions(status: &Value, said: &Said<'_>) -> Vec<Value> {
+pub(super) fn conditions(status: &Value, said: &Said<'_>) -> Vec<Value> {
     merged(list(status, "conditions"), said.conditions, said)
 }
 
 /// The `parents` of a route's status as they are to be.
-pub fn parents(status: &Value, said: &Said<'_>) -> Vec<Value> {
+pub(super) fn parents(status: &Value, said: &Said<'_>) -> Vec<Value> {
     let reference = |parent: &ParentStatus| json!(parent.parent_ref);
     let mut open: Vec<&ParentStatus> = said.parents.iter().collect();
     let mut all = Vec::new();
@@ -82,7 +82,7 @@ pub fn parents(status: &Value, said: &Said<'_>) -> Vec<Value> {
 }
 
 /// Whether the status says that the nodes have this generation: of a route, at all parents of ours.
-pub fn is_programmed(status: &Value, generation: i64) -> bool {
+pub(super) fn is_programmed(status: &Value, generation: i64) -> bool {
     let says = |owner: &Value| {
         list(owner, "conditions")
             .iter()

@@ -15,7 +15,7 @@ const NAMED: usize = 3;
 
 /// What is said of one object.
 #[derive(Debug, Clone)]
-pub struct Tracked {
+pub(super) struct Tracked {
     /// Conditions, and what its parents say.
     pub said: Arc<ObjectConditions>,
     /// Generation of what is published in which it came to be as it is.
@@ -28,14 +28,14 @@ pub struct Tracked {
 
 /// All objects of which something is said.
 #[derive(Debug, Default)]
-pub struct Tracker {
+pub(super) struct Tracker {
     objects: BTreeMap<ObjectKey, Tracked>,
     begun: bool,
 }
 
 impl Tracker {
     /// Takes what is said in a generation; gives the objects of which something else is said than before.
-    pub fn update(&mut self, generation: u64, said: Vec<ObjectConditions>) -> Vec<ObjectKey> {
+    pub(super) fn update(&mut self, generation: u64, said: Vec<ObjectConditions>) -> Vec<ObjectKey> {
         let first = !std::mem::replace(&mut self.begun, true);
         let mut before = std::mem::take(&mut self.objects);
         let mut changed = Vec::new();
@@ -55,18 +55,18 @@ impl Tracker {
     }
 
     /// What is said of an object.
-    pub fn get(&self, key: &ObjectKey) -> Option<&Tracked> {
+    pub(super) fn get(&self, key: &ObjectKey) -> Option<&Tracked> {
         self.objects.get(key)
     }
 
     /// Those that some node may not have had yet.
-    pub fn unfinished(&self) -> impl Iterator<Item = &ObjectKey> {
+    pub(super) fn unfinished(&self) -> impl Iterator<Item = &ObjectKey> {
         self.objects.iter().filter(|(_, tracked)| !tracked.done).map(|(key, _)| key)
     }
 
     /// How far the nodes are with an object. `acked`: the generation that each has; `nodes`: those that run pods;
     /// `says_so`: whether its status says already that all have it.
-    pub fn programmed(
+    pub(super) fn programmed(
         &mut self,
         key: &ObjectKey,
         acked: &BTreeMap<String, u64>,
@@ -93,13 +93,13 @@ impl Tracker {
 }
 
 /// What is said of an object that could not be read.
-pub fn unreadable(key: &ObjectKey, generation: i64, message: &str) -> ObjectConditions {
+pub(super) fn unreadable(key: &ObjectKey, generation: i64, message: &str) -> ObjectConditions {
     let condition = Condition::failing("Accepted", "Invalid", message.to_owned());
     ObjectConditions { object: key.clone(), generation, conditions: vec![condition], parents: Vec::new() }
 }
 
 /// The same with what could not be read in it: what else is said is about an older generation.
-pub fn outdated(said: &ObjectConditions, generation: i64, message: &str) -> ObjectConditions {
+pub(super) fn outdated(said: &ObjectConditions, generation: i64, message: &str) -> ObjectConditions {
     let wrong = Condition::failing("Accepted", "Invalid", message.to_owned());
     let mut all = said.clone();
     all.generation = generation;

@@ -17,13 +17,13 @@ use crate::source::statuses::{self, KINDS, Seen};
 use crate::status::desired::{self, Said};
 
 /// One request: shorter than a new Lease holder waits after the last one.
-pub const REQUEST: Duration = Duration::from_secs(4);
+pub(super) const REQUEST: Duration = Duration::from_secs(4);
 /// Answers that were not what was asked for, of so many objects at most.
 const PECULIAR: usize = 10_000;
 
 /// What became of a write.
 #[derive(Debug, PartialEq)]
-pub enum Outcome {
+pub(super) enum Outcome {
     /// It says so now; as the API server has it.
     Written(Seen),
     /// Nothing was sent: the API server has answered this with what is there.
@@ -37,7 +37,7 @@ pub enum Outcome {
 }
 
 /// The status that an object is to have; `None`: it has it.
-pub fn patch(key: &ObjectKey, seen: &Seen, said: &Said<'_>) -> Option<Value> {
+pub(super) fn patch(key: &ObjectKey, seen: &Seen, said: &Said<'_>) -> Option<Value> {
     let (field, list) = match key.kind.as_str() {
         "HTTPRoute" | "GRPCRoute" => ("parents", desired::parents(&seen.status, said)),
         _ => ("conditions", desired::conditions(&seen.status, said)),
@@ -47,7 +47,7 @@ pub fn patch(key: &ObjectKey, seen: &Seen, said: &Said<'_>) -> Option<Value> {
 }
 
 /// Sends them.
-pub struct Writer {
+pub(super) struct Writer {
     client: Client,
     /// What was sent and what came back, where that was something else.
     peculiar: BTreeMap<ObjectKey, (Value, Value)>,
@@ -56,17 +56,17 @@ pub struct Writer {
 
 impl Writer {
     /// Has written nothing.
-    pub fn new(client: Client) -> Self {
+    pub(super) fn new(client: Client) -> Self {
         Self { client, peculiar: BTreeMap::new(), last_error: String::new() }
     }
 
     /// The client that it writes by.
-    pub fn client(&self) -> &Client {
+    pub(super) fn client(&self) -> &Client {
         &self.client
     }
 
     /// Writes what [`patch`] gave.
-    pub async fn write(&mut self, key: &ObjectKey, seen: &Seen, status: &Value) -> Outcome {
+    pub(super) async fn write(&mut self, key: &ObjectKey, seen: &Seen, status: &Value) -> Outcome {
         if self
             .peculiar
             .get(key)

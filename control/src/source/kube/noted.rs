@@ -13,11 +13,11 @@ use crate::source::statuses::{self, Statuses};
 
 /// Names in lists that are not complete yet, by the place of the kind in [`KINDS`].
 #[derive(Default)]
-pub struct Noted(BTreeMap<usize, BTreeSet<(String, String)>>);
+pub(super) struct Noted(BTreeMap<usize, BTreeSet<(String, String)>>);
 
 impl Noted {
     /// Takes a report before the world does.
-    pub fn take(&mut self, kind: usize, event: &mut Event, statuses: &Statuses) {
+    pub(super) fn take(&mut self, kind: usize, event: &mut Event, statuses: &Statuses) {
         let Some(of) = KINDS.get(kind).map(|kind| kind.name).filter(|name| statuses::is_kept(name)) else { return };
         match event {
             Event::Started => drop(self.0.insert(kind, BTreeSet::new())),
