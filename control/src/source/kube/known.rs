@@ -132,7 +132,8 @@ impl Known {
             }
             Event::Started => {
                 state.staged = Some(Staged::default());
-                false
+                // It was asked; nobody has answered.
+                return false;
             }
             Event::Page(items) => {
                 self.stage(kind, of, items);

@@ -36,7 +36,9 @@ fn list(known: &mut Known, kind: &str, items: Vec<Item>) -> bool {
     let at = place(kind);
     assert!(!known.apply(at, Event::Started, NOW));
     for page in items.chunks(2) {
-        assert!(!known.apply(at, Event::Page(page.to_vec()), NOW), "a page alone changes nothing");
+        let before = known.loaded().world;
+        known.apply(at, Event::Page(page.to_vec()), NOW);
+        assert_eq!(known.loaded().world, before, "a page alone changes nothing");
     }
     known.apply(at, Event::Listed("5".into()), NOW)
 }
@@ -87,7 +89,7 @@ fn a_list_replaces_what_was_known_in_one_step_and_says_nothing_before_its_end() 
     // A list that fails half way.
     let at = place("Pod");
     known.apply(at, Event::Started, NOW);
-    known.apply(at, Event::Page(vec![pod("z", "1")]), NOW);
+    assert!(!known.apply(at, Event::Page(vec![pod("z", "1")]), NOW));
     known.apply(at, Event::Failed("connection reset".into()), NOW);
     assert!(!known.apply(at, Event::Listed("9".into()), NOW), "without its beginning it says nothing");
     assert_eq!(known.loaded().world, before);
@@ -121,6 +123,8 @@ fn an_outage_keeps_everything_and_tells_since_when() {
     let at = place("Pod");
     assert!(!known.apply(at, Event::Failed("connection refused".into()), NOW + 60));
     assert!(!known.apply(at, Event::Failed("connection refused".into()), NOW + 90));
+    // Asking once more is no answer.
+    assert!(!known.apply(at, Event::Started, NOW + 100));
     assert_eq!(pods(&known), ["a"]);
     assert!(known.loaded().waiting.is_empty(), "it was served already");
     let followed = &known.followed()[at];
