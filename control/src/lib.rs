@@ -2,7 +2,7 @@
 //!
 //! One way through: source → model → translate → resources → xDS sessions, and conditions beside it. A module imports
 //! only modules above it in this order: base, model, resource, telemetry, authn, cluster, source, keys, translate,
-//! stream, xds, ca, nodes, admin, status, config, app, cli.
+//! stream, xds, ca, nodes, admin, status, install, config, app, cli.
 
 /// Clock and the order to stop.
 pub mod base;
@@ -34,6 +34,8 @@ pub mod nodes;
 pub mod admin;
 /// What control says of users' objects, written to them.
 pub mod status;
+/// Putting Tulle into a cluster, and taking it away.
+pub mod install;
 /// Flags and environment.
 pub mod config;
 /// Wiring, start and stop.

@@ -8,6 +8,7 @@
 pub mod authority;
 pub mod lease;
 pub mod tokens;
+mod user;
 
 use std::path::Path;
 use std::time::Duration;
@@ -19,6 +20,8 @@ use kube::Config;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 
 pub use kube::Client;
+
+pub use user::user;
 
 /// A server in the same cluster answers in milliseconds; further away it is at most some seconds.
 const CONNECT: Duration = Duration::from_secs(10);

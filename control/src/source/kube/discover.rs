@@ -59,7 +59,8 @@ pub async fn run(client: Client, told: Vec<Told>) {
     for (kind, served) in told.iter().filter(|(kind, _)| !kind.optional) {
         served.send_replace(kind.versions.first().map_or(Served::Absent, |version| Served::In(version)));
     }
-    let optional: Vec<Told> = told.into_iter().filter(|(kind, _)| kind.optional).collect();
+    // The others are kept, too: a follower ends when nobody can tell it anything any more.
+    let (optional, _others): (Vec<Told>, Vec<Told>) = told.into_iter().partition(|(kind, _)| kind.optional);
     let nudge = Arc::new(Notify::new());
     let looks = async {
         let mut doubts = vec![0; optional.len()];
