@@ -62,6 +62,13 @@ pub struct Serve {
     /// How to reach the API server with `--source kube`. Without it: as the service account of control's own pod.
     #[arg(long, env = "KUBECONFIG")]
     pub kubeconfig: Option<PathBuf>,
+    /// Secret of the root namespace that holds the CA with `--source kube`, of which --ca-dir is a copy then; empty: --ca-dir
+    /// alone holds it.
+    #[arg(long, env = "TULLE_CONTROL_CA_SECRET", default_value = "tulle-ca")]
+    pub ca_secret: String,
+    /// Audience of service accounts' tokens that are believed with `--source kube`.
+    #[arg(long, env = "TULLE_CONTROL_TOKEN_AUDIENCE", default_value = names::TOKEN_AUDIENCE)]
+    pub token_audience: String,
     /// xDS and certificates, TLS.
     #[arg(long, env = "TULLE_CONTROL_GRPC_LISTEN", default_value = "0.0.0.0:15012")]
     pub grpc_listen: SocketAddr,
@@ -187,6 +194,23 @@ pub struct Token {
     pub root_namespace: String,
 }
 
+/// Where `control rotate` and `control revoke` find the CA.
+#[derive(Debug, Clone, Args)]
+pub struct Kept {
+    /// As `control serve` has it. `kube`: the CA is in a Secret, and --ca-dir a copy of it.
+    #[arg(long, env = "TULLE_CONTROL_SOURCE")]
+    pub source: Option<Source>,
+    /// How to reach the API server with `--source kube`. Without it: as the service account of control's own pod.
+    #[arg(long, env = "KUBECONFIG")]
+    pub kubeconfig: Option<PathBuf>,
+    /// The Secret; empty: there is none.
+    #[arg(long, env = "TULLE_CONTROL_CA_SECRET", default_value = "tulle-ca")]
+    pub ca_secret: String,
+    /// Namespace of the Secret.
+    #[arg(long, env = "TULLE_CONTROL_ROOT_NAMESPACE", default_value = names::DEFAULT_ROOT_NAMESPACE)]
+    pub root_namespace: String,
+}
+
 /// `control rotate`.
 #[derive(Debug, Clone, Args)]
 pub struct Rotate {
@@ -195,6 +219,8 @@ pub struct Rotate {
     /// The CA directory of the control plane.
     #[arg(long, env = "TULLE_CONTROL_CA_DIR")]
     pub ca_dir: PathBuf,
+    #[command(flatten)]
+    pub kept: Kept,
     /// The running control plane's HTTP address: it knows whether every node is ready for the next step.
     #[arg(long, env = "TULLE_CONTROL", default_value = "http://127.0.0.1:15014")]
     pub control: String,
@@ -215,6 +241,8 @@ pub struct Revoke {
     /// The CA directory of the control plane.
     #[arg(long, env = "TULLE_CONTROL_CA_DIR")]
     pub ca_dir: PathBuf,
+    #[command(flatten)]
+    pub kept: Kept,
     /// The serial numbers are those of intermediates: all that they signed is taken back.
     #[arg(long)]
     pub intermediate: bool,

@@ -1,8 +1,8 @@
 //! Tulle's control plane as a library: the `control` and `tulle` programs are thin shells around it.
 //!
 //! One way through: source → model → translate → resources → xDS sessions, and conditions beside it. A module imports
-//! only modules above it in this order: base, model, resource, telemetry, authn, cluster, source, keys, translate, stream, xds, ca,
-//! nodes, admin, install, config, app, cli.
+//! only modules above it in this order: base, model, resource, telemetry, authn, cluster, source, keys, translate,
+//! stream, xds, ca, nodes, admin, status, install, config, app, cli.
 
 /// Clock and the order to stop.
 pub mod base;
@@ -32,6 +32,8 @@ pub mod ca;
 pub mod nodes;
 /// HTTP for people and scripts.
 pub mod admin;
+/// What control says of users' objects, written to them.
+pub mod status;
 /// Putting Tulle into a cluster, and taking it away.
 pub mod install;
 /// Flags and environment.

@@ -24,7 +24,6 @@ use prost::bytes::BytesMut;
 use tokio::sync::mpsc;
 use tonic::Status;
 use tonic::body::Body;
-use tonic::metadata::MetadataMap;
 
 /// Compression flag and length before each message (gRPC over HTTP/2, "Length-Prefixed-Message").
 const HEADER: usize = 5;
@@ -121,19 +120,19 @@ impl<T: Message + Default> Messages<T> {
     }
 }
 
-/// Answers a request for the stream at `path`: `open` says what is sent, given who asks and what he says, with headers
-/// that the response has besides.
+/// Answers a request for the stream at `path`: `open` says what is sent, given what the caller says, with headers that the
+/// response has besides.
 pub fn answer<In: Message + Default, Out: Message + 'static>(
     request: http::Request<Body>,
     path: &str,
     limit: usize,
-    open: impl FnOnce(&MetadataMap, Messages<In>) -> Result<(HeaderMap, Outgoing<Out>), Status>,
+    open: impl FnOnce(Messages<In>) -> Result<(HeaderMap, Outgoing<Out>), Status>,
 ) -> http::Response<Body> {
     let (head, body) = request.into_parts();
     if head.uri.path() != path {
         return Status::unimplemented("there is no such call").into_http();
     }
-    let (headers, outgoing) = match open(&MetadataMap::from_headers(head.headers), Messages::new(body, limit)) {
+    let (headers, outgoing) = match open(Messages::new(body, limit)) {
         Ok(opened) => opened,
         Err(status) => return status.into_http(),
     };
@@ -233,7 +232,7 @@ mod tests {
             }
             drop(sender);
             let request = http::Request::builder().uri("http://c/s/M").body(Body::empty()).expect("request");
-            let response = answer(request, "/s/M", 100, |_, _: Messages<DeltaDiscoveryRequest>| {
+            let response = answer(request, "/s/M", 100, |_: Messages<DeltaDiscoveryRequest>| {
                 Ok((http::HeaderMap::new(), outgoing))
             });
             let whole = response.into_body().collect().await.expect("all of it");

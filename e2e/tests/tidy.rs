@@ -44,6 +44,9 @@ const PURE: &[&str] = &[
     "control/src/resource",
     "control/src/translate",
     "control/src/ca/grant.rs",
+    "control/src/cluster/lease/mod.rs",
+    "control/src/status/desired.rs",
+    "control/src/status/tracker.rs",
 ];
 
 /// External crates that only some places may name: a new place is a decision, not an accident.

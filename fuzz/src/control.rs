@@ -69,6 +69,9 @@ pub fn token(data: &[u8]) {
     let verifier = Verifier::new(&key).expect("the key is one");
     let refused = verifier.verify(text, 1_800_000_000).expect_err("nobody can sign with this key");
     assert!(!refused.to_string().is_empty());
+    // What tells a token of the API server from one of ours, before anybody has checked it.
+    let issuer = control::authn::unverified(text).map(|claims| claims.issuer);
+    assert!(issuer.is_none_or(|issuer| issuer.len() <= text.len()));
 }
 
 /// A key set, and an issuer's description, from a server that a user named.

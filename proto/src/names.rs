@@ -117,3 +117,9 @@ pub const NODE_SERVICE_ACCOUNT: &str = "ztunnel";
 pub const ALL_OF_NODE: &str = "node/";
 /// Before 16 hexadecimal digits, in an on-demand subscription: everything in that group of NetworkPolicies. Ours.
 pub const ALL_OF_GROUP: &str = "group/";
+/// Label of every object that control makes in a cluster.
+pub const LABEL_MANAGED: &str = "app.kubernetes.io/managed-by";
+/// Its value.
+pub const MANAGED: &str = "tulle";
+/// Beginning of the names of the NetworkPolicies that control makes for the network plugins of others.
+pub const BESIDE: &str = "tulle-mesh";

@@ -44,7 +44,7 @@ pub const OLD_ROOT_KEY: &str = "old-root-key.pem";
 pub const CRL: &str = "crl.pem";
 
 /// Largest file that is read, bytes: a bundle of 64 roots has about 100 KiB.
-const MAX_FILE_BYTES: u64 = 1024 * 1024;
+pub(super) const MAX_FILE_BYTES: u64 = 1024 * 1024;
 
 pub(super) struct Loaded {
     pub(super) roots: Roots,

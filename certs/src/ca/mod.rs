@@ -5,6 +5,7 @@
 //! lives at most 24 hours and never outlives the intermediate; the files are described in [`files`].
 
 pub mod files;
+pub mod mirror;
 mod replaced;
 pub mod revoke;
 pub mod rotate;

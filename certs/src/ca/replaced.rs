@@ -15,7 +15,7 @@ use crate::ca::files::{self, CA_CERT, CA_KEY};
 use crate::ca::{CaError, SERVER_LIFE_S, rotate};
 use crate::pem;
 
-const FILE: &str = "replaced-ca.pem";
+pub(super) const FILE: &str = "replaced-ca.pem";
 /// Each has a list of its own in `crl.pem`, of which nodes read 64; who replaces the intermediate twice a day for a week
 /// has other troubles.
 const MOST: usize = 16;

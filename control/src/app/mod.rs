@@ -6,6 +6,7 @@
 
 pub mod engine;
 mod grpc;
+mod in_cluster;
 mod tls;
 
 use std::net::SocketAddr;
@@ -24,6 +25,7 @@ use crate::authn;
 use crate::base;
 use crate::ca;
 use crate::cluster;
+use crate::cluster::authority::Mirror;
 use crate::config::{Serve, Source, Token};
 use crate::keys;
 use crate::model::KeySources;
@@ -62,7 +64,7 @@ impl Running {
 /// Where objects come from, ready to be read.
 enum From {
     Files(PathBuf),
-    Kube(cluster::Client),
+    Kube(cluster::Client, Option<Mirror>),
 }
 
 async fn source(serve: &Serve) -> anyhow::Result<From> {
@@ -71,7 +73,15 @@ async fn source(serve: &Serve) -> anyhow::Result<From> {
             anyhow::ensure!(folder.is_dir(), "--source files:{}: there is no such folder", folder.display());
             From::Files(folder.clone())
         }
-        Source::Kube => From::Kube(cluster::client(serve.kubeconfig.as_deref()).await?),
+        Source::Kube => {
+            let client = cluster::client(serve.kubeconfig.as_deref()).await?;
+            let (namespace, secret) = (&serve.root_namespace, &serve.ca_secret);
+            let mirror = match secret.is_empty() {
+                true => None,
+                false => Some(Mirror::open(client.clone(), namespace, secret, &serve.ca_dir).await),
+            };
+            From::Kube(client, mirror)
+        }
     })
 }
 
@@ -81,7 +91,7 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     let key_settings = serve.keys().map_err(anyhow::Error::msg)?;
     let now = base::unix_now();
     let authority = Authority::open(&serve.ca_dir, now).context("cannot open the CA")?;
-    let verifier = Arc::new(authn::Verifier::new(authority.token_key())?);
+    let own = authn::Verifier::new(authority.token_key())?;
     let authority = Arc::new(ArcSwap::from_pointee(authority));
     let server_tls = tls::ServerTls::new(&authority.load(), serve.server_names(), now)?;
     let grpc_listener = bind(serve.grpc_listen, "--grpc-listen").await?;
@@ -91,6 +101,12 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     let (loaded_sender, loaded) = watch::channel(None);
     let (followed_sender, followed) = watch::channel(Arc::default());
     let (engine, outputs) = engine::new(serve.settings());
+    let (view, published) = (outputs.view.clone(), outputs.published.clone());
+    let reviews = match &from {
+        From::Files(_) => None,
+        From::Kube(client, _) => Some(in_cluster::reviews(client, serve.token_audience.clone(), view.clone())),
+    };
+    let authn = Arc::new(authn::Authn::new(own, reviews));
     let (fetched_sender, fetched) = watch::channel(KeySources::default());
     let node_states = Arc::new(xds::server::Nodes::default());
     let registry = Arc::new(nodes::Registry::default());
@@ -98,13 +114,14 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     let (told, trust) = watch::channel(tls::trust(&authority.load()));
     let services = grpc::Services {
         xds: xds::server::Server::new(
-            Arc::clone(&verifier),
+            Arc::clone(&authn),
+            serve.root_namespace.clone(),
             outputs.published.clone(),
             Arc::clone(&node_states),
             stop.clone(),
         ),
         ca: ca::server::Server {
-            verifier: Arc::clone(&verifier),
+            authn: Arc::clone(&authn),
             authority: Arc::clone(&authority),
             accounts: outputs.accounts.clone(),
             trust_domain: serve.trust_domain.clone(),
@@ -112,7 +129,7 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
             counters: Arc::clone(&counters),
         },
         nodes: nodes::Server {
-            verifier,
+            authn,
             registry: Arc::clone(&registry),
             root_namespace: serve.root_namespace.clone(),
             trust,
@@ -122,7 +139,7 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     let state = admin::State {
         view: outputs.view,
         published: outputs.published,
-        node_states,
+        node_states: Arc::clone(&node_states),
         registry,
         counters,
         authority: Arc::clone(&authority),
@@ -130,20 +147,21 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
         followed,
     };
     let (grpc, http) = (grpc_listener.local_addr()?, http_listener.local_addr()?);
-    let tasks = vec![
-        match from {
-            From::Files(folder) => tokio::spawn(source::files::watch::run(folder, loaded_sender, stop.clone())),
-            From::Kube(client) => {
-                let outputs = source::kube::Outputs { loaded: loaded_sender, followed: followed_sender };
-                tokio::spawn(source::kube::run(client, outputs, stop.clone()))
-            }
-        },
+    let mut tasks = vec![
         tokio::spawn(engine.run(loaded, fetched, stop.clone())),
         tokio::spawn(keys::run(key_settings, outputs.key_sources, fetched_sender, stop.clone())),
         tokio::spawn(tls::renew(serve.ca_dir.clone(), authority, server_tls.clone(), told, stop.clone())),
         tokio::spawn(grpc::serve(grpc_listener, server_tls, services, stop.clone())),
-        tokio::spawn(admin::serve(http_listener, state, stop)),
+        tokio::spawn(admin::serve(http_listener, state, stop.clone())),
     ];
+    match from {
+        From::Files(folder) => tasks.push(tokio::spawn(source::files::watch::run(folder, loaded_sender, stop))),
+        From::Kube(client, mirror) => {
+            let parts =
+                in_cluster::Parts { client, settings: serve.settings(), view, nodes: node_states, published, mirror };
+            tasks.extend(in_cluster::start(parts, loaded_sender, followed_sender, &stop));
+        }
+    }
     tracing::info!(%grpc, %http, "control is up");
     Ok(Running { grpc, http, stop: stop_sender, tasks })
 }

@@ -114,7 +114,7 @@ impl Verifier {
     }
 }
 
-fn subject(text: &str) -> Option<(String, String)> {
+pub(super) fn subject(text: &str) -> Option<(String, String)> {
     let rest = text.strip_prefix("system:serviceaccount:")?;
     let (namespace, account) = rest.split_once(':')?;
     let good = !namespace.is_empty() && !account.is_empty() && !account.contains(':');

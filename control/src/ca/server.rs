@@ -33,8 +33,8 @@ pub struct Counters {
 
 /// The service.
 pub struct Server {
-    /// Checks tokens.
-    pub verifier: Arc<authn::Verifier>,
+    /// Knows callers.
+    pub authn: Arc<authn::Authn>,
     /// Replaced when the intermediate is renewed.
     pub authority: Arc<ArcSwap<Authority>>,
     /// What runs where.
@@ -53,7 +53,7 @@ impl IstioCertificateService for Server {
         &self,
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
-        let result = self.create(&request);
+        let result = self.create(&request).await;
         match &result {
             Ok(_) => self.counters.signed.fetch_add(1, Ordering::Relaxed),
             Err(_) => self.counters.refused.fetch_add(1, Ordering::Relaxed),
@@ -63,9 +63,9 @@ impl IstioCertificateService for Server {
 }
 
 impl Server {
-    fn create(&self, request: &Request<IstioCertificateRequest>) -> Result<IstioCertificateResponse, Status> {
+    async fn create(&self, request: &Request<IstioCertificateRequest>) -> Result<IstioCertificateResponse, Status> {
         let now = base::unix_now();
-        let caller = authn::caller(&self.verifier, request.metadata(), now).inspect_err(|status| {
+        let caller = self.authn.caller(request.metadata().as_ref(), now).await.inspect_err(|status| {
             tracing::warn!(reason = status.message(), "certificate refused: caller unknown");
         })?;
         let message = request.get_ref();

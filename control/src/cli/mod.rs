@@ -8,6 +8,7 @@
 mod egress;
 mod fetch;
 mod install;
+mod kept;
 mod local;
 mod probe;
 mod render;

@@ -7,6 +7,7 @@ use anyhow::Context;
 use tulle_certs::ca::revoke::{Signed, revoke as take_back, serial};
 
 use crate::base;
+use crate::cli::kept;
 use crate::config::Revoke;
 
 /// Adds to the list and says what it holds.
@@ -21,9 +22,11 @@ pub fn revoke(options: &Revoke) -> anyhow::Result<String> {
     } else {
         (Signed::Leaf, "the intermediate in use signed, and those that were replaced in the last 30 days")
     };
-    let all = take_back(&options.ca_dir, of, &serials, base::unix_now()).context("cannot revoke")?;
-    Ok(format!(
-        "crl.pem takes back {all} certificate(s); nodes whose CRL_PATH is a copy of it follow once they have it\n\
+    kept::change(&options.kept, &options.ca_dir, |dir| {
+        let all = take_back(dir, of, &serials, base::unix_now()).context("cannot revoke")?;
+        Ok(format!(
+            "crl.pem takes back {all} certificate(s); nodes whose CRL_PATH is a copy of it follow once they have it\n\
          This holds for what {holds}"
-    ))
+        ))
+    })
 }

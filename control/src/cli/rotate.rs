@@ -3,6 +3,7 @@
 //! It works on the files, and the running control takes them over within seconds. Whether a step is safe is asked of
 //! control, which asks the nodes; without an answer only time makes it safe (24 h, the life of a leaf).
 
+use std::path::Path;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -14,6 +15,7 @@ use tulle_certs::ca::rotate::{self, Rotation};
 
 use crate::base;
 use crate::cli::fetch;
+use crate::cli::kept;
 use crate::config::{Replaced, Rotate};
 
 /// Between two questions to control while waiting.
@@ -24,7 +26,10 @@ const INTERVAL: Duration = Duration::from_millis(500);
 /// # Errors
 /// If the step is not safe yet, or the directory cannot be used.
 pub fn rotate(options: &Rotate) -> anyhow::Result<String> {
-    let dir = &options.ca_dir;
+    kept::change(&options.kept, &options.ca_dir, |dir| step(options, dir))
+}
+
+fn step(options: &Rotate, dir: &Path) -> anyhow::Result<String> {
     let now = base::unix_now();
     let authority = Authority::open(dir, now).context("cannot open the CA")?;
     if options.what == Replaced::Intermediate {

@@ -5,6 +5,9 @@
 //! are off, because whoever asks knows better when to ask again, and must know at once that the server does not answer.
 //! Limits: a request without a deadline of its own ends after [`SILENCE`] without a byte.
 
+pub mod authority;
+pub mod lease;
+pub mod tokens;
 mod user;
 
 use std::path::Path;
@@ -26,6 +29,9 @@ const CONNECT: Duration = Duration::from_secs(10);
 const SILENCE: Duration = Duration::from_secs(180);
 /// A request that cannot be written for this long is given up.
 const WRITE: Duration = Duration::from_secs(30);
+
+/// Who writes, in the managed fields of objects.
+pub const FIELD_MANAGER: &str = "tulle";
 
 /// A client for the API server. `kubeconfig` is what `--kubeconfig` says: a file, or several with `:` between them as in
 /// `KUBECONFIG`; without it the service account of the pod is used.
@@ -64,6 +70,23 @@ async fn config(kubeconfig: Option<&Path>) -> anyhow::Result<Config> {
     Config::from_custom_kubeconfig(merged, &options)
         .await
         .with_context(|| format!("--kubeconfig {shown} cannot be used"))
+}
+
+/// An error of a request in one sentence, without what the request carried.
+pub(crate) fn words(error: &kube::Error) -> String {
+    use std::error::Error;
+    match error {
+        kube::Error::Api(status) if !status.message.is_empty() => status.message.clone(),
+        kube::Error::Api(status) => format!("{} {}", status.code, status.reason),
+        other => {
+            // The innermost cause says what happened; the layers around it do not.
+            let mut cause: &dyn Error = other;
+            while let Some(inner) = cause.source() {
+                cause = inner;
+            }
+            cause.to_string()
+        }
+    }
 }
 
 #[cfg(test)]

@@ -6,8 +6,6 @@
 use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::convert::Infallible;
-use std::future::Ready;
-use std::future::ready;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -17,13 +15,13 @@ use std::task::Context;
 use std::task::Poll;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use http::HeaderMap;
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
 use tokio::sync::watch;
 use tonic::Status;
 use tonic::body::Body;
-use tonic::metadata::MetadataMap;
 use tonic::server::NamedService;
 use tulle_proto::names;
 use tulle_proto::node::node_message::Answer;
@@ -136,8 +134,8 @@ impl Registry {
 /// The service that nodes attach to.
 #[derive(Clone)]
 pub struct Server {
-    /// Checks tokens.
-    pub verifier: Arc<authn::Verifier>,
+    /// Knows callers.
+    pub authn: Arc<authn::Authn>,
     /// Where attached nodes are found.
     pub registry: Arc<Registry>,
     /// Namespace of the node account.
@@ -160,24 +158,30 @@ impl NamedService for Server {
 impl tower::Service<http::Request<Body>> for Server {
     type Response = http::Response<Body>;
     type Error = Infallible;
-    type Future = Ready<Result<Self::Response, Infallible>>;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
         Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        ready(Ok(stream::answer(request, PATH, MAX_ANSWER, |metadata, answers| self.open(metadata, answers))))
+        let server = self.clone();
+        Box::pin(async move {
+            let caller = match server.authn.caller(request.headers(), base::unix_now()).await {
+                Ok(caller) => caller,
+                Err(status) => return Ok(status.into_http()),
+            };
+            Ok(stream::answer(request, PATH, MAX_ANSWER, |answers| server.open(caller, answers)))
+        })
     }
 }
 
 impl Server {
     fn open(
         &self,
-        metadata: &MetadataMap,
+        caller: authn::Caller,
         messages: Messages<NodeMessage>,
     ) -> Result<(HeaderMap, Outgoing<NodeQuestion>), Status> {
-        let caller = authn::caller(&self.verifier, metadata, base::unix_now())?;
         if caller.namespace != self.root_namespace || caller.service_account != names::NODE_SERVICE_ACCOUNT {
             return Err(Status::permission_denied(format!(
                 "only {}/{} may attach",

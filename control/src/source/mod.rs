@@ -7,6 +7,7 @@
 pub mod decode;
 pub mod files;
 pub mod kube;
+pub mod statuses;
 pub mod tree;
 
 use std::sync::Arc;

@@ -63,6 +63,17 @@ pub(super) fn enrolled(pod: &Pod, world: &World, settings: &Settings) -> bool {
     label(&pod.meta.labels).or(of_namespace).unwrap_or(false)
 }
 
+/// True if pods of the namespace are wanted in the mesh that say nothing themselves.
+pub(super) fn namespace_enrolled(world: &World, namespace: &str, settings: &Settings) -> bool {
+    let labels = namespace_labels(world, namespace);
+    mode(labels, namespace, settings) == EgressMode::Deny || label(labels) == Some(true)
+}
+
+/// True if the pod's capture was published and not taken back yet, whatever labels say now.
+pub(super) fn says_captured(pod: &Pod) -> bool {
+    !pod.finished() && pod.meta.annotation(names::ANNOTATION_REDIRECTION) == Some("enabled")
+}
+
 fn is_system(namespace: &str, settings: &Settings) -> bool {
     matches!(namespace, "kube-system" | "istio-system") || namespace == settings.root_namespace
 }

@@ -6,6 +6,7 @@
 
 mod aliases;
 mod authorization;
+mod beside;
 mod datagrams;
 mod dns;
 mod egress;
@@ -33,6 +34,7 @@ use std::sync::Arc;
 use tulle_proto::names;
 use tulle_proto::tulle_workload::EgressMode;
 
+pub use beside::{Beside, beside};
 pub use datagrams::endpoints as datagram_endpoints;
 pub use memory::Memory;
 
@@ -190,6 +192,12 @@ fn whole(world: &World, settings: &Settings, mtls: &mtls::Plan<'_>, conditions: 
         let condition = Condition::failing("Enforced", "NotEnforcedYet", message);
         conditions.add(unenforced.kind, &unenforced.meta, condition);
     }
+    let used = |kind, meta: &Meta, conditions: &mut Conditions| {
+        let message = "Read whole; routes of its namespace may refer to it".to_owned();
+        conditions.add(kind, meta, Condition::holding("Accepted", "Accepted", message));
+    };
+    world.http_faults.values().for_each(|fault| used("HTTPFault", &fault.meta, conditions));
+    world.http_rate_limits.values().for_each(|limit| used("HTTPRateLimit", &limit.meta, conditions));
     let (mut resources, of_bundles) = trust::translate(world, settings);
     of_bundles.into_iter().for_each(|(meta, condition)| conditions.add("ClusterTrustBundle", meta, condition));
     resources.extend(mtls.resources());

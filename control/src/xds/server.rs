@@ -6,8 +6,6 @@
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::convert::Infallible;
-use std::future::Ready;
-use std::future::ready;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -16,6 +14,7 @@ use std::sync::atomic::Ordering;
 use std::task::Context;
 use std::task::Poll;
 
+use futures_util::future::BoxFuture;
 use http::HeaderMap;
 use http::HeaderName;
 use http::HeaderValue;
@@ -24,7 +23,6 @@ use tokio::sync::mpsc;
 use tokio::sync::watch;
 use tonic::Status;
 use tonic::body::Body;
-use tonic::metadata::MetadataMap;
 use tonic::server::NamedService;
 use tulle_proto::discovery::aggregated_discovery_service_server;
 use tulle_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
@@ -79,6 +77,13 @@ impl Nodes {
         self.lock().clone()
     }
 
+    /// The generation that each connected node has acknowledged.
+    pub fn acked(&self) -> BTreeMap<String, u64> {
+        let connected =
+            |(name, state): (&String, &NodeState)| state.connected.then(|| (name.clone(), state.acked_generation));
+        self.lock().iter().filter_map(connected).collect()
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, NodeState>> {
         self.states.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -124,21 +129,23 @@ impl Nodes {
 /// The service.
 #[derive(Clone)]
 pub struct Server {
-    verifier: Arc<authn::Verifier>,
+    authn: Arc<authn::Authn>,
+    root_namespace: String,
     published: watch::Receiver<Published>,
     nodes: Arc<Nodes>,
     stop: Stop,
 }
 
 impl Server {
-    /// Serves what is published to callers that the verifier knows.
+    /// Serves what is published to callers that `authn` knows; node proxies are those of `root_namespace`.
     pub fn new(
-        verifier: Arc<authn::Verifier>,
+        authn: Arc<authn::Authn>,
+        root_namespace: String,
         published: watch::Receiver<Published>,
         nodes: Arc<Nodes>,
         stop: Stop,
     ) -> Self {
-        Self { verifier, published, nodes, stop }
+        Self { authn, root_namespace, published, nodes, stop }
     }
 }
 
@@ -154,24 +161,30 @@ impl NamedService for Server {
 impl tower::Service<http::Request<Body>> for Server {
     type Response = http::Response<Body>;
     type Error = Infallible;
-    type Future = Ready<Result<Self::Response, Infallible>>;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
         Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        ready(Ok(stream::answer(request, PATH, MAX_REQUEST, |metadata, requests| self.open(metadata, requests))))
+        let server = self.clone();
+        Box::pin(async move {
+            let caller = match server.authn.caller(request.headers(), base::unix_now()).await {
+                Ok(caller) => caller,
+                Err(status) => return Ok(status.into_http()),
+            };
+            Ok(stream::answer(request, PATH, MAX_REQUEST, |requests| server.open(caller, requests)))
+        })
     }
 }
 
 impl Server {
     fn open(
         &self,
-        metadata: &MetadataMap,
+        caller: authn::Caller,
         requests: Messages<DeltaDiscoveryRequest>,
     ) -> Result<(HeaderMap, Outgoing<DeltaDiscoveryResponse>), Status> {
-        let caller = authn::caller(&self.verifier, metadata, base::unix_now())?;
         let (outgoing, responses) = mpsc::channel(OUTGOING);
         let server = self.clone();
         tokio::spawn(async move {
@@ -197,7 +210,7 @@ impl Server {
             return Ok(());
         };
         let first = first?;
-        let (node, version) = identify(&caller, first.node.as_ref())?;
+        let (node, version) = identify(&caller, first.node.as_ref(), &self.root_namespace)?;
         let takes = taken_types(first.node.as_ref());
         let stream = self.nodes.open(&node, version.clone());
         tracing::info!(%node, %version, "node connected");
@@ -259,7 +272,7 @@ impl Server {
 }
 
 /// Binds the stream to the node that the token names.
-fn identify(caller: &authn::Caller, node: Option<&Node>) -> Result<(String, String), Status> {
+fn identify(caller: &authn::Caller, node: Option<&Node>, root_namespace: &str) -> Result<(String, String), Status> {
     let Some(claimed) = &caller.node else {
         return Err(Status::permission_denied(
             "the token has no tulle.dev/node claim; make one with `control token --node NAME`",
@@ -275,8 +288,11 @@ fn identify(caller: &authn::Caller, node: Option<&Node>) -> Result<(String, Stri
         )));
     }
     let version = metadata(node, names::METADATA_TULLE_VERSION).unwrap_or_default();
-    // A gateway runs on a node and is not its proxy: it must not be taken for that, nor take its place.
+    // A gateway runs on a node and is not its proxy: it must not be taken for that, nor take its place. Nor must any other
+    // account, whatever it says.
+    let is_node = caller.namespace == root_namespace && caller.service_account == names::NODE_SERVICE_ACCOUNT;
     let name = match metadata(node, names::METADATA_TULLE_GATEWAY) {
+        None if !is_node => format!("proxy {}/{} on {name}", caller.namespace, caller.service_account),
         Some(_) => format!("gateway {}/{} on {name}", caller.namespace, caller.service_account),
         None => name.to_owned(),
     };

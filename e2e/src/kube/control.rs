@@ -55,10 +55,13 @@ impl Control {
         Ok(Self { process, http, grpc })
     }
 
-    /// One that follows an API server.
+    /// One that follows an API server. Its CA is its own, unless `--ca-secret` is among the arguments.
     pub fn of_cluster(dir: &Path, kubeconfig: &Path, arguments: &[&str]) -> anyhow::Result<Self> {
         let kubeconfig = kubeconfig.display().to_string();
         let mut all = vec!["--kubeconfig", &kubeconfig];
+        if !arguments.contains(&"--ca-secret") {
+            all.extend(["--ca-secret", ""]);
+        }
         all.extend(arguments);
         Self::start(dir, "kube", &all)
     }

@@ -80,7 +80,13 @@ fn object(at: &Cursor<'_>, decoded: &mut Decoded) {
         decoded.unknown.push(if group.is_empty() { kind.to_owned() } else { format!("{kind} of {group}") });
         return;
     };
-    if kind == "ClusterTrustBundle" && !trust::is_labelled(at) {
+    let left_out = match kind {
+        "ClusterTrustBundle" => !trust::is_labelled(at),
+        // What control wrote for the network plugins of others is no wish of a user.
+        "NetworkPolicy" => network::is_ours(at),
+        _ => false,
+    };
+    if left_out {
         return;
     }
     let namespaced = !matches!(kind, "Namespace" | "Node" | "ClusterTrustBundle");

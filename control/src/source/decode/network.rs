@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use tulle_proto::names;
 
 use crate::model::{
     Expression, Meta, NetworkPeer, NetworkPolicy, NetworkPort, NetworkRule, Object, Operator, PortMatch, Selector,
@@ -18,6 +19,14 @@ use crate::source::tree::{Cursor, FieldError, Read, Value};
 /// Most rules of a direction, and most peers or ports of a rule. The API has no limit; an object of 1.5 MiB, the most
 /// that it stores, has some ten thousand.
 const MAX_ITEMS: usize = 16_384;
+
+/// Whether control wrote it: by the label and the name that it gives to what it makes.
+pub(super) fn is_ours(at: &Cursor<'_>) -> bool {
+    let meta = at.get("metadata");
+    let text = |at: Cursor<'_>| at.text().ok().flatten().unwrap_or_default().to_owned();
+    text(meta.get("labels").get(names::LABEL_MANAGED)) == names::MANAGED
+        && text(meta.get("name")).starts_with(names::BESIDE)
+}
 
 pub(super) fn network(at: &Cursor<'_>, meta: Meta, error: Option<FieldError>) -> PolicyResult {
     let spec = at.get("spec");

@@ -12,6 +12,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess
 use crate::source::decode;
 use crate::source::kube::kinds::Kind;
 use crate::source::kube::known::Item;
+use crate::source::statuses::{self, Seen};
 use crate::source::tree::{Cursor, Node, Value};
 
 /// Part of a list.
@@ -95,6 +96,7 @@ fn item(mut node: Node, kind: &Kind) -> Result<Item, String> {
             }
         }
     }
+    let seen = statuses::is_kept(kind.name).then(|| seen(&node)).flatten();
     let decoded = decode::document(&node);
     let error = decoded.errors.into_iter().next();
     Ok(Item {
@@ -103,7 +105,33 @@ fn item(mut node: Node, kind: &Kind) -> Result<Item, String> {
         nameless: error.as_ref().is_some_and(|error| error.object.is_none()),
         error: error.map(|error| error.error),
         object: decoded.objects.into_iter().next().filter(|object| object.kind() == kind.name),
+        seen,
     })
+}
+
+fn seen(node: &Node) -> Option<Box<Seen>> {
+    let root = Cursor::root(node);
+    let meta = root.get("metadata");
+    let text = |at: Cursor<'_>| at.text().ok().flatten().map(str::to_owned);
+    Some(Box::new(Seen {
+        api_version: text(root.get("apiVersion"))?,
+        uid: text(meta.get("uid")).unwrap_or_default(),
+        version: text(meta.get("resourceVersion")).unwrap_or_default(),
+        generation: meta.get("generation").int().ok().flatten().unwrap_or_default(),
+        status: root.get("status").value().map_or(serde_json::Value::Null, plain),
+    }))
+}
+
+fn plain(value: &Value) -> serde_json::Value {
+    match value {
+        Value::Null => serde_json::Value::Null,
+        Value::Bool(value) => (*value).into(),
+        Value::Int(value) => (*value).into(),
+        Value::Float(value) => (*value).into(),
+        Value::Text(value) => value.as_str().into(),
+        Value::List(list) => list.iter().map(|node| plain(&node.value)).collect(),
+        Value::Map(entries) => entries.iter().map(|(key, node)| (key.clone(), plain(&node.value))).collect(),
+    }
 }
 
 fn name_of(root: &Cursor<'_>) -> Result<(String, String), String> {

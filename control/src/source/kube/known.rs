@@ -9,6 +9,7 @@ use std::collections::HashSet;
 
 use crate::model::{Object, World};
 use crate::source::kube::kinds::{KINDS, Kind};
+use crate::source::statuses::Seen;
 use crate::source::tree::FieldError;
 use crate::source::{Followed, Loaded, Problem, Standing, consequence, show};
 
@@ -28,6 +29,8 @@ pub struct Item {
     pub error: Option<FieldError>,
     /// Not even what it is could be read.
     pub nameless: bool,
+    /// What its status says, of kinds whose status is written.
+    pub seen: Option<Box<Seen>>,
 }
 
 /// What a watcher reports.

@@ -9,6 +9,7 @@ pub mod discover;
 pub mod json;
 pub mod kinds;
 pub mod known;
+mod noted;
 pub mod watch;
 pub mod wire;
 
@@ -22,7 +23,9 @@ use crate::base::Stop;
 use crate::base::unix_now;
 use crate::source::kube::kinds::KINDS;
 use crate::source::kube::known::{Known, Note};
+use crate::source::kube::noted::Noted;
 use crate::source::kube::watch::Served;
+use crate::source::statuses::Statuses;
 use crate::source::{Followed, Loaded};
 
 /// Reports that wait to be taken in. Each is an event or a page; who is behind makes the API server wait.
@@ -36,6 +39,8 @@ pub struct Outputs {
     pub loaded: tokio::sync::watch::Sender<Option<Arc<Loaded>>>,
     /// How each kind is followed.
     pub followed: tokio::sync::watch::Sender<Arc<Vec<Followed>>>,
+    /// What objects' status says.
+    pub statuses: Arc<Statuses>,
 }
 
 /// Publishes what is in the cluster until it is told to stop.
@@ -51,22 +56,24 @@ pub async fn run(client: Client, outputs: Outputs, mut stop: Stop) {
     }
     tasks.spawn(discover::run(client, told));
     drop(reports);
-    let mut known = Known::default();
+    let (mut known, mut noted) = (Known::default(), Noted::default());
     outputs.loaded.send_replace(Some(Arc::new(known.loaded())));
     loop {
         let first = tokio::select! {
             () = stop.requested() => return,
             first = reported.recv() => first,
         };
-        let Some((kind, event)) = first else {
+        let Some((kind, mut event)) = first else {
             tracing::error!(
                 "nobody follows the API server any more, which is a defect; the last state stays published"
             );
             return;
         };
+        noted.take(kind, &mut event, &outputs.statuses);
         let mut changed = known.apply(kind, event, unix_now());
         for _ in 1..BATCH {
-            let Ok((kind, event)) = reported.try_recv() else { break };
+            let Ok((kind, mut event)) = reported.try_recv() else { break };
+            noted.take(kind, &mut event, &outputs.statuses);
             changed |= known.apply(kind, event, unix_now());
         }
         for note in known.notes() {

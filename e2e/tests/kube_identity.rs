@@ -1,0 +1,276 @@
+//! Promise: in a cluster a caller is who the API server says, nobody passes without its word, and all replicas of control
+//! are one authority through creation, rotation and loss of files.
+
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use e2e::eventually::eventually;
+use e2e::kube::control::Control;
+use e2e::kube::{self, ApiServer, Options, crds};
+use e2e::lab::programs_dir;
+use prost_types::value::Kind;
+use prost_types::{Struct, Value};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig};
+use tonic::{Code, Request, Status};
+use tulle_certs::SpiffeId;
+use tulle_proto::ca::IstioCertificateRequest;
+use tulle_proto::ca::istio_certificate_service_client::IstioCertificateServiceClient;
+
+const PATIENCE: Duration = Duration::from_secs(120);
+const ROOT: &str = "tulle-system";
+
+fn namespaces() -> String {
+    let namespace = |name: &str| format!("---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}}}\n");
+    namespace(ROOT) + &namespace("shop")
+}
+
+/// A running pod of an account, which is made too.
+fn pod(api: &ApiServer, namespace: &str, name: &str, account: &str, node: &str) -> anyhow::Result<()> {
+    api.apply(&format!(
+        "apiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: {account}, namespace: {namespace}}}\n---\n\
+         apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec:\n  nodeName: {node}\n  \
+         serviceAccountName: {account}\n  containers: [{{name: app, image: none}}]\n"
+    ))?;
+    let status =
+        serde_json::json!({"status": {"phase": "Running", "podIP": "10.44.0.9", "podIPs": [{"ip": "10.44.0.9"}]}});
+    api.patch_status("Pod", &format!("{namespace}/{name}"), &status)?;
+    Ok(())
+}
+
+/// The roots that nodes are given.
+fn bundle(api: &ApiServer) -> anyhow::Result<String> {
+    let map = api.get("ConfigMap", &format!("{ROOT}/tulle-ca-root-cert"))?.context("no ConfigMap")?;
+    Ok(map["data"]["root-cert.pem"].as_str().context("no roots in the ConfigMap")?.to_owned())
+}
+
+/// Asks for the certificate of `identity`, as somebody else's if `impersonate`.
+fn sign(
+    api: &ApiServer,
+    control: &Control,
+    token: &str,
+    (namespace, account): (&str, &str),
+    impersonate: bool,
+) -> anyhow::Result<Result<(), Status>> {
+    let id = SpiffeId::new("cluster.local", namespace, account)?;
+    let mut message = IstioCertificateRequest { csr: tulle_certs::request(&id)?.csr_pem, ..Default::default() };
+    if impersonate {
+        let value = Value { kind: Some(Kind::StringValue(id.to_string())) };
+        message.metadata = Some(Struct { fields: [("ImpersonatedIdentity".to_owned(), value)].into() });
+    }
+    let mut request = Request::new(message);
+    request.metadata_mut().insert("authorization", format!("Bearer {token}").parse()?);
+    let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(bundle(api)?)).domain_name("localhost");
+    let uri = format!("https://{}", control.grpc());
+    let answer = api.run(async {
+        let channel = Channel::from_shared(uri)?.tls_config(tls)?.connect().await?;
+        let mut client = IstioCertificateServiceClient::new(channel);
+        anyhow::Ok(tokio::time::timeout(PATIENCE, client.create_certificate(request)).await?)
+    })?;
+    Ok(answer.map(drop))
+}
+
+#[test]
+fn a_token_is_worth_what_the_api_server_says_of_it() -> anyhow::Result<()> {
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let Some(mut api) = kube::start(Options::default()) else { return Ok(()) };
+    crds::install(&api)?;
+    api.apply(&namespaces())?;
+    for (namespace, name, account, node) in [
+        (ROOT, "zt-1", "ztunnel", "node-1"),
+        ("shop", "cart-1", "cart", "node-1"),
+        ("shop", "web-1", "web", "node-2"),
+        ("shop", "ztunnel-1", "ztunnel", "node-1"),
+    ] {
+        pod(&api, namespace, name, account, node)?;
+    }
+    let dir = tempfile::tempdir()?;
+    let control = Control::of_cluster(&dir.path().join("one"), &api.kubeconfig(), &["--ca-secret", "tulle-ca"])?;
+    control.await_ready()?;
+    let token = |account: &str, audience: &str, pod: Option<&str>| api.token(account, audience, pod);
+    let node = token("tulle-system/ztunnel", "istio-ca", Some("tulle-system/zt-1"))?;
+    let cart = token("shop/cart", "istio-ca", Some("shop/cart-1"))?;
+    let mut forged = cart.clone();
+    forged.truncate(forged.len() - 8);
+    forged.push_str("AAAAAAAA");
+    let own = control_token(&dir.path().join("one/ca"))?;
+    // what, token, whose certificate, as somebody else's; the refusal and a word of it
+    let refused = |code: Code, word: &'static str| Some((code, word));
+    let cases = [
+        ("a node, what runs there", node.clone(), ("shop", "cart"), true, None),
+        ("a node, what runs elsewhere", node.clone(), ("shop", "web"), true, refused(Code::PermissionDenied, "node-1")),
+        ("a node, itself", node.clone(), (ROOT, "ztunnel"), false, None),
+        ("a pod, itself", cart.clone(), ("shop", "cart"), false, None),
+        (
+            "a pod, another",
+            cart.clone(),
+            ("shop", "web"),
+            true,
+            refused(Code::PermissionDenied, "its own identity only"),
+        ),
+        (
+            "the same account of another namespace",
+            token("shop/ztunnel", "istio-ca", Some("shop/ztunnel-1"))?,
+            ("shop", "cart"),
+            true,
+            refused(Code::PermissionDenied, "its own identity only"),
+        ),
+        (
+            "the node account without a pod",
+            token("tulle-system/ztunnel", "istio-ca", None)?,
+            ("shop", "cart"),
+            true,
+            refused(Code::PermissionDenied, "node"),
+        ),
+        (
+            "for the API server's audience",
+            token("tulle-system/ztunnel", "", Some("tulle-system/zt-1"))?,
+            ("shop", "cart"),
+            true,
+            refused(Code::Unauthenticated, "audience istio-ca"),
+        ),
+        ("forged", forged, ("shop", "cart"), false, refused(Code::Unauthenticated, "does not accept")),
+        ("no token at all", "hello".to_owned(), ("shop", "cart"), false, refused(Code::Unauthenticated, "refused")),
+        ("one of control's own", own, ("shop", "cart"), true, None),
+    ];
+    for (name, token, identity, impersonate, expected) in cases {
+        // The pods may still be on their way to control.
+        eventually(name, PATIENCE, || match (sign(&api, &control, &token, identity, impersonate)?, expected) {
+            (Ok(()), None) => Ok(()),
+            (Err(status), Some((code, word))) if status.code() == code && status.message().contains(word) => Ok(()),
+            (other, _) => Err(anyhow::anyhow!("{other:?}")),
+        })?;
+    }
+
+    // A pod goes; its token was never shown before.
+    pod(&api, "shop", "cart-2", "cart", "node-1")?;
+    let orphan = token("shop/cart", "istio-ca", Some("shop/cart-2"))?;
+    api.remove("Pod", "shop/cart-2")?;
+    eventually("the token of a pod that is gone", PATIENCE, || {
+        match sign(&api, &control, &orphan, ("shop", "cart"), false)? {
+            Err(status) if status.code() == Code::Unauthenticated => Ok(()),
+            other => Err(anyhow::anyhow!("{other:?}")),
+        }
+    })?;
+
+    // Nobody can be asked: a new token passes nobody, and it is said that it is worth trying again.
+    let late = token("shop/cart", "istio-ca", Some("shop/cart-1"))?;
+    let roots = bundle(&api)?;
+    api.kill();
+    let answer = sign_with(&roots, &control, &late)?;
+    assert_eq!(answer.as_ref().map_err(Status::code), Err(Code::Unavailable), "{answer:?}");
+    api.begin()?;
+    api.await_ready()?;
+    eventually("and passes afterwards", PATIENCE, || match sign(&api, &control, &late, ("shop", "cart"), false)? {
+        Ok(()) => Ok(()),
+        other => Err(anyhow::anyhow!("{other:?}")),
+    })?;
+    let log = std::fs::read_to_string(dir.path().join("one/control.log"))?;
+    for secret in [&node, &cart, &late] {
+        assert!(!log.contains(secret.as_str()), "a token is in the log");
+    }
+    assert!(!log.contains("PRIVATE KEY"), "a key is in the log");
+    Ok(())
+}
+
+/// The same without an API server.
+fn sign_with(roots: &str, control: &Control, token: &str) -> anyhow::Result<Result<(), Status>> {
+    let id = SpiffeId::new("cluster.local", "shop", "cart")?;
+    let mut request =
+        Request::new(IstioCertificateRequest { csr: tulle_certs::request(&id)?.csr_pem, ..Default::default() });
+    request.metadata_mut().insert("authorization", format!("Bearer {token}").parse()?);
+    let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(roots)).domain_name("localhost");
+    let uri = format!("https://{}", control.grpc());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let channel = Channel::from_shared(uri)?.tls_config(tls)?.connect().await?;
+        let mut client = IstioCertificateServiceClient::new(channel);
+        Ok(tokio::time::timeout(PATIENCE, client.create_certificate(request)).await?.map(drop))
+    })
+}
+
+fn run(arguments: &[&str]) -> anyhow::Result<String> {
+    let output = std::process::Command::new(programs_dir()?.join("control")).args(arguments).output()?;
+    let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    anyhow::ensure!(output.status.success(), "{arguments:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
+    Ok(text)
+}
+
+fn control_token(ca: &Path) -> anyhow::Result<String> {
+    run(&["token", "--ca-dir", &ca.display().to_string(), "--node", "node-1"])
+}
+
+fn fingerprints(control: &Control) -> anyhow::Result<(serde_json::Value, String)> {
+    let page = control.json("/debug/ca")?;
+    Ok((page["roots"].clone(), page["rotation"].as_str().unwrap_or_default().to_owned()))
+}
+
+#[test]
+fn replicas_that_start_at_once_are_one_authority_and_rotate_together() -> anyhow::Result<()> {
+    let Some(api) = kube::start(Options::default()) else { return Ok(()) };
+    api.apply(&namespaces())?;
+    let dir = tempfile::tempdir()?;
+    let kubeconfig = api.kubeconfig();
+    let start = |name: &str| Control::of_cluster(&dir.path().join(name), &kubeconfig, &["--ca-secret", "tulle-ca"]);
+    let (started, starts) = mpsc::channel();
+    std::thread::scope(|scope| -> anyhow::Result<()> {
+        let (end, ended) = mpsc::channel::<()>();
+        scope.spawn(move || {
+            // Lives as long as this thread does.
+            let second = start("two");
+            let _ = started.send(second.as_ref().map(Control::http).map_err(|error| format!("{error:#}")));
+            let _ = ended.recv();
+        });
+        let one = start("one")?;
+        let two = starts.recv()?.map_err(anyhow::Error::msg)?;
+        let files = |name: &str, file: &str| std::fs::read_to_string(dir.path().join(name).join("ca").join(file));
+        let equal = |what: &str| {
+            eventually(what, PATIENCE, || {
+                for file in ["root-cert.pem", "root-key.pem", "ca-cert.pem", "ca-key.pem", "token-key.pem"] {
+                    anyhow::ensure!(files("one", file)? == files("two", file)?, "{file} differs");
+                }
+                anyhow::ensure!(bundle(&api)? == files("one", "root-cert.pem")?, "the ConfigMap differs");
+                Ok(())
+            })
+        };
+        equal("both have the same authority")?;
+        let secrets = api.list("Secret", ROOT)?;
+        assert_eq!(secrets.len(), 1, "{} Secrets", secrets.len());
+        let mode = std::os::unix::fs::PermissionsExt::mode(
+            &std::fs::metadata(dir.path().join("two/ca/ca-cert.pem"))?.permissions(),
+        );
+        assert_eq!(mode & 0o777, 0o600);
+
+        let (kube, ca) = (kubeconfig.display().to_string(), dir.path().join("one/ca").display().to_string());
+        let rotate = || run(&["rotate", "root", "--force", "--ca-dir", &ca, "--source", "kube", "--kubeconfig", &kube]);
+        let second = |path: &str| {
+            let answer = e2e::client::get(two, path, Duration::from_secs(20))?;
+            anyhow::Ok(serde_json::from_str::<serde_json::Value>(&answer.body)?)
+        };
+        for (step, roots) in [("announced", 2), ("switched", 2), ("settled", 1)] {
+            rotate()?;
+            eventually(step, PATIENCE, || {
+                let (found, rotation) = fingerprints(&one)?;
+                anyhow::ensure!(rotation == step, "the first says {rotation}");
+                let page = second("/debug/ca")?;
+                anyhow::ensure!(page["rotation"] == step && page["roots"] == found, "the second says {page}");
+                anyhow::ensure!(bundle(&api)?.matches("BEGIN CERTIFICATE").count() == roots, "the ConfigMap is behind");
+                Ok(())
+            })?;
+            equal(step)?;
+        }
+
+        // Somebody takes the ConfigMap away, then the files of a replica.
+        api.delete("ConfigMap", &format!("{ROOT}/tulle-ca-root-cert"))?;
+        equal("the ConfigMap is back")?;
+        std::fs::remove_file(dir.path().join("two/ca/root-key.pem"))?;
+        equal("its files are what they were")?;
+        assert!(
+            api.get("Secret", &format!("{ROOT}/tulle-ca"))?.is_some_and(|it| it["data"]["root-key.pem"].is_string())
+        );
+        drop(end);
+        one.stop();
+        Ok(())
+    })
+}
