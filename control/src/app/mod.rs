@@ -22,6 +22,7 @@ use crate::admin;
 use crate::authn;
 use crate::base;
 use crate::ca;
+use crate::cluster;
 use crate::config::{Serve, Source, Token};
 use crate::keys;
 use crate::model::KeySources;
@@ -59,7 +60,10 @@ impl Running {
 
 /// Starts everything and returns once the listeners are bound.
 pub async fn start(serve: Serve) -> anyhow::Result<Running> {
-    let Source::Files(folder) = serve.source.clone();
+    let Source::Files(folder) = serve.source.clone() else {
+        cluster::client(serve.kubeconfig.as_deref()).await?;
+        anyhow::bail!("the Kubernetes source is not part of this version yet; use files:<dir>");
+    };
     anyhow::ensure!(folder.is_dir(), "--source files:{}: there is no such folder", folder.display());
     let key_settings = serve.keys().map_err(anyhow::Error::msg)?;
     let now = base::unix_now();
