@@ -51,7 +51,7 @@ const FENCES: &[(&str, &str, &[&str])] = &[
     ("ztunnel", "tonic::", &["xds", "identity"]),
     ("control", "tonic::", &["authn", "stream", "xds", "ca", "nodes", "app"]),
     ("control", "notify::", &["source"]),
-    ("control", "kube::", &["cluster", "source", "status"]),
+    ("control", "kube::", &["cluster", "source", "status", "cli"]),
     ("control", "k8s_openapi::", &["cluster", "source", "status"]),
 ];
 

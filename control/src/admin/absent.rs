@@ -141,7 +141,8 @@ fn no_pod(world: &World, service: &Service) -> String {
     });
     // Another key may hold the very value.
     let under = missing(service, pod).into_iter().find_map(|(_, value)| {
-        let (key, _) = pod.meta.labels.iter().find(|(key, own)| *own == value && !service.selector.contains_key(*key))?;
+        let (key, _) =
+            pod.meta.labels.iter().find(|(key, own)| *own == value && !service.selector.contains_key(*key))?;
         Some(format!(" (its label {key} is {value})"))
     });
     let has = has.collect::<Vec<_>>().join(", ");
@@ -250,7 +251,11 @@ mod tests {
                 8080,
                 "shop/s has no TCP port 8080; it has TCP 80 (web), UDP 53 (dns)",
             ),
-            ("{ports: [{port: 80}]}", 80, "shop/s has no selector, and no EndpointSlice with an endpoint is labelled with its name"),
+            (
+                "{ports: [{port: 80}]}",
+                80,
+                "shop/s has no selector, and no EndpointSlice with an endpoint is labelled with its name",
+            ),
             (
                 "{type: ExternalName, externalName: api.example.com}",
                 80,

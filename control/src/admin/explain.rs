@@ -286,13 +286,10 @@ async fn send(
         request: asked.head.clone().filter(|_| address.is_some()),
         host: if address.is_none() { target.host.clone().unwrap_or_default() } else { String::new() },
     };
-    let understood = |answer: &OutboundAnswer| {
-        address.is_none() || asked.understood(answer.transport(), answer.request.is_some())
-    };
+    let understood =
+        |answer: &OutboundAnswer| address.is_none() || asked.understood(answer.transport(), answer.request.is_some());
     match state.registry.ask(&pod.node, node_question::Question::Outbound(question)).await {
-        Ok(Answer::Outbound(answer)) if !understood(&answer) => {
-            Err(unavailable(asked.older(&pod.node)))
-        }
+        Ok(Answer::Outbound(answer)) if !understood(&answer) => Err(unavailable(asked.older(&pod.node))),
         Ok(Answer::Outbound(answer)) => {
             let own = || pod.addresses.first().map(|ip| target::octets(*ip)).unwrap_or_default();
             let source_address =

@@ -37,7 +37,8 @@ pub(super) fn distance(a: &str, b: &str) -> usize {
 /// The name that `wanted` may be a slip of the pen for. Two letters amiss in a word of six are the same word; in one of three
 /// they are another.
 pub(super) fn closest<'a>(names: impl Iterator<Item = &'a str>, wanted: &str) -> Option<&'a str> {
-    let alike = names.map(|name| (distance(name, wanted), name)).filter(|(far, _)| *far <= (wanted.len() / 3).clamp(1, 3));
+    let alike =
+        names.map(|name| (distance(name, wanted), name)).filter(|(far, _)| *far <= (wanted.len() / 3).clamp(1, 3));
     alike.min().map(|(_, name)| name)
 }
 
@@ -94,10 +95,7 @@ fn inside(world: &World, domain: &str, full: &str) -> Option<Meaning> {
     match labels[..] {
         [service, namespace] => {
             let (namespace, name) = key(namespace, service);
-            world
-                .services
-                .contains_key(&(namespace.clone(), name.clone()))
-                .then_some(Meaning::Service(namespace, name))
+            world.services.contains_key(&(namespace.clone(), name.clone())).then_some(Meaning::Service(namespace, name))
         }
         [host, service, namespace] => {
             let headless = world.services.get(&key(namespace, service))?.names.headless;
@@ -191,7 +189,9 @@ mod tests {
 
     #[test]
     fn words_are_near_by_their_letters() {
-        for (a, b, expected) in [("", "", 0), ("cart", "cart", 0), ("crat", "cart", 2), ("", "ab", 2), ("web", "wbe", 2)] {
+        for (a, b, expected) in
+            [("", "", 0), ("cart", "cart", 0), ("crat", "cart", 2), ("", "ab", 2), ("web", "wbe", 2)]
+        {
             assert_eq!((distance(a, b), distance(b, a)), (expected, expected), "{a} {b}");
         }
         for (text, expected) in [("a.b-c.d_e.", true), ("a..b", false), ("", false), ("a/b", false), ("a b", false)] {

@@ -147,7 +147,8 @@ pub(super) fn find(
             known = match names::meaning(view.world(), settings, pod, path)? {
                 Meaning::Service(namespace, name) | Meaning::Pod(namespace, name) => format!("{namespace}/{name}"),
                 Meaning::Outside(host) => {
-                    let port = port.ok_or_else(|| format!("{host} is outside the cluster: a port is needed, as in {host}:443"))?;
+                    let port = port
+                        .ok_or_else(|| format!("{host} is outside the cluster: a port is needed, as in {host}:443"))?;
                     return Ok(Target { addresses: Vec::new(), port, service: String::new(), host: Some(host) });
                 }
             };
@@ -194,7 +195,8 @@ fn nothing(view: &View, namespace: &str, name: &str) -> String {
         };
     }
     let services = in_namespace(&world.services, namespace).map(|service| service.meta.name.as_str());
-    let alike = names::closest(services, name).map_or_else(String::new, |own| format!("; there is a service {namespace}/{own}"));
+    let alike = names::closest(services, name)
+        .map_or_else(String::new, |own| format!("; there is a service {namespace}/{own}"));
     format!("there is no service or running pod {namespace}/{name}{alike}")
 }
 

@@ -1,17 +1,22 @@
 //! The `tulle` command: what the mesh is, what it would do, and what is wrong with a folder of manifests. Besides,
 //! `control rotate` and `control revoke`, which work on the CA directory.
 //!
-//! It asks a running control plane over HTTP, or reads a folder itself with `--files`, through the same source and
-//! translation. `explain` and `status` show what the node proxies say of themselves and therefore need a running mesh.
+//! It asks a running control plane over HTTP, of a cluster through a port-forward (`connect`), or reads a folder itself with
+//! `--files`, through the same source and translation. `explain` and `status` show what the node proxies say of themselves and
+//! therefore need a running mesh. `check` looks at the cluster's objects themselves.
 //! Exit codes: 0 done, 1 something is wrong, 2 wrong usage or not in this version; `explain` tells its verdict by more.
 
+mod check;
+mod connect;
 mod egress;
 mod fetch;
 mod local;
 mod render;
+mod replicas;
 mod revoke;
 mod rotate;
 
+use std::cell::OnceCell;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -27,9 +32,8 @@ pub use rotate::rotate;
 #[derive(Debug, Parser)]
 #[command(name = "tulle", version)]
 pub struct Cli {
-    /// The control plane's HTTP address.
-    #[arg(long, env = "TULLE_CONTROL", default_value = "http://127.0.0.1:15014", global = true)]
-    control: String,
+    #[command(flatten)]
+    flags: connect::Flags,
     /// Read this folder of manifests instead of asking a control plane.
     #[arg(long, global = true)]
     files: Option<PathBuf>,
@@ -68,7 +72,7 @@ enum Command {
     Explain {
         /// `ns/pod`, `ns/deployment`, or the address of a client outside the mesh.
         from: String,
-        /// `ns/service[:port]`, `ns/pod:port` or `ip:port`.
+        /// `ns/service[:port]`, `ns/pod:port`, `ip:port`, or a name as the client would look it up, `cart` or `api.example.com:443`.
         to: String,
         /// What carries it; what is not TCP is judged by NetworkPolicies alone.
         #[arg(long, default_value = "tcp")]
@@ -79,8 +83,9 @@ enum Command {
         #[command(flatten)]
         request: RequestFlags,
     },
-    /// Checks the manifests of `--files DIR`; exit code 1 if something is wrong.
-    Check,
+    /// Says what is wrong with the cluster before and after Tulle is installed, or with the manifests of `--files DIR`, and what
+    /// to do about it. Exit code 1 if there is an error.
+    Check(check::Flags),
     /// Who talked to what outside the cluster, of namespaces labelled tulle.dev/egress, since the proxies started.
     Egress {
         /// Only of this namespace.
@@ -183,6 +188,8 @@ impl Failure {
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    // One provider for everything, before the first use of TLS. A second installation could only be ours, too.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     match run(&cli) {
         Ok((text, code)) => {
             // A closed pipe (`| head`) is not an error worth words.
@@ -197,6 +204,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<(String, u8), Failure> {
+    let session = Session { cli, mesh: OnceCell::new() };
     let print = |value: &Value, table: fn(&Value) -> String| match cli.output {
         Output::Table => Ok(table(value)),
         Output::Json => Ok(format!("{value:#}\n")),
@@ -206,7 +214,7 @@ fn run(cli: &Cli) -> Result<(String, u8), Failure> {
     };
     match &cli.command {
         Command::Status => {
-            let status = live(cli, "status", "/debug/status")?;
+            let status = session.live("status", "/debug/status")?;
             Ok((print(&status, render::status)?, 0))
         }
         Command::Explain { from, to, transport, family, request } => {
@@ -222,23 +230,28 @@ fn run(cli: &Cli) -> Result<(String, u8), Failure> {
                 Some(Family::V6) => "&family=v6",
             });
             path.push_str(&request.query()?);
-            let answer = live(cli, "explain", &path)?;
+            let answer = session.live("explain", &path)?;
             Ok((print(&answer, render::explain)?, exit_code(&answer)))
         }
         Command::Get { kind, namespace } => {
-            let list = get(cli, *kind, namespace.as_deref())?;
+            let list = session.get(*kind, namespace.as_deref())?;
             Ok((print(&list, table_of(*kind))?, 0))
         }
-        Command::Check => {
-            let Some(dir) = &cli.files else {
-                return Err(Failure::unsupported("check needs --files DIR"));
-            };
-            let report = local::check(dir)?;
+        Command::Check(flags) => {
+            if let (Some(dir), None) = (&cli.files, flags.namespace()) {
+                let report = local::check(dir)?;
+                let good = report["errors"] == 0;
+                return Ok((print(&report, render::check)?, u8::from(!good)));
+            }
+            let report = check::run(cli, flags)?;
+            if flags.exceptions {
+                return Ok((check::exceptions(&report), 0));
+            }
             let good = report["errors"] == 0;
-            Ok((print(&report, render::check)?, u8::from(!good)))
+            Ok((print(&report, check::table)?, u8::from(!good)))
         }
         Command::Egress { namespace, policy } => {
-            let status = live(cli, "egress", "/debug/status")?;
+            let status = session.live("egress", "/debug/status")?;
             if let Some(namespace) = policy {
                 return Ok((egress::policies(&status, namespace), 0));
             }
@@ -265,29 +278,63 @@ fn exit_code(answer: &Value) -> u8 {
     }
 }
 
-fn live(cli: &Cli, command: &str, path: &str) -> Result<Value, Failure> {
-    if cli.files.is_some() {
-        return Err(Failure::unsupported(format!(
-            "{command} asks the running proxies, so it needs --control and not --files"
-        )));
-    }
-    fetch::get(&cli.control, path)
+/// One command line, and control once it was asked.
+struct Session<'a> {
+    cli: &'a Cli,
+    mesh: OnceCell<connect::Mesh>,
 }
 
-fn get(cli: &Cli, kind: Kind, namespace: Option<&str>) -> Result<Value, Failure> {
-    let value = match (kind, &cli.files) {
-        (Kind::Nodes, _) => live(cli, "get nodes", "/debug/nodes")?,
-        (Kind::Certificates, _) => {
-            return Ok(certificates(&live(cli, "get certificates", "/debug/status")?, namespace));
+impl Session<'_> {
+    fn ask(&self, path: &str) -> Result<Value, Failure> {
+        if self.mesh.get().is_none() {
+            // Nobody else has set it: one command runs on one thread.
+            let _ = self.mesh.set(connect::Mesh::open(&self.cli.flags)?);
         }
-        (Kind::Conditions, Some(dir)) => local::conditions(dir)?,
-        (Kind::Conditions, None) => fetch::get(&cli.control, "/debug/conditions")?,
-        (_, Some(dir)) => local::resources(dir)?,
-        (_, None) => fetch::get(&cli.control, "/debug/resources")?,
-    };
-    let Value::Array(list) = value else {
-        return Ok(value);
-    };
+        match self.mesh.get() {
+            Some(mesh) => mesh.get(path),
+            None => Err(Failure::wrong("control could not be asked")),
+        }
+    }
+
+    fn live(&self, command: &str, path: &str) -> Result<Value, Failure> {
+        if self.cli.files.is_some() {
+            return Err(Failure::unsupported(format!(
+                "{command} asks the running proxies, so it needs --control and not --files"
+            )));
+        }
+        self.ask(path)
+    }
+
+    fn get(&self, kind: Kind, namespace: Option<&str>) -> Result<Value, Failure> {
+        let value = match (kind, &self.cli.files) {
+            (Kind::Nodes, _) => self.live("get nodes", "/debug/nodes")?,
+            (Kind::Certificates, _) => {
+                return Ok(certificates(&self.live("get certificates", "/debug/status")?, namespace));
+            }
+            (Kind::Conditions, Some(dir)) => local::conditions(dir)?,
+            (Kind::Conditions, None) => self.ask("/debug/conditions")?,
+            (_, Some(dir)) => local::resources(dir)?,
+            (_, None) => self.ask("/debug/resources")?,
+        };
+        let Value::Array(list) = value else {
+            return Ok(value);
+        };
+        let mut list = chosen(list, kind, namespace);
+        if kind == Kind::Services && self.cli.files.is_none() {
+            let traffic = self.ask("/debug/traffic")?;
+            for item in &mut list {
+                let service = &item["resource"]["service"];
+                let name = |key: &str| service[key].as_str().unwrap_or_default();
+                let seen = traffic[format!("{}/{}", name("namespace"), name("hostname"))].clone();
+                item["traffic"] = seen;
+            }
+        }
+        Ok(Value::Array(list))
+    }
+}
+
+/// Those of a kind and namespace.
+fn chosen(list: Vec<Value>, kind: Kind, namespace: Option<&str>) -> Vec<Value> {
     let wanted = |item: &Value| match kind {
         Kind::Workloads => item["resource"]["workload"].is_object(),
         Kind::Services => item["resource"]["service"].is_object(),
@@ -305,17 +352,7 @@ fn get(cli: &Cli, kind: Kind, namespace: Option<&str>) -> Result<Value, Failure>
         ];
         namespace.is_none_or(|namespace| of.iter().any(|value| **value == namespace))
     };
-    let mut list: Vec<Value> = list.into_iter().filter(|item| wanted(item) && here(item)).collect();
-    if kind == Kind::Services && cli.files.is_none() {
-        let traffic = fetch::get(&cli.control, "/debug/traffic")?;
-        for item in &mut list {
-            let service = &item["resource"]["service"];
-            let name = |key: &str| service[key].as_str().unwrap_or_default();
-            let seen = traffic[format!("{}/{}", name("namespace"), name("hostname"))].clone();
-            item["traffic"] = seen;
-        }
-    }
-    Ok(Value::Array(list))
+    list.into_iter().filter(|item| wanted(item) && here(item)).collect()
 }
 
 fn certificates(status: &Value, namespace: Option<&str>) -> Value {

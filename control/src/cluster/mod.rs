@@ -27,7 +27,15 @@ const WRITE: Duration = Duration::from_secs(30);
 /// # Errors
 /// The configuration cannot be read, or names credentials that cannot be used. Whether the server answers is not tried.
 pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
-    let mut config = config(kubeconfig).await?;
+    client_in(kubeconfig, None).await
+}
+
+/// The same in a context of the kubeconfig other than its current one.
+///
+/// # Errors
+/// Besides those of [`client`]: there is no such context.
+pub async fn client_in(kubeconfig: Option<&Path>, context: Option<&str>) -> anyhow::Result<Client> {
+    let mut config = config(kubeconfig, context).await?;
     config.connect_timeout = Some(CONNECT);
     config.read_timeout = Some(SILENCE);
     config.write_timeout = Some(WRITE);
@@ -40,7 +48,7 @@ pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
     Ok(client)
 }
 
-async fn config(kubeconfig: Option<&Path>) -> anyhow::Result<Config> {
+async fn config(kubeconfig: Option<&Path>, context: Option<&str>) -> anyhow::Result<Config> {
     let Some(files) = kubeconfig else {
         return Config::incluster().context(
             "there is no --kubeconfig (KUBECONFIG), and this is no pod with a service account: \
@@ -50,11 +58,14 @@ async fn config(kubeconfig: Option<&Path>) -> anyhow::Result<Config> {
     let shown = files.display();
     let mut merged = Kubeconfig::default();
     for file in std::env::split_paths(files).filter(|file| !file.as_os_str().is_empty()) {
-        let one = Kubeconfig::read_from(&file).with_context(|| format!("cannot read --kubeconfig {}", file.display()))?;
+        let one =
+            Kubeconfig::read_from(&file).with_context(|| format!("cannot read --kubeconfig {}", file.display()))?;
         merged = merged.merge(one).with_context(|| format!("--kubeconfig {shown}: its files do not fit together"))?;
     }
-    let options = KubeConfigOptions::default();
-    Config::from_custom_kubeconfig(merged, &options).await.with_context(|| format!("--kubeconfig {shown} cannot be used"))
+    let options = KubeConfigOptions { context: context.map(str::to_owned), ..KubeConfigOptions::default() };
+    Config::from_custom_kubeconfig(merged, &options)
+        .await
+        .with_context(|| format!("--kubeconfig {shown} cannot be used"))
 }
 
 #[cfg(test)]

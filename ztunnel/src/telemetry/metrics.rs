@@ -17,8 +17,8 @@ use crate::outcome::DryRun;
 use crate::telemetry::breakers::BreakerMetrics;
 use crate::telemetry::dns::DnsMetrics;
 use crate::telemetry::egress::Talks;
-use crate::telemetry::plaintext::Callers;
 use crate::telemetry::http::HttpMetrics;
+use crate::telemetry::plaintext::Callers;
 use crate::telemetry::services::ServiceTimes;
 use crate::telemetry::trace::Spans;
 

@@ -87,8 +87,7 @@ impl Inner {
             let same = other.port == kind.port && other.workload == kind.workload && other.namespace == kind.namespace;
             same && is_stranger(&other.client)
         };
-        self.seen.len() < MOST
-            && (!is_stranger(&kind.client) || self.seen.keys().filter(beside).count() < STRANGERS)
+        self.seen.len() < MOST && (!is_stranger(&kind.client) || self.seen.keys().filter(beside).count() < STRANGERS)
     }
 }
 
