@@ -147,7 +147,7 @@ pub(super) fn annotation<'a>(object: &'a Value, key: &str) -> Option<&'a str> {
 }
 
 /// The elements of a list; none if it is not there.
-pub(super) fn list(value: &Value) -> impl Iterator<Item = &Value> {
+pub(super) fn list(value: &Value) -> impl Iterator<Item = &Value> + Clone {
     value.as_array().into_iter().flatten()
 }
 
@@ -169,7 +169,8 @@ pub(super) fn condition<'a>(object: &'a Value, kind: &str) -> Option<&'a Value> 
 
 /// Kind and name of who made a pod, as metrics have it: the Deployment of a ReplicaSet; the pod itself if nobody did.
 pub(super) fn workload(pod: &Value) -> (String, String) {
-    let owner = list(&pod["metadata"]["ownerReferences"]).find(|owner| owner["controller"] == true);
+    let mut owners = list(&pod["metadata"]["ownerReferences"]);
+    let owner = owners.clone().find(|owner| owner["controller"] == true).or_else(|| owners.next());
     let Some(owner) = owner else { return ("Pod".to_owned(), name(pod).to_owned()) };
     let (kind, of) = (owner["kind"].as_str().unwrap_or_default(), owner["name"].as_str().unwrap_or_default());
     let hash = label(pod, "pod-template-hash").filter(|_| kind == "ReplicaSet").unwrap_or_default();
