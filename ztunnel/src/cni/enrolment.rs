@@ -5,7 +5,7 @@
 //! with the same table of cases. Where something is unknown the plugin says so instead of guessing: a pod that belongs in
 //! the mesh never starts outside of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use tulle_proto::names;
@@ -30,6 +30,10 @@ pub struct Known {
     pub egress_denied_by_default: bool,
     /// Every namespace of the cluster, with those of its labels that matter ([`relevant`]).
     pub namespaces: BTreeMap<String, Labels>,
+    /// Namespaces in which a pod of this node has a label of its own that enrols it. Elsewhere a pod whose labels cannot be
+    /// read is taken to do as its namespace says.
+    #[serde(default)]
+    pub self_enrolling: BTreeSet<String>,
 }
 
 /// The labels that [`enrolled`] reads.

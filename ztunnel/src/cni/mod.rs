@@ -4,5 +4,7 @@
 //! knows little itself: it asks the node's agent ([`wire`]), and while that is away it finds out only whether the pod
 //! belongs in the mesh ([`enrolment`]). Such a pod waits; every other one starts.
 
+pub mod conf;
 pub mod enrolment;
+pub mod json;
 pub mod wire;

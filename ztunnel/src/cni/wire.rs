@@ -16,11 +16,11 @@ use crate::capture::pods::check_name;
 pub const VERSION: u32 = 1;
 /// Longest message, its newline included: a GC names some 600 attachments in it, and a node has at most some hundreds.
 pub const MESSAGE_MAX: usize = 64 << 10;
-/// How long the agent may take for an answer. The plugin waits [`PATIENCE`] longer, so that the agent's own sentence
-/// arrives; a runtime gives a plugin minutes.
-pub const DEADLINE: Duration = Duration::from_secs(20);
-/// What the plugin adds to [`DEADLINE`].
-pub const PATIENCE: Duration = Duration::from_secs(2);
+/// How long the agent may take for an answer. With [`PATIENCE`], and the 3 s in which the plugin finds out for itself what
+/// the agent did not say, a runtime waits 20 s at most.
+pub const DEADLINE: Duration = Duration::from_secs(16);
+/// How much longer the plugin waits, so that the agent's own sentence arrives.
+pub const PATIENCE: Duration = Duration::from_secs(1);
 /// Addresses of one pod that are looked at: Kubernetes gives one of each family, and a chain may add a few.
 const IPS_MAX: usize = 16;
 /// Longest path of a network namespace.
