@@ -382,3 +382,48 @@ fn table_of(kind: Kind) -> fn(&Value) -> String {
         Kind::Certificates => render::certificates,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use clap::Parser;
+
+    use super::Cli;
+
+    /// Commands of `tulle` in the `sh` and `console` blocks of a page. Installing has tests of its own.
+    fn commands(page: &str) -> Vec<String> {
+        let (mut inside, mut found) = (false, Vec::new());
+        for line in page.lines().map(str::trim) {
+            if line.starts_with("```") {
+                inside = matches!(line, "```sh" | "```console");
+            } else if inside {
+                let line = line.split(['#', '|', '>']).next().unwrap_or_default();
+                let command = line.split("tulle ").nth(1).filter(|_| {
+                    line.starts_with("tulle ") || line.starts_with("$ tulle ") || line.contains("-- tulle ")
+                });
+                found.extend(command.filter(|rest| !rest.contains("install")).map(|rest| rest.trim().to_owned()));
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn commands_in_the_documents_are_commands_of_this_program() {
+        let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+        let mut number = 0;
+        for entry in std::fs::read_dir(docs)
+            .unwrap()
+            .flatten()
+            .filter(|entry| entry.path().extension().is_some_and(|ext| ext == "md"))
+        {
+            for command in commands(&std::fs::read_to_string(entry.path()).unwrap()) {
+                let words = std::iter::once("tulle").chain(command.split_whitespace());
+                let parsed = Cli::try_parse_from(words);
+                assert!(parsed.is_ok(), "{}: `tulle {command}`: {}", entry.path().display(), parsed.unwrap_err());
+                number += 1;
+            }
+        }
+        assert!(number >= 15, "only {number} commands were found");
+    }
+}

@@ -12,8 +12,8 @@ use crate::cli::check::cluster::Facts;
 use crate::cli::check::objects::{Objects, annotation, label, list, name};
 use crate::cli::check::{Finding, Severity};
 
-/// Oldest minor version of Kubernetes 1 whose API is known to be enough: EndpointSlice v1, bookmarks, bound tokens.
-const OLDEST_MINOR: u64 = 25;
+/// Oldest minor version of Kubernetes 1 whose API has all that is installed: ValidatingAdmissionPolicy v1.
+const OLDEST_MINOR: u64 = 30;
 /// Oldest kernel: nftables with the expressions that the rules use, and IP_TRANSPARENT for both families.
 const OLDEST_KERNEL: (u64, u64) = (5, 4);
 /// First release of the Gateway API in which routes of Services are standard.
@@ -314,7 +314,7 @@ mod tests {
             format!("\n---\n{{kind: Node, metadata: {{name: {name}, labels: {labels}}}, status: {{nodeInfo: {info}}}}}")
         };
         for (more, version, expected) in [
-            (String::new(), "v1.22.1", "error api-version API server: version v1.22.1 is older than 1.25"),
+            (String::new(), "v1.22.1", "error api-version API server: version v1.22.1 is older than 1.30"),
             (String::new(), "x", "warning api-version API server: its version `x` is not understood"),
             (node("n2", "{}", "{kernelVersion: 4.18.0-305.el8}"), "v1.30.0", "error kernel Node n2: its kernel 4.18.0-305.el8"),
             (node("n2", "{}", "{operatingSystem: windows, kernelVersion: 10.0.1}"), "v1.30.0", "warning platform : 1 of the nodes are windows (n2)"),
