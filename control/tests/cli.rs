@@ -80,7 +80,7 @@ fn what_cannot_be_done_says_why_and_what_to_do() {
         (&["status", "--control", "https://127.0.0.1:1"], 1, "only http://host:port"),
         (&["explain", "a/b", "c/d", "--files", "."], 2, "needs --control"),
         (&["get", "nodes", "--files", "."], 2, "needs --control"),
-        (&["check"], 2, "needs --files"),
+        (&["check"], 2, "check needs a kubeconfig"),
         (&["install", "--dry-run"], 2, "comes with Kubernetes support"),
         (&["get", "nonsense"], 2, "possible values"),
         (&["get", "workloads", "-o", "xml"], 2, "possible values"),

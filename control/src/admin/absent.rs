@@ -104,7 +104,7 @@ fn target(named: &NamedPort, running: &[&Pod], path: &str) -> Option<String> {
 
 /// The labels that a pod would need besides to be selected.
 fn missing<'a>(service: &'a Service, pod: &Pod) -> BTreeMap<&'a str, &'a str> {
-    let lacks = |(key, value): &(&String, &String)| pod.meta.label(key) != Some(value);
+    let lacks = |(key, value): &(&String, &String)| pod.meta.label(key) != Some(value.as_str());
     service.selector.iter().filter(lacks).map(|(key, value)| (key.as_str(), value.as_str())).collect()
 }
 

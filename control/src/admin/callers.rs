@@ -34,7 +34,8 @@ pub(super) async fn seen(state: &State, ask: &Ask) -> Value {
             pods.insert(pod.meta.path());
         }
     }
-    let asked = nodes.iter().map(async |node| {
+    let namespace = &namespace;
+    let asked = nodes.iter().map(|node| async move {
         let question = Question::Callers(CallersQuestion { namespace: namespace.clone() });
         (node.clone(), state.registry.ask(node, question).await)
     });

@@ -34,11 +34,11 @@ pub(super) fn distance(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
-/// The name that `wanted` may be a slip of the pen for. Two letters amiss in a word of six are the same word; in one of three
+/// The name that `wanted` may be a slip of the pen for. Two letters amiss in a word of four are the same word; in one of three
 /// they are another.
 pub(super) fn closest<'a>(names: impl Iterator<Item = &'a str>, wanted: &str) -> Option<&'a str> {
     let alike =
-        names.map(|name| (distance(name, wanted), name)).filter(|(far, _)| *far <= (wanted.len() / 3).clamp(1, 3));
+        names.map(|name| (distance(name, wanted), name)).filter(|(far, _)| *far <= (wanted.len() / 2).clamp(1, 3));
     alike.min().map(|(_, name)| name)
 }
 

@@ -152,7 +152,7 @@ pub(super) fn find(
                     return Ok(Target { addresses: Vec::new(), port, service: String::new(), host: Some(host) });
                 }
             };
-            &known
+            known.as_str()
         }
         _ => path,
     };

@@ -10,7 +10,7 @@
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -162,10 +162,7 @@ impl Forward {
         }
         let _ = child.kill();
         let _ = child.wait();
-        let mut text = String::new();
-        if let Some(words) = words {
-            let _ = words.take(WORDS).read_to_string(&mut text);
-        }
+        let text = said_in_vain(words);
         let why = match (waited, text.trim()) {
             (Err(mpsc::RecvTimeoutError::Timeout), "") => format!("nothing came within {} s", PATIENCE.as_secs()),
             (_, "") => "it ended without a word".to_owned(),
@@ -178,17 +175,30 @@ impl Forward {
     }
 }
 
+/// What a child that has ended wrote. Something that it started may hold its end open, so that is not waited for.
+fn said_in_vain(words: Option<ChildStderr>) -> String {
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut text = String::new();
+        if let Some(words) = words {
+            let _ = words.take(WORDS).read_to_string(&mut text);
+        }
+        let _ = sender.send(text);
+    });
+    receiver.recv_timeout(Duration::from_secs(1)).unwrap_or_default()
+}
+
 fn arguments(pod: &str, files: &Path, flags: &Flags) -> Vec<OsString> {
     let mut argv: Vec<OsString> = vec!["port-forward".into(), "--address".into(), "127.0.0.1".into()];
-    argv.extend(["--namespace".into(), flags.root_namespace.clone().into()]);
+    argv.extend([OsString::from("--namespace"), flags.root_namespace.clone().into()]);
     // Several files are for the environment alone, which the child has.
     if flags.kubeconfig.is_some() && std::env::split_paths(files).count() == 1 {
-        argv.extend(["--kubeconfig".into(), files.as_os_str().to_owned()]);
+        argv.extend([OsString::from("--kubeconfig"), files.as_os_str().to_owned()]);
     }
     if let Some(context) = &flags.context {
-        argv.extend(["--context".into(), context.into()]);
+        argv.extend([OsString::from("--context"), context.into()]);
     }
-    argv.extend([format!("pod/{pod}").into(), format!(":{PORT}").into()]);
+    argv.extend([OsString::from(format!("pod/{pod}")), format!(":{PORT}").into()]);
     argv
 }
 

@@ -68,8 +68,14 @@ pub(super) struct Facts {
 
 /// Reads everything.
 pub(super) fn read(flags: &Flags) -> Result<(Objects, Facts), Failure> {
+    let files = flags.kubeconfig();
+    // In a pod, its account serves.
+    if files.is_none() && std::env::var_os("KUBERNETES_SERVICE_HOST").is_none() {
+        return Err(Failure::unsupported(
+            "check needs a kubeconfig (--kubeconfig, KUBECONFIG, or ~/.kube/config), or the manifests of --files DIR",
+        ));
+    }
     runtime()?.block_on(async {
-        let files = flags.kubeconfig();
         let client = cluster::client_in(files.as_deref(), flags.context.as_deref());
         let client =
             client.await.map_err(|error| Failure::wrong(format!("check cannot ask the cluster: {error:#}")))?;

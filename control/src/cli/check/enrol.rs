@@ -43,12 +43,21 @@ pub(super) fn findings(objects: &Objects, namespace: &str, root: &str) -> Vec<Fi
     found.extend(foreign_policies(objects, Some(namespace)));
     found.extend(without_proxy(objects, &pods, namespace, root));
     found.extend(jobs(&pods, namespace));
-    let number = pods.iter().filter(|pod| pod["spec"]["hostNetwork"] != true).count();
+    let number = pods.iter().filter(|pod| pod["spec"]["hostNetwork"] != true && !opts_out(pod)).count();
     let text = format!(
         "{number} pods would be captured as they run; nothing restarts, and plaintext is still taken (PERMISSIVE)"
     );
     found.push(Finding::new(Severity::Note, "pods", object, text));
     found
+}
+
+/// Whether a pod's own labels keep it out.
+fn opts_out(pod: &Value) -> bool {
+    match label(pod, "tulle.dev/mesh") {
+        Some("disabled") => true,
+        Some("enabled") => false,
+        _ => label(pod, "istio.io/dataplane-mode") == Some("none"),
+    }
 }
 
 /// Pods that cannot take part, or only by one of their interfaces.
@@ -84,15 +93,7 @@ fn outside(pods: &[&Value], namespace: &str) -> Vec<Finding> {
         "have further network interfaces: what goes by those is captured, too, and arrives from the first one's address",
         "see that what they reach by those interfaces does not depend on the interface; else label them tulle.dev/mesh=disabled",
     );
-    named(
-        Severity::Note,
-        "opted-out",
-        filter(&|pod| {
-            label(pod, "tulle.dev/mesh") == Some("disabled") || label(pod, "istio.io/dataplane-mode") == Some("none")
-        }),
-        "stay outside by labels of their own",
-        "",
-    );
+    named(Severity::Note, "opted-out", filter(&opts_out), "stay outside by labels of their own", "");
     found
 }
 
@@ -204,7 +205,7 @@ mod tests {
             ),
             (
                 own.clone() + &pod("labels: {tulle.dev/mesh: disabled}", "containers: []"),
-                vec!["note opted-out: p stay outside", last],
+                vec!["note opted-out: p stay outside", "note pods: 0 pods"],
             ),
             (
                 own.clone()

@@ -52,14 +52,15 @@ impl Objects {
     /// Adds an object, or those of a list. Namespaced kinds from files may leave their namespace out.
     pub(super) fn add(&mut self, kind: &str, mut object: Value) {
         let kind = object["kind"].as_str().unwrap_or(kind).to_owned();
-        if let Some(items) = object["items"].as_array_mut().filter(|_| kind.ends_with("List")) {
+        let items = object.get_mut("items").and_then(Value::as_array_mut).filter(|_| kind.ends_with("List"));
+        if let Some(items) = items {
             let of = kind.trim_end_matches("List");
             for item in std::mem::take(items) {
                 self.add(of, item);
             }
             return;
         }
-        if let Some(meta) = object["metadata"].as_object_mut() {
+        if let Some(meta) = object.get_mut("metadata").and_then(Value::as_object_mut) {
             meta.remove("managedFields");
         }
         let list = self.kinds.entry(kind).or_default();

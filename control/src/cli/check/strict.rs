@@ -54,14 +54,13 @@ pub(super) fn needs(objects: &Objects, namespace: &str, callers: Option<&Value>)
 }
 
 /// One need for each workload among pods with a port.
-fn at(
+fn at<'a>(
     objects: &Objects,
-    pods: impl IntoIterator<Item = (impl std::borrow::Borrow<Value>, u16)>,
+    pods: impl IntoIterator<Item = (&'a Value, u16)>,
     need: impl Fn() -> (&'static str, bool, String, String),
 ) -> Vec<Need> {
     let mut found: BTreeMap<((String, String), u16), Need> = BTreeMap::new();
     for (pod, port) in pods {
-        let pod = pod.borrow();
         let (id, certain, who, instead) = need();
         let key = (workload(pod), port);
         found.entry(key).or_insert_with(|| Need {
