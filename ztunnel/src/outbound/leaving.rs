@@ -114,7 +114,7 @@ mod tests {
     use std::net::SocketAddr;
     use std::sync::Arc;
 
-    use super::explained;
+    use super::{explained, explained_name};
     use crate::flow::names;
     use crate::outcome::Code;
     use crate::state::fixtures::{service, snapshot_of_node, workload};
@@ -185,7 +185,13 @@ mod tests {
                 _ => panic!("{destination}: {way:?}, expected {expected:?}"),
             }
         }
+        let by_name = |workload: &Workload, host: &str| {
+            explained_name(&snapshot, workload, "", host, 443).map(|way| way.map_err(|outcome| outcome.code))
+        };
+        assert!(matches!(by_name(&closed, "api.example"), Some(Ok(way)) if way.grant.rule == 0));
+        assert!(matches!(by_name(&closed, "other.example"), Some(Err(Code::EgressDenied))));
         let open = Workload { egress: EgressMode::Allow, ..closed };
+        assert!(by_name(&open, "api.example").is_none());
         assert!(
             explained(&snapshot, &open, "", ip("192.0.2.1:443")).is_none(),
             "nothing is asked of an open namespace"

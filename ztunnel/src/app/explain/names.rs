@@ -45,3 +45,32 @@ pub(super) fn outbound(
     }
     Ok(answer)
 }
+
+#[cfg(test)]
+mod tests {
+    use tulle_proto::node::OutboundQuestion;
+
+    use super::outbound;
+    use crate::state::fixtures::{snapshot, workload};
+    use crate::state::{Change, EgressMode, Protocol, Workload};
+
+    #[test]
+    fn a_name_outside_is_plain_where_nothing_is_closed_and_refused_where_no_rule_has_it() {
+        let question = OutboundQuestion { host: "api.example".into(), port: 443, ..OutboundQuestion::default() };
+        for (egress, protocol, plan, text) in [
+            (EgressMode::Allow, Protocol::Hbone, "plain", "what leaves namespace shop is open;"),
+            (EgressMode::Audit, Protocol::Hbone, "plain", "is open, which is recorded;"),
+            (EgressMode::Deny, Protocol::Hbone, "refuse", ""),
+            (EgressMode::Deny, Protocol::Plain, "plain", "shop/web is not in the mesh"),
+        ] {
+            let source = Workload { egress, protocol, ..workload("shop", "web", "10.0.0.9") };
+            let snapshot = snapshot([Change::Workload(source.clone().into())]);
+            let answer = outbound(&snapshot, "", &source, &question).unwrap();
+            assert_eq!(answer.plan, plan, "{egress:?}");
+            assert!(answer.text.contains(text), "{egress:?}: {}", answer.text);
+        }
+        let source = workload("shop", "web", "10.0.0.9");
+        let datagram = OutboundQuestion { transport: 1, ..question };
+        assert!(outbound(&snapshot([]), "", &source, &datagram).is_err());
+    }
+}
