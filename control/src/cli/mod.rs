@@ -398,6 +398,9 @@ mod tests {
             if line.starts_with("```") {
                 inside = matches!(line, "```sh" | "```console");
             } else if inside {
+                // What the shell makes of quotes is one word.
+                let parts = line.split('"').enumerate().map(|(at, part)| if at % 2 == 0 { part } else { "quoted" });
+                let line: String = parts.collect();
                 let line = line.split(['#', '|', '>']).next().unwrap_or_default();
                 let command = line.split("tulle ").nth(1).filter(|_| {
                     line.starts_with("tulle ") || line.starts_with("$ tulle ") || line.contains("-- tulle ")

@@ -101,7 +101,9 @@ impl Objects {
     /// Adds the objects of a file's text.
     fn add_text(&mut self, text: &str) -> Result<(), String> {
         for (line, document) in documents(text) {
-            let object: Value = serde_saphyr::from_str(document)
+            // As the folder source reads: a pod may be called `y`.
+            let options = serde_saphyr::options! { strict_booleans: true };
+            let object: Value = serde_saphyr::from_str_with_options(document, options)
                 .map_err(|error| format!("line {line}: {}", error.to_string().lines().next().unwrap_or_default()))?;
             if object.is_object() {
                 self.add("", object);
