@@ -11,8 +11,10 @@ use std::time::Duration;
 use anyhow::Context;
 use http::HeaderValue;
 use http::header::USER_AGENT;
+use kube::Config;
 use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::{Client, Config};
+
+pub use kube::Client;
 
 /// A server in the same cluster answers in milliseconds; further away it is at most some seconds.
 const CONNECT: Duration = Duration::from_secs(10);
