@@ -51,6 +51,9 @@ fn version(version: &Value) -> Vec<Finding> {
             .fix("update the cluster"),
         ],
         Some((1, _)) => vec![finding(Severity::Note, format!("version {text}"))],
+        Some((0, 0)) => {
+            vec![finding(Severity::Note, format!("version {text}: a build that does not know its release"))]
+        }
         _ => vec![finding(Severity::Warning, format!("its version `{text}` is not understood"))],
     }
 }
