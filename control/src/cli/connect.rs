@@ -212,8 +212,8 @@ fn forwarded(line: &str) -> Option<u16> {
 async fn ready_pods(files: &Path, flags: &Flags) -> Result<Vec<String>, Failure> {
     let namespace = &flags.root_namespace;
     let cannot = |error: String| Failure::wrong(format!("cannot find control in the cluster: {error}"));
-    let client = cluster::client_in(Some(files), flags.context.as_deref());
-    let client = client.await.map_err(|error| cannot(format!("{error:#}")))?;
+    let client = cluster::user(Some(files), flags.context.as_deref());
+    let (client, _) = client.await.map_err(|error| cannot(format!("{error:#}")))?;
     let get = async |path: String| {
         let request = http::Request::get(path).body(Vec::new()).map_err(|error| cannot(error.to_string()))?;
         match tokio::time::timeout(PATIENCE, client.request::<Value>(request)).await {

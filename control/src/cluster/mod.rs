@@ -5,6 +5,8 @@
 //! are off, because whoever asks knows better when to ask again, and must know at once that the server does not answer.
 //! Limits: a request without a deadline of its own ends after [`SILENCE`] without a byte.
 
+mod user;
+
 use std::path::Path;
 use std::time::Duration;
 
@@ -15,6 +17,8 @@ use kube::Config;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 
 pub use kube::Client;
+
+pub use user::user;
 
 /// A server in the same cluster answers in milliseconds; further away it is at most some seconds.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -29,15 +33,7 @@ const WRITE: Duration = Duration::from_secs(30);
 /// # Errors
 /// The configuration cannot be read, or names credentials that cannot be used. Whether the server answers is not tried.
 pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
-    client_in(kubeconfig, None).await
-}
-
-/// The same in a context of the kubeconfig other than its current one.
-///
-/// # Errors
-/// Besides those of [`client`]: there is no such context.
-pub async fn client_in(kubeconfig: Option<&Path>, context: Option<&str>) -> anyhow::Result<Client> {
-    let mut config = config(kubeconfig, context).await?;
+    let mut config = config(kubeconfig, None).await?;
     config.connect_timeout = Some(CONNECT);
     config.read_timeout = Some(SILENCE);
     config.write_timeout = Some(WRITE);
@@ -61,7 +57,7 @@ async fn config(kubeconfig: Option<&Path>, context: Option<&str>) -> anyhow::Res
     let mut merged = Kubeconfig::default();
     for file in std::env::split_paths(files).filter(|file| !file.as_os_str().is_empty()) {
         let one =
-            Kubeconfig::read_from(&file).with_context(|| format!("cannot read --kubeconfig {}", file.display()))?;
+            Kubeconfig::read_from(&file).with_context(|| format!("cannot read the kubeconfig {}", file.display()))?;
         merged = merged.merge(one).with_context(|| format!("--kubeconfig {shown}: its files do not fit together"))?;
     }
     let options = KubeConfigOptions { context: context.map(str::to_owned), ..KubeConfigOptions::default() };

@@ -434,7 +434,8 @@ fn tail(log: &Path) -> String {
     lines[lines.len().saturating_sub(15)..].join("\n")
 }
 
-fn write_kubeconfig(path: &Path, server: &str, authority: &Path, user: &Value) -> anyhow::Result<()> {
+/// Writes the kubeconfig of a user, who is a token or a certificate with its key.
+pub fn write_kubeconfig(path: &Path, server: &str, authority: &Path, user: &Value) -> anyhow::Result<()> {
     let config = json!({
         "apiVersion": "v1", "kind": "Config", "current-context": "test",
         "clusters": [{"name": "test", "cluster": {"server": server, "certificate-authority": authority}}],

@@ -76,7 +76,7 @@ pub(super) fn read(flags: &Flags) -> Result<(Objects, Facts), Failure> {
         ));
     }
     runtime()?.block_on(async {
-        let client = cluster::client_in(files.as_deref(), flags.context.as_deref());
+        let client = cluster::user(files.as_deref(), flags.context.as_deref());
         let client =
             client.await.map_err(|error| Failure::wrong(format!("check cannot ask the cluster: {error:#}")))?;
         let version = get(&client, "/version")
