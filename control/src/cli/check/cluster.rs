@@ -77,7 +77,7 @@ pub(super) fn read(flags: &Flags) -> Result<(Objects, Facts), Failure> {
     }
     runtime()?.block_on(async {
         let client = cluster::user(files.as_deref(), flags.context.as_deref());
-        let client =
+        let (client, _) =
             client.await.map_err(|error| Failure::wrong(format!("check cannot ask the cluster: {error:#}")))?;
         let version = get(&client, "/version")
             .await
