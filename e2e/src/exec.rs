@@ -64,9 +64,13 @@ fn find(paths: &Paths, view: &View, place: &str) -> anyhow::Result<(Placement, E
             view.nodes.len()
         )
     })?;
-    // `control token` and `control rotate` find the CA as the control of this lab does.
+    // `control token` and `control rotate` find the CA as the control of this lab does, and `tulle` this lab's control, whatever
+    // cluster the user has a kubeconfig for.
     let env = match place {
-        "control" => vec![("TULLE_CONTROL_CA_DIR", paths.ca().display().to_string())],
+        "control" => vec![
+            ("TULLE_CONTROL_CA_DIR", paths.ca().display().to_string()),
+            ("TULLE_CONTROL", "http://127.0.0.1:15014".to_owned()),
+        ],
         _ => vec![],
     };
     Ok((Placement { netns: Some(netns.clone()), ..Placement::default() }, env))

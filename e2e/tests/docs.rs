@@ -40,6 +40,25 @@ fn the_commands_of_the_resilience_page_do_what_it_says() -> anyhow::Result<()> {
     follow("docs/resilience.md", 7)
 }
 
+#[test]
+fn the_dashboard_asks_for_metrics_that_proxies_have() -> anyhow::Result<()> {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or_else(|| Path::new("/"));
+    let dashboard = fs::read_to_string(top.join("deploy/observability/grafana-dashboard.json"))?;
+    let mut code = String::new();
+    for file in ["metrics.rs", "http.rs", "dns.rs", "breakers.rs"] {
+        code.push_str(&fs::read_to_string(top.join("ztunnel/src/telemetry").join(file))?);
+    }
+    let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let names = dashboard.split(|c| !word(c)).filter(|name| name.starts_with("istio_") || name.starts_with("tulle_"));
+    let names: std::collections::BTreeSet<&str> =
+        names.map(|name| name.trim_end_matches("_bucket").trim_end_matches("_total")).collect();
+    anyhow::ensure!(names.len() >= 12, "only {names:?}");
+    for name in names {
+        anyhow::ensure!(code.contains(&format!("\"{name}\"")), "no proxy has the metric {name}");
+    }
+    Ok(())
+}
+
 /// Runs the commands of a page, of which there are at least `least`.
 fn follow(page: &str, least: usize) -> anyhow::Result<()> {
     if let Err(why) = scenario::possible() {

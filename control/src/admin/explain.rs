@@ -20,6 +20,7 @@ use tulle_proto::node::{
 
 use crate::admin::State;
 use crate::admin::View;
+use crate::admin::absent;
 use crate::admin::request;
 use crate::admin::target;
 use crate::admin::target::{Asked, Source, Target};
@@ -27,6 +28,7 @@ use crate::admin::traffic;
 use crate::model::Transport;
 use crate::resource::ResourceSet;
 use crate::resource::view::ip;
+use crate::translate::why_outside;
 
 /// Most endpoints whose nodes are asked; the rest is counted.
 const MAX_ENDPOINTS: usize = 16;
@@ -94,7 +96,7 @@ async fn explain(state: &State, ask: &Ask) -> Result<Value, Failure> {
     let set = Arc::clone(&state.published.borrow().set);
     let source = target::source(&view, from).map_err(not_found)?;
     let asked = source.narrow(asked);
-    let target = target::find(&view, &set, &state.settings, asked, to).map_err(not_found)?;
+    let target = target::find(&view, &set, &state.settings, &source, asked, to).map_err(not_found)?;
     let head = request::head(ask, &target).map_err(|text| (StatusCode::BAD_REQUEST, text))?;
     let asked = Question { over: asked, head };
     let (outbound, choices) = leave(state, &view, &set, &source, &asked, &target).await?;
@@ -119,6 +121,7 @@ async fn explain(state: &State, ask: &Ask) -> Result<Value, Failure> {
         },
         "to": {
             "address": target.addresses.first().map(ToString::to_string),
+            "host": target.host,
             "port": target.port,
             "transport": target::word(asked.over.transport),
             "service": if outbound.service.is_empty() { &target.service } else { &outbound.service },
@@ -135,6 +138,7 @@ async fn explain(state: &State, ask: &Ask) -> Result<Value, Failure> {
         },
         "endpoints": endpoints,
         "endpointsNotShown": choices.len().saturating_sub(MAX_ENDPOINTS),
+        "hints": hints(&view, state, &source, &target, asked.over.transport, choices.is_empty()),
     });
     let service = value["to"]["service"].as_str().unwrap_or_default().to_owned();
     if !service.is_empty() && asked.over.transport == Transport::Tcp {
@@ -146,6 +150,47 @@ async fn explain(state: &State, ask: &Ask) -> Result<Value, Failure> {
         value["request"] = request::leaving(head, &outbound.request.clone().unwrap_or_default());
     }
     Ok(value)
+}
+
+/// What is worth a look in the objects: why the client is not in the mesh, and why a Service has no endpoints, or odd ones.
+fn hints(
+    view: &View,
+    state: &State,
+    source: &Source<'_>,
+    target: &Target,
+    transport: Transport,
+    no_endpoints: bool,
+) -> Vec<String> {
+    let world = view.world();
+    let mut found = Vec::new();
+    if let Source::Pod(pod) = source
+        && let Some(why) = why_outside(pod, world, &state.settings)
+    {
+        found.push(format!("{} is not in the mesh: {why}", pod.meta.path()));
+    }
+    let named = target.service.split_once('/');
+    let service = world.services.values().find(|service| {
+        let is_named = || {
+            named.is_some_and(|(namespace, hostname)| {
+                service.meta.namespace == namespace && state.settings.hostname(&service.meta) == hostname
+            })
+        };
+        let has = |address: &IpAddr| service.addresses.contains(address);
+        is_named() || (named.is_none() && target.addresses.first().is_some_and(has))
+    });
+    let Some(service) = service else { return found };
+    if service.names.headless {
+        let count = target.addresses.len();
+        found.push(format!(
+            "{} is headless: its name stands for the addresses of its ready endpoints ({count} here), clients choose among \
+             them, and the mesh balances nothing",
+            service.meta.path()
+        ));
+    }
+    let odd = absent::hints(world, service, target.port, transport);
+    // Where there are endpoints, only what may yet keep clients from being answered.
+    found.extend(odd.into_iter().filter(|hint| no_endpoints || hint.contains("do not declare")));
+    found
 }
 
 /// Endpoints whose nodes do not answer count only where no other does. `answers`: the source's proxy answers some of the
@@ -179,9 +224,13 @@ async fn leave(
     asked: &Question,
     target: &Target,
 ) -> Result<(OutboundAnswer, Vec<EndpointChoice>), Failure> {
+    if target.host.is_some() {
+        let answer = send(state, source, asked, None, target).await?;
+        return Ok((answer, Vec::new()));
+    }
     let mut all = Vec::new();
     for address in target.addresses.iter().take(MAX_ENDPOINTS) {
-        let answer = send(state, source, asked, *address, target.port).await?;
+        let answer = send(state, source, asked, Some(*address), target).await?;
         let behind = || target::behind(view, set, &state.settings, asked.over, *address, target.port);
         let asks_proxy = matches!(source, Source::Pod(_)) && asked.over.transport == Transport::Tcp;
         let endpoints = match (asks_proxy, answer.plan == "refuse") {
@@ -210,13 +259,13 @@ fn refused(endpoint: EndpointChoice, answer: &OutboundAnswer) -> EndpointChoice 
     EndpointChoice { code, text, policy, rule, ..endpoint }
 }
 
-/// What the source does with a connection to one address.
+/// What the source does with a connection to one address, or to the target's name.
 async fn send(
     state: &State,
     source: &Source<'_>,
     asked: &Question,
-    address: IpAddr,
-    port: u16,
+    address: Option<IpAddr>,
+    target: &Target,
 ) -> Result<OutboundAnswer, Failure> {
     let pod = match source {
         Source::Pod(pod) => pod,
@@ -231,15 +280,16 @@ async fn send(
     };
     let question = OutboundQuestion {
         source_uid: state.settings.pod_uid(&pod.meta),
-        address: target::octets(address).into(),
-        port: port.into(),
+        address: address.map(target::octets).unwrap_or_default().into(),
+        port: target.port.into(),
         transport: asked.over.on_wire().into(),
-        request: asked.head.clone(),
+        request: asked.head.clone().filter(|_| address.is_some()),
+        host: if address.is_none() { target.host.clone().unwrap_or_default() } else { String::new() },
     };
+    let understood =
+        |answer: &OutboundAnswer| address.is_none() || asked.understood(answer.transport(), answer.request.is_some());
     match state.registry.ask(&pod.node, node_question::Question::Outbound(question)).await {
-        Ok(Answer::Outbound(answer)) if !asked.understood(answer.transport(), answer.request.is_some()) => {
-            Err(unavailable(asked.older(&pod.node)))
-        }
+        Ok(Answer::Outbound(answer)) if !understood(&answer) => Err(unavailable(asked.older(&pod.node))),
         Ok(Answer::Outbound(answer)) => {
             let own = || pod.addresses.first().map(|ip| target::octets(*ip)).unwrap_or_default();
             let source_address =

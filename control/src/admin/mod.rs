@@ -3,8 +3,13 @@
 //! It listens on loopback and has no authentication; it shows no secrets and changes nothing. Answers are JSON except
 //! for health and metrics.
 
+mod absent;
+mod callers;
 mod explain;
+#[cfg(test)]
+mod fixtures;
 mod metrics;
+mod names;
 mod request;
 mod target;
 mod traffic;
@@ -116,6 +121,10 @@ fn router(state: State) -> Router {
             get(async |state: At| {
                 Json(traffic::seen_by(&state, state.registry.attached().into_iter().collect()).await)
             }),
+        )
+        .route(
+            "/debug/callers",
+            get(async |state: At, query: Query<callers::Ask>| Json(callers::seen(&state, &query).await)),
         )
         .route(
             "/debug/explain",

@@ -40,6 +40,9 @@ pub(super) fn head(ask: &Ask, target: &Target) -> Result<Option<RequestHead>, St
 
 /// What clients of a target put into `Host` when they know no better.
 fn host(target: &Target) -> String {
+    if let Some(host) = &target.host {
+        return if target.port == 80 { host.clone() } else { format!("{host}:{}", target.port) };
+    }
     let name = match (target.service.split_once('/'), target.addresses.first()) {
         (Some((_, hostname)), _) => hostname.to_owned(),
         (None, Some(address)) if address.is_ipv6() => format!("[{address}]"),
@@ -78,6 +81,7 @@ mod tests {
             addresses: vec!["2001:db8::1".parse().unwrap()],
             port,
             service: service.to_owned(),
+            host: None,
         };
         let text = |text: &str| Some(text.to_owned());
         assert_eq!(head(&Ask::default(), &target("a/b", 80)), Ok(None));

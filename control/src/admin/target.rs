@@ -11,8 +11,9 @@ use tulle_proto::node;
 use tulle_proto::node::EndpointChoice;
 use tulle_proto::workload;
 
-use crate::admin::View;
-use crate::model::{NamedPort, Pod, Service, Transport};
+use crate::admin::names::{self, Meaning};
+use crate::admin::{View, absent};
+use crate::model::{NamedPort, Pod, Service, Transport, in_namespace};
 use crate::resource::{Kind, ResourceSet};
 use crate::translate::{Settings, datagram_endpoints};
 
@@ -39,6 +40,8 @@ pub(super) struct Target {
     pub(super) port: u16,
     /// `<namespace>/<hostname>` of the Service that was named; else empty.
     pub(super) service: String,
+    /// A name outside the cluster; then there are no addresses.
+    pub(super) host: Option<String>,
 }
 
 impl Asked {
@@ -115,11 +118,12 @@ pub(super) fn source<'a>(view: &'a View, text: &str) -> Result<Source<'a>, Strin
     Ok(Source::Pod(pod))
 }
 
-/// `ip:port`, `ns/service[:port]` or `ns/pod:port`.
+/// `ip:port`, `ns/service[:port]`, `ns/pod:port`, or a name as `source` would look it up, with a port.
 pub(super) fn find(
     view: &View,
     set: &ResourceSet,
     settings: &Settings,
+    source: &Source<'_>,
     asked: Asked,
     text: &str,
 ) -> Result<Target, String> {
@@ -128,7 +132,7 @@ pub(super) fn find(
         if !asked.fits(address) {
             return Err(format!("{address} is not of the address family that is asked about"));
         }
-        return Ok(Target { addresses: vec![address], port: socket.port(), service: String::new() });
+        return Ok(Target { addresses: vec![address], port: socket.port(), service: String::new(), host: None });
     }
     let (path, port) = match text.rsplit_once(':') {
         Some((path, port)) => {
@@ -137,7 +141,22 @@ pub(super) fn find(
         }
         None => (text, None),
     };
-    let shape = || format!("`{text}` is none of ns/service[:port], ns/pod:port, ip:port");
+    let known;
+    let path = match source {
+        Source::Pod(pod) if !path.contains('/') && names::is_name(path) => {
+            known = match names::meaning(view.world(), settings, pod, path)? {
+                Meaning::Service(namespace, name) | Meaning::Pod(namespace, name) => format!("{namespace}/{name}"),
+                Meaning::Outside(host) => {
+                    let port = port
+                        .ok_or_else(|| format!("{host} is outside the cluster: a port is needed, as in {host}:443"))?;
+                    return Ok(Target { addresses: Vec::new(), port, service: String::new(), host: Some(host) });
+                }
+            };
+            known.as_str()
+        }
+        _ => path,
+    };
+    let shape = || format!("`{text}` is none of ns/service[:port], ns/pod:port, name[:port], ip:port");
     let (namespace, name) = path.split_once('/').ok_or_else(shape)?;
     if let Some(service) = view.world().services.get(&(namespace.to_owned(), name.to_owned()))
         && (!service.addresses.is_empty() || service.names.headless)
@@ -153,12 +172,32 @@ pub(super) fn find(
         } else {
             vec![asked.pick(&service.addresses).ok_or_else(|| asked.missing(path))?]
         };
-        return Ok(Target { addresses, port, service: key });
+        if addresses.is_empty() {
+            let hints = absent::hints(view.world(), service, port, asked.transport);
+            return Err(format!("{path} is headless and has no ready endpoint{}", absent::clause(&hints)));
+        }
+        return Ok(Target { addresses, port, service: key, host: None });
     }
-    let pod = find_pod(view, path).ok_or_else(|| format!("there is no service or running pod {path}"))?;
+    let pod = find_pod(view, path).ok_or_else(|| nothing(view, namespace, name))?;
     let port = port.ok_or_else(|| format!("{path} is a pod: a port is needed, as in {path}:8080"))?;
     let address = asked.pick(&pod.addresses).ok_or_else(|| asked.missing(path))?;
-    Ok(Target { addresses: vec![address], port, service: String::new() })
+    Ok(Target { addresses: vec![address], port, service: String::new(), host: None })
+}
+
+/// There is no such thing to connect to.
+fn nothing(view: &View, namespace: &str, name: &str) -> String {
+    let world = view.world();
+    if let Some(service) = world.services.get(&(namespace.to_owned(), name.to_owned())) {
+        let target = &service.names.external_name;
+        return match service.external_name {
+            true => format!("{namespace}/{name} is of type ExternalName: ask about {target} with a port"),
+            false => format!("{namespace}/{name} has no address yet"),
+        };
+    }
+    let services = in_namespace(&world.services, namespace).map(|service| service.meta.name.as_str());
+    let alike = names::closest(services, name)
+        .map_or_else(String::new, |own| format!("; there is a service {namespace}/{own}"));
+    format!("there is no service or running pod {namespace}/{name}{alike}")
 }
 
 fn first_port(service: &Service, transport: Transport) -> Option<u16> {

@@ -13,6 +13,7 @@ use serde_json::Value;
 use tokio::net::TcpStream;
 
 use crate::cli::Failure;
+use crate::cli::connect::runtime;
 
 /// Nodes get five seconds to answer control; this leaves room for it.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -30,11 +31,7 @@ pub(super) fn escape(text: &str) -> String {
 
 /// The JSON answer of control, or what went wrong and what to try.
 pub(super) fn get(base: &str, path: &str) -> Result<Value, Failure> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Failure::wrong(error.to_string()))?;
-    runtime.block_on(async {
+    runtime()?.block_on(async {
         match tokio::time::timeout(DEADLINE, request(base, path)).await {
             Ok(answer) => answer,
             Err(_) => Err(Failure::wrong(format!("control at {base} did not answer within 10 s"))),

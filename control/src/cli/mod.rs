@@ -1,10 +1,13 @@
 //! The `tulle` command: what the mesh is, what it would do, and what is wrong with a folder of manifests. Besides,
 //! `control rotate` and `control revoke`, which work on the CA directory.
 //!
-//! It asks a running control plane over HTTP, or reads a folder itself with `--files`, through the same source and
-//! translation. `explain` and `status` show what the node proxies say of themselves and therefore need a running mesh.
+//! It asks a running control plane over HTTP, of a cluster through a port-forward (`connect`), or reads a folder itself with
+//! `--files`, through the same source and translation. `explain` and `status` show what the node proxies say of themselves and
+//! therefore need a running mesh. `check` looks at the cluster's objects themselves.
 //! Exit codes: 0 done, 1 something is wrong, 2 wrong usage or not in this version; `explain` tells its verdict by more.
 
+mod check;
+mod connect;
 mod egress;
 mod fetch;
 mod install;
@@ -12,9 +15,11 @@ mod kept;
 mod local;
 mod probe;
 mod render;
+mod replicas;
 mod revoke;
 mod rotate;
 
+use std::cell::OnceCell;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -31,21 +36,14 @@ pub use rotate::rotate;
 #[derive(Debug, Parser)]
 #[command(name = "tulle", version)]
 pub struct Cli {
-    /// The control plane's HTTP address.
-    #[arg(long, env = "TULLE_CONTROL", default_value = "http://127.0.0.1:15014", global = true)]
-    control: String,
+    #[command(flatten)]
+    flags: connect::Flags,
     /// Read this folder of manifests instead of asking a control plane.
     #[arg(long, global = true)]
     files: Option<PathBuf>,
     /// How to print.
     #[arg(short, long, default_value = "table", global = true)]
     output: Output,
-    /// The kubeconfig of the cluster, for `install` and `uninstall`. Else KUBECONFIG, ~/.kube/config, or the pod's own account.
-    #[arg(long, global = true)]
-    kubeconfig: Option<PathBuf>,
-    /// The context of the kubeconfig.
-    #[arg(long, global = true)]
-    context: Option<String>,
     #[command(subcommand)]
     command: Command,
 }
@@ -78,7 +76,7 @@ enum Command {
     Explain {
         /// `ns/pod`, `ns/deployment`, or the address of a client outside the mesh.
         from: String,
-        /// `ns/service[:port]`, `ns/pod:port` or `ip:port`.
+        /// `ns/service[:port]`, `ns/pod:port`, `ip:port`, or a name as the client would look it up, `cart` or `api.example.com:443`.
         to: String,
         /// What carries it; what is not TCP is judged by NetworkPolicies alone.
         #[arg(long, default_value = "tcp")]
@@ -89,8 +87,9 @@ enum Command {
         #[command(flatten)]
         request: RequestFlags,
     },
-    /// Checks the manifests of `--files DIR`; exit code 1 if something is wrong.
-    Check,
+    /// Says what is wrong with the cluster before and after Tulle is installed, or with the manifests of `--files DIR`, and what
+    /// to do about it. Exit code 1 if there is an error.
+    Check(check::Flags),
     /// Who talked to what outside the cluster, of namespaces labelled tulle.dev/egress, since the proxies started.
     Egress {
         /// Only of this namespace.
@@ -192,6 +191,8 @@ impl Failure {
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    // One provider for everything, before the first use of TLS. A second installation could only be ours, too.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     match run(&cli) {
         Ok((text, code)) => {
             // A closed pipe (`| head`) is not an error worth words.
@@ -206,6 +207,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<(String, u8), Failure> {
+    let session = Session { cli, mesh: OnceCell::new() };
     let print = |value: &Value, table: fn(&Value) -> String| match cli.output {
         Output::Table => Ok(table(value)),
         Output::Json => Ok(format!("{value:#}\n")),
@@ -215,7 +217,7 @@ fn run(cli: &Cli) -> Result<(String, u8), Failure> {
     };
     match &cli.command {
         Command::Status => {
-            let status = live(cli, "status", "/debug/status")?;
+            let status = session.live("status", "/debug/status")?;
             Ok((print(&status, render::status)?, 0))
         }
         Command::Explain { from, to, transport, family, request } => {
@@ -231,23 +233,28 @@ fn run(cli: &Cli) -> Result<(String, u8), Failure> {
                 Some(Family::V6) => "&family=v6",
             });
             path.push_str(&request.query()?);
-            let answer = live(cli, "explain", &path)?;
+            let answer = session.live("explain", &path)?;
             Ok((print(&answer, render::explain)?, exit_code(&answer)))
         }
         Command::Get { kind, namespace } => {
-            let list = get(cli, *kind, namespace.as_deref())?;
+            let list = session.get(*kind, namespace.as_deref())?;
             Ok((print(&list, table_of(*kind))?, 0))
         }
-        Command::Check => {
-            let Some(dir) = &cli.files else {
-                return Err(Failure::unsupported("check needs --files DIR"));
-            };
-            let report = local::check(dir)?;
+        Command::Check(flags) => {
+            if let (Some(dir), None) = (&cli.files, flags.namespace()) {
+                let report = local::check(dir)?;
+                let good = report["errors"] == 0;
+                return Ok((print(&report, render::check)?, u8::from(!good)));
+            }
+            let report = check::run(cli, flags)?;
+            if flags.exceptions {
+                return Ok((check::exceptions(&report), 0));
+            }
             let good = report["errors"] == 0;
-            Ok((print(&report, render::check)?, u8::from(!good)))
+            Ok((print(&report, check::table)?, u8::from(!good)))
         }
         Command::Egress { namespace, policy } => {
-            let status = live(cli, "egress", "/debug/status")?;
+            let status = session.live("egress", "/debug/status")?;
             if let Some(namespace) = policy {
                 return Ok((egress::policies(&status, namespace), 0));
             }
@@ -260,7 +267,8 @@ fn run(cli: &Cli) -> Result<(String, u8), Failure> {
 
 /// Which cluster is meant.
 fn place(cli: &Cli) -> install::Where<'_> {
-    install::Where { kubeconfig: cli.kubeconfig.as_deref(), context: cli.context.as_deref() }
+    let named = cli.flags.kubeconfig.as_deref().filter(|files| !files.as_os_str().is_empty());
+    install::Where { kubeconfig: named, context: cli.flags.context.as_deref() }
 }
 
 /// The exit code that tells a verdict; a word of another version is not known.
@@ -278,29 +286,63 @@ fn exit_code(answer: &Value) -> u8 {
     }
 }
 
-fn live(cli: &Cli, command: &str, path: &str) -> Result<Value, Failure> {
-    if cli.files.is_some() {
-        return Err(Failure::unsupported(format!(
-            "{command} asks the running proxies, so it needs --control and not --files"
-        )));
-    }
-    fetch::get(&cli.control, path)
+/// One command line, and control once it was asked.
+struct Session<'a> {
+    cli: &'a Cli,
+    mesh: OnceCell<connect::Mesh>,
 }
 
-fn get(cli: &Cli, kind: Kind, namespace: Option<&str>) -> Result<Value, Failure> {
-    let value = match (kind, &cli.files) {
-        (Kind::Nodes, _) => live(cli, "get nodes", "/debug/nodes")?,
-        (Kind::Certificates, _) => {
-            return Ok(certificates(&live(cli, "get certificates", "/debug/status")?, namespace));
+impl Session<'_> {
+    fn ask(&self, path: &str) -> Result<Value, Failure> {
+        if self.mesh.get().is_none() {
+            // Nobody else has set it: one command runs on one thread.
+            let _ = self.mesh.set(connect::Mesh::open(&self.cli.flags)?);
         }
-        (Kind::Conditions, Some(dir)) => local::conditions(dir)?,
-        (Kind::Conditions, None) => fetch::get(&cli.control, "/debug/conditions")?,
-        (_, Some(dir)) => local::resources(dir)?,
-        (_, None) => fetch::get(&cli.control, "/debug/resources")?,
-    };
-    let Value::Array(list) = value else {
-        return Ok(value);
-    };
+        match self.mesh.get() {
+            Some(mesh) => mesh.get(path),
+            None => Err(Failure::wrong("control could not be asked")),
+        }
+    }
+
+    fn live(&self, command: &str, path: &str) -> Result<Value, Failure> {
+        if self.cli.files.is_some() {
+            return Err(Failure::unsupported(format!(
+                "{command} asks the running proxies, so it needs --control and not --files"
+            )));
+        }
+        self.ask(path)
+    }
+
+    fn get(&self, kind: Kind, namespace: Option<&str>) -> Result<Value, Failure> {
+        let value = match (kind, &self.cli.files) {
+            (Kind::Nodes, _) => self.live("get nodes", "/debug/nodes")?,
+            (Kind::Certificates, _) => {
+                return Ok(certificates(&self.live("get certificates", "/debug/status")?, namespace));
+            }
+            (Kind::Conditions, Some(dir)) => local::conditions(dir)?,
+            (Kind::Conditions, None) => self.ask("/debug/conditions")?,
+            (_, Some(dir)) => local::resources(dir)?,
+            (_, None) => self.ask("/debug/resources")?,
+        };
+        let Value::Array(list) = value else {
+            return Ok(value);
+        };
+        let mut list = chosen(list, kind, namespace);
+        if kind == Kind::Services && self.cli.files.is_none() {
+            let traffic = self.ask("/debug/traffic")?;
+            for item in &mut list {
+                let service = &item["resource"]["service"];
+                let name = |key: &str| service[key].as_str().unwrap_or_default();
+                let seen = traffic[format!("{}/{}", name("namespace"), name("hostname"))].clone();
+                item["traffic"] = seen;
+            }
+        }
+        Ok(Value::Array(list))
+    }
+}
+
+/// Those of a kind and namespace.
+fn chosen(list: Vec<Value>, kind: Kind, namespace: Option<&str>) -> Vec<Value> {
     let wanted = |item: &Value| match kind {
         Kind::Workloads => item["resource"]["workload"].is_object(),
         Kind::Services => item["resource"]["service"].is_object(),
@@ -318,17 +360,7 @@ fn get(cli: &Cli, kind: Kind, namespace: Option<&str>) -> Result<Value, Failure>
         ];
         namespace.is_none_or(|namespace| of.iter().any(|value| **value == namespace))
     };
-    let mut list: Vec<Value> = list.into_iter().filter(|item| wanted(item) && here(item)).collect();
-    if kind == Kind::Services && cli.files.is_none() {
-        let traffic = fetch::get(&cli.control, "/debug/traffic")?;
-        for item in &mut list {
-            let service = &item["resource"]["service"];
-            let name = |key: &str| service[key].as_str().unwrap_or_default();
-            let seen = traffic[format!("{}/{}", name("namespace"), name("hostname"))].clone();
-            item["traffic"] = seen;
-        }
-    }
-    Ok(Value::Array(list))
+    list.into_iter().filter(|item| wanted(item) && here(item)).collect()
 }
 
 fn certificates(status: &Value, namespace: Option<&str>) -> Value {
@@ -356,5 +388,53 @@ fn table_of(kind: Kind) -> fn(&Value) -> String {
         Kind::Nodes => render::nodes,
         Kind::Conditions => render::conditions,
         Kind::Certificates => render::certificates,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use clap::Parser;
+
+    use super::Cli;
+
+    /// Commands of `tulle` in the `sh` and `console` blocks of a page. Installing has tests of its own.
+    fn commands(page: &str) -> Vec<String> {
+        let (mut inside, mut found) = (false, Vec::new());
+        for line in page.lines().map(str::trim) {
+            if line.starts_with("```") {
+                inside = matches!(line, "```sh" | "```console");
+            } else if inside {
+                // What the shell makes of quotes is one word.
+                let parts = line.split('"').enumerate().map(|(at, part)| if at % 2 == 0 { part } else { "quoted" });
+                let line: String = parts.collect();
+                let line = line.split(['#', '|', '>']).next().unwrap_or_default();
+                let command = line.split("tulle ").nth(1).filter(|_| {
+                    line.starts_with("tulle ") || line.starts_with("$ tulle ") || line.contains("-- tulle ")
+                });
+                found.extend(command.filter(|rest| !rest.contains("install")).map(|rest| rest.trim().to_owned()));
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn commands_in_the_documents_are_commands_of_this_program() {
+        let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+        let mut number = 0;
+        for entry in std::fs::read_dir(docs)
+            .unwrap()
+            .flatten()
+            .filter(|entry| entry.path().extension().is_some_and(|ext| ext == "md"))
+        {
+            for command in commands(&std::fs::read_to_string(entry.path()).unwrap()) {
+                let words = std::iter::once("tulle").chain(command.split_whitespace());
+                let parsed = Cli::try_parse_from(words);
+                assert!(parsed.is_ok(), "{}: `tulle {command}`: {}", entry.path().display(), parsed.unwrap_err());
+                number += 1;
+            }
+        }
+        assert!(number >= 15, "only {number} commands were found");
     }
 }

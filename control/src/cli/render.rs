@@ -285,7 +285,7 @@ pub(super) fn explain(value: &Value) -> String {
     let mut text = format!(
         "{} → {}{}{}: {}\n",
         if from["pod"].is_null() { cell(&from["address"]) } else { cell(&from["pod"]) },
-        at(to),
+        if to["host"].is_string() { format!("{}:{}", cell(&to["host"]), cell(&to["port"])) } else { at(to) },
         match cell(&to["transport"]) {
             other if other == "udp" || other == "sctp" => format!("/{other}"),
             _ => String::new(),
@@ -360,6 +360,9 @@ pub(super) fn explain(value: &Value) -> String {
     }
     if value["endpointsNotShown"].as_u64().unwrap_or(0) > 0 {
         text.push_str(&format!("  and {} more endpoints\n", cell(&value["endpointsNotShown"])));
+    }
+    for hint in value["hints"].as_array().into_iter().flatten() {
+        text.push_str(&format!("  hint: {}\n", cell(hint)));
     }
     let [requests, failed, p50, p90, p99, reporter] = traffic(&value["traffic"]);
     if !requests.is_empty() {

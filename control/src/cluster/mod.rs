@@ -39,7 +39,7 @@ pub const FIELD_MANAGER: &str = "tulle";
 /// # Errors
 /// The configuration cannot be read, or names credentials that cannot be used. Whether the server answers is not tried.
 pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
-    let mut config = config(kubeconfig).await?;
+    let mut config = config(kubeconfig, None).await?;
     config.connect_timeout = Some(CONNECT);
     config.read_timeout = Some(SILENCE);
     config.write_timeout = Some(WRITE);
@@ -52,7 +52,7 @@ pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
     Ok(client)
 }
 
-async fn config(kubeconfig: Option<&Path>) -> anyhow::Result<Config> {
+async fn config(kubeconfig: Option<&Path>, context: Option<&str>) -> anyhow::Result<Config> {
     let Some(files) = kubeconfig else {
         return Config::incluster().context(
             "there is no --kubeconfig (KUBECONFIG), and this is no pod with a service account: \
@@ -63,10 +63,10 @@ async fn config(kubeconfig: Option<&Path>) -> anyhow::Result<Config> {
     let mut merged = Kubeconfig::default();
     for file in std::env::split_paths(files).filter(|file| !file.as_os_str().is_empty()) {
         let one =
-            Kubeconfig::read_from(&file).with_context(|| format!("cannot read --kubeconfig {}", file.display()))?;
+            Kubeconfig::read_from(&file).with_context(|| format!("cannot read the kubeconfig {}", file.display()))?;
         merged = merged.merge(one).with_context(|| format!("--kubeconfig {shown}: its files do not fit together"))?;
     }
-    let options = KubeConfigOptions::default();
+    let options = KubeConfigOptions { context: context.map(str::to_owned), ..KubeConfigOptions::default() };
     Config::from_custom_kubeconfig(merged, &options)
         .await
         .with_context(|| format!("--kubeconfig {shown} cannot be used"))

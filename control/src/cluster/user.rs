@@ -7,8 +7,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::config::KubeConfigOptions;
 use kube::{Client, Config};
+
+use crate::cluster::config;
 
 /// Commands ask for lists and single objects, which come in seconds even from afar.
 const SILENCE: Duration = Duration::from_secs(60);
@@ -19,14 +21,9 @@ const SILENCE: Duration = Duration::from_secs(60);
 /// The configuration cannot be read, or has no such context. Whether the server answers is not tried.
 pub async fn user(kubeconfig: Option<&Path>, context: Option<&str>) -> anyhow::Result<(Client, String)> {
     let options = KubeConfigOptions { context: context.map(str::to_owned), ..KubeConfigOptions::default() };
-    let mut config = match kubeconfig {
-        Some(file) => {
-            let read = Kubeconfig::read_from(file)
-                .with_context(|| format!("cannot read the kubeconfig {}", file.display()))?;
-            Config::from_custom_kubeconfig(read, &options)
-                .await
-                .with_context(|| format!("the kubeconfig {} cannot be used", file.display()))?
-        }
+    let mut found = match kubeconfig {
+        // Also several files, with `:` between them.
+        Some(files) => config(Some(files), context).await?,
         None => match Config::from_kubeconfig(&options).await {
             Ok(config) => config,
             Err(error) if context.is_some() => {
@@ -37,11 +34,11 @@ pub async fn user(kubeconfig: Option<&Path>, context: Option<&str>) -> anyhow::R
                 .context("no cluster is known: name one by --kubeconfig, KUBECONFIG or ~/.kube/config")?,
         },
     };
-    config.connect_timeout = Some(Duration::from_secs(10));
-    config.read_timeout = Some(SILENCE);
-    config.default_retry = false;
-    let server = config.cluster_url.to_string();
-    let client = Client::try_from(config).with_context(|| format!("cannot make a client for {server}"))?;
+    found.connect_timeout = Some(Duration::from_secs(10));
+    found.read_timeout = Some(SILENCE);
+    found.default_retry = false;
+    let server = found.cluster_url.to_string();
+    let client = Client::try_from(found).with_context(|| format!("cannot make a client for {server}"))?;
     Ok((client, server))
 }
 

@@ -74,6 +74,31 @@ pub(super) fn says_captured(pod: &Pod) -> bool {
     !pod.finished() && pod.meta.annotation(names::ANNOTATION_REDIRECTION) == Some("enabled")
 }
 
+/// Why a pod is not in the mesh, and what would bring it there; `None`: it is, as far as labels and its capture say.
+pub fn why_outside(pod: &Pod, world: &World, settings: &Settings) -> Option<String> {
+    let (namespace, mesh, istio) = (&pod.meta.namespace, names::LABEL_MESH, names::LABEL_ISTIO_MESH);
+    if pod.host_network {
+        return Some("it is on the host network, whose connections cannot be told from the node's own".to_owned());
+    }
+    if enrolled(pod, world, settings) {
+        let state = pod.meta.annotation(names::ANNOTATION_REDIRECTION).filter(|state| *state != "enabled")?;
+        return Some(format!("it is labelled, and its capture is `{state}`; `tulle status` says why"));
+    }
+    let labels = namespace_labels(world, namespace);
+    let shown = |labels: &BTreeMap<String, String>| {
+        let found = [mesh, istio].into_iter().find_map(|key| Some(format!("{key}: {}", labels.get(key)?)));
+        found.unwrap_or_default()
+    };
+    Some(match (label(&pod.meta.labels), label(labels)) {
+        (Some(false), _) => format!("its own label `{}` takes it out", shown(&pod.meta.labels)),
+        (_, Some(false)) => format!("label `{}` of namespace {namespace} takes it out", shown(labels)),
+        _ if is_system(namespace, settings) => {
+            format!("namespace {namespace} is the system's, and takes part only if it carries {mesh}: enabled itself")
+        }
+        _ => format!("neither it nor namespace {namespace} is labelled {mesh}: enabled"),
+    })
+}
+
 fn is_system(namespace: &str, settings: &Settings) -> bool {
     matches!(namespace, "kube-system" | "istio-system") || namespace == settings.root_namespace
 }

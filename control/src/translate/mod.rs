@@ -36,6 +36,7 @@ use tulle_proto::tulle_workload::EgressMode;
 
 pub use beside::{Beside, beside};
 pub use datagrams::endpoints as datagram_endpoints;
+pub use enrol::why_outside;
 pub use memory::Memory;
 
 use crate::model::{Condition, Meta, ObjectConditions, ObjectKey, ParentStatus, Status, World};

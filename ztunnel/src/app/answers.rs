@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use tulle_proto::node::node_message::Answer;
 use tulle_proto::node::node_question::Question;
 use tulle_proto::node::{
-    CertificateStatus, EgressTalk, NodeMessage, NodeQuestion, NodeStatus, PodStatus, ServiceSeen, TrafficAnswer,
-    TrustAnswer,
+    CallersAnswer, CertificateStatus, EgressTalk, NodeMessage, NodeQuestion, NodeStatus, PlainCaller, PodStatus,
+    ServiceSeen, TrafficAnswer, TrustAnswer,
 };
 
 use crate::app::handover::successor::Taken;
@@ -22,7 +22,7 @@ use crate::flow::Shared;
 use crate::identity::CertStatus;
 use crate::lb::{Destination, Kind};
 use crate::telemetry::breakers::DestinationLabels;
-use crate::telemetry::{Seen, egress};
+use crate::telemetry::{Seen, egress, plaintext};
 use crate::xds::Monitor;
 
 /// Version of this program.
@@ -63,6 +63,7 @@ impl Answers {
                 Ok(Answer::Trust(TrustAnswer { renewing }))
             }
             Some(Question::Traffic(_)) => Ok(Answer::Traffic(self.traffic())),
+            Some(Question::Callers(question)) => Ok(Answer::Callers(self.callers(&question.namespace))),
             None => Err("this node does not know the question; is it older than control?".to_owned()),
         };
         NodeMessage { id: question.id, answer: Some(answer.unwrap_or_else(Answer::Error)) }
@@ -115,6 +116,18 @@ impl Answers {
             counts: seen.times.values().copied().collect(),
         };
         TrafficAnswer { services: self.shared.metrics.services.seen(Instant::now()).into_iter().map(seen).collect() }
+    }
+
+    /// Who reaches pods of a namespace without an identity.
+    fn callers(&self, namespace: &str) -> CallersAnswer {
+        let of = |other: &str| namespace.is_empty() || namespace == other;
+        let (list, untold) = self.shared.metrics.callers.list(unix_now());
+        let captured = self.pods.status().into_iter().filter(|pod| of(&pod.namespace) && pod.capture == "Captured");
+        CallersAnswer {
+            callers: list.into_iter().filter(|(kind, _)| of(&kind.namespace)).map(caller).collect(),
+            untold,
+            captured: captured.map(|pod| format!("{}/{}", pod.namespace, pod.name)).collect(),
+        }
     }
 
     /// The same as JSON, for the admin page.
@@ -276,6 +289,28 @@ fn talk((kind, seen): (egress::Kind, egress::Seen)) -> EgressTalk {
         attempts: seen.attempts,
         bytes: seen.bytes,
     }
+}
+
+fn caller((kind, seen): (plaintext::Kind, plaintext::Seen)) -> PlainCaller {
+    let mut caller = PlainCaller {
+        namespace: kind.namespace.to_string(),
+        workload: kind.workload.to_string(),
+        port: kind.port.into(),
+        connections: seen.connections,
+        refused: seen.refused,
+        open: seen.open,
+        last: seen.last,
+        ..PlainCaller::default()
+    };
+    match kind.client {
+        plaintext::Client::Address(address) => caller.source_address = address.to_string(),
+        plaintext::Client::Workload { namespace, name, account } => {
+            caller.source_namespace = namespace.to_string();
+            caller.source_workload = name.to_string();
+            caller.source_account = account.to_string();
+        }
+    }
+    caller
 }
 
 fn pod_status(pod: Status) -> PodStatus {

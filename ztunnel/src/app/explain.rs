@@ -6,6 +6,7 @@
 //! about a connection, or about one request on it ([`requests`]). Where requests are read and none is asked about, the answer
 //! says so.
 
+mod names;
 mod requests;
 
 use std::net::{IpAddr, SocketAddr};
@@ -40,6 +41,9 @@ pub(super) fn outbound(
     let source = snapshot
         .workload(&question.source_uid)
         .ok_or_else(|| format!("this node does not know the workload {}", question.source_uid))?;
+    if !question.host.is_empty() {
+        return names::outbound(snapshot, network, source, question);
+    }
     let destination = SocketAddr::new(ip(&question.address)?, port(question.port)?);
     let transport = transport(question.transport)?;
     let mut answer = OutboundAnswer {

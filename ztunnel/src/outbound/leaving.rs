@@ -33,10 +33,27 @@ pub fn explained(
     if egress::asked(source) != Asked::Enforce {
         return None;
     }
-    let bound = match meant(snapshot, source, network, destination, |_| None)? {
-        Ok(bound) => bound,
-        Err(outcome) => return Some(Err(outcome)),
-    };
+    match meant(snapshot, source, network, destination, |_| None)? {
+        Ok(bound) => judge(snapshot, source, network, &bound),
+        Err(outcome) => Some(Err(outcome)),
+    }
+}
+
+/// The same for a name outside that the pod looks up. `host` is in lower case, without a final dot.
+pub fn explained_name(
+    snapshot: &Snapshot,
+    source: &Workload,
+    network: &str,
+    host: &str,
+    port: u16,
+) -> Option<Result<WayOut, Outcome>> {
+    if egress::asked(source) != Asked::Enforce {
+        return None;
+    }
+    judge(snapshot, source, network, &Bound { host: Some(host.into()), address: None, port })
+}
+
+fn judge(snapshot: &Snapshot, source: &Workload, network: &str, bound: &Bound) -> Option<Result<WayOut, Outcome>> {
     let host = bound.host.as_deref();
     let words = [
         ("", Spoken::Bytes),
@@ -47,7 +64,7 @@ pub fn explained(
     let mut refusal = None;
     for (condition, spoken) in words {
         let way = egress::decide(snapshot, source, &bound.attempt(spoken))
-            .and_then(|grant| way_out(snapshot, source, network, &bound, grant, &spoken));
+            .and_then(|grant| way_out(snapshot, source, network, bound, grant, &spoken));
         match way {
             Ok(way) => return Some(Ok(WayOut { text: format!("{}{condition}", way.text), ..way })),
             Err(outcome) => refusal = refusal.or(Some(outcome)),
@@ -97,7 +114,7 @@ mod tests {
     use std::net::SocketAddr;
     use std::sync::Arc;
 
-    use super::explained;
+    use super::{explained, explained_name};
     use crate::flow::names;
     use crate::outcome::Code;
     use crate::state::fixtures::{service, snapshot_of_node, workload};
@@ -168,7 +185,13 @@ mod tests {
                 _ => panic!("{destination}: {way:?}, expected {expected:?}"),
             }
         }
+        let by_name = |workload: &Workload, host: &str| {
+            explained_name(&snapshot, workload, "", host, 443).map(|way| way.map_err(|outcome| outcome.code))
+        };
+        assert!(matches!(by_name(&closed, "api.example"), Some(Ok(way)) if way.grant.rule == 0));
+        assert!(matches!(by_name(&closed, "other.example"), Some(Err(Code::EgressDenied))));
         let open = Workload { egress: EgressMode::Allow, ..closed };
+        assert!(by_name(&open, "api.example").is_none());
         assert!(
             explained(&snapshot, &open, "", ip("192.0.2.1:443")).is_none(),
             "nothing is asked of an open namespace"

@@ -44,7 +44,7 @@ use crate::http::{Framing, pool};
 use crate::lb::Failing;
 use crate::outbound::attempts::{Attempts, Next};
 use crate::outbound::breaker::Lasting;
-pub use crate::outbound::leaving::{WayOut, explained as leaving};
+pub use crate::outbound::leaving::{WayOut, explained as leaving, explained_name as leaving_by_name};
 use crate::outbound::recheck::{Left, Live, Registration};
 pub use crate::outbound::requests::wanted;
 pub use crate::outbound::waypoint::decides as waypoint_decides;

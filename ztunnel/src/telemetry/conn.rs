@@ -10,11 +10,12 @@ use std::time::Instant;
 
 use tulle_certs::SpiffeId;
 
-use crate::base::Counts;
+use crate::base::{Counts, unix_now};
 use crate::outcome::{Code, DryRun, Fault, Outcome};
 use crate::state::{Service, Workload};
 use crate::telemetry::egress::Left;
 use crate::telemetry::metrics::{DenialLabels, DryRunLabels, EgressLabels, Metrics, TcpLabels};
+use crate::telemetry::plaintext::Kind;
 
 /// Which side of the mesh reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -108,7 +109,20 @@ impl ConnRecord {
     pub fn opened(&mut self) {
         if !std::mem::replace(&mut self.opened, true) {
             self.metrics.opened.get_or_create(&self.make_labels()).inc();
+            if let Some(kind) = self.plaintext() {
+                self.metrics.callers.began(&kind, unix_now());
+            }
         }
+    }
+
+    /// What it is to those who ask who reaches pods without an identity; `None` if it does not.
+    fn plaintext(&self) -> Option<Kind> {
+        if self.direction != Direction::Inbound || self.hbone.is_some() || self.source.identity.is_some() {
+            return None;
+        }
+        let (from, to) = (self.source.addr?, self.destination.addr?);
+        let workload = self.destination.workload.as_deref()?;
+        Some(Kind::of(workload, to.port(), self.source.workload.as_deref(), from.ip()))
     }
 
     /// The one ending.
@@ -123,6 +137,9 @@ impl ConnRecord {
         // It may have failed before anything was opened; both counters move, so that opened - closed stays the live ones.
         self.opened();
         let metrics = &self.metrics;
+        if let Some(kind) = self.plaintext() {
+            metrics.callers.ended(&kind, outcome.code.fault() == Fault::Policy, unix_now());
+        }
         let live = if self.direction == Direction::Inbound { &metrics.inbound } else { &metrics.outbound };
         live.dec();
         let mut labels = self.make_labels();

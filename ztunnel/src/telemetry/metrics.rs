@@ -18,6 +18,7 @@ use crate::telemetry::breakers::BreakerMetrics;
 use crate::telemetry::dns::DnsMetrics;
 use crate::telemetry::egress::Talks;
 use crate::telemetry::http::HttpMetrics;
+use crate::telemetry::plaintext::Callers;
 use crate::telemetry::services::ServiceTimes;
 use crate::telemetry::trace::Spans;
 
@@ -146,6 +147,8 @@ pub struct Metrics {
     pub dns: DnsMetrics,
     /// Who talked to what outside the cluster.
     pub talks: Talks,
+    /// Who reaches pods without an identity.
+    pub callers: Callers,
     /// Attempts to leave, by what was decided.
     pub egress: Family<EgressLabels, Counter>,
     /// Requests.
@@ -180,6 +183,7 @@ impl Metrics {
             log_dropped: Gauge::default(),
             dns: DnsMetrics::new(registry),
             talks: Talks::default(),
+            callers: Callers::default(),
             egress: Family::default(),
             http: HttpMetrics::new(registry),
             services: ServiceTimes::new(Instant::now()),

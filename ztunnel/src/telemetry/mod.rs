@@ -11,6 +11,7 @@ pub mod egress;
 mod http;
 pub mod lines;
 pub mod metrics;
+pub mod plaintext;
 mod services;
 pub mod trace;
 

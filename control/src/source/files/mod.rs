@@ -75,7 +75,7 @@ fn anonymous(line: u64, message: &str) -> decode::DecodeError {
 
 /// Splits at `---` and `...` lines. A marker at the start of a line cannot stand inside a scalar, so no parser is
 /// needed, and one broken document does not swallow the next.
-fn documents(text: &str) -> Vec<(u64, &str)> {
+pub fn documents(text: &str) -> Vec<(u64, &str)> {
     let mut found = Vec::new();
     let (mut start, mut start_line) = (0, 1);
     let mut offset = 0;
