@@ -9,6 +9,7 @@ use std::path::Path;
 use serde_json::Value;
 use serde_json::json;
 
+use crate::address;
 use crate::cluster::layout;
 use crate::cluster::layout::Folder;
 
@@ -64,7 +65,7 @@ pub fn api_server(program: &Path, folder: &Folder) -> Vec<String> {
             format!("--advertise-address={}", layout::CONTROL_ADDRESS),
             format!("--secure-port={}", layout::API_PORT),
             "--endpoint-reconciler-type=master-count".into(),
-            format!("--service-cluster-ip-range={}", layout::SERVICES),
+            format!("--service-cluster-ip-range={}", address::SERVICES.0),
             file("tls-cert-file", "apiserver.crt"),
             file("tls-private-key-file", "apiserver.key"),
             file("client-ca-file", "ca.crt"),
@@ -128,7 +129,7 @@ pub fn kube_proxy(program: &Path, folder: &Folder, node: &str) -> Vec<String> {
             format!("--kubeconfig={}", folder.kubeconfig("kube-proxy").display()),
             "--proxy-mode=nftables".into(),
             format!("--hostname-override={node}"),
-            format!("--cluster-cidr={}", layout::PODS),
+            format!("--cluster-cidr={}", address::PODS.0),
             // The machine's own limits and times stay.
             "--conntrack-max-per-core=0".into(),
             "--conntrack-tcp-timeout-established=0s".into(),

@@ -76,7 +76,7 @@ fn outside() -> Zone {
 }
 
 fn hosts() -> impl Iterator<Item = (String, IpAddr)> {
-    [layout::PARTNER, layout::ELSEWHERE].into_iter().map(|(name, address)| (name.to_owned(), IpAddr::V4(address)))
+    (0..).zip(layout::HOSTS).map(|(index, name)| (name.to_owned(), IpAddr::V4(layout::host_address(index))))
 }
 
 fn names(services: &Store<Service>, slices: &Store<EndpointSlice>) -> Zone {

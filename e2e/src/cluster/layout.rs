@@ -1,36 +1,32 @@
 //! Where everything of the cluster is: addresses, names, and the folders of a machine.
 //!
-//! Pure, so that the parts that write configurations and those that run programs agree without asking each other. All
-//! addresses are private or for documentation, and no link leads out. Limits: IPv4 only; nine nodes.
+//! Pure, so that the parts that write configurations and those that run programs agree without asking each other. The
+//! addresses are the lab's, and no link leads out. Limits: IPv4 only; nine nodes.
 
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::path::PathBuf;
 
-/// Most nodes.
+use crate::address;
+
+/// Most nodes: each takes some hundred MiB.
 pub const NODES_MAX: u16 = 9;
 /// The machine of etcd, the API server, its controllers and the cluster's name server.
 pub const CONTROL: &str = "control-plane";
 /// A machine beyond the cluster's border.
 pub const OUTSIDE: &str = "outside";
-/// Service addresses.
-pub const SERVICES: &str = "10.96.0.0/16";
-/// Pod addresses of all nodes.
-pub const PODS: &str = "10.244.0.0/16";
 /// Service `kubernetes`, the first of the range.
 pub const API_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
 /// Service `kube-dns`.
 pub const DNS_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
 /// Fabric address of the control plane.
-pub const CONTROL_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 199, 0, 1);
+pub const CONTROL_ADDRESS: Ipv4Addr = address::CONTROL.v4;
 /// Fabric address of the outside machine, which is a router to what is behind it.
-pub const OUTSIDE_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 199, 0, 2);
-/// What is outside, and the two hosts that answer there.
+pub const OUTSIDE_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 10, 0, 3);
+/// What is outside.
 pub const OUTSIDE_RANGE: &str = "203.0.113.0/24";
-/// A host outside, by the name `partner.example`.
-pub const PARTNER: (&str, Ipv4Addr) = ("partner.example", Ipv4Addr::new(203, 0, 113, 10));
-/// Another one, by the name `elsewhere.example`.
-pub const ELSEWHERE: (&str, Ipv4Addr) = ("elsewhere.example", Ipv4Addr::new(203, 0, 113, 20));
+/// Names of two hosts outside.
+pub const HOSTS: [&str; 2] = ["partner.example", "elsewhere.example"];
 /// Port of the API server.
 pub const API_PORT: u16 = 6443;
 
@@ -41,12 +37,17 @@ pub fn node_name(node: u16) -> String {
 
 /// Fabric address of node `node`.
 pub fn node_address(node: u16) -> Ipv4Addr {
-    Ipv4Addr::new(10, 199, 0, 10 + node.min(NODES_MAX) as u8)
+    address::node(node).v4
 }
 
 /// Pod addresses of node `node`.
 pub fn pod_range(node: u16) -> String {
-    format!("10.244.{node}.0/24")
+    address::pod_ranges(node).0
+}
+
+/// Address of host `index` outside.
+pub fn host_address(index: u16) -> Ipv4Addr {
+    address::outside(index).v4
 }
 
 /// The folders of a cluster.
@@ -142,8 +143,8 @@ pub fn outside_network(nodes: u16) -> String {
     format!(
         "link set lo up\nlink set eth0 up\naddr add {OUTSIDE_ADDRESS}/24 dev eth0\naddr add {}/32 dev lo\n\
          addr add {}/32 dev lo\n{}",
-        PARTNER.1,
-        ELSEWHERE.1,
+        host_address(0),
+        host_address(1),
         pod_routes(nodes, None)
     )
 }
@@ -162,8 +163,8 @@ mod tests {
     #[test]
     fn a_node_has_no_route_to_its_own_pods_but_one_to_those_of_every_other() {
         let text = layout::node_network(2, 3);
-        assert!(!text.contains("10.244.2.0/24"), "{text}");
-        assert!(text.contains("10.244.1.0/24 via 10.199.0.11") && text.contains("10.244.3.0/24 via 10.199.0.13"));
+        assert!(!text.contains("10.20.2.0/24"), "{text}");
+        assert!(text.contains("10.20.1.0/24 via 10.10.0.11") && text.contains("10.20.3.0/24 via 10.10.0.13"));
     }
 
     #[test]

@@ -191,7 +191,8 @@ fn boot(machine: &Machine, spec: &Spec) -> anyhow::Result<()> {
 fn take(machine: &Machine, step: &Step) -> anyhow::Result<()> {
     match step {
         Step::Start { name, argv } => {
-            let log = fs::OpenOptions::new().create(true).append(true).open(machine.logs().join(format!("{name}.log")))?;
+            let log =
+                fs::OpenOptions::new().create(true).append(true).open(machine.logs().join(format!("{name}.log")))?;
             let mut command = command(argv)?;
             command.process_group(0).stdout(log.try_clone()?).stderr(log);
             command.spawn().with_context(|| format!("{argv:?} cannot be started"))?;

@@ -167,7 +167,8 @@ impl Cluster {
             let control = self.netns(layout::CONTROL)?;
             // The end of one that was there before goes when the kernel has taken its namespace apart.
             let _ = topology::ip(&control, &format!("link del {name}\n"));
-            let script = format!("link add {name} type veth peer name eth0 netns {init}\nlink set {name} master br0 up\n");
+            let script =
+                format!("link add {name} type veth peer name eth0 netns {init}\nlink set {name} master br0 up\n");
             eventually(&format!("the link of {name}"), PATIENCE, || topology::ip(&control, &script))?;
         }
         Ok(())
@@ -239,7 +240,8 @@ impl Cluster {
     /// Waits until a node is ready.
     pub fn await_ready(&self, node: &str) -> anyhow::Result<()> {
         eventually(&format!("{node} is ready"), PATIENCE, || {
-            let said = self.kubectl(&["get", "node", node, "-o", "jsonpath={.status.conditions[?(@.type=='Ready')]}"])?;
+            let said =
+                self.kubectl(&["get", "node", node, "-o", "jsonpath={.status.conditions[?(@.type=='Ready')]}"])?;
             if said.contains("\"status\":\"True\"") { Ok(()) } else { Err(anyhow::anyhow!("{said}")) }
         })
     }
@@ -337,8 +339,7 @@ fn kube_programs() -> anyhow::Result<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let cache = cache.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
     let folder = cache.context("neither XDG_CACHE_HOME nor HOME is set")?.join("tulle/kube").join(name);
-    let needed =
-        ["kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl"];
+    let needed = ["kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl"];
     let missing: Vec<&str> = needed.into_iter().filter(|name| !folder.join(name).is_file()).collect();
     anyhow::ensure!(
         missing.is_empty(),

@@ -44,9 +44,8 @@ const ANSWERS: u64 = 120;
 pub fn secrets(folder: &Folder, nodes: u16) -> anyhow::Result<()> {
     let authority = Authority::create(&folder.pki())?;
     pki::key_pair(&folder.pki(), "accounts")?;
-    let mut names: Vec<String> = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "localhost"]
-        .map(str::to_owned)
-        .to_vec();
+    let mut names: Vec<String> =
+        ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "localhost"].map(str::to_owned).to_vec();
     names.extend([layout::API_SERVICE, layout::CONTROL_ADDRESS].map(|it| it.to_string()));
     names.extend(["kubernetes.default.svc.cluster.local".to_owned(), "127.0.0.1".to_owned()]);
     authority.issue("apiserver", "kube-apiserver", "", &names)?;
@@ -114,7 +113,10 @@ pub fn control(folder: &Folder, programs: &Path, nodes: u16) -> anyhow::Result<S
         Step::run(&[&kubectl, "--kubeconfig", &admin, "get", "--raw", "/readyz"], ANSWERS),
         Step::start("kube-controller-manager", config::controllers(&programs.join("kube-controller-manager"), folder)),
         Step::start("kube-scheduler", config::scheduler(&programs.join("kube-scheduler"), folder)),
-        Step::start("dns", [&lab, "cluster", "dns", "--kubeconfig", &admin, "--listen", &address].map(str::to_owned).to_vec()),
+        Step::start(
+            "dns",
+            [&lab, "cluster", "dns", "--kubeconfig", &admin, "--listen", &address].map(str::to_owned).to_vec(),
+        ),
     ];
     Ok(Spec {
         name: layout::CONTROL.to_owned(),
@@ -168,8 +170,7 @@ pub fn node(folder: &Folder, programs: &Path, node: u16, nodes: u16) -> anyhow::
         (PathBuf::from("/run/kubelet.json"), config::kubelet_config(folder, node, &cgroup).to_string()),
     ]);
     let containerd = ["containerd", "--config", "/etc/containerd/config.toml"].map(str::to_owned).to_vec();
-    let mut steps =
-        vec![Step::start("containerd", containerd), Step::run(&["ctr", "version"], ANSWERS)];
+    let mut steps = vec![Step::start("containerd", containerd), Step::run(&["ctr", "version"], ANSWERS)];
     for image in ["pause", "shop", "tulle"] {
         let archive = folder.images().join(format!("{image}.tar")).display().to_string();
         steps.push(Step::run(&["ctr", "--namespace", "k8s.io", "images", "import", &archive], 0));

@@ -23,7 +23,7 @@ use crate::lab::programs_dir;
 /// Arguments of `lab demo-kube`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Break a part of the proxy on purpose: `rules` or `weights`.
+    /// Break a part of the proxy on purpose: `weights`.
     #[arg(long = "break", env = "BREAK")]
     broken: Option<String>,
     /// Leave the cluster running afterwards.
@@ -63,7 +63,10 @@ pub fn main(options: &Options) -> anyhow::Result<bool> {
     });
     let mut cluster = world.cluster;
     if options.keep {
-        println!("\nThe cluster stays up. Try:  lab cluster exec control-plane --state {} -- kubectl get pods -A -o wide", options.state.display());
+        println!(
+            "\nThe cluster stays up. Try:  lab cluster exec control-plane --state {} -- kubectl get pods -A -o wide",
+            options.state.display()
+        );
         cluster.leave();
     } else {
         cluster.down()?;

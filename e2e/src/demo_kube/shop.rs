@@ -75,7 +75,8 @@ impl World {
     /// Waits until all Deployments of a namespace are rolled out.
     pub(super) fn rolled_out(&self, namespace: &str) -> anyhow::Result<()> {
         let wait = format!("--timeout={}s", PATIENCE.as_secs());
-        for deployment in self.cluster.get(&["deployments", "-n", namespace])?["items"].as_array().into_iter().flatten() {
+        for deployment in self.cluster.get(&["deployments", "-n", namespace])?["items"].as_array().into_iter().flatten()
+        {
             let name = format!("deployment/{}", deployment["metadata"]["name"].as_str().unwrap_or_default());
             self.cluster.kubectl(&["rollout", "status", &name, "-n", namespace, &wait])?;
         }

@@ -20,47 +20,52 @@ use crate::scenario;
 type Step = judge::Step<fn(&mut World) -> anyhow::Result<String>>;
 
 /// Parts that `--break` can break.
-pub(super) const PARTS: [&str; 2] = ["rules", "weights"];
+pub(super) const PARTS: [&str; 1] = ["weights"];
 /// Without it there is nothing to show.
 pub(super) const FIRST: &str = "shop-runs";
 
 pub(super) const STEPS: &[Step] = &[
-    Step { name: FIRST, claim: "A shop runs on the cluster; what it says can be read on the link between the nodes.", rests_on: &[], show: shop_runs },
+    Step {
+        name: FIRST,
+        claim: "A shop runs on the cluster; what it says can be read on the link between the nodes.",
+        rests_on: &[],
+        show: shop_runs,
+    },
     Step { name: "install", claim: "The mesh is installed. No pod of the shop notices.", rests_on: &[], show: install },
     Step {
         name: "labelled-while-running",
         claim: "The namespace is labelled while clients keep running: nothing restarts, no request fails.",
-        rests_on: &["rules"],
+        rests_on: &[],
         show: labelled,
     },
     Step {
         name: "unreadable-after",
         claim: "In the mesh the same words are gone from the link, which carries TLS 1.3 only; probes go on.",
-        rests_on: &["rules"],
+        rests_on: &[],
         show: unreadable,
     },
     Step {
         name: "new-pods",
         claim: "New pods are in the mesh before their containers start.",
-        rests_on: &["rules"],
+        rests_on: &[],
         show: new_pods,
     },
     Step {
         name: "canary",
         claim: "A new version of the catalog gets 20 % of the requests by an HTTPRoute, and none is lost.",
-        rests_on: &["rules", "weights"],
+        rests_on: &["weights"],
         show: canary,
     },
     Step {
         name: "egress-denied",
         claim: "The namespace is closed to the outside but for one name; the rest of the world is refused.",
-        rests_on: &["rules"],
+        rests_on: &[],
         show: egress,
     },
     Step {
         name: "node-reboot",
         claim: "A node loses its power and comes back: its pods of the mesh come back in the mesh.",
-        rests_on: &["rules"],
+        rests_on: &[],
         show: reboot,
     },
     Step {
@@ -103,7 +108,7 @@ metadata: {{name: partner, namespace: shop}}
 spec:
   rules: [{{hosts: [{}], ports: [{{port: 80, protocol: HTTP}}]}}]
 ",
-        layout::PARTNER.0
+        layout::HOSTS[0]
     )
 }
 
@@ -240,8 +245,8 @@ fn answered(world: &World, url: &str) -> anyhow::Result<bool> {
 }
 
 fn egress(world: &mut World) -> anyhow::Result<String> {
-    let urls = [layout::PARTNER.0, layout::ELSEWHERE.0].map(|host| format!("http://{host}/"));
-    let literal = format!("http://{}/", layout::ELSEWHERE.1);
+    let urls = layout::HOSTS.map(|host| format!("http://{host}/"));
+    let literal = format!("http://{}/", layout::host_address(1));
     for url in [&urls[0], &urls[1], &literal] {
         ensure!(answered(world, url)?, "{url} does not answer even without a policy");
     }
@@ -256,7 +261,11 @@ fn egress(world: &mut World) -> anyhow::Result<String> {
     })?;
     world.reaches("http://payments/")?;
     // What a container could do that goes around the proxy: it marks its own packets as the proxy's.
-    Ok(format!("{} answers, {} and its address do not; the cluster's own Services do", layout::PARTNER.0, layout::ELSEWHERE.0))
+    Ok(format!(
+        "{} answers, {} and its address do not; the cluster's own Services do",
+        layout::HOSTS[0],
+        layout::HOSTS[1]
+    ))
 }
 
 fn reboot(world: &mut World) -> anyhow::Result<String> {
@@ -317,5 +326,8 @@ fn uninstall(world: &mut World) -> anyhow::Result<String> {
         let now = world.node_state(node)?;
         ensure!(now == *was, "{node} is not as it was:\n{now}\nit was:\n{was}");
     }
-    Ok(format!("the pods run on, {} requests, none failed; the marker is read {read} times; plugins, configuration and packet filter of both nodes are as before", reports.len()))
+    Ok(format!(
+        "the pods run on, {} requests, none failed; the marker is read {read} times; plugins, configuration and packet filter of both nodes are as before",
+        reports.len()
+    ))
 }
