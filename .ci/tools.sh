@@ -39,7 +39,7 @@ if [ "${1:-}" = kube ]; then
     need containerd containerd ctr
     need runc runc
     need busybox-static busybox
-    [ -x /usr/lib/cni/bridge ] || missing="$missing containernetworking-plugins"
+    [ -x /usr/lib/cni/ptp ] || missing="$missing containernetworking-plugins"
 fi
 [ -n "$missing" ] || exit 0
 

@@ -215,14 +215,15 @@ conf_dir = "/etc/cni/net.d"
     )
 }
 
-/// `/etc/cni/net.d/10-lab.conflist`: a bridge on each node.
+/// `/etc/cni/net.d/10-lab.conflist`: a routed pair of interfaces for each pod, as kind and most routed networks have it.
+/// A bridge would do, but what leaves a pod on one cannot be fenced.
 pub fn cni(node: u16) -> Value {
     json!({
         "cniVersion": "0.4.0",
         "name": "lab",
         "plugins": [
             {
-                "type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false, "hairpinMode": true,
+                "type": "ptp", "ipMasq": false,
                 "ipam": {
                     "type": "host-local",
                     "ranges": [[{"subnet": layout::pod_range(node)}]],

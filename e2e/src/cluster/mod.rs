@@ -1,5 +1,5 @@
 //! A real Kubernetes cluster on one machine: etcd, the API server and its controllers, and nodes with containerd, runc,
-//! a bridge, kubelet and kube-proxy, each on a machine of its own made of namespaces.
+//! the CNI's own plugins, kubelet and kube-proxy, each on a machine of its own made of namespaces.
 //!
 //! Nothing is asked of a container engine or a registry: programs come from the user's cache (`.ci/kube.sh all`) and from
 //! the system's packages (`.ci/tools.sh kube`), images are archives of files of this machine. No link or route leads
@@ -324,7 +324,7 @@ fn missing_tools() -> anyhow::Result<()> {
     let missing: Vec<&str> = needed.into_iter().filter(|name| !found(name)).collect();
     anyhow::ensure!(missing.is_empty(), "this machine lacks {}; run `.ci/tools.sh kube`", missing.join(", "));
     anyhow::ensure!(
-        Path::new(spec::CNI_PROGRAMS).join("bridge").is_file(),
+        Path::new(spec::CNI_PROGRAMS).join("ptp").is_file(),
         "this machine lacks the CNI plugins ({}); run `.ci/tools.sh kube`",
         spec::CNI_PROGRAMS
     );

@@ -25,7 +25,7 @@ use crate::topology;
 /// Where Debian's package puts the CNI plugins.
 pub const CNI_PROGRAMS: &str = "/usr/lib/cni";
 /// The plugins that the nodes' network uses.
-const PLUGINS: [&str; 4] = ["bridge", "host-local", "loopback", "portmap"];
+const PLUGINS: [&str; 4] = ["ptp", "host-local", "loopback", "portmap"];
 /// Registry that the mesh's images are said to come from; nobody asks it.
 pub const REGISTRY: &str = "lab.local";
 /// The mesh's own programs, as the chart names them; the second tag is the same, to have something to upgrade to.

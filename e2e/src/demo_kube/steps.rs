@@ -215,7 +215,7 @@ fn new_pods(world: &mut World) -> anyhow::Result<String> {
 fn hundred(world: &World) -> anyhow::Result<usize> {
     let reports = world.calls("http://catalog/", &["--count", "100", "--keep-alive"])?;
     scenario::all_well(&reports, 100)?;
-    Ok(reports.iter().filter(|report| report.to_string().contains("catalog-next")).count())
+    Ok(reports.iter().filter(|report| report["name"] == "catalog-next").count())
 }
 
 fn canary(world: &mut World) -> anyhow::Result<String> {
@@ -260,7 +260,11 @@ fn egress(world: &mut World) -> anyhow::Result<String> {
         Ok::<_, anyhow::Error>(())
     })?;
     world.reaches("http://payments/")?;
-    // What a container could do that goes around the proxy: it marks its own packets as the proxy's.
+    // What a container cannot walk around is in the node's network, by the pod's interface.
+    for node in world.cluster.nodes() {
+        let listed = world.cluster.command(&node, &["nft", "list", "set", "inet", "tulle_fence", "pods"])?.output()?;
+        ensure!(String::from_utf8_lossy(&listed.stdout).contains("veth"), "{node} fences no pod");
+    }
     Ok(format!(
         "{} answers, {} and its address do not; the cluster's own Services do",
         layout::HOSTS[0],
