@@ -10,6 +10,8 @@ use prost::Message as _;
 use tulle_certs::{Issued, Roots, SpiffeId, Usage};
 use tulle_proto::workload::address::Type;
 use ztunnel::capture::zds::{self, PACKET_MAX};
+use ztunnel::cni::enrolment::Known;
+use ztunnel::cni::wire::{self as cni, MESSAGE_MAX};
 use ztunnel::dns::wire;
 use ztunnel::hbone::headers::{self, Authority, Baggage, Forwarded, TraceId};
 use ztunnel::http::frames::Frames;
@@ -36,6 +38,9 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("denial", denial),
     ("pods", pods),
     ("zds", handed),
+    ("cni-request", cni_request),
+    ("cni-answer", cni_answer),
+    ("cni-known", cni_known),
     ("local", local),
     ("address", address),
     ("authorization", authorization),
@@ -72,6 +77,40 @@ pub fn hello(data: &[u8]) {
     // Less of it is never another answer.
     let part = hello::read(&data[..data.len() / 2]);
     assert!(part == Hello::More || part == whole, "{part:?}, then {whole:?}");
+}
+
+/// A request of the CNI plugin, from whoever reaches the agent's socket.
+pub fn cni_request(data: &[u8]) {
+    match cni::Request::decode(data) {
+        Ok(request) => {
+            // One that was just as long as it may be has no room for the newline.
+            if let Ok(line) = request.encode() {
+                assert_eq!(cni::Request::decode(&line).as_ref(), Ok(&request));
+            }
+        }
+        Err(refusal) => {
+            assert!(refusal.code != 0 && !refusal.message.is_empty());
+            assert!(cni::encode(&Err(refusal)).len() <= MESSAGE_MAX);
+        }
+    }
+}
+
+/// An answer of the agent.
+pub fn cni_answer(data: &[u8]) {
+    if let Ok(answer) = cni::decode(data) {
+        assert_eq!(cni::decode(&cni::encode(&answer)), Ok(answer));
+    }
+}
+
+/// The file of namespaces.
+pub fn cni_known(data: &[u8]) {
+    if let Ok(known) = Known::decode(data) {
+        assert_eq!(Known::decode(&known.encode()).as_ref(), Ok(&known));
+        for (name, labels) in &known.namespaces {
+            let fixed = known.whatever_the_pod_says(name, labels);
+            assert!(fixed.is_none_or(|fixed| fixed == known.enrolled(name, labels, labels)));
+        }
+    }
 }
 
 /// The authority of a CONNECT request, from a peer.

@@ -44,6 +44,8 @@ pub mod outbound;
 pub mod gateway;
 /// Status, dumps, metrics, readiness.
 pub mod admin;
+/// The CNI plugin, and what it asks the node's agent.
+pub mod cni;
 /// Flags and environment.
 pub mod config;
 /// Wiring, start and stop.

@@ -49,6 +49,16 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         "pods" => texts(&[
             r#"[{"uid":"u-1","name":"cart-0","namespace":"shop","serviceAccount":"cart","netns":"/run/netns/cart-0","ips":["10.0.0.1","fd00::1"],"enrolled":true,"probePorts":[8080]}]"#,
         ]),
+        "cni-request" => texts(&[
+            r#"{"version":1,"command":"ADD","containerId":"c1","netns":"/run/netns/c1","ifName":"eth0","podNamespace":"shop","podName":"cart-0","podUid":"u-1","ips":["10.0.0.1","fd00::1"]}"#,
+            r#"{"version":1,"command":"GC","valid":[{"containerId":"c1","ifName":"eth0"}]}"#,
+        ]),
+        "cni-answer" => {
+            texts(&[r#"{"ok":true,"enrolled":true}"#, r#"{"ok":false,"code":11,"message":"wait","details":"a"}"#])
+        }
+        "cni-known" => texts(&[
+            r#"{"version":1,"rootNamespace":"tulle-system","egressDeniedByDefault":false,"namespaces":{"shop":{"tulle.dev/mesh":"enabled","tulle.dev/egress":"deny"},"kube-system":{}}}"#,
+        ]),
         "route" => vec![route().encode_to_vec()],
         "traffic-policy" => vec![traffic_policy().encode_to_vec()],
         "request-auth" => vec![request_auth().encode_to_vec()],
