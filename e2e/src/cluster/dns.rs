@@ -90,7 +90,7 @@ fn names(services: &Store<Service>, slices: &Store<EndpointSlice>) -> Zone {
                     && slice.labels().get("kubernetes.io/service-name") == Some(&service.name_any())
             });
             let ready = ready.flat_map(|slice| {
-                let endpoints = slice.endpoints.iter().flatten();
+                let endpoints = slice.endpoints.iter();
                 let ready = endpoints.filter(|it| it.conditions.as_ref().and_then(|it| it.ready) != Some(false));
                 ready.flat_map(|endpoint| endpoint.addresses.clone()).collect::<Vec<_>>()
             });
