@@ -31,6 +31,8 @@ if [ "${1:-}" = all ]; then
     need iperf3 iperf3
     need postgresql-client psql
     [ -n "$(find /usr/lib/postgresql -name initdb 2>/dev/null | head -1)" ] || missing="$missing postgresql"
+    need etcd-server etcd
+    [ -x /usr/lib/cni/bridge ] || [ -x /opt/cni/bin/bridge ] || missing="$missing containernetworking-plugins"
     [ -n "$(find /usr/lib -maxdepth 2 -name libnss_wrapper.so 2>/dev/null | head -1)" ] || missing="$missing libnss-wrapper"
 fi
 if [ "${1:-}" = kube ]; then

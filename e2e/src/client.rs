@@ -1,4 +1,4 @@
-//! The smallest HTTP client that tests and the supervisor need: one GET over one blocking connection.
+//! The smallest HTTP client that tests and the supervisor need: one GET or POST over one blocking connection.
 //!
 //! It runs on whatever thread calls it, so that it can be called inside a network namespace, where the async client's
 //! pool of threads would be in the wrong one. Limits: HTTP/1.1, `Connection: close`, bodies up to 64 MiB.
@@ -28,11 +28,22 @@ pub struct Answer {
 
 /// GET `path` from `address`, every step within `timeout`.
 pub fn get(address: SocketAddr, path: &str, timeout: Duration) -> anyhow::Result<Answer> {
+    ask(address, &format!("GET {path} HTTP/1.1\r\n"), "", timeout)
+}
+
+/// POST of JSON to `path` at `address`, every step within `timeout`.
+pub fn post(address: SocketAddr, path: &str, json: &str, timeout: Duration) -> anyhow::Result<Answer> {
+    let head = format!("POST {path} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {}\r\n", json.len());
+    ask(address, &head, json, timeout)
+}
+
+fn ask(address: SocketAddr, head: &str, body: &str, timeout: Duration) -> anyhow::Result<Answer> {
     let mut stream =
         TcpStream::connect_timeout(&address, timeout).with_context(|| format!("{address} does not accept"))?;
     stream.set_read_timeout(Some(timeout))?;
     stream.set_write_timeout(Some(timeout))?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nAccept: */*\r\n\r\n")?;
+    write!(stream, "{head}Host: {address}\r\nConnection: close\r\nAccept: */*\r\n\r\n{body}")?;
+    let path = head.split(' ').nth(1).unwrap_or_default();
     let mut bytes = Vec::new();
     stream.take(BODY_LIMIT).read_to_end(&mut bytes).with_context(|| format!("http://{address}{path} broke off"))?;
     parse(&bytes).with_context(|| format!("http://{address}{path} is not an HTTP answer"))

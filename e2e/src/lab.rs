@@ -25,7 +25,9 @@ use serde_json::Value;
 use tulle_proto::names;
 
 use crate::eventually::eventually;
+use crate::kube::ApiServer;
 use crate::sniff::Sniffed;
+use crate::state::Api;
 use crate::state::Config;
 use crate::state::Paths;
 use crate::state::View;
@@ -58,6 +60,8 @@ pub struct LabConfig {
     pub programs: BTreeMap<String, PathBuf>,
     /// Nodes whose proxy is handed its pods by an agent, as Istio's is.
     pub handed: BTreeSet<String>,
+    /// The API server in which the lab's objects live; none = files are control's source.
+    pub api: Option<Api>,
 }
 
 impl Default for LabConfig {
@@ -74,6 +78,7 @@ impl Default for LabConfig {
             args: BTreeMap::new(),
             programs: BTreeMap::new(),
             handed: BTreeSet::new(),
+            api: None,
         }
     }
 }
@@ -89,6 +94,16 @@ impl LabConfig {
     pub fn env(mut self, component: &str, name: &str, value: &str) -> Self {
         self.env.entry(component.into()).or_default().insert(name.into(), value.into());
         self
+    }
+
+    /// Lets the objects live in an API server, which control watches. With `agents`, the nodes' proxies find their pods
+    /// there too; otherwise the lab hands them a file.
+    pub fn in_cluster(mut self, api: &ApiServer, agents: bool) -> anyhow::Result<Self> {
+        let kubeconfig = api.kubeconfig();
+        let inside = api.in_lab(&kubeconfig)?;
+        let agent = agents.then(|| inside.clone());
+        self.api = Some(Api { server: api.address(), kubeconfig, control: inside, agent });
+        Ok(self)
     }
 }
 
@@ -138,6 +153,7 @@ impl Lab {
             args: config.args.clone(),
             programs: config.programs.clone(),
             handed: config.handed.clone(),
+            api: config.api.clone(),
             tied,
         };
         std::fs::write(paths.config(), serde_json::to_string_pretty(&told)?)?;
@@ -583,8 +599,17 @@ fn end_supervisor(pid: u32, unreachable: bool) -> anyhow::Result<()> {
 }
 
 /// Beginnings of names of further files of the state.
-const STATE_PREFIXES: [&str; 7] =
-    ["pods-node-", "agent-node-", "handover-node-", "token-node-", ".pods-node-", ".token-node-", ".lab.json"];
+const STATE_PREFIXES: [&str; 9] = [
+    "pods-node-",
+    "agent-node-",
+    "agent-state-node-",
+    "proc-node-",
+    "handover-node-",
+    "token-node-",
+    ".pods-node-",
+    ".token-node-",
+    ".lab.json",
+];
 
 /// Removes what the lab made, entry by entry: a wrong path must not cost anybody else's files.
 fn remove_state(paths: &Paths, keep_logs: bool) -> anyhow::Result<()> {

@@ -35,6 +35,8 @@ pub mod lab;
 pub mod shop;
 pub mod sniff;
 
+pub mod kube;
+
 pub mod issuer;
 pub mod scenario;
 

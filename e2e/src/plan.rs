@@ -234,6 +234,13 @@ impl Allocator {
         self.services.retain(|key, _| services.contains(key));
     }
 
+    /// Takes over the uid that an API server has given a pod.
+    pub fn rename(&mut self, key: &PodKey, uid: &str) {
+        if let Some((_, own)) = self.pods.get_mut(key) {
+            uid.clone_into(own);
+        }
+    }
+
     /// Forgets one pod, so that its successor of the same name gets a new uid and address.
     pub fn forget(&mut self, key: &PodKey) {
         self.pods.remove(key);

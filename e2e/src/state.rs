@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::io;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::path::PathBuf;
 
@@ -38,8 +39,24 @@ pub struct Config {
     /// Nodes (`node-1`, …) whose proxy is handed its pods by an agent, as Istio's is, instead of reading them in a file.
     #[serde(default)]
     pub handed: BTreeSet<String>,
+    /// The API server in which objects live; none = in files.
+    #[serde(default)]
+    pub api: Option<Api>,
     /// End when standard input ends: a test's lab must not outlive it.
     pub tied: bool,
+}
+
+/// An API server that stands beside control, and who comes to it with which kubeconfig.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Api {
+    /// Where it listens, outside of the lab.
+    pub server: SocketAddr,
+    /// Of the lab itself, which plays scheduler, kubelet and controllers.
+    pub kubeconfig: PathBuf,
+    /// Of control, as seen inside the lab.
+    pub control: PathBuf,
+    /// Of the nodes' agents, as seen inside the lab; none = proxies read their pods in a file.
+    pub agent: Option<PathBuf>,
 }
 
 /// Paths below the state directory.
@@ -85,6 +102,14 @@ impl Paths {
     /// The pods of a node, for ztunnel.
     pub fn pods_file(&self, node: u16) -> PathBuf {
         self.0.join(format!("pods-node-{node}.yaml"))
+    }
+    /// What the agent of a node takes for `/proc`.
+    pub fn proc(&self, node: u16) -> PathBuf {
+        self.0.join(format!("proc-node-{node}"))
+    }
+    /// What the agent of a node keeps.
+    pub fn agent_state(&self, node: u16) -> PathBuf {
+        self.0.join(format!("agent-state-node-{node}"))
     }
     /// The socket on which a node's proxy is handed its pods.
     pub fn agent_socket(&self, node: u16) -> PathBuf {

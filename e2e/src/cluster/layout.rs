@@ -15,8 +15,6 @@ pub const NODES_MAX: u16 = 9;
 pub const CONTROL: &str = "control-plane";
 /// A machine beyond the cluster's border.
 pub const OUTSIDE: &str = "outside";
-/// Service `kubernetes`, the first of the range.
-pub const API_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
 /// Service `kube-dns`.
 pub const DNS_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
 /// Fabric address of the control plane.

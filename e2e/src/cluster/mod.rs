@@ -12,7 +12,6 @@ pub mod dns;
 pub mod image;
 pub mod layout;
 pub mod machine;
-pub mod pki;
 pub mod spec;
 
 use std::fs;
@@ -31,6 +30,7 @@ use serde_json::Value;
 use crate::cluster::layout::Folder;
 use crate::cluster::machine::Spec;
 use crate::eventually::eventually;
+use crate::kube::programs;
 use crate::lab::programs_dir;
 use crate::topology;
 
@@ -333,19 +333,15 @@ fn missing_tools() -> anyhow::Result<()> {
 
 /// The folder of Kubernetes' own programs.
 fn kube_programs() -> anyhow::Result<PathBuf> {
-    use sha2::Digest;
-    let sums = include_bytes!("../../kube/go.sum");
-    let name: String = sha2::Sha256::digest(sums).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let cache = cache.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
-    let folder = cache.context("neither XDG_CACHE_HOME nor HOME is set")?.join("tulle/kube").join(name);
     let needed = ["kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl"];
-    let missing: Vec<&str> = needed.into_iter().filter(|name| !folder.join(name).is_file()).collect();
+    let found = needed.map(programs::find).into_iter().collect::<Result<Vec<_>, _>>();
+    let found = found.map_err(|error| anyhow::anyhow!("{error} (a cluster takes `.ci/kube.sh all`)"))?;
+    let folder = found[0].parent().context("a folder")?.to_path_buf();
+    let apart = found.iter().find(|program| program.parent() != Some(&folder));
     anyhow::ensure!(
-        missing.is_empty(),
-        "{} lacks {}; `.ci/kube.sh all` builds them",
-        folder.display(),
-        missing.join(", ")
+        apart.is_none(),
+        "{apart:?} is not in {}; a cluster's programs are in one folder",
+        folder.display()
     );
     Ok(folder)
 }

@@ -17,8 +17,7 @@ use crate::cluster::layout;
 use crate::cluster::layout::Folder;
 use crate::cluster::machine::Spec;
 use crate::cluster::machine::Step;
-use crate::cluster::pki;
-use crate::cluster::pki::Authority;
+use crate::kube::pki::Pki;
 use crate::lab::programs_dir;
 use crate::topology;
 
@@ -42,30 +41,22 @@ const ANSWERS: u64 = 120;
 
 /// Certificates, keys and kubeconfigs.
 pub fn secrets(folder: &Folder, nodes: u16) -> anyhow::Result<()> {
-    let authority = Authority::create(&folder.pki())?;
-    pki::key_pair(&folder.pki(), "accounts")?;
-    let mut names: Vec<String> =
-        ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "localhost"].map(str::to_owned).to_vec();
-    names.extend([layout::API_SERVICE, layout::CONTROL_ADDRESS].map(|it| it.to_string()));
-    names.extend(["kubernetes.default.svc.cluster.local".to_owned(), "127.0.0.1".to_owned()]);
-    authority.issue("apiserver", "kube-apiserver", "", &names)?;
-    authority.issue("to-kubelet", "apiserver-kubelet", "system:masters", &[])?;
-    let mut users: Vec<(String, String, &str, Vec<String>)> = [
-        ("admin", "admin", "system:masters"),
-        ("controllers", "system:kube-controller-manager", ""),
-        ("scheduler", "system:kube-scheduler", ""),
-        ("kube-proxy", "system:kube-proxy", ""),
-    ]
-    .map(|(name, user, group)| (name.to_owned(), user.to_owned(), group, vec![]))
-    .to_vec();
-    users.extend((1..=nodes).map(|node| {
-        let name = layout::node_name(node);
-        let names = vec![name.clone(), layout::node_address(node).to_string()];
-        (name.clone(), format!("system:node:{name}"), "system:nodes", names)
-    }));
-    for (name, user, group, names) in users {
-        authority.issue(&name, &user, group, &names)?;
-        fs::write(folder.kubeconfig(&name), config::kubeconfig(folder, &name))?;
+    fs::create_dir_all(folder.pki())?;
+    let pki = Pki::create(&folder.pki())?;
+    let write = |name: &str| fs::write(folder.kubeconfig(name), config::kubeconfig(folder, name));
+    for (name, user, groups) in [
+        ("admin", "admin", &["system:masters"][..]),
+        ("to-kubelet", "apiserver-kubelet", &["system:masters"]),
+        ("controllers", "system:kube-controller-manager", &[]),
+        ("scheduler", "system:kube-scheduler", &[]),
+        ("kube-proxy", "system:kube-proxy", &[]),
+    ] {
+        pki.user(name, user, groups)?;
+        write(name)?;
+    }
+    for node in 1..=nodes {
+        pki.node(&layout::node_name(node), layout::node_address(node).into())?;
+        write(&layout::node_name(node))?;
     }
     Ok(())
 }

@@ -37,6 +37,7 @@ use crate::state::View;
 use crate::state::replace;
 use crate::supervise::Job;
 use crate::supervise::mesh;
+use crate::supervise::mirror::Mirror;
 use crate::supervise::pods;
 use crate::supervise::pods::Running;
 use crate::supervise::process::Process;
@@ -75,6 +76,7 @@ pub(super) struct Engine {
     pods: BTreeMap<PodKey, Running>,
     completed: Completed,
     published: Published,
+    mirror: Option<Mirror>,
     rules: Vec<String>,
     zone: Arc<RwLock<dns::Zone>>,
     _dns: Vec<dns::Server>,
@@ -115,6 +117,7 @@ impl Engine {
         for (netns, node) in node_ns.iter().zip(1..) {
             servers.push(dns::Server::start(netns, address::gateway(node), zone.clone())?);
         }
+        let mirror = config.api.as_ref().map(|api| Mirror::connect(api, &control_ns)).transpose()?;
         let seed = format!("{}/{}", paths.0.display(), std::process::id());
         let mut engine = Self {
             allocator: Allocator::new(config.nodes, &seed),
@@ -131,6 +134,7 @@ impl Engine {
             pods: BTreeMap::new(),
             completed: Completed::default(),
             published: Published::default(),
+            mirror,
             rules: Vec::new(),
             zone,
             _dns: servers,
@@ -408,7 +412,12 @@ impl Engine {
         }
         let own =
             self.pods.values().filter(|pod| matches!(pod.plan.spot, plan::Spot::Node { node: at, .. } if at == node));
-        self.proxies.tell(&self.paths, node, own.map(|pod| (&pod.plan, pod.netns_path(), pod.told_enrolled)))
+        self.proxies.tell(
+            &self.config,
+            &self.paths,
+            node,
+            own.map(|pod| (&pod.plan, pod.netns_path(), pod.told_enrolled)),
+        )
     }
 
     /// Writes objects, names and address translation as they follow from what is known now.
@@ -426,6 +435,12 @@ impl Engine {
         let facts = self.pods.iter().map(|(key, pod)| (key.clone(), pod.facts.clone())).collect();
         self.completed = objects::complete(&wanted, &plans, &facts, &mut self.allocator, self.config.nodes)?;
         self.published.publish(&self.paths.objects(), &self.completed.objects)?;
+        if let Some(mirror) = &mut self.mirror {
+            for (key, uid) in mirror.publish(&self.completed.objects)? {
+                self.allocator.rename(&key, &uid);
+                self.pods.get_mut(&key).into_iter().for_each(|pod| pod.plan.uid.clone_from(&uid));
+            }
+        }
         if let Ok(mut zone) = self.zone.write() {
             *zone = dns::zone(&self.completed.services, &self.hosts());
         }
@@ -520,7 +535,7 @@ impl Engine {
     fn await_published(&mut self, deadline: Instant) {
         while self.control.as_mut().is_some_and(|control| control.exited().is_none()) && Instant::now() < deadline {
             let sync = mesh::control_sync(self.control_ns.path());
-            if sync.is_ok_and(|sync| self.published.missing(&sync, &[]).is_empty()) {
+            if sync.is_ok_and(|sync| self.published.missing(&sync, &[], self.mirror.is_some()).is_empty()) {
                 return;
             }
             std::thread::sleep(eventually::INTERVAL);
@@ -548,7 +563,7 @@ impl Engine {
     fn sync_missing(&self) -> Vec<String> {
         let nodes: Vec<String> = (1..=self.config.nodes).map(|node| format!("node-{node}")).collect();
         let mut missing = match mesh::control_sync(self.control_ns.path()) {
-            Ok(sync) => self.published.missing(&sync, &nodes),
+            Ok(sync) => self.published.missing(&sync, &nodes, self.mirror.is_some()),
             Err(error) => vec![format!("control does not answer: {error:#}")],
         };
         for (node, netns) in (1..).zip(&self.node_ns) {

@@ -32,11 +32,15 @@ const ASK_TIMEOUT: Duration = Duration::from_millis(1500);
 /// Starts control in its namespace.
 pub fn start_control(config: &Config, paths: &Paths, netns: &Path) -> anyhow::Result<Process> {
     let mut argv = vec![program(config, "control", &["control"])?.display().to_string()];
+    let source = match &config.api {
+        Some(_) => "kube".to_owned(),
+        None => format!("files:{}", paths.objects().display()),
+    };
     argv.extend(
         [
             "serve",
             "--source",
-            &format!("files:{}", paths.objects().display()),
+            &source,
             "--ca-dir",
             &paths.ca().display().to_string(),
             "--tls-san",
@@ -46,6 +50,9 @@ pub fn start_control(config: &Config, paths: &Paths, netns: &Path) -> anyhow::Re
         ]
         .map(str::to_owned),
     );
+    if let Some(api) = &config.api {
+        argv.extend(["--kubeconfig".to_owned(), api.control.display().to_string()]);
+    }
     argv.extend(config.args.get("control").cloned().unwrap_or_default());
     let mut env = BTreeMap::from([("HOME".to_owned(), "/".to_owned())]);
     env.extend(config.env.get("control").cloned().unwrap_or_default());
@@ -123,10 +130,6 @@ pub fn start_ztunnel(config: &Config, paths: &Paths, node: u16, netns: &Path) ->
         ("HOME", "/".to_owned()),
         ("NODE_NAME", name.clone()),
         ("AUTH_TOKEN", paths.token(node).display().to_string()),
-        match handed {
-            true => ("INPOD_UDS", paths.agent_socket(node).display().to_string()),
-            false => ("TULLE_PODS", paths.pods_file(node).display().to_string()),
-        },
         ("POD_NAMESPACE", names::DEFAULT_ROOT_NAMESPACE.to_owned()),
         ("POD_NAME", format!("ztunnel-{name}")),
         ("SERVICE_ACCOUNT", names::NODE_SERVICE_ACCOUNT.to_owned()),
@@ -135,6 +138,7 @@ pub fn start_ztunnel(config: &Config, paths: &Paths, node: u16, netns: &Path) ->
         ("TULLE_HANDOVER", paths.handover_socket(node).display().to_string()),
     ];
     env.extend(own.map(|(name, value)| (name.to_owned(), value)));
+    env.extend(source_of_pods(config, paths, node, handed));
     if !handed {
         env.insert("CRL_PATH".to_owned(), paths.ca().join("crl.pem").display().to_string());
     }
@@ -149,6 +153,25 @@ pub fn start_ztunnel(config: &Config, paths: &Paths, node: u16, netns: &Path) ->
         placement: &Placement { netns: Some(netns.to_path_buf()), ..Placement::default() },
         log: &paths.log(&name),
     })
+}
+
+/// Where a proxy learns of the pods of its node.
+fn source_of_pods(config: &Config, paths: &Paths, node: u16, handed: bool) -> BTreeMap<String, String> {
+    let path = |path: PathBuf| path.display().to_string();
+    let state = paths.agent_state(node);
+    let settings = match config.api.as_ref().and_then(|api| api.agent.clone()) {
+        _ if handed => vec![("INPOD_UDS", path(paths.agent_socket(node)))],
+        None => vec![("TULLE_PODS", path(paths.pods_file(node)))],
+        Some(kubeconfig) => vec![
+            ("TULLE_CLUSTER", "on".to_owned()),
+            ("KUBECONFIG", path(kubeconfig)),
+            ("TULLE_PROC", path(paths.proc(node))),
+            ("TULLE_RUN_DIR", path(state.join("run"))),
+            ("TULLE_CNI_STATE_DIR", path(state.join("cni"))),
+            ("TULLE_CNI_SOCKET", path(state.join("cni.sock"))),
+        ],
+    };
+    settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
 fn program(config: &Config, usual: &str, components: &[&str]) -> anyhow::Result<PathBuf> {

@@ -8,9 +8,12 @@
 pub mod process;
 
 pub mod mesh;
+pub mod mirror;
 pub mod pods;
+pub mod proc;
 pub mod proxies;
 pub mod publish;
+pub mod relay;
 pub mod wanted;
 
 mod engine;

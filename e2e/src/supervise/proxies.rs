@@ -16,13 +16,18 @@ use crate::plan::Pod;
 use crate::state::Config;
 use crate::state::Paths;
 use crate::supervise::mesh;
+use crate::supervise::proc::Tree;
 use crate::supervise::process::Process;
 use crate::zds;
 use crate::zds::Handed;
 
 /// Every node's proxy, by number of the node.
 #[derive(Debug, Default)]
-pub struct Proxies(BTreeMap<u16, Proxy>);
+pub struct Proxies {
+    of: BTreeMap<u16, Proxy>,
+    /// What agents see of their nodes.
+    processes: BTreeMap<u16, Tree>,
+}
 
 #[derive(Debug)]
 struct Proxy {
@@ -36,7 +41,7 @@ struct Proxy {
 impl Proxies {
     /// Starts the proxy of a node, and its agent if it needs one and there is none. Fails when it runs already.
     pub fn start(&mut self, config: &Config, paths: &Paths, node: u16, netns: &Path) -> anyhow::Result<()> {
-        let before = self.0.get_mut(&node);
+        let before = self.of.get_mut(&node);
         let runs = before.as_ref().is_some_and(|proxy| proxy.process.ended_with().is_none());
         anyhow::ensure!(!runs, "node-{node} runs already");
         let handed = config.handed.contains(&format!("node-{node}"));
@@ -50,14 +55,14 @@ impl Proxies {
             agent => agent,
         };
         let process = mesh::start_ztunnel(config, paths, node, netns)?;
-        self.0.insert(node, Proxy { process, agent, before: draining });
+        self.of.insert(node, Proxy { process, agent, before: draining });
         Ok(())
     }
 
     /// Starts another proxy beside a running one, which drains once the new one has taken its listeners.
     pub fn replace(&mut self, config: &Config, paths: &Paths, node: u16, netns: &Path) -> anyhow::Result<()> {
         let runs = |process: &Process| process.ended_with().is_none();
-        let proxy = self.0.get_mut(&node).with_context(|| format!("node-{node} was never started"))?;
+        let proxy = self.of.get_mut(&node).with_context(|| format!("node-{node} was never started"))?;
         // The one that serves may be one from before, whose successor died.
         let running = runs(&proxy.process) || proxy.before.iter().any(runs);
         anyhow::ensure!(running, "node-{node} does not run; start it");
@@ -68,7 +73,7 @@ impl Proxies {
 
     /// Process of a node's proxy.
     pub fn process(&self, node: u16) -> Option<&Process> {
-        self.0.get(&node).map(|proxy| &proxy.process)
+        self.of.get(&node).map(|proxy| &proxy.process)
     }
 
     /// Whether a node's proxy runs.
@@ -78,13 +83,13 @@ impl Proxies {
 
     /// Whether any proxy runs.
     pub fn any_runs(&self) -> bool {
-        self.0.values().any(|proxy| proxy.process.pid().is_some())
+        self.of.values().any(|proxy| proxy.process.pid().is_some())
     }
 
     /// Notices ended processes; true when there is a new one.
     pub fn observe(&mut self) -> bool {
         let mut ended = false;
-        for proxy in self.0.values_mut() {
+        for proxy in self.of.values_mut() {
             let ran = proxy.process.pid().is_some();
             ended |= ran && proxy.process.exited().is_some();
             proxy.before.retain_mut(|process| process.exited().is_none());
@@ -92,14 +97,20 @@ impl Proxies {
         ended
     }
 
-    /// Tells a node its pods; each comes with its namespace and whether it is to be captured.
+    /// Tells a node its pods; each comes with its namespace and whether it is to be captured. An agent that asks the API
+    /// server is told nothing, and finds each pod's process.
     pub fn tell<'a>(
-        &self,
+        &mut self,
+        config: &Config,
         paths: &Paths,
         node: u16,
         pods: impl Iterator<Item = (&'a Pod, &'a PathBuf, bool)>,
     ) -> anyhow::Result<()> {
-        let Some(agent) = self.0.get(&node).and_then(|proxy| proxy.agent.as_ref()) else {
+        let Some(agent) = self.of.get(&node).and_then(|proxy| proxy.agent.as_ref()) else {
+            if config.api.as_ref().is_some_and(|api| api.agent.is_some()) {
+                let processes = pods.map(|(pod, netns, _)| (pod.uid.as_str(), netns));
+                return self.processes.entry(node).or_default().show(&paths.proc(node), processes);
+            }
             return mesh::write_pods(paths, node, pods);
         };
         let handed = pods.filter(|(.., enrolled)| *enrolled).map(|(pod, netns, _)| {
@@ -117,7 +128,7 @@ impl Proxies {
 
     /// What is known of the capture of a node's pods; none when nobody answers.
     pub fn captures(&self, node: u16, netns: &Path) -> Option<Captures> {
-        let proxy = self.0.get(&node).filter(|proxy| proxy.process.pid().is_some())?;
+        let proxy = self.of.get(&node).filter(|proxy| proxy.process.pid().is_some())?;
         match &proxy.agent {
             Some(agent) => Some(Captures::Handed(agent.handed())),
             None => mesh::node_status(netns).ok().map(Captures::Status),
@@ -126,7 +137,7 @@ impl Proxies {
 
     /// Why a node's proxy is not ready; none when it is.
     pub fn unready(&self, node: u16, netns: &Path) -> Option<String> {
-        let proxy = self.0.get(&node).filter(|proxy| proxy.process.pid().is_some());
+        let proxy = self.of.get(&node).filter(|proxy| proxy.process.pid().is_some());
         let Some(proxy) = proxy else {
             return Some(format!("the proxy of node-{node} does not run; see logs/node-{node}.log"));
         };
@@ -146,7 +157,7 @@ impl Proxies {
 
     /// The processes, to be ended; the agents end here.
     pub fn into_processes(self) -> impl Iterator<Item = Process> {
-        self.0.into_values().flat_map(|proxy| proxy.before.into_iter().chain([proxy.process]))
+        self.of.into_values().flat_map(|proxy| proxy.before.into_iter().chain([proxy.process]))
     }
 }
 

@@ -30,8 +30,12 @@ impl Published {
         &self.files
     }
 
-    /// What control should publish, and what it should not any more.
-    pub fn missing(&self, sync: &Value, nodes: &[String]) -> Vec<String> {
+    /// What control should publish, and what it should not any more. Where its source is an API server (`elsewhere`), the
+    /// files say nothing about that, and what counts is that the nodes have what control has.
+    pub fn missing(&self, sync: &Value, nodes: &[String], elsewhere: bool) -> Vec<String> {
+        if elsewhere {
+            return missing(sync, &BTreeMap::new(), &BTreeSet::new(), nodes);
+        }
         missing(sync, &self.files, &self.removed, nodes)
     }
 
