@@ -28,6 +28,7 @@ if [ "${1:-}" = all ]; then
     need openssh-server sshd
     need openssh-client ssh scp ssh-keygen
     need git git
+    [ -x /usr/lib/cni/bridge ] || [ -x /opt/cni/bin/bridge ] || missing="$missing containernetworking-plugins"
     need iperf3 iperf3
     need postgresql-client psql
     [ -n "$(find /usr/lib/postgresql -name initdb 2>/dev/null | head -1)" ] || missing="$missing postgresql"

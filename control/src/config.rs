@@ -57,6 +57,9 @@ pub struct Serve {
     /// Where objects come from: `files:<dir>` or `kube`.
     #[arg(long, env = "TULLE_CONTROL_SOURCE")]
     pub source: Source,
+    /// How to reach the API server with `--source kube`. Without it: as the service account of control's own pod.
+    #[arg(long, env = "KUBECONFIG")]
+    pub kubeconfig: Option<PathBuf>,
     /// xDS and certificates, TLS.
     #[arg(long, env = "TULLE_CONTROL_GRPC_LISTEN", default_value = "0.0.0.0:15012")]
     pub grpc_listen: SocketAddr,
@@ -229,6 +232,8 @@ pub enum Replaced {
 pub enum Source {
     /// A folder of manifests.
     Files(PathBuf),
+    /// The API server of a Kubernetes cluster.
+    Kube,
 }
 
 impl std::str::FromStr for Source {
@@ -237,7 +242,7 @@ impl std::str::FromStr for Source {
     fn from_str(text: &str) -> Result<Self, String> {
         match text.split_once(':') {
             Some(("files", dir)) if !dir.is_empty() => Ok(Self::Files(dir.into())),
-            _ if text == "kube" => Err("the Kubernetes source is not part of this version yet; use files:<dir>".into()),
+            _ if text == "kube" => Ok(Self::Kube),
             _ => Err(format!("`{text}` is neither files:<dir> nor kube")),
         }
     }

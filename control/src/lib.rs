@@ -1,7 +1,7 @@
 //! Tulle's control plane as a library: the `control` and `tulle` programs are thin shells around it.
 //!
 //! One way through: source → model → translate → resources → xDS sessions, and conditions beside it. A module imports
-//! only modules above it in this order: base, model, resource, telemetry, authn, source, keys, translate, stream, xds, ca,
+//! only modules above it in this order: base, model, resource, telemetry, authn, cluster, source, keys, translate, stream, xds, ca,
 //! nodes, admin, config, app, cli.
 
 /// Clock and the order to stop.
@@ -12,6 +12,8 @@ pub mod telemetry;
 pub mod model;
 /// What nodes are told, and its versions.
 pub mod resource;
+/// The Kubernetes API server.
+pub mod cluster;
 /// Where objects come from.
 pub mod source;
 /// The key sets of token issuers, fetched for all nodes.

@@ -97,7 +97,7 @@ fn control_refuses_a_bad_command_line_with_the_reason() {
     let ca = ca.to_str().expect("text");
     let cases: &[(&[&str], i32, &str)] = &[
         (&["serve", "--ca-dir", ca], 2, "--source"),
-        (&["serve", "--ca-dir", ca, "--source", "kube"], 2, "not part of this version"),
+        (&["serve", "--ca-dir", ca, "--source", "kube"], 1, "there is no --kubeconfig"),
         (&["serve", "--ca-dir", ca, "--source", "files:"], 2, "neither files:"),
         (&["serve", "--ca-dir", ca, "--source", "files:/nonexistent"], 1, "no such folder"),
         (&["token", "--ca-dir", ca], 2, "--node"),

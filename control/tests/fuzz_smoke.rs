@@ -23,6 +23,16 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
     match target {
         // What users write, and every case of translation.
         "manifest" => ["../e2e/examples/shop", "src/translate/testdata"].into_iter().flat_map(files).collect(),
+        "cluster" => vec![
+            // After the byte that chooses the kind: pods, AuthorizationPolicies, EgressPolicies.
+            b"\x03{\"metadata\":{\"resourceVersion\":\"7\",\"continue\":\"a\"},\"items\":[{\"metadata\":{\"name\":\"a\",\"namespace\":\"b\",\
+              \"labels\":{\"c\":\"d\"}},\"spec\":{\"nodeName\":\"n\"},\"status\":{\"podIP\":\"10.0.0.1\"}}]}"
+                .to_vec(),
+            b"\x0b{\"type\":\"ADDED\",\"object\":{\"metadata\":{\"name\":\"a\",\"namespace\":\"b\"},\"spec\":{\"action\":\"DENY\",\
+              \"rules\":[{\"to\":[{\"operation\":{\"paths\":[\"/a*\"]}}]}]}}}"
+                .to_vec(),
+            b"\x10{\"type\":\"ERROR\",\"object\":{\"code\":410,\"message\":\"too old\"}}".to_vec(),
+        ],
         "token" => vec![b"eyJhbGciOiJFUzI1NiJ9.eyJpc3MiOiJ0dWxsZSJ9.c2lnbmF0dXJl".to_vec()],
         "discovery" => vec![stream()],
         "keys" => vec![

@@ -19,6 +19,7 @@ pub mod eventually;
 pub mod netns;
 pub mod place;
 pub mod rootless;
+pub mod runtime;
 pub mod topology;
 
 pub mod client;

@@ -75,6 +75,37 @@ fn a_label_in_the_api_switches_the_mesh_while_traffic_runs() -> anyhow::Result<(
 }
 
 #[test]
+fn agents_follow_a_label_that_a_user_sets() -> anyhow::Result<()> {
+    let Some((api, lab)) = cluster(&scenario::world(false), true)? else { return Ok(()) };
+    assert!(is_readable(&lab)?, "outside the mesh the marker crosses the link in the clear");
+    let fresh = lab.load("shop/web", &["http://cart.shop/", "tcp://cart.shop:9000"], 30.0, &[])?;
+    let kept = lab.load("shop/other", &["http://cart.shop/"], 30.0, &["--keep-alive"])?;
+    let published = |pod: &str, wanted: Value| {
+        api.wait("Pod", pod, "what its agent says", |it| {
+            it["metadata"]["annotations"]["ambient.istio.io/redirection"] == wanted
+        })
+    };
+    // Nobody tells the lab: what follows is the work of agents and control.
+    api.label("Namespace", "shop", "tulle.dev/mesh", Some("enabled"))?;
+    for pod in ["shop/web", "shop/other", "shop/cart"] {
+        published(pod, "enabled".into())?;
+    }
+    await_readable(&lab, false)?;
+    api.label("Namespace", "shop", "tulle.dev/mesh", None)?;
+    for pod in ["shop/web", "shop/other", "shop/cart"] {
+        published(pod, Value::Null)?;
+    }
+    await_readable(&lab, true)?;
+    scenario::all_well(&fresh.finish()?, 60)?;
+    scenario::all_well(&kept.finish()?, 30)?;
+    let by_agents = api.audit()?.into_iter().filter(|it| it.agent.starts_with("tulle-ztunnel") && it.writes());
+    let strays: Vec<String> =
+        by_agents.filter(|it| it.code == 403).map(|it| format!("{} {}", it.what(), it.code)).collect();
+    assert!(strays.is_empty(), "agents were refused: {strays:?}");
+    Ok(())
+}
+
+#[test]
 fn policies_and_routes_take_effect_from_the_api() -> anyhow::Result<()> {
     let mut objects = scenario::world(true);
     objects.push_str(&scenario::server("shop", "next", "next", 2));

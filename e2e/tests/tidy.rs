@@ -51,6 +51,8 @@ const FENCES: &[(&str, &str, &[&str])] = &[
     ("ztunnel", "tonic::", &["xds", "identity"]),
     ("control", "tonic::", &["authn", "stream", "xds", "ca", "nodes", "app"]),
     ("control", "notify::", &["source"]),
+    ("control", "kube::", &["cluster", "source", "status"]),
+    ("control", "k8s_openapi::", &["cluster", "source", "status"]),
 ];
 
 /// Words that say nothing about a thing.

@@ -5,6 +5,9 @@
 use control::authn::Verifier;
 use control::resource::Kind;
 use control::source::files;
+use control::source::kube::json;
+use control::source::kube::kinds::KINDS;
+use control::source::kube::known::{Event, Known};
 use control::xds::session::{Abilities, Session};
 use prost::Message as _;
 use tulle_proto::discovery::DeltaDiscoveryRequest;
@@ -14,7 +17,7 @@ pub type Target = fn(&[u8]);
 
 /// Every target of this file, by name.
 pub const TARGETS: &[(&str, Target)] =
-    &[("manifest", manifest), ("token", token), ("discovery", discovery), ("keys", keys)];
+    &[("manifest", manifest), ("cluster", cluster), ("token", token), ("discovery", discovery), ("keys", keys)];
 
 /// A file of objects, from a user.
 pub fn manifest(data: &[u8]) {
@@ -24,6 +27,31 @@ pub fn manifest(data: &[u8]) {
         let text = error.error.to_string();
         assert!(!text.is_empty());
         assert!((1..=lines + 1).contains(&error.error.line), "line {} of {lines}: {text}", error.error.line);
+    }
+}
+
+/// A page of a list and a line of a watch, from the API server, with objects of its users in them.
+pub fn cluster(data: &[u8]) {
+    // The first byte chooses the kind, as the request does.
+    let (chosen, rest) = data.split_first().unwrap_or((&0, data));
+    let place = usize::from(*chosen) % KINDS.len();
+    let mut known = Known::default();
+    known.apply(place, Event::Started, 1);
+    if let Ok(page) = json::page(rest, &KINDS[place]) {
+        let most = page.items.len();
+        known.apply(place, Event::Page(page.items), 1);
+        known.apply(place, Event::Listed(page.version), 1);
+        assert!(known.followed()[place].objects <= most);
+    }
+    match json::line(rest, &KINDS[place]) {
+        Ok(json::Line::Applied(item, version)) => {
+            let (namespace, name) = (item.namespace.clone(), item.name.clone());
+            known.apply(place, Event::Applied(item, version), 2);
+            assert!(known.loaded().problems.iter().all(|problem| !problem.to_string().is_empty()));
+            known.apply(place, Event::Gone(namespace, name, String::new()), 3);
+        }
+        Ok(_) => {}
+        Err(reason) => assert!(!reason.is_empty()),
     }
 }
 

@@ -3,6 +3,7 @@
 //! A target takes bytes, ignores those that cannot reach the parser (most take text), and asserts what must hold for
 //! everything that was accepted.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri};
@@ -10,7 +11,10 @@ use prost::Message as _;
 use tulle_certs::{Issued, Roots, SpiffeId, Usage};
 use tulle_proto::workload::address::Type;
 use ztunnel::capture::zds::{self, PACKET_MAX};
+use ztunnel::cni::conf;
 use ztunnel::cni::enrolment::Known;
+use ztunnel::cni::install::primary::{Candidate, Choice, choose, primary_of};
+use ztunnel::cni::kubeconfig::Access;
 use ztunnel::cni::wire::{self as cni, MESSAGE_MAX};
 use ztunnel::dns::wire;
 use ztunnel::hbone::headers::{self, Authority, Baggage, Forwarded, TraceId};
@@ -41,6 +45,10 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("cni-request", cni_request),
     ("cni-answer", cni_answer),
     ("cni-known", cni_known),
+    ("cni-conf", cni_conf),
+    ("cni-list", cni_list),
+    ("cni-api", cni_api),
+    ("kubeconfig", kubeconfig),
     ("local", local),
     ("address", address),
     ("authorization", authorization),
@@ -99,6 +107,46 @@ pub fn cni_request(data: &[u8]) {
 pub fn cni_answer(data: &[u8]) {
     if let Ok(answer) = cni::decode(data) {
         assert_eq!(cni::decode(&cni::encode(&answer)), Ok(answer));
+    }
+}
+
+/// The configuration of one call, from the runtime.
+pub fn cni_conf(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    if let Ok(conf) = conf::read(text) {
+        assert_eq!(conf::version_of(text), conf.version);
+        if let Some(result) = &conf.prev_result {
+            let value: serde_json::Value = serde_json::from_str(result).expect("a result that is passed on is JSON");
+            assert!(!value.is_null());
+        }
+    }
+    let _ = conf::pod_name(text);
+}
+
+/// A configuration of the node's network, to which ours is added.
+pub fn cni_list(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    for name in ["10-a.conflist", "10-a.conf"] {
+        let candidate = Candidate { name: name.to_owned(), text: Ok(text.to_owned()) };
+        let Choice::Chain(chain) = choose(vec![candidate], None, &serde_json::json!({})) else { continue };
+        let list: serde_json::Value = serde_json::from_str(&chain.text).expect("what is written is JSON");
+        let plugins = list["plugins"].as_array().expect("what is written has plugins");
+        assert!(plugins.last().is_some_and(|last| last["type"] == "tulle-cni") && plugins.len() > 1);
+        assert_eq!(primary_of(&chain.text).as_deref(), Some(name));
+    }
+}
+
+/// An answer of the API server to the plugin.
+pub fn cni_api(data: &[u8]) {
+    let _ = ztunnel::cni::api::read(data);
+}
+
+/// A kubeconfig that the installer is given.
+pub fn kubeconfig(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let none = |_: &Path| Err("no files here".to_owned());
+    if let Ok(access) = Access::read(text, Path::new("/"), none) {
+        assert_eq!(Access::read(&access.render(), Path::new("/"), none), Ok(access));
     }
 }
 

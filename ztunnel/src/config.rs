@@ -3,6 +3,7 @@
 //!
 //! The only reader of the environment. Modules get their part by value and never import this one.
 
+pub mod cni;
 pub mod gateway;
 pub mod istio;
 

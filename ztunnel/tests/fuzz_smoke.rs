@@ -59,6 +59,22 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         "cni-known" => texts(&[
             r#"{"version":1,"rootNamespace":"tulle-system","egressDeniedByDefault":false,"namespaces":{"shop":{"tulle.dev/mesh":"enabled","tulle.dev/egress":"deny"},"kube-system":{}}}"#,
         ]),
+        "cni-conf" => texts(&[
+            r#"{"cniVersion":"1.0.0","name":"net","type":"tulle-cni","socket":"/run/s","prevResult":{"interfaces":[{"name":"cni0"},{"name":"eth0","sandbox":"/run/netns/c1"}],"ips":[{"address":"10.1.2.3/24","interface":1}],"mtu":1.5e3}}"#,
+            r#"{"cniVersion":"1.1.0","name":"net","type":"tulle-cni","cni.dev/valid-attachments":[{"containerID":"c1","ifname":"eth0"}]}"#,
+            "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=cart-0",
+        ]),
+        "cni-list" => texts(&[
+            r#"{"cniVersion":"1.0.0","cniVersions":["1.0.0","1.2.0"],"name":"net","plugins":[{"type":"bridge","mtu":1.0}],"disableCheck":true}"#,
+            r#"{"cniVersion":"0.3.1","name":"net","type":"bridge","ipam":{"type":"host-local"}}"#,
+        ]),
+        "cni-api" => texts(&[
+            "HTTP/1.0 200 OK\r\nContent-Type: application/json\r\nContent-Length: 41\r\n\r\n{\"metadata\":{\"labels\":{\"a\":\"b\"}},\"x\":10}",
+            "HTTP/1.1 404 Not Found\r\n\r\n",
+        ]),
+        "kubeconfig" => texts(&[
+            "current-context: a\ncontexts: [{name: a, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h:1', certificate-authority-data: QQ==}}]\nusers: [{name: u, user: {token: t}}]\n",
+        ]),
         "route" => vec![route().encode_to_vec()],
         "traffic-policy" => vec![traffic_policy().encode_to_vec()],
         "request-auth" => vec![request_auth().encode_to_vec()],

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use clap::{Args as _, Command};
 use prometheus_client::registry::Registry;
 use ztunnel::config::Node;
+use ztunnel::config::cni::Installation;
 use ztunnel::config::gateway::Gateway;
 use ztunnel::config::istio::{NOT_FOLLOWED, Variable};
 use ztunnel::outcome::{Code, Fault, Outcome, Retry};
@@ -49,6 +50,7 @@ fn settings_in_the_reference_are_those_of_the_code() {
     let node = Node::augment_args(Command::new("ztunnel"));
     let own = |name: &str| node.get_arguments().all(|argument| argument.get_id() != name);
     check("gateway-settings", &settings(Gateway::augment_args(Command::new("ztunnel")), own));
+    check("cni-settings", &settings(Installation::augment_args(Command::new("ztunnel")), |_| true));
 }
 
 /// A row for each argument of `command` that is `wanted` by its id.

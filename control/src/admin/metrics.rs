@@ -6,11 +6,13 @@ use std::sync::atomic::Ordering;
 
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 use crate::admin::State;
 use crate::resource::Kind;
+use crate::source::{Followed, Standing};
 
 /// The page.
 pub(super) fn text(state: &State) -> String {
@@ -54,8 +56,39 @@ pub(super) fn text(state: &State) -> String {
     counter("xds_rejections", "xDS responses rejected by nodes", streams.rejected.load(Ordering::Relaxed));
     counter("certificates_signed", "Certificates signed", state.counters.signed.load(Ordering::Relaxed));
     counter("certificates_refused", "Certificate requests refused", state.counters.refused.load(Ordering::Relaxed));
+    followed(&mut registry, &state.followed.borrow());
     let mut text = String::new();
     // Writing to a string cannot fail; an empty page would show if it did.
     let _ = encode(&mut text, &registry);
     text
+}
+
+/// How the API server is followed, by kind. Nothing with files.
+fn followed(registry: &mut Registry, kinds: &[Followed]) {
+    if kinds.is_empty() {
+        return;
+    }
+    let count = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+    let mut family = |name: &str, help: &str, value: &dyn Fn(&Followed) -> i64| {
+        let family = Family::<Vec<(String, String)>, Gauge>::default();
+        for kind in kinds {
+            family.get_or_create(&vec![("resource".into(), kind.resource.clone())]).set(value(kind));
+        }
+        registry.register(name, help, family);
+    };
+    family("source_objects", "Objects known, by kind", &|kind| count(kind.objects as u64));
+    family("source_stale", "1 while the API server cannot be asked about the kind", &|kind| {
+        i64::from(kind.standing == Standing::Stale)
+    });
+    family("source_heard_seconds", "When the API server was last heard of the kind, Unix time", &|kind| kind.heard);
+    let mut family = |name: &str, help: &str, value: fn(&Followed) -> u64| {
+        let family = Family::<Vec<(String, String)>, Counter>::default();
+        for kind in kinds {
+            family.get_or_create(&vec![("resource".into(), kind.resource.clone())]).inc_by(value(kind));
+        }
+        registry.register(name, help, family);
+    };
+    family("source_lists", "Lists read to the end, by kind", |kind| kind.lists);
+    family("source_events", "Changes that watches reported, by kind", |kind| kind.events);
+    family("source_failures", "Requests about the kind that failed", |kind| kind.failures);
 }

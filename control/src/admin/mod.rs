@@ -39,7 +39,7 @@ use crate::model::World;
 use crate::nodes::Registry;
 use crate::resource::Kind;
 use crate::resource::view;
-use crate::source::Loaded;
+use crate::source::{Followed, Loaded};
 use crate::translate::Settings;
 use crate::xds::Published;
 use crate::xds::server::Nodes;
@@ -83,6 +83,8 @@ pub struct State {
     pub authority: Arc<ArcSwap<Authority>>,
     /// Names that explain needs.
     pub settings: Settings,
+    /// How each kind is followed at the API server; empty with files.
+    pub followed: watch::Receiver<Arc<Vec<Followed>>>,
 }
 
 /// Serves until it is told to stop.
@@ -104,6 +106,7 @@ fn router(state: State) -> Router {
         .route("/debug/resources", get(async |state: At, query: Query<OfType>| resources(&state, &query)))
         .route("/debug/conditions", get(async |state: At| conditions(&state)))
         .route("/debug/problems", get(async |state: At| problems(&state)))
+        .route("/debug/source", get(async |state: At| Json(json!(*state.followed.borrow()))))
         .route("/debug/nodes", get(async |state: At| nodes(&state)))
         .route("/debug/sync", get(async |state: At| sync(&state)))
         .route("/debug/ca", get(async |state: At| Json(certificate_authority(&state).await)))
@@ -225,6 +228,7 @@ async fn status(state: &State) -> Value {
         "generation": view.generation,
         "waiting": view.waiting,
         "problems": view.loaded.problems,
+        "source": *state.followed.borrow(),
         "nodes": nodes,
     })
 }

@@ -1,8 +1,8 @@
 //! The one loop that owns the state of the mesh: loaded objects in, published resources and views out.
 //!
 //! The first change after a quiet time is published at once; changes that follow are gathered for 20 ms, so that a
-//! storm of events costs a bounded number of translations. A file that never could be read keeps the first translation
-//! back: serving without it could fail open. Keys of token issuers that are still being fetched keep it back for some
+//! storm of events costs a bounded number of translations. A file that never could be read, and a kind of object that was
+//! never listed, keep the first translation back: serving without it could fail open. Keys of token issuers that are still being fetched keep it back for some
 //! seconds: serving without them would take them from nodes that have them.
 
 use std::collections::BTreeSet;
@@ -101,12 +101,11 @@ impl Engine {
     /// One generation. The set is sent last: who sees the new generation finds its view and accounts in place.
     fn publish(&mut self, loaded: Arc<Loaded>, keys: KeySources) {
         let previous = self.published.borrow().clone();
-        if previous.generation == 0 && !loaded.never_read.is_empty() {
-            let waiting = loaded
-                .never_read
-                .iter()
-                .map(|file| format!("{file} cannot be read, and what it says is not known; repair or remove it"))
-                .collect();
+        if previous.generation == 0 && !(loaded.never_read.is_empty() && loaded.waiting.is_empty()) {
+            let files = loaded.never_read.iter();
+            let files =
+                files.map(|file| format!("{file} cannot be read, and what it says is not known; repair or remove it"));
+            let waiting = files.chain(loaded.waiting.iter().cloned()).collect();
             self.view.send_replace(Arc::new(View { loaded, waiting, ..View::default() }));
             return;
         }

@@ -9,6 +9,7 @@ mod grpc;
 mod tls;
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +23,7 @@ use crate::admin;
 use crate::authn;
 use crate::base;
 use crate::ca;
+use crate::cluster;
 use crate::config::{Serve, Source, Token};
 use crate::keys;
 use crate::model::KeySources;
@@ -57,10 +59,25 @@ impl Running {
     }
 }
 
+/// Where objects come from, ready to be read.
+enum From {
+    Files(PathBuf),
+    Kube(cluster::Client),
+}
+
+async fn source(serve: &Serve) -> anyhow::Result<From> {
+    Ok(match &serve.source {
+        Source::Files(folder) => {
+            anyhow::ensure!(folder.is_dir(), "--source files:{}: there is no such folder", folder.display());
+            From::Files(folder.clone())
+        }
+        Source::Kube => From::Kube(cluster::client(serve.kubeconfig.as_deref()).await?),
+    })
+}
+
 /// Starts everything and returns once the listeners are bound.
 pub async fn start(serve: Serve) -> anyhow::Result<Running> {
-    let Source::Files(folder) = serve.source.clone();
-    anyhow::ensure!(folder.is_dir(), "--source files:{}: there is no such folder", folder.display());
+    let from = source(&serve).await?;
     let key_settings = serve.keys().map_err(anyhow::Error::msg)?;
     let now = base::unix_now();
     let authority = Authority::open(&serve.ca_dir, now).context("cannot open the CA")?;
@@ -72,6 +89,7 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     let (stop_sender, stop) = base::stop();
 
     let (loaded_sender, loaded) = watch::channel(None);
+    let (followed_sender, followed) = watch::channel(Arc::default());
     let (engine, outputs) = engine::new(serve.settings());
     let (fetched_sender, fetched) = watch::channel(KeySources::default());
     let node_states = Arc::new(xds::server::Nodes::default());
@@ -109,10 +127,17 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
         counters,
         authority: Arc::clone(&authority),
         settings: serve.settings(),
+        followed,
     };
     let (grpc, http) = (grpc_listener.local_addr()?, http_listener.local_addr()?);
     let tasks = vec![
-        tokio::spawn(source::files::watch::run(folder, loaded_sender, stop.clone())),
+        match from {
+            From::Files(folder) => tokio::spawn(source::files::watch::run(folder, loaded_sender, stop.clone())),
+            From::Kube(client) => {
+                let outputs = source::kube::Outputs { loaded: loaded_sender, followed: followed_sender };
+                tokio::spawn(source::kube::run(client, outputs, stop.clone()))
+            }
+        },
         tokio::spawn(engine.run(loaded, fetched, stop.clone())),
         tokio::spawn(keys::run(key_settings, outputs.key_sources, fetched_sender, stop.clone())),
         tokio::spawn(tls::renew(serve.ca_dir.clone(), authority, server_tls.clone(), told, stop.clone())),

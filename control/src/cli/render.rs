@@ -192,6 +192,7 @@ pub(super) fn status(value: &Value) -> String {
     for waiting in value["waiting"].as_array().into_iter().flatten() {
         text.push_str(&format!("NOT READY: waiting for {}\n", cell(waiting)));
     }
+    text.push_str(&stale(value));
     text.push('\n');
     let header = ["NODE", "CONNECTED", "ACKED", "READY", "PODS", "IN", "OUT", "TUNNELS", "VERSION", "PROBLEM"];
     let nodes = entries(&value["nodes"]).map(|(name, node)| {
@@ -228,6 +229,20 @@ pub(super) fn status(value: &Value) -> String {
     text
 }
 
+/// Kinds that control cannot ask the API server about, and since when.
+fn stale(value: &Value) -> String {
+    let mut text = String::new();
+    let kinds = value["source"].as_array().into_iter().flatten();
+    for kind in kinds.filter(|kind| kind["standing"] == "stale") {
+        let since = match kind["heard"].as_i64().and_then(|at| jiff::Timestamp::from_second(at).ok()) {
+            Some(at) if at.as_second() > 0 => format!("as of {at}"),
+            _ => "never heard of".into(),
+        };
+        text.push_str(&format!("STALE: {} ({since}): {}\n", cell(&kind["resource"]), cell(&kind["reason"])));
+    }
+    text
+}
+
 fn problems(value: &Value) -> String {
     let mut text = String::new();
     for problem in value["problems"].as_array().into_iter().flatten() {
@@ -237,8 +252,10 @@ fn problems(value: &Value) -> String {
             .map(|key| cell(&problem[*key]))
             .filter(|part| !part.is_empty())
             .collect();
-        let place = format!("{}:{}", cell(&problem["file"]), cell(&problem["line"]));
-        text.push_str(&format!("{word}: {place}: {}\n", parts.join(": ")));
+        // What came from the API server has no file.
+        let file = cell(&problem["file"]);
+        let place = if file.is_empty() { file } else { format!("{file}:{}: ", cell(&problem["line"])) };
+        text.push_str(&format!("{word}: {place}{}\n", parts.join(": ")));
     }
     text
 }

@@ -194,6 +194,77 @@ impl World {
         self.change(object, false);
     }
 
+    /// The object of this kind and name. The namespace of a cluster-wide kind is empty.
+    pub fn find(&self, kind: &str, namespace: &str, name: &str) -> Option<Object> {
+        let key = || (namespace.to_owned(), name.to_owned());
+        match kind {
+            "Namespace" => self.namespaces.get(name).cloned().map(Object::Namespace),
+            "Node" => self.nodes.get(name).cloned().map(Object::Node),
+            "ServiceAccount" => self.service_accounts.get(&key()).cloned().map(Object::ServiceAccount),
+            "Pod" => self.pods.get(&key()).cloned().map(Object::Pod),
+            "Service" => self.services.get(&key()).cloned().map(Object::Service),
+            "EndpointSlice" => self.slices.get(&key()).cloned().map(Object::EndpointSlice),
+            "Endpoints" => self.endpoints.get(&key()).cloned().map(Object::Endpoints),
+            "AuthorizationPolicy" => self.authorization_policies.get(&key()).cloned().map(Object::AuthorizationPolicy),
+            "PeerAuthentication" => self.peer_authentications.get(&key()).cloned().map(Object::PeerAuthentication),
+            "NetworkPolicy" => self.network_policies.get(&key()).cloned().map(Object::NetworkPolicy),
+            "ClusterTrustBundle" => self.trust_bundles.get(name).cloned().map(Object::TrustBundle),
+            "HTTPFault" => self.http_faults.get(&key()).cloned().map(Object::HttpFault),
+            "HTTPRateLimit" => self.http_rate_limits.get(&key()).cloned().map(Object::HttpRateLimit),
+            "DestinationRule" => self.destination_rules.get(&key()).cloned().map(Object::DestinationRule),
+            "RequestAuthentication" => {
+                self.request_authentications.get(&key()).cloned().map(Object::RequestAuthentication)
+            }
+            _ => self.find_shared(kind, namespace, name),
+        }
+    }
+
+    /// Kinds that share a map with others.
+    fn find_shared(&self, kind: &str, namespace: &str, name: &str) -> Option<Object> {
+        let (space, name) = (namespace.to_owned(), name.to_owned());
+        if let Some(route) = [RouteKind::Http, RouteKind::Grpc].into_iter().find(|route| route.name() == kind) {
+            return self.routes.get(&(route, space, name)).cloned().map(Object::Route);
+        }
+        if let Some(egress) = [EgressKind::Policy, EgressKind::Entry].into_iter().find(|egress| egress.name() == kind) {
+            return self.egress_policies.get(&(egress, space, name)).cloned().map(Object::EgressPolicy);
+        }
+        match kind {
+            "ReferenceGrant" => self.unenforced.get(&("ReferenceGrant", space, name)).cloned().map(Object::Unenforced),
+            _ => None,
+        }
+    }
+
+    /// All objects of a kind.
+    pub fn objects<'a>(&'a self, kind: &'a str) -> Box<dyn Iterator<Item = Object> + 'a> {
+        fn all<'a, K: Ord, T>(
+            map: &'a SharedMap<K, Arc<T>>,
+            wrap: fn(Arc<T>) -> Object,
+        ) -> Box<dyn Iterator<Item = Object> + 'a> {
+            Box::new(map.values().cloned().map(wrap))
+        }
+        let mixed = match kind {
+            "Namespace" => return all(&self.namespaces, Object::Namespace),
+            "Node" => return all(&self.nodes, Object::Node),
+            "ServiceAccount" => return all(&self.service_accounts, Object::ServiceAccount),
+            "Pod" => return all(&self.pods, Object::Pod),
+            "Service" => return all(&self.services, Object::Service),
+            "EndpointSlice" => return all(&self.slices, Object::EndpointSlice),
+            "Endpoints" => return all(&self.endpoints, Object::Endpoints),
+            "AuthorizationPolicy" => return all(&self.authorization_policies, Object::AuthorizationPolicy),
+            "PeerAuthentication" => return all(&self.peer_authentications, Object::PeerAuthentication),
+            "NetworkPolicy" => return all(&self.network_policies, Object::NetworkPolicy),
+            "ClusterTrustBundle" => return all(&self.trust_bundles, Object::TrustBundle),
+            "HTTPFault" => return all(&self.http_faults, Object::HttpFault),
+            "HTTPRateLimit" => return all(&self.http_rate_limits, Object::HttpRateLimit),
+            "DestinationRule" => return all(&self.destination_rules, Object::DestinationRule),
+            "RequestAuthentication" => return all(&self.request_authentications, Object::RequestAuthentication),
+            "HTTPRoute" | "GRPCRoute" => all(&self.routes, Object::Route),
+            "EgressPolicy" | "ServiceEntry" => all(&self.egress_policies, Object::EgressPolicy),
+            _ => all(&self.unenforced, Object::Unenforced),
+        };
+        Box::new(mixed.filter(move |object| object.kind() == kind))
+    }
+
     fn change(&mut self, object: Object, there: bool) {
         let meta = object.meta();
         let key = (meta.namespace.clone(), meta.name.clone());

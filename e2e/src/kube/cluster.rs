@@ -230,6 +230,15 @@ impl Cluster {
         Ok(kind.uri(namespace, name))
     }
 
+    /// `plural.group` of a kind, `plural` in the core.
+    pub fn resource(&self, kind: &str) -> anyhow::Result<String> {
+        let kind = self.kind(kind)?;
+        Ok(match kind.group.as_str() {
+            "" => kind.plural,
+            group => format!("{}.{group}", kind.plural),
+        })
+    }
+
     /// Path of an object as a manifest has it, in the version that it names.
     fn uri_of(&self, object: &Value) -> anyhow::Result<String> {
         let text = |pointer| manifest::text(object, pointer).to_owned();

@@ -9,6 +9,7 @@
 
 pub mod audit;
 pub mod cluster;
+pub mod control;
 pub mod crds;
 pub mod programs;
 
@@ -212,7 +213,10 @@ impl ApiServer {
             }
             // The answer is a word and no JSON: what counts is that it is no refusal.
             let ask = http::Request::get("/readyz").body(Vec::new())?;
-            let answer = cluster.run(tokio::time::timeout(Duration::from_secs(5), cluster.client().request_text(ask)));
+            // A deadline belongs to the runtime, so it is made inside of it.
+            let client = cluster.client();
+            let asked = async { tokio::time::timeout(Duration::from_secs(5), client.request_text(ask)).await };
+            let answer = cluster.run(asked);
             match answer {
                 Ok(Ok(_)) => return Ok(()),
                 last if began.elapsed() > START => {

@@ -58,8 +58,6 @@ const FORGET: Duration = Duration::from_secs(2);
 const KNOWN: Duration = Duration::from_secs(2);
 /// Several files saved at once are one change.
 const COALESCE: Duration = Duration::from_millis(100);
-/// Annotation of outside hosts: names, by commas, under which the DNS server knows them.
-const HOSTNAMES: &str = "lab.tulle.dev/hostnames";
 
 pub(super) struct Engine {
     config: Config,
@@ -442,7 +440,7 @@ impl Engine {
             }
         }
         if let Ok(mut zone) = self.zone.write() {
-            *zone = dns::zone(&self.completed.services, &self.hosts());
+            *zone = dns::zone(&self.completed.services, &pods::hosts(self.pods.values()));
         }
         let nodes = 1..=self.config.nodes;
         let rules: Vec<String> = nodes.map(|node| kubeproxy::rules(&self.completed.services, node)).collect();
@@ -454,18 +452,6 @@ impl Engine {
         }
         self.show();
         Ok(())
-    }
-
-    fn hosts(&self) -> Vec<(String, address::Pair)> {
-        let outside = self.pods.values().filter(|pod| pod.plan.is_outside());
-        outside
-            .flat_map(|pod| {
-                let names = manifest::strings(&pod.plan.manifest, "/metadata/annotations").remove(HOSTNAMES);
-                let names: Vec<String> =
-                    names.unwrap_or_default().split(',').map(|name| name.trim().to_owned()).collect();
-                names.into_iter().filter(|name| !name.is_empty()).map(|name| (name, pod.plan.spot.addresses()))
-            })
-            .collect()
     }
 
     /// Asks the nodes for the capture state of their pods.
@@ -534,8 +520,7 @@ impl Engine {
 
     fn await_published(&mut self, deadline: Instant) {
         while self.control.as_mut().is_some_and(|control| control.exited().is_none()) && Instant::now() < deadline {
-            let sync = mesh::control_sync(self.control_ns.path());
-            if sync.is_ok_and(|sync| self.published.missing(&sync, &[], self.mirror.is_some()).is_empty()) {
+            if self.unpublished(&[]).is_empty() {
                 return;
             }
             std::thread::sleep(eventually::INTERVAL);
@@ -560,12 +545,27 @@ impl Engine {
         }
     }
 
+    /// What control has not heard of or not published, and which nodes do not have it.
+    fn unpublished(&self, nodes: &[String]) -> Vec<String> {
+        let control = self.control_ns.path();
+        let asked = match &self.mirror {
+            // The source first: what it has heard of by then is in what is asked for afterwards.
+            Some(mirror) => mesh::control_source(control).map(|followed| mirror.behind(&followed)),
+            None => Ok(vec![]),
+        };
+        let sync = asked.and_then(|behind| Ok((behind, mesh::control_sync(control)?)));
+        match sync {
+            Ok((mut missing, sync)) => {
+                missing.extend(self.published.missing(&sync, nodes, self.mirror.is_some()));
+                missing
+            }
+            Err(error) => vec![format!("control does not answer: {error:#}")],
+        }
+    }
+
     fn sync_missing(&self) -> Vec<String> {
         let nodes: Vec<String> = (1..=self.config.nodes).map(|node| format!("node-{node}")).collect();
-        let mut missing = match mesh::control_sync(self.control_ns.path()) {
-            Ok(sync) => self.published.missing(&sync, &nodes, self.mirror.is_some()),
-            Err(error) => vec![format!("control does not answer: {error:#}")],
-        };
+        let mut missing = self.unpublished(&nodes);
         for (node, netns) in (1..).zip(&self.node_ns) {
             missing.extend(self.proxies.unready(node, netns.path()));
         }

@@ -146,6 +146,12 @@ pub fn start_ztunnel(config: &Config, paths: &Paths, node: u16, netns: &Path) ->
         argv.extend(config.args.get(component).cloned().unwrap_or_default());
         env.extend(config.env.get(component).cloned().unwrap_or_default());
     }
+    if config.api.as_ref().is_some_and(|api| api.agent.is_some()) {
+        let state = paths.agent_state(node);
+        for folder in [state.join("run"), state.join("cni"), paths.proc(node)] {
+            std::fs::create_dir_all(folder)?;
+        }
+    }
     Process::start(&Start {
         argv: &argv,
         env: &env,
@@ -240,6 +246,11 @@ pub fn node_ready(netns: &Path) -> anyhow::Result<Result<(), String>> {
 /// What control has published and who has it.
 pub fn control_sync(netns: &Path) -> anyhow::Result<Value> {
     ask(netns, names::PORT_CONTROL_HTTP, "/debug/sync")
+}
+
+/// How control follows each kind of object in an API server.
+pub fn control_source(netns: &Path) -> anyhow::Result<Value> {
+    ask(netns, names::PORT_CONTROL_HTTP, "/debug/source")
 }
 
 fn ask(netns: &Path, port: u16, path: &str) -> anyhow::Result<Value> {

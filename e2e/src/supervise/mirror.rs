@@ -32,6 +32,10 @@ pub struct Mirror {
     /// Whether an agent on each node says which pods are captured.
     agents: bool,
     told: BTreeMap<Key, Told>,
+    /// By resource: the newest version that the server gave to what was sent.
+    versions: BTreeMap<String, u64>,
+    /// Uids that were not returned yet, because something after them failed.
+    given: Vec<(PodKey, String)>,
 }
 
 /// One object as it was sent.
@@ -49,14 +53,28 @@ impl Mirror {
     pub fn connect(api: &Api, control: &NetNs) -> anyhow::Result<Self> {
         let cluster = Cluster::connect(&api.kubeconfig, "tulle-lab")?;
         let relay = Relay::start(control, address::CONTROL.both(), LAB_PORT, api.server)?;
-        Ok(Self { cluster, _relay: relay, agents: api.agent.is_some(), told: BTreeMap::new() })
+        Ok(Self {
+            cluster,
+            _relay: relay,
+            agents: api.agent.is_some(),
+            told: BTreeMap::new(),
+            versions: BTreeMap::new(),
+            given: Vec::new(),
+        })
+    }
+
+    /// What control has not heard of yet, by its account of each kind that it follows. Kinds that it does not follow do not
+    /// count.
+    pub fn behind(&self, followed: &Value) -> Vec<String> {
+        behind(&self.versions, followed)
     }
 
     /// Makes the server's objects those given; returns the uids of pods that are new to it.
     pub fn publish(&mut self, objects: &Objects) -> anyhow::Result<Vec<(PodKey, String)>> {
-        let mut given = Vec::new();
         // Nothing can be made in a namespace that is not there; its labels come after the pods that they speak of.
-        for key in objects.keys().filter(|key| key.kind == "Namespace" && !self.told.contains_key(*key)) {
+        let is_new = |key: &&Key| key.kind == "Namespace" && !self.told.contains_key(*key);
+        let new: Vec<&Key> = objects.keys().filter(is_new).collect();
+        for key in new {
             let bare = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": key.name}});
             self.send(&bare)?;
         }
@@ -68,10 +86,10 @@ impl Mirror {
         let order = objects.keys().filter(|key| !last(key)).chain(objects.keys().filter(last));
         for key in order {
             if let Some(uid) = self.tell(key, &objects[key]).with_context(|| format!("{key}"))? {
-                given.push(((key.namespace.clone(), key.name.clone()), uid));
+                self.given.push(((key.namespace.clone(), key.name.clone()), uid));
             }
         }
-        Ok(given)
+        Ok(std::mem::take(&mut self.given))
     }
 
     /// Sends what is new about an object; returns the uid of a new pod.
@@ -101,7 +119,8 @@ impl Mirror {
         if !now.status.is_null() && now.status != before.status {
             let uri = format!("{}/status?fieldManager={FIELD_MANAGER}", self.uri(&now.object)?);
             let change = json!({"status": now.status});
-            self.cluster.ask(Method::PATCH, &uri, "application/merge-patch+json", &change)?;
+            let answer = self.cluster.ask(Method::PATCH, &uri, "application/merge-patch+json", &change)?;
+            self.note(&answer)?;
         }
         if leaving && !before.leaving {
             self.cluster.delete(&kind_of(&now.object), &name_of(key))?;
@@ -110,9 +129,19 @@ impl Mirror {
         Ok(given)
     }
 
-    fn send(&self, object: &Value) -> anyhow::Result<Value> {
+    fn send(&mut self, object: &Value) -> anyhow::Result<Value> {
         let uri = format!("{}?fieldManager={FIELD_MANAGER}&force=true", self.uri(object)?);
-        self.cluster.ask(Method::PATCH, &uri, "application/apply-patch+yaml", object)
+        let answer = self.cluster.ask(Method::PATCH, &uri, "application/apply-patch+yaml", object)?;
+        self.note(&answer)?;
+        Ok(answer)
+    }
+
+    fn note(&mut self, answer: &Value) -> anyhow::Result<()> {
+        let resource = self.cluster.resource(&kind_of(answer))?;
+        let version: u64 = text(answer, "/metadata/resourceVersion").parse().unwrap_or_default();
+        let newest = self.versions.entry(resource).or_default();
+        *newest = version.max(*newest);
+        Ok(())
     }
 
     /// Takes an object away, which may be gone already.
@@ -134,6 +163,19 @@ impl Mirror {
     fn uri(&self, object: &Value) -> anyhow::Result<String> {
         self.cluster.uri(&kind_of(object), &name_of(&key_of(object)))
     }
+}
+
+/// Versions of one server grow, and are numbers in every server that there is.
+fn behind(versions: &BTreeMap<String, u64>, followed: &Value) -> Vec<String> {
+    let kinds = followed.as_array().into_iter().flatten();
+    kinds
+        .filter_map(|kind| {
+            let resource = text(kind, "/resource");
+            let wanted = *versions.get(resource)?;
+            let heard: u64 = text(kind, "/resourceVersion").parse().unwrap_or_default();
+            (heard < wanted).then(|| format!("control knows {resource} as of version {heard}, not of {wanted}"))
+        })
+        .collect()
 }
 
 fn key_of(object: &Value) -> Key {
@@ -179,9 +221,11 @@ fn split(wanted: &Value, agents: bool) -> (Value, Value) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use serde_json::json;
 
-    use crate::supervise::mirror::{kind_of, split};
+    use crate::supervise::mirror::{behind, kind_of, split};
 
     #[test]
     fn what_the_server_decides_is_not_sent() {
@@ -194,6 +238,15 @@ mod tests {
         assert_eq!(object["metadata"]["annotations"]["ambient.istio.io/redirection"], "enabled");
         let (object, _) = split(&pod, true);
         assert_eq!(object["metadata"]["annotations"], json!({"mine": "1"}), "that is the agent's word");
+    }
+
+    #[test]
+    fn control_is_behind_until_it_has_heard_of_what_was_sent() {
+        let versions = BTreeMap::from([("pods".to_owned(), 12), ("leases.coordination.k8s.io".to_owned(), 99)]);
+        let followed = |heard: &str| json!([{"resource": "pods", "resourceVersion": heard}, {"resource": "nodes"}]);
+        assert!(behind(&versions, &followed("12")).is_empty() && behind(&versions, &followed("9000")).is_empty());
+        assert_eq!(behind(&versions, &followed("9")).len(), 1);
+        assert_eq!(behind(&versions, &followed("")).len(), 1, "nothing was heard");
     }
 
     #[test]

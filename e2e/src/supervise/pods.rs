@@ -12,6 +12,8 @@ use std::time::Instant;
 use anyhow::Context;
 
 use crate::address;
+use crate::address::Pair;
+use crate::manifest;
 use crate::netns::NetNs;
 use crate::objects::Facts;
 use crate::place::Placement;
@@ -26,6 +28,9 @@ use crate::topology;
 
 /// Time a pod's processes get to end by themselves; Kubernetes gives 30 s, and tests are in a hurry.
 pub const GRACE: Duration = Duration::from_secs(3);
+
+/// Annotation of outside hosts: names, by commas, under which the DNS server knows them.
+const HOSTNAMES: &str = "lab.tulle.dev/hostnames";
 
 /// A pod that exists.
 #[derive(Debug)]
@@ -219,6 +224,18 @@ fn create_netns(paths: &Paths, nodes: &[NetNs], plan: Pod) -> anyhow::Result<Run
         capture: "Uncaptured".into(),
         mesh: None,
     })
+}
+
+/// Names under which hosts outside the cluster are known, and their addresses.
+pub fn hosts<'a>(pods: impl Iterator<Item = &'a Running>) -> Vec<(String, Pair)> {
+    let outside = pods.filter(|pod| pod.plan.is_outside());
+    outside
+        .flat_map(|pod| {
+            let names = manifest::strings(&pod.plan.manifest, "/metadata/annotations").remove(HOSTNAMES);
+            let names: Vec<String> = names.unwrap_or_default().split(',').map(|name| name.trim().to_owned()).collect();
+            names.into_iter().filter(|name| !name.is_empty()).map(|name| (name, pod.plan.spot.addresses()))
+        })
+        .collect()
 }
 
 /// Removes the link of a pod that has ended; its namespace goes with the value.

@@ -144,6 +144,21 @@ where
     answer.await.map_err(|_| io::Error::other("work inside the network namespace was lost"))?
 }
 
+/// Runs `work` inside `netns` on a thread of its own, and waits for it. For programs without a runtime.
+///
+/// # Errors
+/// What `work` says, or that the namespace cannot be entered.
+pub fn run_waiting<T, F>(netns: &Netns, work: F) -> io::Result<T>
+where
+    T: Send,
+    F: FnOnce() -> io::Result<T> + Send,
+{
+    thread::scope(|scope| {
+        let entered = thread::Builder::new().spawn_scoped(scope, || netns.enter().and_then(|()| work()))?;
+        entered.join().unwrap_or_else(|_| Err(io::Error::other("work inside the network namespace was lost")))
+    })
+}
+
 /// All addresses of the interfaces of the current network namespace.
 ///
 /// # Errors

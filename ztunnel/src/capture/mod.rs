@@ -45,15 +45,29 @@ pub async fn apply(netns: &Netns, rules: Rules, filter: Option<String>) -> io::R
 /// # Errors
 /// What `nft` said. A namespace without the tables is fine.
 pub async fn remove(netns: &Netns) -> io::Result<()> {
-    run_blocking(netns, || {
-        nft(&[rules::REMOVE, datagrams::REMOVE].concat())?;
-        for v6 in [false, true] {
-            // A kernel without IPv6 has nothing to take back.
-            let _ = rules::ROUTING.release(v6);
-        }
-        Ok(())
-    })
-    .await
+    run_blocking(netns, remove_here).await
+}
+
+/// The same in the current network namespace.
+///
+/// # Errors
+/// What `nft` said.
+pub fn remove_here() -> io::Result<()> {
+    nft(&[rules::REMOVE, datagrams::REMOVE].concat())?;
+    for v6 in [false, true] {
+        // A kernel without IPv6 has nothing to take back.
+        let _ = rules::ROUTING.release(v6);
+    }
+    Ok(())
+}
+
+/// Removes the tables that the proxy made in the current network namespace, the node's.
+///
+/// # Errors
+/// What `nft` said. A namespace without the tables is fine.
+pub fn remove_from_node() -> io::Result<()> {
+    let tables = [fence::TABLE, "tulle_probes"];
+    nft(&tables.map(|name| format!("table inet {name}\ndelete table inet {name}\n")).concat())
 }
 
 /// The rules as the kernel has them, or an error if there are none.

@@ -214,12 +214,23 @@ fn meta(at: &Cursor<'_>, namespace: String, name: String) -> Read<Meta> {
         name,
         uid: meta.get("uid").text_or_empty()?,
         labels: text_map(&meta.get("labels"))?,
-        annotations: text_map(&meta.get("annotations"))?,
+        annotations: annotations(&meta.get("annotations"))?,
         generation: meta.get("generation").int()?.unwrap_or(0),
         created,
         deleting: !meta.get("deletionTimestamp").is_absent(),
         owner,
     })
+}
+
+/// Those that the mesh may look at. The others belong to somebody else, are often larger than the object, and some change
+/// at every event.
+fn annotations(at: &Cursor<'_>) -> Read<BTreeMap<String, String>> {
+    let mut all = text_map(at)?;
+    all.retain(|key, _| {
+        let domain = key.split_once('/').map_or("", |(domain, _)| domain);
+        ["tulle.dev", "istio.io"].iter().any(|ours| domain == *ours || domain.ends_with(&format!(".{ours}")))
+    });
+    Ok(all)
 }
 
 pub(crate) fn text_map(at: &Cursor<'_>) -> Read<BTreeMap<String, String>> {

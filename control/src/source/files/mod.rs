@@ -16,10 +16,9 @@ use sha2::Sha256;
 
 use crate::base::SharedMap;
 use crate::model::{Object, ObjectKey, World};
-use crate::source::Loaded;
-use crate::source::Problem;
 use crate::source::decode;
 use crate::source::tree;
+use crate::source::{Loaded, Problem, consequence, show};
 
 /// Largest file, bytes. The objects of 10,000 pods fit; more is a mistake and would only use up memory.
 pub const MAX_FILE_BYTES: u64 = 32 * 1024 * 1024;
@@ -212,6 +211,7 @@ impl Files {
             files: self.digests.clone(),
             problems,
             never_read: never_read.map(|(path, _)| path.to_string()).collect(),
+            waiting: Vec::new(),
         }
     }
 }
@@ -303,14 +303,7 @@ fn problem(path: &str, error: &decode::DecodeError, kept: &Kept, never_read: boo
                 kind.as_str(),
                 "AuthorizationPolicy" | "PeerAuthentication" | "NetworkPolicy" | "ClusterTrustBundle"
             );
-            let consequence = if kept.contains(&key) {
-                "; its last good version stays in force"
-            } else if policy {
-                "; it fails closed until it can be read"
-            } else {
-                "; the object is left out"
-            };
-            (show(kind, namespace, name), consequence)
+            (show(kind, namespace, name), consequence(kept.contains(&key), policy))
         }
     };
     Problem {
@@ -321,10 +314,6 @@ fn problem(path: &str, error: &decode::DecodeError, kept: &Kept, never_read: boo
         message: format!("{}{consequence}", error.error.message),
         error: true,
     }
-}
-
-fn show(kind: &str, namespace: &str, name: &str) -> String {
-    if namespace.is_empty() { format!("{kind} {name}") } else { format!("{kind} {namespace}/{name}") }
 }
 
 fn hex(bytes: &[u8]) -> String {
