@@ -132,7 +132,8 @@ fn install_arguments(world: &World, tag: &str) -> Vec<String> {
         "tulle".to_owned(),
         "install".to_owned(),
         format!("--set=image.registry={}", spec::REGISTRY),
-        format!("--set=image.tag={tag}"),
+        // As text: the values are YAML.
+        format!("--set=image.tag='{tag}'"),
         "--set=image.pullPolicy=Never".to_owned(),
     ];
     if let Some(part) = &world.broken {
