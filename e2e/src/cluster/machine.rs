@@ -268,6 +268,12 @@ pub fn cgroups(name: &str) -> Vec<PathBuf> {
     mounted.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|it| it.path().join(name)).collect()
 }
 
+/// What a kubelet would change, as it is on this machine.
+pub fn settings() -> BTreeMap<String, String> {
+    let value = |name: &str| fs::read_to_string(Path::new("/proc/sys").join(name)).unwrap_or_default();
+    SETTINGS.iter().map(|(name, _)| ((*name).to_owned(), value(name))).collect()
+}
+
 fn make_cgroup(name: &str) -> anyhow::Result<()> {
     for path in cgroups(name) {
         fs::create_dir_all(&path).with_context(|| format!("{} cannot be made", path.display()))?;

@@ -42,19 +42,26 @@ pub fn run<Show>(
     mut call: impl FnMut(&Show) -> anyhow::Result<String>,
 ) -> anyhow::Result<Vec<Outcome>> {
     let mut outcomes = Vec::new();
-    for step in steps {
-        println!("\n{}", step.claim);
-        let began = Instant::now();
-        let (held, detail) = match call(&step.show) {
-            Ok(detail) => (true, detail),
-            Err(error) => (false, format!("{error:#}")),
-        };
-        let (sign, seconds) = (if held { "✓" } else { "✗" }, began.elapsed().as_secs_f64());
-        println!("  {sign} {detail}  ({seconds:.1} s)");
-        outcomes.push(Outcome { step: step.name, held, detail, seconds });
-        anyhow::ensure!(held || step.name != first, "`{first}` failed");
+    for one in steps {
+        let outcome = step(one.name, one.claim, || call(&one.show));
+        let held = outcome.held;
+        outcomes.push(outcome);
+        anyhow::ensure!(held || one.name != first, "`{first}` failed");
     }
     Ok(outcomes)
+}
+
+/// Runs one and says how it went.
+pub fn step(name: &'static str, claim: &str, show: impl FnOnce() -> anyhow::Result<String>) -> Outcome {
+    println!("\n{claim}");
+    let began = Instant::now();
+    let (held, detail) = match show() {
+        Ok(detail) => (true, detail),
+        Err(error) => (false, format!("{error:#}")),
+    };
+    let (sign, seconds) = (if held { "✓" } else { "✗" }, began.elapsed().as_secs_f64());
+    println!("  {sign} {detail}  ({seconds:.1} s)");
+    Outcome { step: name, held, detail, seconds }
 }
 
 /// Writes the list of results.

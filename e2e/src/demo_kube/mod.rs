@@ -7,6 +7,8 @@
 mod shop;
 mod steps;
 
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
@@ -16,6 +18,7 @@ use anyhow::Context;
 use crate::cluster;
 use crate::cluster::Cluster;
 use crate::cluster::Plan;
+use crate::cluster::machine;
 use crate::demo::judge;
 use crate::demo_kube::shop::World;
 use crate::lab::programs_dir;
@@ -49,29 +52,45 @@ pub fn main(options: &Options) -> anyhow::Result<bool> {
         println!("With `{part}` broken on purpose: the steps that rest on it must fail, and only they.\n");
     }
     println!("Starting a cluster of two nodes …");
+    let settings = machine::settings();
     let plan = Plan { folder: options.state.clone(), nodes: 2, tied: !options.keep, sabotaged: broken.is_some() };
     let mut say = |text: &str| println!("  {:5.1} s  {text}", began.elapsed().as_secs_f64());
     let cluster = Cluster::up(&plan, &mut say)?;
     let mut world = World::new(cluster, broken);
     let outcomes = judge::run(steps::STEPS, steps::FIRST, |show| show(&mut world));
-    let verdict = outcomes.and_then(|outcomes| {
-        let out = options.out.clone().unwrap_or_else(|| programs.parent().unwrap_or(&programs).join("demo-kube.json"));
-        judge::write(&outcomes, &out)?;
-        let well = judge::summary(steps::STEPS, &outcomes, broken, began);
-        println!("The list is in {}.", out.display());
-        Ok(well)
-    });
     let mut cluster = world.cluster;
     if options.keep {
-        println!(
-            "\nThe cluster stays up. Try:  lab cluster exec control-plane --state {} -- kubectl get pods -A -o wide",
-            options.state.display()
-        );
         cluster.leave();
+        let state = options.state.display();
+        println!(
+            "\nThe cluster stays up. Try:  lab cluster exec --state {state} control-plane -- kubectl get pods -A -o wide"
+        );
     } else {
         cluster.down()?;
     }
-    verdict
+    let mut outcomes = outcomes?;
+    if !options.keep {
+        let left = judge::step("nothing-left", "The cluster ends, and the machine is as it was.", || {
+            nothing_left(&options.state, &settings)
+        });
+        outcomes.push(left);
+    }
+    let out = options.out.clone().unwrap_or_else(|| programs.parent().unwrap_or(&programs).join("demo-kube.json"));
+    judge::write(&outcomes, &out)?;
+    let well = judge::summary(steps::STEPS, &outcomes, broken, began);
+    println!("The list is in {}.", out.display());
+    Ok(well)
+}
+
+/// Fails when mounts of the cluster are left, or a setting of the kernel is another one than before.
+fn nothing_left(state: &Path, before: &BTreeMap<String, String>) -> anyhow::Result<String> {
+    let mounts = std::fs::read_to_string("/proc/mounts")?;
+    let own = state.display().to_string();
+    let left: Vec<&str> = mounts.lines().filter(|line| line.contains(&own)).collect();
+    anyhow::ensure!(left.is_empty(), "mounts are left: {left:?}");
+    let now = machine::settings();
+    anyhow::ensure!(now == *before, "the kernel's settings were {before:?} and are {now:?}");
+    Ok(format!("no process, mount or cgroup; {} settings that a kubelet changes are as before", now.len()))
 }
 
 /// Makes sure of the packages and of Kubernetes' own programs, in the ways that the tree has for both.
