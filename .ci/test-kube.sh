@@ -59,6 +59,9 @@ echo "building…"
 # Beside the Rust build, and behind it: the tests need both.
 nice -n 5 ./.ci/kube.sh kube-apiserver >"$logs/kube-folder" 2>"$logs/kube.log" &
 kube=$!
+# Without it the tests of the chart say what is missing.
+nice -n 10 ./.ci/helm.sh >"$logs/helm.log" 2>&1 &
+helm=$!
 cargo build --workspace --locked 2>"$logs/build.log" || { tail -40 "$logs/build.log"; wait; echo "0 passed, 1 failed (the build)"; exit 1; }
 # Of the whole workspace: for one package alone, dependencies would be built once more, with other features.
 cargo test --workspace --locked --no-run --test 'kube_*' --message-format=json 2>>"$logs/build.log" >"$logs/build.json" ||
@@ -68,6 +71,7 @@ if ! wait $kube; then
     tail -5 "$logs/kube.log"
     skip "there is no kube-apiserver: $(tail -1 "$logs/kube.log")"
 fi
+wait $helm || tail -5 "$logs/helm.log"
 echo "API server: $(tail -1 "$logs/kube-folder"), after $((SECONDS - began)) s"
 command -v etcd >/dev/null || [ -x "${KUBEBUILDER_ASSETS:-/}/etcd" ] || skip "there is no etcd; install etcd-server"
 

@@ -49,6 +49,8 @@ pub enum Command {
     Rotate(Rotate),
     /// Take certificates back: adds serial numbers to crl.pem, the file that nodes read as CRL_PATH.
     Revoke(Revoke),
+    /// Ask the control plane in this pod whether it works, for kubelet: exit code 0 or 1.
+    Probe(Probe),
 }
 
 /// `control serve`.
@@ -216,6 +218,25 @@ pub struct Revoke {
     /// The serial numbers are those of intermediates: all that they signed is taken back.
     #[arg(long)]
     pub intermediate: bool,
+}
+
+/// `control probe`.
+#[derive(Debug, Clone, Args)]
+pub struct Probe {
+    /// What to ask.
+    pub what: Asked,
+    /// Where control's HTTP listens.
+    #[arg(long, env = "TULLE_CONTROL_HTTP_LISTEN", default_value = "127.0.0.1:15014")]
+    pub http_listen: SocketAddr,
+}
+
+/// What kubelet wants to know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Asked {
+    /// Whether it lives (`/healthz`).
+    Live,
+    /// Whether it serves (`/readyz`).
+    Ready,
 }
 
 /// What can be replaced.

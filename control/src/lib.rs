@@ -2,7 +2,7 @@
 //!
 //! One way through: source → model → translate → resources → xDS sessions, and conditions beside it. A module imports
 //! only modules above it in this order: base, model, resource, telemetry, authn, cluster, source, keys, translate, stream, xds, ca,
-//! nodes, admin, config, app, cli.
+//! nodes, admin, install, config, app, cli.
 
 /// Clock and the order to stop.
 pub mod base;
@@ -32,6 +32,8 @@ pub mod ca;
 pub mod nodes;
 /// HTTP for people and scripts.
 pub mod admin;
+/// Putting Tulle into a cluster, and taking it away.
+pub mod install;
 /// Flags and environment.
 pub mod config;
 /// Wiring, start and stop.

@@ -38,6 +38,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             println!("{}", cli::revoke(&revoke)?);
             Ok(())
         }
+        Command::Probe(probe) => cli::probe(&probe),
         Command::Serve(serve) => {
             tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(app::serve(*serve))
         }

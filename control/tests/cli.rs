@@ -80,13 +80,35 @@ fn what_cannot_be_done_says_why_and_what_to_do() {
         (&["explain", "a/b", "c/d", "--files", "."], 2, "needs --control"),
         (&["get", "nodes", "--files", "."], 2, "needs --control"),
         (&["check"], 2, "needs --files"),
-        (&["install", "--dry-run"], 2, "comes with Kubernetes support"),
+        (&["install", "--dry-run", "--set", "control.replica=1"], 1, "unknown field `replica`"),
+        (&["install", "--dry-run", "--values", "/nonexistent"], 1, "cannot read /nonexistent"),
+        (&["install", "--kubeconfig", "/nonexistent"], 1, "cannot read the kubeconfig /nonexistent"),
+        (&["uninstall", "--purge", "--nodes-only"], 2, "cannot be used with"),
         (&["get", "nonsense"], 2, "possible values"),
         (&["get", "workloads", "-o", "xml"], 2, "possible values"),
     ];
     for (arguments, code, text) in cases {
         let ran = tulle(arguments);
         assert!(ran.code == Some(*code) && ran.err.contains(text), "{arguments:?}: {:?} {}", ran.code, ran.err);
+    }
+}
+
+#[test]
+fn an_installation_is_printed_without_a_cluster() {
+    let ran = tulle(&["install", "--dry-run", "--namespace", "mesh", "--set", "image.tag=v9"]);
+    assert_eq!(ran.code, Some(0), "{}", ran.err);
+    for text in ["kind: DaemonSet", "namespace: mesh", "tulle/ztunnel:v9", "https://control.mesh.svc:15012"] {
+        assert!(ran.out.contains(text), "no `{text}` in {}", ran.out);
+    }
+    let values = tulle(&["install", "--show-values"]);
+    assert!(values.out.contains("egressGateway:"), "{}", values.out);
+}
+
+#[test]
+fn a_control_plane_that_is_not_there_is_neither_alive_nor_ready() {
+    for what in ["live", "ready"] {
+        let ran = run(env!("CARGO_BIN_EXE_control"), &["probe", what, "--http-listen", "127.0.0.1:1"]);
+        assert!(ran.code == Some(1) && ran.err.contains("cannot reach control"), "{:?} {}", ran.code, ran.err);
     }
 }
 

@@ -159,12 +159,17 @@ fn unhex(text: &str) -> anyhow::Result<Vec<u8>> {
     (0..text.len()).step_by(2).map(|at| Ok(u8::from_str_radix(&text[at..at + 2], 16)?)).collect()
 }
 
-fn client_config(options: &Options) -> anyhow::Result<ClientConfig> {
+/// TLS 1.3 with whoever answers.
+pub(crate) fn believing() -> anyhow::Result<rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider.clone())
+    Ok(ClientConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Believe(provider)));
+        .with_custom_certificate_verifier(Arc::new(Believe(provider))))
+}
+
+fn client_config(options: &Options) -> anyhow::Result<ClientConfig> {
+    let builder = believing()?;
     let mut config = match &options.ca_dir {
         None => builder.with_no_client_auth(),
         Some(dir) => {

@@ -250,3 +250,19 @@ impl Held {
 pub fn marker() -> String {
     format!("marker{:016x}{:016x}", rand::random::<u64>(), rand::random::<u64>())
 }
+
+/// Begins to count the packets that come to `host` from the address `source`.
+pub fn count_packets(lab: &Lab, host: &str, source: &str) -> anyhow::Result<()> {
+    let rules = format!(
+        "table inet seen {{\n  chain in {{\n    type filter hook prerouting priority -400; policy accept;\n    ip saddr {source} counter\n  }}\n}}\n"
+    );
+    lab.exec_ok(host, &["sh", "-c", &format!("echo '{rules}' | PATH=$PATH:/usr/sbin nft -f -")]).map(drop)
+}
+
+/// How many have come since.
+pub fn counted_packets(lab: &Lab, host: &str) -> anyhow::Result<u64> {
+    let text = lab.exec_ok(host, &["sh", "-c", "PATH=$PATH:/usr/sbin nft list table inet seen"])?;
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let at = words.iter().position(|word| *word == "packets").context("no counter")?;
+    Ok(words.get(at + 1).context("no count")?.parse()?)
+}

@@ -13,6 +13,9 @@ use e2e::lab::LabConfig;
 use e2e::lab::Running;
 use e2e::scenario;
 
+/// Where the packets that leave are counted.
+const INTERNET: &str = "out/inet";
+
 const POLICY: &str = "---\napiVersion: tulle.dev/v1alpha1\nkind: EgressPolicy\nmetadata: {name: out, namespace: shop}\nspec:\n  rules:\n\
     \x20 - hosts: [api.example, inside.example]\n    ports: [{port: 443, protocol: TLS}]\n\
     \x20 - hosts: ['*.wild.example']\n    ports: [{port: 443}]\n\
@@ -206,21 +209,6 @@ fn what_no_rule_names_does_not_leave_whatever_a_client_claims() -> anyhow::Resul
     Ok(())
 }
 
-/// Counts packets of the pod, and of its node in its name, at the host outside.
-fn count(lab: &Lab, pod: &str) -> anyhow::Result<()> {
-    let rules = format!(
-        "table inet seen {{\n  chain in {{\n    type filter hook prerouting priority -400; policy accept;\n    ip saddr {pod} counter\n  }}\n}}\n"
-    );
-    lab.exec_ok("out/inet", &["sh", "-c", &format!("echo '{rules}' | PATH=$PATH:/usr/sbin nft -f -")]).map(drop)
-}
-
-fn counted(lab: &Lab) -> anyhow::Result<u64> {
-    let text = lab.exec_ok("out/inet", &["sh", "-c", "PATH=$PATH:/usr/sbin nft list table inet seen"])?;
-    let words: Vec<&str> = text.split_whitespace().collect();
-    let at = words.iter().position(|word| *word == "packets").context("no counter")?;
-    Ok(words.get(at + 1).context("no count")?.parse()?)
-}
-
 /// Everything that a container with all power over its own network tries.
 fn attack(lab: &Lab, ip: &str) -> anyhow::Result<()> {
     let marked = "table inet evil {\n  chain out {\n    type route hook output priority -300; policy accept;\n    meta mark set 0x539\n  }\n}\n";
@@ -244,22 +232,84 @@ fn the_fence_holds_against_the_pod_itself_with_and_without_a_proxy() -> anyhow::
     let status = scenario::pod_status(&lab, "node-1", "web")?;
     anyhow::ensure!(status["fence"] == "Fenced", "{status}");
     let pod = lab.pod_ip("shop", "web")?;
-    count(&lab, &pod)?;
+    scenario::count_packets(&lab, INTERNET, &pod)?;
     attack(&lab, &ip)?;
-    anyhow::ensure!(counted(&lab)? == 0, "{} packets of the pod came to the outside", counted(&lab)?);
+    anyhow::ensure!(
+        scenario::counted_packets(&lab, INTERNET)? == 0,
+        "{} packets of the pod came to the outside",
+        scenario::counted_packets(&lab, INTERNET)?
+    );
     lab.kill("node-1", "KILL")?;
     attack(&lab, &ip)?;
-    anyhow::ensure!(counted(&lab)? == 0, "{} packets of the pod came to the outside, proxy dead", counted(&lab)?);
+    anyhow::ensure!(
+        scenario::counted_packets(&lab, INTERNET)? == 0,
+        "{} packets of the pod came to the outside, proxy dead",
+        scenario::counted_packets(&lab, INTERNET)?
+    );
     // What counts can count: the fence away, the same pod is seen.
     lab.exec_ok("node-1", &["sh", "-c", "PATH=$PATH:/usr/sbin nft delete table inet tulle_fence"])?;
     let _ = attack(&lab, &ip);
-    anyhow::ensure!(counted(&lab)? > 0, "the counter does not count");
+    anyhow::ensure!(scenario::counted_packets(&lab, INTERNET)? > 0, "the counter does not count");
     // And it comes back with the proxy, rules and all.
     lab.restart("node-1")?;
     eventually("the pod is fenced again", scenario::PATIENCE, || {
         let status = scenario::pod_status(&lab, "node-1", "web").map_err(|error| error.to_string())?;
         if status["fence"] == "Fenced" { Ok(()) } else { Err(status.to_string()) }
     })
+}
+
+/// Puts a bridge between the pod and its node, as flannel and many others have one.
+const BRIDGE: &str = r"
+set -e
+via=$(ip -o route get $V4); dev=$(echo $via | sed 's/.* dev \([^ ]*\).*/\1/'); from=$(echo $via | sed 's/.* src \([^ ]*\).*/\1/')
+own=$(ip -o link show dev $dev | sed 's/.*link.ether \([^ ]*\).*/\1/')
+its=$(ip -o neigh show $V4 dev $dev | sed 's/.*lladdr \([^ ]*\).*/\1/')
+ip link add br9 type bridge mcast_snooping 0
+ip link set br9 address $own up
+ip link set $dev master br9
+ip addr del fe80::1/64 dev $dev
+ip addr add fe80::1/64 dev br9 nodad
+ip route replace $V4/32 dev br9 src $from
+ip -6 route del $V6 dev $dev
+ip -6 route add $V6/128 dev br9
+for ip in $V4 $V6; do ip neigh replace $ip lladdr $its dev br9 nud permanent; done
+";
+
+#[test]
+fn a_pod_behind_a_bridge_is_fenced_too() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let Some((lab, _internet)) = lab("allow", "", folder.path())? else { return Ok(()) };
+    let ip = address::outside(1).v4.to_string();
+    let view = lab.view()?;
+    let addresses = &view.pod("shop", "web").context("no pod")?.addresses;
+    let of = |v6: bool| addresses.iter().find(|ip| ip.contains(':') == v6).cloned().unwrap_or_default();
+    let (v4, v6) = (of(false), of(true));
+    lab.exec_ok("node-1", &["sh", "-c", &format!("V4={v4} V6={v6} PATH=$PATH:/usr/sbin:/sbin; {BRIDGE}")])?;
+    let greeted = |what: &str| -> anyhow::Result<()> {
+        let said = lab.exec_ok("shop/web", &["shop", "tcp", &format!("{ip}:9000")])?;
+        anyhow::ensure!(said.contains("HELLO"), "{what}: {said}");
+        Ok(())
+    };
+    greeted("open, behind a bridge")?;
+    lab.apply_yaml(&world("deny"))?;
+    eventually("the pod is fenced", scenario::PATIENCE, || {
+        let status = scenario::pod_status(&lab, "node-1", "web").map_err(|error| error.to_string())?;
+        if status["fence"] == "Fenced" { Ok(()) } else { Err(status.to_string()) }
+    })?;
+    scenario::reaches(&lab, "shop/web", "http://cart.shop/")?;
+    scenario::reaches(&lab, "shop/web", "http://desk.plain/")?;
+    scenario::count_packets(&lab, INTERNET, &v4)?;
+    attack(&lab, &ip)?;
+    let count = scenario::counted_packets(&lab, INTERNET)?;
+    anyhow::ensure!(count == 0, "{count} packets of the pod came to the outside");
+    // A port of the bridge that is no pod's: what it would carry stays in.
+    let wire = "PATH=$PATH:/usr/sbin:/sbin; nft list table bridge tulle_fence";
+    anyhow::ensure!(lab.exec_ok("node-1", &["sh", "-c", wire])?.contains("oifkind != \"veth\""));
+    // What counts can count: the fence away, the same pod is seen.
+    lab.exec_ok("node-1", &["sh", "-c", "PATH=$PATH:/usr/sbin nft delete table inet tulle_fence"])?;
+    let _ = attack(&lab, &ip);
+    anyhow::ensure!(scenario::counted_packets(&lab, INTERNET)? > 0, "the counter does not count");
+    Ok(())
 }
 
 #[test]
@@ -272,6 +322,12 @@ fn an_audited_namespace_goes_on_as_before_and_says_what_it_did() -> anyhow::Resu
     anyhow::ensure!(got.contains("inet api.example"), "{got}");
     let spoken = lab.exec_ok("shop/web", &["shop", "tcp", &format!("{ip}:9000")])?;
     anyhow::ensure!(spoken.contains("HELLO"), "{spoken}");
+    // Nobody waits long for what is only watched, so a client that is slow to say its name is seen without it.
+    eventually("the name was seen", scenario::PATIENCE, || {
+        let got = curl(&lab, "shop/web", &["--resolve", &known], "https://api.example/")?;
+        let policy = lab.exec_ok("control", &["tulle", "egress", "--policy", "shop"]).map_err(|e| e.to_string())?;
+        if policy.contains("api.example") { Ok(()) } else { Err(format!("{got}{policy}")) }
+    })?;
     scenario::await_log(&lab, "node-1", &["egress=\"audited\"", "api.example"])?;
     let listed = lab.exec_ok("control", &["tulle", "egress"])?;
     anyhow::ensure!(listed.contains("api.example") && listed.contains("audited"), "{listed}");

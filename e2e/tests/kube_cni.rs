@@ -119,7 +119,7 @@ fn a_pod_begins_behind_the_real_agent_and_not_before() {
     as_root_here("a_pod_begins_behind_the_real_agent_and_not_before", || {
         let Some(api) = kube::start(Options::default()) else { return Ok(()) };
         crds::install(&api)?;
-        let mut config = LabConfig::of(scenario::world(true)).in_cluster(&api, true)?;
+        let mut config = LabConfig::of(&scenario::world(true)).in_cluster(&api, true)?;
         config.timeout = PATIENCE;
         let Some(lab) = scenario::lab(config) else { return Ok(()) };
         if lab.view()?.rootless {

@@ -118,6 +118,12 @@ const BAD: &[Bad] = &[
         &["name"],
     ),
     ("a ceiling that only looks", "EgressPolicy", "spec: {ceiling: true, action: Audit}", &["ceiling"]),
+    ("a fault that does nothing", "HTTPFault", "spec: {}", &["neither delay nor abort"]),
+    ("a delay without units", "HTTPFault", "spec: {delay: {duration: '5', percent: 1}}", &["duration"]),
+    ("an answer that is none", "HTTPFault", "spec: {abort: {percent: 1}}", &["httpStatus and grpcStatus"]),
+    ("more than every request", "HTTPFault", "spec: {abort: {httpStatus: 503, percent: 101}}", &["percent", "100"]),
+    ("no requests at all", "HTTPRateLimit", "spec: {requests: 0}", &["requests"]),
+    ("nobody's count", "HTTPRateLimit", "spec: {requests: 5, per: Pod}", &["per", "Identity"]),
 ];
 
 #[test]

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
+use e2e::bench::resident_bytes as resident;
 use e2e::eventually::eventually;
 use e2e::kube::cluster::{Cluster, PATIENCE};
 use e2e::kube::{self, Options, crds};
@@ -54,16 +55,11 @@ async fn make(api: &Cluster, index: usize) -> anyhow::Result<u64> {
     Ok(before)
 }
 
-fn rss_kib(pid: u32) -> anyhow::Result<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("a process without memory")?;
-    Ok(line.split_whitespace().nth(1).unwrap_or_default().parse()?)
-}
-
+/// Memory of control and of a node's proxy, bytes.
 fn memory(lab: &Lab) -> anyhow::Result<(u64, u64)> {
     let view = lab.view()?;
     let node = view.nodes.first().and_then(|node| node.pid).context("no proxy runs")?;
-    Ok((rss_kib(view.control.pid.context("control does not run")?)?, rss_kib(node)?))
+    Ok((resident(view.control.pid.context("control does not run")?)?, resident(node)?))
 }
 
 /// When the node had a pod of the bulk in force, by its own log.
@@ -115,8 +111,8 @@ fn ten_thousand_pods_through_the_api() -> anyhow::Result<()> {
     let measured = json!({
         "pods": count, "filled_ms": filled_ms,
         "effect_us": {"p50": took[SAMPLES / 2], "p99": took[SAMPLES * 99 / 100], "max": took[SAMPLES - 1]},
-        "control_kib": {"before": small.0, "after": large.0}, "ztunnel_kib": {"before": small.1, "after": large.1},
-        "apiserver_kib": api.memory_kib(),
+        "control_bytes": {"before": small.0, "after": large.0}, "ztunnel_bytes": {"before": small.1, "after": large.1},
+        "apiserver_bytes": api.pid().map(resident).transpose()?,
     });
     eprintln!("MEASURED {measured}");
     scenario::all_well(&scenario::calls(&lab, "shop/web", "http://cart.shop/", &["--count", "20"])?, 20)?;

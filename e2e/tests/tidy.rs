@@ -37,6 +37,9 @@ const PURE: &[&str] = &[
     "ztunnel/src/outbound/gateway.rs",
     "ztunnel/src/gateway/decide.rs",
     "ztunnel/src/capture/rules.rs",
+    "ztunnel/src/cluster/plan.rs",
+    "ztunnel/src/cluster/view.rs",
+    "ztunnel/src/app/cluster/state.rs",
     "control/src/model",
     "control/src/resource",
     "control/src/translate",
@@ -48,11 +51,13 @@ const FENCES: &[(&str, &str, &[&str])] = &[
     ("ztunnel", "h2::", &["hbone", "http", "relay", "inbound", "outbound", "gateway"]),
     ("ztunnel", "hyper::", &["http", "inbound", "outbound", "gateway", "admin"]),
     ("ztunnel", "nix::", &["base", "capture", "relay", "app"]),
+    ("ztunnel", "kube::", &["cluster"]),
+    ("ztunnel", "k8s_openapi::", &["cluster"]),
     ("ztunnel", "tonic::", &["xds", "identity"]),
     ("control", "tonic::", &["authn", "stream", "xds", "ca", "nodes", "app"]),
     ("control", "notify::", &["source"]),
-    ("control", "kube::", &["cluster", "source", "status"]),
-    ("control", "k8s_openapi::", &["cluster", "source", "status"]),
+    ("control", "kube::", &["cluster", "source", "status", "install", "cli"]),
+    ("control", "k8s_openapi::", &["cluster", "source", "status", "install"]),
 ];
 
 /// Words that say nothing about a thing.

@@ -11,6 +11,7 @@ use prost::Message as _;
 use tulle_certs::{Issued, Roots, SpiffeId, Usage};
 use tulle_proto::workload::address::Type;
 use ztunnel::capture::zds::{self, PACKET_MAX};
+use ztunnel::cluster::cgroup::pod_uids;
 use ztunnel::cni::conf;
 use ztunnel::cni::enrolment::Known;
 use ztunnel::cni::install::primary::{Candidate, Choice, choose, primary_of};
@@ -48,6 +49,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("cni-conf", cni_conf),
     ("cni-list", cni_list),
     ("cni-api", cni_api),
+    ("cgroup", cgroup),
     ("kubeconfig", kubeconfig),
     ("local", local),
     ("address", address),
@@ -139,6 +141,14 @@ pub fn cni_list(data: &[u8]) {
 /// An answer of the API server to the plugin.
 pub fn cni_api(data: &[u8]) {
     let _ = ztunnel::cni::api::read(data);
+}
+
+/// Where a process belongs; a container chooses the ends of its cgroups' names.
+pub fn cgroup(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    for uid in pod_uids(text) {
+        assert!(matches!(uid.len(), 32 | 36) && uid.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-'));
+    }
 }
 
 /// A kubeconfig that the installer is given.

@@ -3,6 +3,7 @@
 //!
 //! The only reader of the environment. Modules get their part by value and never import this one.
 
+pub mod cluster;
 pub mod cni;
 pub mod gateway;
 pub mod istio;
@@ -13,6 +14,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+
+use crate::config::cluster::Cluster;
 
 /// What to do with connections from before capture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -110,6 +113,8 @@ pub struct Node {
     /// list.
     #[arg(long, env = "INPOD_UDS")]
     pub inpod_uds: Option<PathBuf>,
+    #[command(flatten)]
+    pub cluster: Cluster,
     /// Connections from before capture: keep or reset.
     #[arg(long, env = "TULLE_PREEXISTING", default_value = "keep")]
     pub preexisting: Preexisting,

@@ -46,6 +46,8 @@ pub mod gateway;
 pub mod admin;
 /// The CNI plugin, and what it asks the node's agent.
 pub mod cni;
+/// The node in a Kubernetes cluster: its pods, their networks, what the API is told.
+pub mod cluster;
 /// Flags and environment.
 pub mod config;
 /// Wiring, start and stop.

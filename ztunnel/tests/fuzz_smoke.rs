@@ -56,6 +56,10 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         "cni-answer" => {
             texts(&[r#"{"ok":true,"enrolled":true}"#, r#"{"ok":false,"code":11,"message":"wait","details":"a"}"#])
         }
+        "cgroup" => texts(&[
+            "0::/kubepods/besteffort/pod0f47a1f6-9d1c-4a1f-8b54-2f0f6f2a7c11/ab",
+            "3:cpu:/\n2:memory:/kubepods.slice/kubepods-pod0f47a1f6_9d1c_4a1f_8b54_2f0f6f2a7c11.slice:cri-containerd:ab",
+        ]),
         "cni-known" => texts(&[
             r#"{"version":1,"rootNamespace":"tulle-system","egressDeniedByDefault":false,"namespaces":{"shop":{"tulle.dev/mesh":"enabled","tulle.dev/egress":"deny"},"kube-system":{}}}"#,
         ]),

@@ -42,7 +42,32 @@ pub(super) fn get(base: &str, path: &str) -> Result<Value, Failure> {
     })
 }
 
+/// The status and the text of control's answer; for kubelet, which gives it less time.
+pub(super) fn status(base: &str, path: &str, deadline: Duration) -> Result<(u16, String), Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::wrong(error.to_string()))?;
+    let answer = runtime.block_on(async { tokio::time::timeout(deadline, exchange(base, path)).await });
+    let (status, body) =
+        answer.map_err(|_| Failure::wrong(format!("control at {base} did not answer within {deadline:?}")))??;
+    Ok((status.as_u16(), String::from_utf8_lossy(&body).into_owned()))
+}
+
 async fn request(base: &str, path: &str) -> Result<Value, Failure> {
+    let (status, body) = exchange(base, path).await?;
+    let value: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
+    if status.is_success() && !value.is_null() {
+        return Ok(value);
+    }
+    let text = value["error"].as_str().map_or_else(
+        || format!("control at {base} answered {status} to {path}: is it a Tulle control plane?"),
+        str::to_owned,
+    );
+    Err(Failure::wrong(text))
+}
+
+async fn exchange(base: &str, path: &str) -> Result<(http::StatusCode, Bytes), Failure> {
     let unreachable = |error: String| {
         Failure::wrong(format!("cannot reach control at {base}: {error}; is it running, and is --control right?"))
     };
@@ -70,13 +95,5 @@ async fn request(base: &str, path: &str) -> Result<Value, Failure> {
         .map_err(|e| unreachable(e.to_string()))?
         .to_bytes();
     driver.abort();
-    let value: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
-    if status.is_success() && !value.is_null() {
-        return Ok(value);
-    }
-    let text = value["error"].as_str().map_or_else(
-        || format!("control at {base} answered {status} to {path}: is it a Tulle control plane?"),
-        str::to_owned,
-    );
-    Err(Failure::wrong(text))
+    Ok((status, body))
 }

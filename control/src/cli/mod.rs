@@ -7,7 +7,9 @@
 
 mod egress;
 mod fetch;
+mod install;
 mod local;
+mod probe;
 mod render;
 mod revoke;
 mod rotate;
@@ -20,6 +22,7 @@ use clap::Subcommand;
 use clap::ValueEnum;
 use serde_json::Value;
 
+pub use probe::probe;
 pub use revoke::revoke;
 pub use rotate::rotate;
 
@@ -36,6 +39,12 @@ pub struct Cli {
     /// How to print.
     #[arg(short, long, default_value = "table", global = true)]
     output: Output,
+    /// The kubeconfig of the cluster, for `install` and `uninstall`. Else KUBECONFIG, ~/.kube/config, or the pod's own account.
+    #[arg(long, global = true)]
+    kubeconfig: Option<PathBuf>,
+    /// The context of the kubeconfig.
+    #[arg(long, global = true)]
+    context: Option<String>,
     #[command(subcommand)]
     command: Command,
 }
@@ -90,11 +99,10 @@ enum Command {
         #[arg(long, value_name = "NAMESPACE", conflicts_with = "namespace")]
         policy: Option<String>,
     },
-    /// Installs Tulle into a cluster (comes with Kubernetes support).
-    Install {
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
-        rest: Vec<String>,
-    },
+    /// Installs Tulle into a cluster, or upgrades it: the same objects as the Helm chart, without Helm.
+    Install(Box<install::Install>),
+    /// Takes Tulle away: releases all pods, cleans the nodes, deletes the objects.
+    Uninstall(Box<install::Uninstall>),
 }
 
 /// A request to explain; without any of these, the connection.
@@ -244,10 +252,14 @@ fn run(cli: &Cli) -> Result<(String, u8), Failure> {
             }
             Ok((print(&egress::talks(&status, namespace.as_deref()), egress::table)?, 0))
         }
-        Command::Install { .. } => Err(Failure::unsupported(
-            "`install` comes with Kubernetes support, which this version does not have; `lab up <dir>` runs a mesh here",
-        )),
+        Command::Install(options) => Ok((install::install(options, &place(cli))?, 0)),
+        Command::Uninstall(options) => Ok((install::uninstall(options, &place(cli))?, 0)),
     }
+}
+
+/// Which cluster is meant.
+fn place(cli: &Cli) -> install::Where<'_> {
+    install::Where { kubeconfig: cli.kubeconfig.as_deref(), context: cli.context.as_deref() }
 }
 
 /// The exit code that tells a verdict; a word of another version is not known.

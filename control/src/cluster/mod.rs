@@ -5,6 +5,8 @@
 //! are off, because whoever asks knows better when to ask again, and must know at once that the server does not answer.
 //! Limits: a request without a deadline of its own ends after [`SILENCE`] without a byte.
 
+mod user;
+
 use std::path::Path;
 use std::time::Duration;
 
@@ -15,6 +17,8 @@ use kube::Config;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 
 pub use kube::Client;
+
+pub use user::user;
 
 /// A server in the same cluster answers in milliseconds; further away it is at most some seconds.
 const CONNECT: Duration = Duration::from_secs(10);

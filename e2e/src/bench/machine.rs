@@ -21,7 +21,7 @@ pub(super) fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
 }
 
 /// Resident memory of a process, bytes.
-pub(crate) fn resident(pid: u32) -> anyhow::Result<u64> {
+pub fn resident(pid: u32) -> anyhow::Result<u64> {
     let path = format!("/proc/{pid}/status");
     let text = std::fs::read_to_string(&path).with_context(|| format!("{path}: has the process ended?"))?;
     parse_kib(&text, "VmRSS:").map(|kib| kib * 1024).with_context(|| format!("{path} has no VmRSS"))

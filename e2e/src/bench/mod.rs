@@ -34,7 +34,7 @@ use serde_json::json;
 pub use agent::Agent;
 pub use agent::main as agent;
 pub(crate) use built::from as built_from;
-pub(crate) use machine::resident as resident_bytes;
+pub use machine::resident as resident_bytes;
 
 use crate::bench::measure::Bench;
 use crate::bench::measure::Proved;

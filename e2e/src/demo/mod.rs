@@ -7,6 +7,7 @@
 
 mod breaker;
 mod canary;
+mod egress;
 mod gateway;
 pub mod judge;
 mod requests;
@@ -27,7 +28,8 @@ use crate::topology;
 /// Arguments of `lab demo`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Break a part of the proxy on purpose: `rules`, `authz`, `tls`, `weights`, `jwt`, `breaker` or `gateway`.
+    /// Break a part of the proxy on purpose: `rules`, `authz`, `tls`, `weights`, `jwt`, `breaker`,
+    /// `gateway`, `sni` or `fence`.
     #[arg(long = "break", env = "BREAK")]
     broken: Option<String>,
     /// Leave the lab running afterwards.

@@ -13,6 +13,7 @@ use serde_json::Value;
 use crate::demo::Step;
 use crate::demo::breaker;
 use crate::demo::canary;
+use crate::demo::egress;
 use crate::demo::gateway;
 use crate::demo::requests;
 use crate::eventually::eventually;
@@ -21,7 +22,7 @@ use crate::lab::Running;
 use crate::scenario;
 
 /// Parts that `--break` can break.
-pub(super) const PARTS: [&str; 7] = ["rules", "authz", "tls", "weights", "jwt", "breaker", "gateway"];
+pub(super) const PARTS: [&str; 9] = ["rules", "authz", "tls", "weights", "jwt", "breaker", "gateway", "sni", "fence"];
 /// Without it there is nothing to show.
 pub(super) const FIRST: &str = "shop-runs";
 
@@ -110,6 +111,18 @@ pub(super) const STEPS: &[Step] = &[
         claim: "What may leave a closed namespace leaves by the gateway, from its address, or not at all.",
         rests_on: &["rules", "gateway"],
         show: gateway::leads_out,
+    },
+    Step {
+        name: "egress-names",
+        claim: "What leaves a namespace is listed before it is closed; then one name leaves, whatever a client claims.",
+        rests_on: &["rules", "sni"],
+        show: egress::bound_to_names,
+    },
+    Step {
+        name: "egress-fence",
+        claim: "A root container that takes its own rules away does not get out either.",
+        rests_on: &["rules", "fence"],
+        show: egress::fenced,
     },
     Step {
         name: "control-killed",

@@ -238,7 +238,7 @@ impl ApiServer {
     }
 
     fn signal(&self, signal: Signal) {
-        if let Some(pid) = self.server.as_ref().and_then(|server| server.process.pid()) {
+        if let Some(pid) = self.pid() {
             signal_group(pid, signal);
         }
     }
@@ -257,12 +257,9 @@ impl ApiServer {
         ask("/v3/kv/compaction", json!({"revision": revision, "physical": true})).map(drop)
     }
 
-    /// Process id and peak memory in KiB of the server, for reports.
-    pub fn memory_kib(&self) -> Option<u64> {
-        let pid = self.server.as_ref()?.process.pid()?;
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-        let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
-        line.split_whitespace().nth(1)?.parse().ok()
+    /// Process id of the server, while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.server.as_ref()?.process.pid()
     }
 
     fn start_etcd(&mut self) -> anyhow::Result<()> {
@@ -434,7 +431,8 @@ fn tail(log: &Path) -> String {
     lines[lines.len().saturating_sub(15)..].join("\n")
 }
 
-fn write_kubeconfig(path: &Path, server: &str, authority: &Path, user: &Value) -> anyhow::Result<()> {
+/// Writes the kubeconfig of a user, who is a token or a certificate with its key.
+pub fn write_kubeconfig(path: &Path, server: &str, authority: &Path, user: &Value) -> anyhow::Result<()> {
     let config = json!({
         "apiVersion": "v1", "kind": "Config", "current-context": "test",
         "clusters": [{"name": "test", "cluster": {"server": server, "certificate-authority": authority}}],

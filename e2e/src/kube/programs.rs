@@ -16,10 +16,15 @@ const SUMS: &[u8] = include_bytes!("../../kube/go.sum");
 
 /// The folder of the cache for this version.
 pub fn cache() -> Option<PathBuf> {
+    cache_of("kube", SUMS)
+}
+
+/// The folder of the cache for programs that are built from a module with these sums.
+pub fn cache_of(name: &str, sums: &[u8]) -> Option<PathBuf> {
     let own = std::env::var_os("XDG_CACHE_HOME").filter(|dir| !dir.is_empty()).map(PathBuf::from);
     let cache = own.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))?;
-    let sum: String = Sha256::digest(SUMS).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    Some(cache.join("tulle/kube").join(sum))
+    let sum: String = Sha256::digest(sums).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    Some(cache.join("tulle").join(name).join(sum))
 }
 
 /// A program by name, such as `kube-apiserver` or `etcd`.

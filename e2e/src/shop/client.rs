@@ -22,7 +22,9 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use serde_json::json;
 use tokio::io::AsyncBufReadExt;
+use tokio::io::AsyncRead;
 use tokio::io::AsyncReadExt;
+use tokio::io::AsyncWrite;
 use tokio::io::AsyncWriteExt;
 use tokio::io::BufReader;
 use tokio::net::TcpStream;
@@ -36,6 +38,7 @@ use crate::shop::Load;
 use crate::shop::Tcp;
 use crate::shop::family;
 use crate::shop::now_us;
+use crate::shop::secure;
 use crate::shop::udp;
 
 const BODY_LIMIT: usize = 64 << 20;
@@ -101,7 +104,8 @@ pub(super) async fn tcp(options: &Tcp) -> anyhow::Result<bool> {
     }
     let mut all_well = true;
     for number in 0..options.count {
-        let report = tcp_attempt(number, &options.address, &options.send, family, timeout).await;
+        let tls = options.tls.as_deref();
+        let report = tcp_attempt(number, &options.address, &options.send, tls, family, timeout).await;
         all_well &= report["ok"] == true;
         match (options.json, &report["error"]) {
             (true, _) => println!("{report}"),
@@ -112,17 +116,23 @@ pub(super) async fn tcp(options: &Tcp) -> anyhow::Result<bool> {
     Ok(all_well)
 }
 
-async fn tcp_attempt(number: u64, address: &str, line: &str, family: Family, timeout: Duration) -> Value {
+async fn tcp_attempt(
+    number: u64,
+    address: &str,
+    line: &str,
+    tls: Option<&str>,
+    family: Family,
+    timeout: Duration,
+) -> Value {
     let (began, t_us) = (Instant::now(), now_us());
     let step = Step::default();
     let attempt = async {
+        let connector = tls.map(|_| secure::connector()).transpose()?;
         let stream = connect(address, family, &step).await?;
-        let mut stream = BufReader::new(stream);
-        let greeting = read_line(&mut stream).await?;
-        stream.get_mut().write_all(format!("{line}\n").as_bytes()).await?;
-        let echoed = read_line(&mut stream).await?;
-        anyhow::ensure!(echoed == line, "sent {line:?}, got {echoed:?} back");
-        anyhow::Ok(greeting)
+        match tls.zip(connector.as_ref()) {
+            None => talk(stream, line).await,
+            Some((name, connector)) => talk(secure::connect(connector, stream, name).await?, line).await,
+        }
     };
     let result = tokio::time::timeout(timeout, attempt).await.unwrap_or_else(|_| Err(late(timeout, &step)));
     let ms = began.elapsed().as_secs_f64() * 1000.0;
@@ -136,6 +146,16 @@ async fn tcp_attempt(number: u64, address: &str, line: &str, family: Family, tim
             json!({"n": number, "t_us": t_us, "end_us": now_us(), "ok": false, "ms": ms, "error": format!("{error:#}")})
         }
     }
+}
+
+/// Is greeted, and has a line echoed.
+async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, line: &str) -> anyhow::Result<String> {
+    let mut stream = BufReader::new(stream);
+    let greeting = read_line(&mut stream).await?;
+    stream.get_mut().write_all(format!("{line}\n").as_bytes()).await?;
+    let echoed = read_line(&mut stream).await?;
+    anyhow::ensure!(echoed == line, "sent {line:?}, got {echoed:?} back");
+    Ok(greeting)
 }
 
 /// One connection, kept; a line in and out at each turn, until standard input ends. Ends with a report.
@@ -242,7 +262,7 @@ async fn load_one(
         running.spawn_local(async move {
             let mut report = match (raw, kept, own.as_mut()) {
                 _ if datagrams.is_some() => udp::attempt(&datagrams.unwrap_or_default(), "ping", family, timeout).await,
-                (Some(address), _, _) => tcp_attempt(number, &address, "ping", family, timeout).await,
+                (Some(address), _, _) => tcp_attempt(number, &address, "ping", None, family, timeout).await,
                 (None, Some(kept), _) => kept.lock().await.attempt(number, timeout).await,
                 (None, None, Some(own)) => own.attempt(number, timeout).await,
                 (None, None, None) => Value::Null,
@@ -390,7 +410,7 @@ async fn connect(address: &str, family: Family, step: &Step) -> anyhow::Result<T
     Ok(stream)
 }
 
-async fn read_line(stream: &mut BufReader<TcpStream>) -> anyhow::Result<String> {
+async fn read_line(stream: &mut BufReader<impl AsyncRead + Unpin>) -> anyhow::Result<String> {
     let mut line = String::new();
     anyhow::ensure!(stream.take(64 << 10).read_line(&mut line).await? > 0, "the peer closed the connection");
     Ok(line.trim_end().to_owned())

@@ -5,6 +5,7 @@
 //! MiB.
 
 mod client;
+mod secure;
 mod server;
 mod udp;
 
@@ -49,6 +50,9 @@ struct Serve {
     /// Raw TCP ports.
     #[arg(long)]
     tcp: Vec<u16>,
+    /// Ports of the same protocol within TLS.
+    #[arg(long)]
+    tls: Vec<u16>,
     /// UDP ports that echo.
     #[arg(long)]
     udp: Vec<u16>,
@@ -94,6 +98,9 @@ struct Tcp {
     /// Line to send.
     #[arg(long, default_value = "ping")]
     send: String,
+    /// Within TLS, asking for this server name; any certificate is believed.
+    #[arg(long, conflicts_with = "hold_ms")]
+    tls: Option<String>,
     /// Connections, one after the other.
     #[arg(long, default_value_t = 1)]
     count: u64,
@@ -192,7 +199,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
                 for port in &options.udp {
                     udp::echo(*port).await?;
                 }
-                server::serve(&options.name, &options.http, &options.tcp).await.map(|()| true)
+                server::serve(&options.name, &options.http, &options.tcp, &options.tls).await.map(|()| true)
             }
             Command::Call(options) => client::call(&options).await,
             Command::Tcp(options) => client::tcp(&options).await,

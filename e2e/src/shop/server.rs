@@ -31,14 +31,18 @@ use socket2::Domain;
 use socket2::Socket;
 use socket2::Type;
 use tokio::io::AsyncBufReadExt;
+use tokio::io::AsyncRead;
+use tokio::io::AsyncWrite;
 use tokio::io::AsyncWriteExt;
 use tokio::io::BufReader;
 use tokio::net::TcpListener;
 use tokio::net::TcpStream;
 use tokio::signal::unix::SignalKind;
 use tokio::sync::watch;
+use tokio_rustls::TlsAcceptor;
 
 use crate::shop::now_us;
+use crate::shop::secure;
 
 const BODY_LIMIT: usize = 64 << 20;
 /// Clients hear of a leaving pod within this time; new connections until then are served.
@@ -65,7 +69,7 @@ struct Mood {
 }
 
 /// Serves until SIGTERM or SIGINT. Fails when a port cannot be bound.
-pub(super) async fn serve(name: &str, http: &[u16], tcp: &[u16]) -> anyhow::Result<()> {
+pub(super) async fn serve(name: &str, http: &[u16], tcp: &[u16], tls: &[u16]) -> anyhow::Result<()> {
     let env = |name: &str| std::env::var(name).unwrap_or_default();
     let server = Rc::new(Server {
         name: name.to_owned(),
@@ -82,7 +86,11 @@ pub(super) async fn serve(name: &str, http: &[u16], tcp: &[u16]) -> anyhow::Resu
     }
     for port in tcp {
         let listener = bind(*port)?;
-        tokio::task::spawn_local(accept_tcp(listener, server.clone(), end.clone()));
+        tokio::task::spawn_local(accept_tcp(listener, None, server.clone(), end.clone()));
+    }
+    for port in tls {
+        let (listener, tls) = (bind(*port)?, secure::acceptor()?);
+        tokio::task::spawn_local(accept_tcp(listener, Some(tls), server.clone(), end.clone()));
     }
     drop(end);
     let mut term = tokio::signal::unix::signal(SignalKind::terminate())?;
@@ -207,13 +215,18 @@ fn answer(status: u16, body: Bytes) -> Response<Full<Bytes>> {
     response
 }
 
-async fn accept_tcp(listener: TcpListener, server: Rc<Server>, mut end: watch::Receiver<bool>) {
+async fn accept_tcp(
+    listener: TcpListener,
+    tls: Option<TlsAcceptor>,
+    server: Rc<Server>,
+    mut end: watch::Receiver<bool>,
+) {
     while let Some((stream, peer)) = accepted(&listener, &mut end).await {
-        let (server, mut end) = (server.clone(), end.clone());
+        let (server, tls, mut end) = (server.clone(), tls.clone(), end.clone());
         tokio::task::spawn_local(async move {
             log(&json!({"t_us": now_us(), "kind": "tcp-open", "name": server.name, "source": peer}));
             let lines = tokio::select! {
-                lines = echo(&server, stream, peer) => lines,
+                lines = greet(&server, tls, stream, peer) => lines,
                 _ = end.wait_for(|ending| *ending) => Ok(0),
             };
             let (lines, error) = match lines {
@@ -227,9 +240,16 @@ async fn accept_tcp(listener: TcpListener, server: Rc<Server>, mut end: watch::R
     }
 }
 
-async fn echo(server: &Server, mut stream: TcpStream, peer: SocketAddr) -> io::Result<u64> {
+async fn greet(server: &Server, tls: Option<TlsAcceptor>, stream: TcpStream, peer: SocketAddr) -> io::Result<u64> {
+    match tls {
+        None => echo(server, stream, peer).await,
+        Some(tls) => echo(server, tls.accept(stream).await?, peer).await,
+    }
+}
+
+async fn echo(server: &Server, stream: impl AsyncRead + AsyncWrite, peer: SocketAddr) -> io::Result<u64> {
     let greeting = format!("HELLO {} {}\n", if server.pod.is_empty() { &server.name } else { &server.pod }, peer.ip());
-    let (read, mut write) = stream.split();
+    let (read, mut write) = tokio::io::split(stream);
     write.write_all(greeting.as_bytes()).await?;
     let mut read = BufReader::new(read);
     let mut line = Vec::new();

@@ -37,6 +37,8 @@ struct State {
     pods: BTreeMap<String, BTreeSet<String>>,
     /// Interfaces that were fenced before this process, of pods that it has not looked at.
     before: BTreeSet<String>,
+    /// Those of all these that were ports of a bridge when they were looked at.
+    bridged: BTreeSet<String>,
     /// What is installed.
     installed: Option<String>,
 }
@@ -45,11 +47,13 @@ impl Fence {
     /// The fence of this node, with what is there of it.
     pub async fn new(on: bool, reader: Reader) -> Arc<Self> {
         let node = on.then(|| Netns::open(Path::new("/proc/self/ns/net")).ok()).flatten();
-        let before = match &node {
-            Some(node) => fence::fenced(node).await,
-            None => BTreeSet::new(),
-        };
-        Arc::new(Self { node, reader, state: Mutex::new(State { before, ..State::default() }) })
+        let mut state = State::default();
+        if let Some(node) = &node {
+            state.before = fence::fenced(node).await;
+            let links = fence::interfaces(node).await.unwrap_or_default();
+            state.bridged = fence::bridged(&state.before, &links);
+        }
+        Arc::new(Self { node, reader, state: Mutex::new(state) })
     }
 
     /// Takes a pod into the fence; done when that is in force.
@@ -70,6 +74,7 @@ impl Fence {
         let outer = fence::interfaces(node).await.map_err(failed)?;
         let ends = fence::ends(&inner, &outer)?;
         state.before.retain(|name| !ends.contains(name));
+        state.bridged.extend(fence::bridged(&ends, &outer));
         state.pods.insert(uid.to_owned(), ends);
         let done = self.bring(node, &mut state).await;
         if done.is_err() {
@@ -143,7 +148,13 @@ impl Fence {
         if interfaces.is_empty() && state.installed.is_none() {
             return Ok(());
         }
-        let text = fence::render(&interfaces, &inside(&self.reader.load()));
+        let clear = !state.bridged.is_empty();
+        if clear {
+            // A port that is gone cannot be named, and takes its rules with it.
+            let links = fence::interfaces(node).await.map_err(|error| error.to_string())?;
+            state.bridged = fence::bridged(&interfaces, &links);
+        }
+        let text = fence::render(&interfaces, &state.bridged, &inside(&self.reader.load()), clear);
         if state.installed.as_ref() == Some(&text) {
             return Ok(());
         }

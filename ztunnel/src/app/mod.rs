@@ -5,6 +5,7 @@
 
 mod agent;
 pub mod answers;
+mod cluster;
 mod dump;
 mod explain;
 pub mod federation;
@@ -31,8 +32,9 @@ use anyhow::Context as _;
 use http::{Method, StatusCode};
 use prometheus_client::registry::Registry;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Notify, watch};
-use tokio::time::{Instant, sleep};
+use tokio::sync::{Notify, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, reload};
@@ -74,6 +76,8 @@ const LOOK: Duration = Duration::from_millis(50);
 const LAST_CALL: Duration = Duration::from_millis(200);
 /// How long peers may take to end tunnels that carry nothing any more: as long as streams are taken that crossed the goodbye.
 const GOODBYE: Duration = Duration::from_secs(5);
+/// How long the agent may take to say that the node is not served any more.
+const LAST_WORD: Duration = Duration::from_secs(3);
 /// How long the records of connections that were ended by force are waited for: some 10,000 take a fraction of it.
 const RECORDS: Duration = Duration::from_secs(2);
 
@@ -178,7 +182,11 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     let fence = Fence::new(config.fence == Switch::On, reader.clone()).await;
     tokio::spawn(fence.clone().run(stopping.clone()));
     let ends = (taken.clone(), was_replaced.clone());
-    let pods_drain = start_pods(&config, &shared, &workers, &pods, pods_stop, ends, (outside, fence))?;
+    let cluster = cluster(&config, &answers).await?;
+    let (begin, begun) = oneshot::channel();
+    let watched = cluster.map(|agent| (agent, begun));
+    let (pods_drain, agent) =
+        start_pods(&config, &shared, &workers, &pods, pods_stop, ends, (outside, fence), watched)?;
     let attended = Arc::new(AtomicBool::new(false));
     let giver = |admin: Vec<TcpListener>| Giver {
         pods: pods.clone(),
@@ -198,6 +206,8 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
         }
         (None, ..) => {}
     }
+    // From here on this process is the one that serves.
+    let _ = begin.send(());
     answer_control(&config, ways.xds, answers, was_replaced);
     tracing::info!(node = %config.node_name, workers = count, version = VERSION, "started");
 
@@ -207,6 +217,8 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     [&stop, &pods_drain].into_iter().for_each(|drain| drain.advance(Phase::Draining));
     wait_for_end(&pods, &workers, config.termination_deadline).await;
     tracing::info!("drained");
+    // It has one last thing to say, unless the API server is away.
+    let _ = timeout(LAST_WORD, agent).await;
     [&pods_drain, &stop].into_iter().for_each(|drain| drain.advance(Phase::Forced));
     finish_records(&pods).await;
     exporter.finish().await;
@@ -283,6 +295,18 @@ fn outside(config: &Node) -> anyhow::Result<OwnResolver> {
     Ok(OwnResolver::new(Arc::new(PodSockets::new(netns, thread, options)), servers))
 }
 
+/// The agent of a node in a cluster.
+async fn cluster(config: &Node, answers: &Answers) -> anyhow::Result<Option<Arc<cluster::Agent>>> {
+    Ok(match config.cluster.cluster {
+        Switch::On => Some(cluster::Agent::new(config, answers).await?),
+        Switch::Off => None,
+    })
+}
+
+/// What watches the cluster, and the word that this process serves.
+type Watched = (Arc<cluster::Agent>, oneshot::Receiver<()>);
+
+#[allow(clippy::too_many_arguments, reason = "the node's parts, once each")]
 fn start_pods(
     config: &Node,
     shared: &Shared,
@@ -291,22 +315,32 @@ fn start_pods(
     stop: Drain,
     (taken, replaced): (Arc<Taken>, Drained),
     (outside, fence): (OwnResolver, Arc<Fence>),
-) -> anyhow::Result<Arc<Drain>> {
+    watched: Option<Watched>,
+) -> anyhow::Result<(Arc<Drain>, JoinHandle<()>)> {
     let changed = Arc::new(Notify::new());
-    let (source, watcher, agent) = match (&config.pods, &config.inpod_uds) {
-        (Some(path), None) => (Source::File(ListFile::new(path.clone())), watch_directory(path, changed.clone()), None),
-        (None, Some(path)) => {
-            let (list, watch) = watch::channel(List::default());
-            let (pods, changed) = (pods.clone(), changed.clone());
-            (Source::Agent(watch), None, Some(Agent { path: path.clone(), pods, list, changed }))
+    let (list, watch) = watch::channel(List::default());
+    let stop = Arc::new(stop);
+    let stopping = stop.watch();
+    let mut agent = tokio::spawn(async {});
+    let (source, watcher) = match (&config.pods, &config.inpod_uds, watched) {
+        (Some(path), None, None) => (Source::File(ListFile::new(path.clone())), watch_directory(path, changed.clone())),
+        (None, Some(path), None) => {
+            let talker = Agent { path: path.clone(), pods: pods.clone(), list, changed: changed.clone() };
+            tokio::spawn(talker.run(shared.reader.clone(), stopping));
+            (Source::Agent(watch), None)
         }
-        (None, None) => anyhow::bail!(
-            "there is no list of pods; set TULLE_PODS to the file that lists the node's pods, or INPOD_UDS to the socket \
-             of the CNI agent that hands them over"
+        (None, None, Some((watching, begun))) => {
+            let (changed, replaced) = (changed.clone(), replaced.clone());
+            agent = tokio::spawn(watching.run(cluster::Ends { list, changed, begun, replaced, stop: stopping }));
+            (Source::Agent(watch), None)
+        }
+        (None, None, None) => anyhow::bail!(
+            "there is no list of pods; set TULLE_PODS to the file that lists the node's pods, INPOD_UDS to the socket of \
+             the CNI agent that hands them over, or TULLE_CLUSTER=on in a Kubernetes cluster"
         ),
-        (Some(_), Some(_)) => {
-            anyhow::bail!("TULLE_PODS and INPOD_UDS are both set, and the node has one list; unset one")
-        }
+        _ => anyhow::bail!(
+            "the node has one list of pods, and more than one of TULLE_PODS, INPOD_UDS and TULLE_CLUSTER is set; unset one"
+        ),
     };
     let environment = Arc::new(Environment {
         shared: shared.clone(),
@@ -324,16 +358,12 @@ fn start_pods(
         taken,
         replaced,
     });
-    let stop = Arc::new(stop);
-    if let Some(agent) = agent {
-        tokio::spawn(agent.run(shared.reader.clone(), stop.watch()));
-    }
     let pods = pods.clone().run(environment, source, changed, stop.clone());
     tokio::spawn(async move {
         let _watcher = watcher;
         pods.await;
     });
-    Ok(stop)
+    Ok((stop, agent))
 }
 
 fn options(config: &Node) -> Options {

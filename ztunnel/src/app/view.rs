@@ -117,6 +117,28 @@ impl Pods {
         }
     }
 
+    /// Whether the pod is captured in this network.
+    ///
+    /// # Errors
+    /// Why not yet.
+    pub(super) fn captured_in(&self, uid: &str, netns: (u64, u64)) -> Result<(), String> {
+        let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+        match board.get(uid) {
+            None => Err("its capture has not begun".to_owned()),
+            Some(entry) if entry.netns.as_ref().map(Netns::id) != Some(netns) => {
+                Err(format!("{} {}, in another network", entry.state, entry.reason))
+            }
+            Some(entry) if entry.state == "Captured" && entry.served => Ok(()),
+            Some(entry) => Err(format!("{} {}", entry.state, entry.reason)),
+        }
+    }
+
+    /// Whether a pod is still served in this network.
+    pub(super) fn holds(&self, netns: (u64, u64)) -> bool {
+        let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+        board.values().any(|entry| entry.netns.as_ref().map(Netns::id) == Some(netns))
+    }
+
     /// Live connections of all pods: inbound and outbound.
     pub fn connections(&self) -> (usize, usize) {
         let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);

@@ -4,8 +4,12 @@
 //! what the node does with a packet that comes out of the pod's interface. There everything is dropped but tunnels to the mesh, plain
 //! TCP to what is inside the cluster without being in the mesh (pods, and the API server's endpoints), and replies. What a rule lets out
 //! of the cluster, and look-ups of names, the proxy dials from the node's network, so nothing of it comes through here. Keyed by the
-//! interface and not by an address, which a pod can choose. The table stays when the proxy stops. Limits: only pods on a pair of
-//! interfaces whose other end is the node's own and no port of a bridge; others are reported as `Unfenced`.
+//! interface and not by an address, which a pod can choose. The table stays when the proxy stops.
+//!
+//! Behind a bridge the node sees the bridge where a packet came from, so what comes out of such a pod gets a mark at its port, before
+//! anything else sees it, and the mark is what is fenced. What the bridge itself passes on goes to other pods, which are inside, and to
+//! no other kind of port. Limits: only pods on a pair of interfaces whose other end is the node's own; others (macvlan, ipvlan, SR-IOV)
+//! are reported as `Unfenced`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -21,6 +25,10 @@ use crate::capture::{nft, run};
 /// Name of the table.
 pub const TABLE: &str = "tulle_fence";
 
+/// Set at the bridge's port on what comes out of a fenced pod: a bit that neither kube-proxy (0x4000, 0x8000) nor Cilium (0xf00) nor
+/// Calico (the upper half) nor the redirect (0x539) uses.
+const MARK: &str = "0x00000040";
+
 /// What may pass the fence.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Inside {
@@ -32,15 +40,36 @@ pub struct Inside {
     pub api: BTreeSet<SocketAddr>,
 }
 
-/// The transaction that replaces whatever is installed.
-pub fn render(interfaces: &BTreeSet<String>, inside: &Inside) -> String {
+/// The transaction that replaces whatever is installed. Those of `interfaces` that are `bridged` must exist; `clear`: there may be
+/// rules of the bridge to take away.
+pub fn render(interfaces: &BTreeSet<String>, bridged: &BTreeSet<String>, inside: &Inside, clear: bool) -> String {
     let mut text = format!("table inet {TABLE}\ndelete table inet {TABLE}\n");
+    // Not named without need: a kernel may have no tables for bridges.
+    if clear || !bridged.is_empty() {
+        let _ = writeln!(text, "table bridge {TABLE}\ndelete table bridge {TABLE}");
+    }
     if interfaces.is_empty() {
         return text;
     }
+    if !bridged.is_empty() {
+        let _ = writeln!(
+            text,
+            "table bridge {TABLE} {{\n  set pods {{\n    type ifname\n    elements = {{ {} }}\n  }}",
+            list(bridged)
+        );
+        text.push_str("  chain forward {\n    type filter hook forward priority filter; policy accept;\n");
+        text.push_str("    iifname @pods meta oifkind != \"veth\" counter drop\n  }\n}\n");
+    }
     let _ = writeln!(text, "table inet {TABLE} {{");
-    let names: Vec<String> = interfaces.iter().map(|name| format!("\"{name}\"")).collect();
-    let _ = writeln!(text, "  set pods {{\n    type ifname\n    elements = {{ {} }}\n  }}", names.join(", "));
+    let _ = writeln!(text, "  set pods {{\n    type ifname\n    elements = {{ {} }}\n  }}", list(interfaces));
+    if !bridged.is_empty() {
+        let devices = list(bridged);
+        let _ = writeln!(
+            text,
+            "  chain port {{\n    type filter hook ingress devices = {{ {devices} }} priority filter; policy accept;"
+        );
+        let _ = writeln!(text, "    meta mark set meta mark or {MARK}\n  }}");
+    }
     for (name, addresses) in [("mesh", &inside.mesh), ("plain", &inside.plain)] {
         for (v6, kind) in [(false, "ipv4_addr"), (true, "ipv6_addr")] {
             let all = addresses.iter().filter(|ip| ip.is_ipv6() == v6).map(ToString::to_string);
@@ -67,10 +96,19 @@ pub fn render(interfaces: &BTreeSet<String>, inside: &Inside) -> String {
                 "    icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld2-listener-report } accept\n",
             );
         }
-        text.push_str("    iifname @pods jump fence\n  }\n");
+        text.push_str("    iifname @pods jump fence\n");
+        if !bridged.is_empty() {
+            let _ = writeln!(text, "    meta mark and {MARK} == {MARK} jump fence");
+        }
+        text.push_str("  }\n");
     }
     text.push_str("}\n");
     text
+}
+
+fn list(names: &BTreeSet<String>) -> String {
+    let names: Vec<String> = names.iter().map(|name| format!("\"{name}\"")).collect();
+    names.join(", ")
 }
 
 fn set(text: &mut String, name: &str, kind: &str, elements: Vec<String>) {
@@ -107,6 +145,8 @@ pub struct Link {
     peer: Option<u64>,
     /// It is a port of this one.
     master: Option<String>,
+    /// Which is a bridge.
+    bridged: bool,
     /// Up, and not loopback.
     used: bool,
 }
@@ -118,7 +158,7 @@ impl Link {
     }
 }
 
-/// Interfaces by index, as `ip -j link` lists them.
+/// Interfaces by index, as `ip -d -j link` lists them.
 pub fn links(text: &str) -> BTreeMap<u64, Link> {
     let value: Value = serde_json::from_str(text).unwrap_or_default();
     let one = |link: &Value| {
@@ -126,7 +166,8 @@ pub fn links(text: &str) -> BTreeMap<u64, Link> {
         let name = link["ifname"].as_str()?.to_owned();
         let used = flags.contains(&"UP") && !flags.contains(&"LOOPBACK");
         let master = link["master"].as_str().map(str::to_owned);
-        Some((link["ifindex"].as_u64()?, Link { name, peer: link["link_index"].as_u64(), master, used }))
+        let bridged = link["linkinfo"]["info_slave_kind"] == "bridge";
+        Some((link["ifindex"].as_u64()?, Link { name, peer: link["link_index"].as_u64(), master, bridged, used }))
     };
     value.as_array().into_iter().flatten().filter_map(one).collect()
 }
@@ -142,8 +183,11 @@ pub fn ends(pod: &BTreeMap<u64, Link>, node: &BTreeMap<u64, Link>) -> Result<BTr
         let Some(end) = end else {
             return Err(format!("its interface {} does not end at the node", link.name));
         };
-        if let Some(master) = &end.master {
-            return Err(format!("the node's end {} of its interface {} is a port of {master}", end.name, link.name));
+        if let Some(master) = end.master.as_ref().filter(|_| !end.bridged) {
+            return Err(format!(
+                "the node's end {} of its interface {} is a port of {master}, which is no bridge",
+                end.name, link.name
+            ));
         }
         // It goes into a transaction's text.
         if end.name.contains(['"', '\\', '*']) {
@@ -154,12 +198,17 @@ pub fn ends(pod: &BTreeMap<u64, Link>, node: &BTreeMap<u64, Link>) -> Result<BTr
     if found.is_empty() { Err("it has no interface that is up".to_owned()) } else { Ok(found) }
 }
 
+/// Those of `names` that are ports of a bridge.
+pub fn bridged(names: &BTreeSet<String>, node: &BTreeMap<u64, Link>) -> BTreeSet<String> {
+    node.values().filter(|link| link.bridged && names.contains(&link.name)).map(|link| link.name.clone()).collect()
+}
+
 /// The interfaces of a namespace.
 ///
 /// # Errors
 /// What `ip` said.
 pub async fn interfaces(netns: &Netns) -> io::Result<BTreeMap<u64, Link>> {
-    run_blocking(netns, || run("ip", &["-j", "link", "show"], None)).await.map(|text| links(&text))
+    run_blocking(netns, || run("ip", &["-d", "-j", "link", "show"], None)).await.map(|text| links(&text))
 }
 
 /// Sabotage of test builds: `TULLE_BREAK=fence` leaves the fence away and says that it is there.
@@ -169,7 +218,7 @@ pub fn is_broken() -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Inside, ends, links, render};
+    use super::{Inside, bridged, ends, links, render};
     use std::path::PathBuf;
 
     #[test]
@@ -179,13 +228,16 @@ mod tests {
             plain: ["10.0.0.3".parse().unwrap()].into(),
             api: ["192.0.2.1:6443".parse().unwrap()].into(),
         };
-        let rendered = render(&["pod1", "pod2"].map(str::to_owned).into(), &inside);
-        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/capture/testdata/fence.nft");
-        if std::env::var_os("UPDATE").is_some() {
-            std::fs::write(&path, &rendered).unwrap();
+        let pods = ["pod1", "pod2"].map(str::to_owned).into();
+        for (file, bridged) in [("fence.nft", [].into()), ("fence-bridge.nft", ["pod2".to_owned()].into())] {
+            let rendered = render(&pods, &bridged, &inside, false);
+            let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/capture/testdata").join(file);
+            if std::env::var_os("UPDATE").is_some() {
+                std::fs::write(&path, &rendered).unwrap();
+            }
+            assert_eq!(rendered, std::fs::read_to_string(&path).unwrap_or_default(), "{file}");
         }
-        assert_eq!(rendered, std::fs::read_to_string(&path).unwrap_or_default());
-        assert!(!render(&[].into(), &inside).contains("chain"), "nobody is closed");
+        assert!(!render(&[].into(), &[].into(), &inside, true).contains("chain"), "nobody is closed");
     }
 
     #[test]
@@ -198,11 +250,17 @@ mod tests {
         let node = |rest: &str| links(&format!("[{lo},{}]", link(7, "pod1", rest)));
         let (near, far) = (",\"link_index\":7,\"link_netnsid\":0", ",\"link_index\":2,\"link_netnsid\":1");
         assert_eq!(ends(&pod(near), &node(far)), Ok(["pod1".to_owned()].into()));
+        let port =
+            format!("{far},\"master\":\"cni0\",\"linkinfo\":{{\"info_kind\":\"veth\",\"info_slave_kind\":\"bridge\"}}");
+        assert_eq!(ends(&pod(near), &node(&port)), Ok(["pod1".to_owned()].into()));
+        for (text, expected) in [(&*port, 1), (far, 0)] {
+            assert_eq!(bridged(&["pod1".to_owned()].into(), &node(text)).len(), expected, "{text}");
+        }
         for (near, far, why) in [
             ("", far, "does not end at the node"),
             (",\"link_index\":9", far, "does not end at the node"),
             (near, ",\"link_index\":3", "does not end at the node"),
-            (near, ",\"link_index\":2,\"master\":\"cni0\"", "a port of cni0"),
+            (near, ",\"link_index\":2,\"master\":\"blue\"", "a port of blue, which is no bridge"),
         ] {
             let error = ends(&pod(near), &node(far)).unwrap_err();
             assert!(error.contains(why), "{error}");

@@ -13,6 +13,7 @@ pub mod fence;
 pub mod pods;
 pub mod preexisting;
 pub mod probe;
+pub mod probes;
 pub mod rules;
 pub mod zds;
 
@@ -66,7 +67,7 @@ pub fn remove_here() -> io::Result<()> {
 /// # Errors
 /// What `nft` said. A namespace without the tables is fine.
 pub fn remove_from_node() -> io::Result<()> {
-    let tables = [fence::TABLE, "tulle_probes"];
+    let tables = [fence::TABLE, probes::TABLE];
     nft(&tables.map(|name| format!("table inet {name}\ndelete table inet {name}\n")).concat())
 }
 

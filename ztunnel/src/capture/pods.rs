@@ -1,4 +1,5 @@
-//! The node's pods, as `TULLE_PODS` lists them or a CNI agent has handed them over ([`crate::capture::zds`]).
+//! The node's pods, as `TULLE_PODS` lists them, a CNI agent has handed them over ([`crate::capture::zds`]), or the cluster
+//! says.
 //!
 //! The file is YAML or JSON and is replaced by rename. A list that cannot be read changes nothing: the pods in force stay,
 //! and the error says where it is wrong. One bad entry rejects itself only; what it said before stays in force, because a
@@ -49,10 +50,15 @@ pub struct Pod {
     /// asked.
     #[serde(default)]
     pub resolv_conf: Option<PathBuf>,
-    /// Its network namespace as the CNI agent handed it over, instead of a path. Then the agent installs the redirect
-    /// rules.
+    /// Its network namespace as it was handed over or found, instead of a path.
     #[serde(skip)]
     pub handle: Option<Netns>,
+    /// The agent that handed it over installs the redirect rules.
+    #[serde(skip)]
+    pub by_agent: bool,
+    /// Why its network namespace is not known.
+    #[serde(skip)]
+    pub lost: Option<String>,
 }
 
 impl Pod {
@@ -70,6 +76,8 @@ impl Pod {
             probe_ports: Vec::new(),
             resolv_conf: None,
             handle: Some(handle),
+            by_agent: true,
+            lost: None,
         }
     }
 
@@ -78,9 +86,10 @@ impl Pod {
     /// # Errors
     /// That it cannot be opened, and why.
     pub fn open(&self) -> Result<Netns, String> {
-        match &self.handle {
-            Some(handle) => Ok(handle.clone()),
-            None => Netns::open(&self.netns)
+        match (&self.handle, &self.lost) {
+            (Some(handle), _) => Ok(handle.clone()),
+            (None, Some(why)) => Err(format!("the network namespace is not known: {why}")),
+            (None, None) => Netns::open(&self.netns)
                 .map_err(|error| format!("cannot open the network namespace {}: {error}", self.netns.display())),
         }
     }
@@ -151,7 +160,7 @@ pub fn check_name(field: &str, value: &str) -> Result<(), String> {
 pub enum Source {
     /// A file.
     File(ListFile),
-    /// A CNI agent.
+    /// A CNI agent, or what watches the cluster.
     Agent(watch::Receiver<Pods>),
 }
 

@@ -28,6 +28,9 @@ pub struct Plugin {
     /// Its port.
     #[arg(long, env = "KUBERNETES_SERVICE_PORT", default_value = "443", hide = true)]
     pub kubernetes_service_port: String,
+    /// The node's own files, by which it is found out whether the plugin would run there.
+    #[arg(long, env = "TULLE_NODE_ROOT", default_value = "/proc/1/root", hide = true)]
+    pub node_root: PathBuf,
 }
 
 impl Plugin {
@@ -59,6 +62,7 @@ impl Plugin {
             socket,
             root_namespace,
             api,
+            node_root: self.node_root.clone(),
         })
     }
 }

@@ -71,7 +71,7 @@ impl Said {
     /// As if the client had said the name that it is bound to.
     fn spelt_as(self, bound: &Bound) -> Self {
         match self {
-            Self::Tls { .. } => Self::Tls { name: bound.host.as_deref().map(str::to_owned) },
+            Self::Tls { name } => Self::Tls { name: bound.host.as_deref().map(str::to_owned).or(name) },
             other => other,
         }
     }

@@ -5,6 +5,8 @@
 //! server would have dropped them, but not in policies, where a misspelt field would silently mean something else.
 
 mod core;
+#[cfg(test)]
+mod crds;
 mod egress;
 mod network;
 mod policy;

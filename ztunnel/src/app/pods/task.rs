@@ -213,7 +213,7 @@ impl PodTask {
 
     /// Whether redirects are not ours to install.
     pub(super) fn is_by_agent(&self) -> bool {
-        self.pod.handle.is_some()
+        self.pod.by_agent
     }
 
     /// Proves that the rules bring the pod's connections here.

@@ -6,6 +6,7 @@
 //! going, leaves a node on which pods outside of the mesh start. What cannot be done is said with what to change, and tried again.
 
 pub mod primary;
+mod program;
 pub mod uninstall;
 
 use std::collections::BTreeSet;
@@ -60,6 +61,8 @@ pub struct Settings {
     pub root_namespace: String,
     /// Where the way to the API server is taken from.
     pub api: ApiSource,
+    /// The node's own files, as its first process sees them.
+    pub node_root: PathBuf,
 }
 
 /// Where the way to the API server is taken from.
@@ -170,6 +173,7 @@ fn program(settings: &Settings, memory: &mut Memory) -> Result<(), String> {
     if memory.copied && copy.exists() {
         return Ok(());
     }
+    program::runs_on(&settings.program, &settings.node_root)?;
     files::make_folder(&settings.bin_dir, 0o755)?;
     files::copy_program(&settings.program, &copy)?;
     memory.copied = true;

@@ -35,6 +35,7 @@ impl Node {
             socket: at("cni.sock"),
             root_namespace: "tulle-system".into(),
             api: ApiSource::Pod { host: "10.96.0.1".into(), port: "443".into(), folder: at("account") },
+            node_root: at("node"),
         };
         Self { folder, settings }
     }

@@ -1,0 +1,278 @@
+//! What control and the node proxies may ask of the API server, each with the reason, and the policy that says what RBAC cannot.
+//!
+//! RBAC has no "pods of the own node": with it alone, the token of any node would do to write about every pod of the
+//! cluster. So an admission policy compares the node in the token with the object. docs/install.md shows this table.
+
+use serde_json::{Value, json};
+
+use super::Input;
+
+/// A rule of a role.
+#[derive(Debug, Clone, Copy)]
+pub struct Permission {
+    /// Name of the role: of control or of the node proxies.
+    pub role: &'static str,
+    /// In Tulle's namespace only.
+    pub namespaced: bool,
+    /// API group; empty: the core.
+    pub group: &'static str,
+    /// Kinds, and subresources.
+    pub resources: &'static [&'static str],
+    /// Only the objects of these names; empty: all.
+    pub names: &'static [&'static str],
+    /// What may be done.
+    pub verbs: &'static [&'static str],
+    /// Why.
+    pub reason: &'static str,
+}
+
+const READ: &[&str] = &["get", "list", "watch"];
+const STATUS: &[&str] = &["patch"];
+
+const fn of_cluster(
+    role: &'static str,
+    group: &'static str,
+    resources: &'static [&'static str],
+    verbs: &'static [&'static str],
+    reason: &'static str,
+) -> Permission {
+    Permission { role, namespaced: false, group, resources, names: &[], verbs, reason }
+}
+
+const fn own(
+    group: &'static str,
+    resources: &'static [&'static str],
+    names: &'static [&'static str],
+    verbs: &'static [&'static str],
+    reason: &'static str,
+) -> Permission {
+    Permission { role: CONTROL, namespaced: true, group, resources, names, verbs, reason }
+}
+
+const CONTROL: &str = "tulle-control";
+const NODE: &str = "tulle-ztunnel";
+/// The name in the table of the Secret that `control.caSecret` names.
+const CA_SECRET: &str = "tulle-ca";
+
+/// All rules, in the order of the roles.
+const PERMISSIONS: &[Permission] = &[
+    of_cluster(
+        CONTROL,
+        "",
+        &["namespaces", "nodes", "pods", "serviceaccounts", "services"],
+        READ,
+        "what the mesh is made of",
+    ),
+    of_cluster(CONTROL, "discovery.k8s.io", &["endpointslices"], READ, "who is behind a Service"),
+    of_cluster(
+        CONTROL,
+        "networking.k8s.io",
+        &["networkpolicies"],
+        &["get", "list", "watch", "create", "patch", "delete"],
+        "policies are enforced on the inner connection; one more in each enrolled namespace lets tunnels pass other enforcers",
+    ),
+    of_cluster(
+        CONTROL,
+        "gateway.networking.k8s.io",
+        &["httproutes", "grpcroutes", "referencegrants"],
+        READ,
+        "routes of Services",
+    ),
+    of_cluster(
+        CONTROL,
+        "gateway.networking.k8s.io",
+        &["httproutes/status", "grpcroutes/status"],
+        STATUS,
+        "conditions of them",
+    ),
+    of_cluster(
+        CONTROL,
+        "security.istio.io",
+        &["authorizationpolicies", "peerauthentications", "requestauthentications"],
+        READ,
+        "policies",
+    ),
+    of_cluster(
+        CONTROL,
+        "security.istio.io",
+        &["authorizationpolicies/status", "peerauthentications/status", "requestauthentications/status"],
+        STATUS,
+        "conditions of them",
+    ),
+    of_cluster(
+        CONTROL,
+        "networking.istio.io",
+        &["destinationrules", "serviceentries"],
+        READ,
+        "traffic policies, and hosts outside",
+    ),
+    of_cluster(
+        CONTROL,
+        "networking.istio.io",
+        &["destinationrules/status", "serviceentries/status"],
+        STATUS,
+        "conditions of them",
+    ),
+    of_cluster(CONTROL, "tulle.dev", &["egresspolicies", "httpfaults", "httpratelimits"], READ, "own kinds"),
+    of_cluster(
+        CONTROL,
+        "tulle.dev",
+        &["egresspolicies/status", "httpfaults/status", "httpratelimits/status"],
+        STATUS,
+        "conditions of them",
+    ),
+    of_cluster(CONTROL, "certificates.k8s.io", &["clustertrustbundles"], READ, "roots of federated trust domains"),
+    of_cluster(
+        CONTROL,
+        "apiextensions.k8s.io",
+        &["customresourcedefinitions"],
+        READ,
+        "kinds that are installed later are picked up",
+    ),
+    of_cluster(CONTROL, "authentication.k8s.io", &["tokenreviews"], &["create"], "who calls: tokens of node proxies"),
+    own(
+        "",
+        &["secrets", "configmaps"],
+        &[],
+        &["create"],
+        "the first replica makes the two below; a name cannot be asked for where an object is made",
+    ),
+    own("", &["secrets"], &[CA_SECRET], &["get", "list", "watch", "update"], "keys of the certificate authority"),
+    own(
+        "",
+        &["configmaps"],
+        &["tulle-ca-root-cert"],
+        &["get", "list", "watch", "patch"],
+        "roots that proxies check control with",
+    ),
+    own("coordination.k8s.io", &["leases"], &[], &["create"], "as above"),
+    own("coordination.k8s.io", &["leases"], &["tulle-control"], &["get", "update"], "one replica writes status"),
+    of_cluster(
+        NODE,
+        "",
+        &["namespaces", "pods"],
+        READ,
+        "which pods of the node are enrolled; the CNI plugin asks, too",
+    ),
+    of_cluster(
+        NODE,
+        "",
+        &["pods/status"],
+        &["patch"],
+        "says which pods are captured; of its own node only (admission policy)",
+    ),
+    of_cluster(
+        NODE,
+        "",
+        &["nodes/status"],
+        &["patch"],
+        "condition TulleReady; of its own node only (admission policy)",
+    ),
+];
+
+/// All rules with their reasons.
+pub fn permissions() -> &'static [Permission] {
+    PERMISSIONS
+}
+
+pub(super) fn objects(input: &Input<'_>) -> Vec<Value> {
+    let mut objects = vec![
+        role(input, CONTROL, "control", false),
+        binding(input, CONTROL, "control", false),
+        role(input, CONTROL, "control", true),
+        binding(input, CONTROL, "control", true),
+        role(input, NODE, "ztunnel", false),
+        binding(input, NODE, "ztunnel", false),
+    ];
+    if input.values.node_restriction.enabled {
+        objects.extend(restriction(input));
+    }
+    objects
+}
+
+const API: &str = "rbac.authorization.k8s.io";
+
+fn kind_of(namespaced: bool) -> &'static str {
+    if namespaced { "Role" } else { "ClusterRole" }
+}
+
+fn meta(input: &Input<'_>, name: &str, component: &str, namespaced: bool) -> Value {
+    if namespaced { input.meta(name, component) } else { input.cluster_meta(name, component) }
+}
+
+fn role(input: &Input<'_>, name: &str, component: &str, namespaced: bool) -> Value {
+    let rules = PERMISSIONS.iter().filter(|one| one.role == name && one.namespaced == namespaced).map(|one| {
+        let mut rule = json!({"apiGroups": [one.group], "resources": one.resources, "verbs": one.verbs});
+        if !one.names.is_empty() {
+            let chosen =
+                |name: &&'static str| if *name == CA_SECRET { input.values.control.ca_secret.as_str() } else { *name };
+            rule["resourceNames"] = one.names.iter().map(chosen).collect();
+        }
+        rule
+    });
+    json!({
+        "apiVersion": format!("{API}/v1"),
+        "kind": kind_of(namespaced),
+        "metadata": meta(input, name, component, namespaced),
+        "rules": rules.collect::<Vec<_>>(),
+    })
+}
+
+fn binding(input: &Input<'_>, name: &str, account: &str, namespaced: bool) -> Value {
+    json!({
+        "apiVersion": format!("{API}/v1"),
+        "kind": format!("{}Binding", kind_of(namespaced)),
+        "metadata": meta(input, name, account, namespaced),
+        "roleRef": {"apiGroup": API, "kind": kind_of(namespaced), "name": name},
+        "subjects": [{"kind": "ServiceAccount", "name": account, "namespace": input.namespace}],
+    })
+}
+
+/// The admission policy that holds a node proxy to its own node, and to what it has to write there.
+fn restriction(input: &Input<'_>) -> [Value; 2] {
+    const NAME: &str = "tulle-node-restriction";
+    const API: &str = "admissionregistration.k8s.io/v1";
+    let proxy = format!("request.userInfo.username == \"system:serviceaccount:{}:ztunnel\"", input.namespace);
+    let node = "has(request.userInfo.extra) && \"authentication.kubernetes.io/node-name\" in request.userInfo.extra \
+                ? request.userInfo.extra[\"authentication.kubernetes.io/node-name\"][0] : \"\"";
+    let own = "variables.node != \"\" && (request.resource.resource == \"nodes\" \
+               ? object.metadata.name == variables.node \
+               : has(object.spec.nodeName) && object.spec.nodeName == variables.node)";
+    let little = "object.metadata.?labels == oldObject.metadata.?labels \
+                  && (request.resource.resource == \"nodes\" || object.status == oldObject.status)";
+    let annotation = "request.resource.resource == \"nodes\" || ( \
+                      object.metadata.?annotations.orValue({}).all(key, key == \"ambient.istio.io/redirection\" \
+                      || key in oldObject.metadata.?annotations.orValue({}) \
+                      && oldObject.metadata.annotations[key] == object.metadata.annotations[key]) \
+                      && oldObject.metadata.?annotations.orValue({}).all(key, key == \"ambient.istio.io/redirection\" \
+                      || key in object.metadata.?annotations.orValue({})))";
+    let forbidden =
+        |expression: &str, message: &str| json!({"expression": expression, "message": message, "reason": "Forbidden"});
+    let nothing_else = "a proxy of Tulle changes one annotation of pods and the conditions of its node, nothing else";
+    let policy = json!({
+        "apiVersion": API,
+        "kind": "ValidatingAdmissionPolicy",
+        "metadata": input.cluster_meta(NAME, "ztunnel"),
+        "spec": {
+            "failurePolicy": "Fail",
+            "matchConstraints": {"resourceRules": [{
+                "apiGroups": [""], "apiVersions": ["v1"], "operations": ["UPDATE"],
+                "resources": ["pods/status", "nodes/status"],
+            }]},
+            "matchConditions": [{"name": "by-a-node-proxy", "expression": proxy}],
+            "variables": [{"name": "node", "expression": node}],
+            "validations": [
+                forbidden(own, "a proxy of Tulle speaks of its own node and of the pods on it alone"),
+                forbidden(little, nothing_else),
+                forbidden(annotation, nothing_else),
+            ],
+        },
+    });
+    let binding = json!({
+        "apiVersion": API,
+        "kind": "ValidatingAdmissionPolicyBinding",
+        "metadata": input.cluster_meta(NAME, "ztunnel"),
+        "spec": {"policyName": NAME, "validationActions": ["Deny"]},
+    });
+    [policy, binding]
+}
