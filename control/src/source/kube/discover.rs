@@ -56,11 +56,10 @@ type Found = BTreeMap<String, BTreeSet<String>>;
 
 /// Looks for optional kinds without end and tells their followers; all others are taken to be there.
 pub async fn run(client: Client, told: Vec<Told>) {
-    // Followers end when nobody is left to tell them, so those that are told once are kept, too.
-    let (optional, required): (Vec<Told>, Vec<Told>) = told.into_iter().partition(|(kind, _)| kind.optional);
-    for (kind, served) in &required {
+    for (kind, served) in told.iter().filter(|(kind, _)| !kind.optional) {
         served.send_replace(kind.versions.first().map_or(Served::Absent, |version| Served::In(version)));
     }
+    let optional: Vec<Told> = told.into_iter().filter(|(kind, _)| kind.optional).collect();
     let nudge = Arc::new(Notify::new());
     let looks = async {
         let mut doubts = vec![0; optional.len()];
