@@ -6,7 +6,7 @@ AS_ROOT = $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user --moun
 	'mount -t tmpfs tmpfs /run; ip link set lo up; exec "$$@"' sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo interop test test-kube bench soak release check fmt lint tidy fuzz-smoke reference
+.PHONY: help build demo demo-kube interop test test-kube bench soak release check fmt lint tidy fuzz-smoke reference
 
 help: ## This list.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -18,6 +18,10 @@ demo: build ## Two nodes and a small shop: what the mesh does, shown in under a 
 	@./.ci/tools.sh
 	@if [ -n "$(BREAK)" ]; then $(CARGO) build -p ztunnel --locked --features sabotage --bin ztunnel-sabotage; fi
 	@KEEP=$(KEEP) target/debug/lab demo $(if $(BREAK),--break $(BREAK))
+
+demo-kube: build ## The same on a real cluster of two nodes on this machine, from install to uninstall; needs root. BREAK=weights, KEEP=1.
+	@if [ -n "$(BREAK)" ]; then $(CARGO) build -p ztunnel --locked --features sabotage --bin ztunnel-sabotage; fi
+	@KEEP=$(KEEP) target/debug/lab demo-kube $(if $(BREAK),--break $(BREAK))
 
 interop: build ## Our proxies and the ztunnel that PEER_ZTUNNEL names in one mesh: both ways, both identities, policy.
 	@./.ci/tools.sh

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes sure of the system tools that the lab uses (nft and ip) and, with `all`, of the programs that tests compare with and put through
-# the mesh. Installs them where that needs no question (root on a Debian-like system), and otherwise prints the command.
+# the mesh, or with `kube` of what a cluster's nodes need. Installs them where that needs no question (root on a Debian-like system), and otherwise prints the command.
 set -eu
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -35,6 +35,14 @@ if [ "${1:-}" = all ]; then
     need etcd-server etcd
     [ -x /usr/lib/cni/bridge ] || [ -x /opt/cni/bin/bridge ] || missing="$missing containernetworking-plugins"
     [ -n "$(find /usr/lib -maxdepth 2 -name libnss_wrapper.so 2>/dev/null | head -1)" ] || missing="$missing libnss-wrapper"
+fi
+if [ "${1:-}" = kube ]; then
+    # What nodes of `lab cluster` run besides Kubernetes' own programs (.ci/kube.sh).
+    need etcd-server etcd
+    need containerd containerd ctr
+    need runc runc
+    need busybox-static busybox
+    [ -x /usr/lib/cni/ptp ] || missing="$missing containernetworking-plugins"
 fi
 [ -n "$missing" ] || exit 0
 

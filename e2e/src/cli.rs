@@ -13,7 +13,9 @@ use clap::Parser;
 use clap::Subcommand;
 
 use crate::bench;
+use crate::cluster;
 use crate::demo;
+use crate::demo_kube;
 use crate::dial;
 use crate::exec;
 use crate::impostor;
@@ -160,8 +162,15 @@ enum Command {
     Impostor(impostor::Options),
     /// Show what the mesh does, step by step, and prove each.
     Demo(demo::Options),
+    /// Show what the mesh does on a real cluster, step by step, and prove each.
+    DemoKube(demo_kube::Options),
     /// Run our proxies and another ztunnel in one mesh, and prove what each does with the other.
     Interop(interop::Options),
+    /// A real Kubernetes cluster on this machine.
+    Cluster {
+        #[command(subcommand)]
+        command: cluster::cli::Command,
+    },
     /// Capture a link until standard input ends, and say what was seen.
     #[command(hide = true)]
     Sniff(sniff::Options),
@@ -285,7 +294,14 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Demo(options) => Ok(if demo::main(&options)? { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
+        Command::DemoKube(options) => {
+            Ok(if demo_kube::main(&options)? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
         Command::Interop(options) => Ok(if interop::main(&options)? { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
+        Command::Cluster { command } => {
+            cluster::cli::main(command)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Sniff(options) => {
             sniff::main(&options)?;
             Ok(ExitCode::SUCCESS)

@@ -106,6 +106,13 @@ pub fn zone(services: &[Service], hosts: &[(String, Pair)]) -> Zone {
     zone
 }
 
+/// Names with their addresses, and nothing else.
+pub fn plain(names: impl IntoIterator<Item = (String, IpAddr)>) -> Zone {
+    let mut zone = Zone::new();
+    names.into_iter().for_each(|(name, address)| add(&mut zone, &name, address));
+    zone
+}
+
 fn add(zone: &mut Zone, name: &str, address: IpAddr) {
     let entry = zone.entry(name.to_lowercase()).or_default();
     match address {
@@ -262,9 +269,22 @@ pub struct Server {
 impl Server {
     /// Starts answering on port 53 of `addresses`, inside `netns`. Fails when the port cannot be bound.
     pub fn start(netns: &NetNs, addresses: Pair, zone: Arc<RwLock<Zone>>) -> anyhow::Result<Self> {
+        Self::bound(&addresses.both(), zone, |address| netns.run(|| bind(address))?)
+    }
+
+    /// The same where the caller is.
+    pub fn here(address: IpAddr, zone: Arc<RwLock<Zone>>) -> anyhow::Result<Self> {
+        Self::bound(&[address], zone, bind)
+    }
+
+    fn bound(
+        addresses: &[IpAddr],
+        zone: Arc<RwLock<Zone>>,
+        bind: impl Fn(IpAddr) -> io::Result<(UdpSocket, TcpListener)>,
+    ) -> anyhow::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
-        for address in addresses.both() {
-            let (socket, listener) = netns.run(|| bind(address))??;
+        for &address in addresses {
+            let (socket, listener) = bind(address)?;
             let (shared, end) = (zone.clone(), stop.clone());
             std::thread::Builder::new().name(format!("dns {address}")).spawn(move || serve(&socket, &shared, &end))?;
             let (shared, end) = (zone.clone(), stop.clone());

@@ -342,40 +342,17 @@ impl Lab {
 
     /// Starts a command whose output and input the caller gets; it is killed when dropped.
     pub fn spawn(&self, place: &str, argv: &[&str]) -> anyhow::Result<Running> {
-        let mut command = self.command(place, argv);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let child = command.spawn().with_context(|| format!("{argv:?} cannot be run in {place}"))?;
-        Ok(Running { child: Some(child) })
+        Running::start(self.command(place, argv), &format!("{argv:?} in {place}"))
     }
 
     /// Starts capturing on a node's link to the fabric; `markers` are counted. Returns once it captures.
     pub fn sniff(&self, node: &str, markers: &[&str]) -> anyhow::Result<Sniffer> {
-        let mut argv = vec!["lab", "sniff", "--interface", "eth0"];
-        for marker in markers {
-            argv.extend(["--marker", marker]);
-        }
-        let mut running = self.spawn(node, &argv)?;
-        let stdout = running.child().and_then(|child| child.stdout.take()).context("no output of the capture")?;
-        let mut lines = BufReader::new(stdout);
-        let mut line = String::new();
-        lines.read_line(&mut line)?;
-        anyhow::ensure!(line.contains("capturing"), "the capture on {node} did not start");
-        Ok(Sniffer { running, lines })
+        Sniffer::start(markers, |argv| self.spawn(node, argv))
     }
 
     /// Starts `shop load` in a pod; it runs until [`Load::finish`].
     pub fn load(&self, from: &str, targets: &[&str], rate: f64, more: &[&str]) -> anyhow::Result<Load> {
-        let rate = rate.to_string();
-        let mut argv = vec!["shop", "load", "--until-eof", "--rate", &rate];
-        argv.extend(more);
-        argv.extend(targets);
-        let mut running = self.spawn(from, &argv)?;
-        let stdout = running.child().and_then(|child| child.stdout.take()).context("no output of the load")?;
-        // The lines are kept here: a full pipe would stall the load, which a test would take for the mesh's fault.
-        let reader = std::thread::spawn(move || {
-            BufReader::new(stdout).lines().map_while(Result::ok).filter_map(|l| serde_json::from_str(&l).ok()).collect()
-        });
-        Ok(Load { running, reader })
+        Load::start(targets, rate, more, |argv| self.spawn(from, argv))
     }
 
     /// The log of a component: `control`, `node-1`, `lab`, or `namespace_pod`.
@@ -449,6 +426,13 @@ pub struct Running {
 }
 
 impl Running {
+    /// Starts it; `what` it is goes into the error.
+    pub fn start(mut command: Command, what: &str) -> anyhow::Result<Self> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = command.spawn().with_context(|| format!("{what} cannot be run"))?;
+        Ok(Self { child: Some(child) })
+    }
+
     /// The child process.
     pub fn child(&mut self) -> Option<&mut Child> {
         self.child.as_mut()
@@ -479,6 +463,21 @@ pub struct Sniffer {
 }
 
 impl Sniffer {
+    /// Starts one on interface `eth0` of where `spawn` runs things, and returns once it captures.
+    pub fn start(markers: &[&str], spawn: impl FnOnce(&[&str]) -> anyhow::Result<Running>) -> anyhow::Result<Self> {
+        let mut argv = vec!["lab", "sniff", "--interface", "eth0"];
+        for marker in markers {
+            argv.extend(["--marker", marker]);
+        }
+        let mut running = spawn(&argv)?;
+        let stdout = running.child().and_then(|child| child.stdout.take()).context("no output of the capture")?;
+        let mut lines = BufReader::new(stdout);
+        let mut line = String::new();
+        lines.read_line(&mut line)?;
+        anyhow::ensure!(line.contains("capturing"), "the capture did not start");
+        Ok(Self { running, lines })
+    }
+
     /// Ends the capture; an error if it lost frames, since then it proves nothing.
     pub fn finish(mut self) -> anyhow::Result<Sniffed> {
         if let Some(child) = self.running.child() {
@@ -500,6 +499,24 @@ pub struct Load {
 }
 
 impl Load {
+    /// Starts one where `spawn` runs things.
+    pub fn start(
+        targets: &[&str],
+        rate: f64,
+        more: &[&str],
+        spawn: impl FnOnce(&[&str]) -> anyhow::Result<Running>,
+    ) -> anyhow::Result<Self> {
+        let rate = rate.to_string();
+        let argv = [&["shop", "load", "--until-eof", "--rate", &rate], more, targets].concat();
+        let mut running = spawn(&argv)?;
+        let stdout = running.child().and_then(|child| child.stdout.take()).context("no output of the load")?;
+        // The lines are kept here: a full pipe would stall the load, which a test would take for the mesh's fault.
+        let reader = std::thread::spawn(move || {
+            BufReader::new(stdout).lines().map_while(Result::ok).filter_map(|l| serde_json::from_str(&l).ok()).collect()
+        });
+        Ok(Self { running, reader })
+    }
+
     /// Ends the load; one report a request that was answered or failed.
     pub fn finish(self) -> anyhow::Result<Vec<Value>> {
         self.running.finish()?;

@@ -51,4 +51,8 @@ pub mod demo;
 
 pub mod interop;
 
+pub mod cluster;
+
+pub mod demo_kube;
+
 pub mod cli;

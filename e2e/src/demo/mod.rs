@@ -9,6 +9,7 @@ mod breaker;
 mod canary;
 mod egress;
 mod gateway;
+pub mod judge;
 mod requests;
 mod steps;
 
@@ -17,7 +18,6 @@ use std::process::Command;
 use std::time::Instant;
 
 use anyhow::Context;
-use serde::Serialize;
 
 use crate::lab::Lab;
 use crate::lab::LabConfig;
@@ -40,25 +40,8 @@ pub struct Options {
     out: Option<PathBuf>,
 }
 
-/// Result of a step, as in `demo.json`.
-#[derive(Clone, Debug, Serialize)]
-struct Outcome {
-    step: &'static str,
-    held: bool,
-    detail: String,
-}
-
-/// One step.
-struct Step {
-    /// Name, stable.
-    name: &'static str,
-    /// What is claimed.
-    claim: &'static str,
-    /// Parts of the proxy on which the claim rests: broken, they must turn the step red.
-    rests_on: &'static [&'static str],
-    /// Shows it: what was seen, or why the claim does not hold.
-    show: fn(&Lab) -> anyhow::Result<String>,
-}
+/// One step of the demonstration.
+type Step = judge::Step<fn(&Lab) -> anyhow::Result<String>>;
 
 /// Runs the demonstration; true when every step held, or with `--break` when exactly the right ones did not.
 pub fn main(options: &Options) -> anyhow::Result<bool> {
@@ -89,66 +72,18 @@ pub fn main(options: &Options) -> anyhow::Result<bool> {
     }
     println!("Starting two nodes with a small shop …");
     let lab = Lab::start(&config, !options.keep)?;
-    let outcomes = run(&lab)?;
+    let outcomes = judge::run(steps::STEPS, steps::FIRST, |show| show(&lab)).with_context(|| {
+        format!("the shop does not run, so there is nothing to show; logs: {}", lab.paths().logs().display())
+    })?;
     let out = options.out.clone().unwrap_or_else(|| programs.parent().unwrap_or(&programs).join("demo.json"));
-    std::fs::write(&out, serde_json::to_string_pretty(&outcomes)?)
-        .with_context(|| format!("{} cannot be written", out.display()))?;
-    let well = summary(&outcomes, broken, began);
+    judge::write(&outcomes, &out)?;
+    let well = judge::summary(steps::STEPS, &outcomes, broken, began);
     println!("The list is in {}.", out.display());
     if options.keep {
         hints(&lab);
         lab.leave();
     }
     Ok(well)
-}
-
-fn run(lab: &Lab) -> anyhow::Result<Vec<Outcome>> {
-    let mut outcomes = Vec::new();
-    for step in steps::STEPS {
-        println!("\n{}", step.claim);
-        let began = Instant::now();
-        let (held, detail) = match (step.show)(lab) {
-            Ok(detail) => (true, detail),
-            Err(error) => (false, format!("{error:#}")),
-        };
-        let sign = if held { "✓" } else { "✗" };
-        println!("  {sign} {detail}  ({:.1} s)", began.elapsed().as_secs_f64());
-        outcomes.push(Outcome { step: step.name, held, detail });
-        if step.name == steps::FIRST && !held {
-            anyhow::bail!("the shop does not run, so there is nothing to show; logs: {}", lab.paths().logs().display());
-        }
-    }
-    Ok(outcomes)
-}
-
-fn summary(outcomes: &[Outcome], broken: Option<&str>, began: Instant) -> bool {
-    let held = outcomes.iter().filter(|outcome| outcome.held).count();
-    println!("\n{held} of {} steps held after {:.0} s.", outcomes.len(), began.elapsed().as_secs_f64());
-    let wrong = misjudged(outcomes, broken);
-    for (step, expected) in &wrong {
-        let expected = if *expected { "hold" } else { "fail" };
-        println!("  ✗ `{step}` should {expected}");
-    }
-    match (broken, wrong.is_empty()) {
-        (Some(part), true) => println!("Exactly the steps that rest on `{part}` failed: the demonstration can fail."),
-        (Some(part), false) => println!("With `{part}` broken other steps failed than those that rest on it."),
-        (None, _) => {}
-    }
-    wrong.is_empty()
-}
-
-/// Steps that did not end as they should, and whether they should have held.
-fn misjudged(outcomes: &[Outcome], broken: Option<&str>) -> Vec<(&'static str, bool)> {
-    let should_hold = |name: &str| {
-        let step = steps::STEPS.iter().find(|step| step.name == name);
-        !step.is_some_and(|step| broken.is_some_and(|part| step.rests_on.contains(&part)))
-    };
-    outcomes
-        .iter()
-        .map(|outcome| (outcome.step, outcome.held, should_hold(outcome.step)))
-        .filter(|(_, held, should)| held != should)
-        .map(|(step, _, should)| (step, should))
-        .collect()
 }
 
 fn hints(lab: &Lab) {
@@ -170,26 +105,4 @@ fn ensure_tools() -> anyhow::Result<()> {
         anyhow::ensure!(status.success(), "apt-get {} failed ({status}); {missing}", arguments.join(" "));
     }
     topology::missing_tools().map_or(Ok(()), |missing| Err(anyhow::anyhow!("{missing}")))
-}
-
-#[cfg(test)]
-mod tests {
-    use crate::demo::Outcome;
-    use crate::demo::misjudged;
-    use crate::demo::steps;
-
-    #[test]
-    fn a_sabotaged_run_is_right_only_when_exactly_its_own_steps_fail() {
-        let run = |red: &dyn Fn(&crate::demo::Step) -> bool| -> Vec<Outcome> {
-            let outcome =
-                |step: &crate::demo::Step| Outcome { step: step.name, held: !red(step), detail: String::new() };
-            steps::STEPS.iter().map(outcome).collect()
-        };
-        assert!(misjudged(&run(&|_| false), None).is_empty());
-        for part in steps::PARTS {
-            assert!(misjudged(&run(&|step| step.rests_on.contains(&part)), Some(part)).is_empty());
-            assert!(!misjudged(&run(&|_| false), Some(part)).is_empty(), "{part}: a run that stays green is wrong");
-            assert!(!misjudged(&run(&|_| true), Some(part)).is_empty(), "{part}: so is one that is all red");
-        }
-    }
 }

@@ -67,6 +67,14 @@ impl Pki {
         self.issue(name, leaf(user, groups, ExtendedKeyUsagePurpose::ClientAuth)?)
     }
 
+    /// Makes `<name>.crt` and `<name>.key` of a node's kubelet, which is a client of the API server and its server, too.
+    pub fn node(&self, name: &str, address: IpAddr) -> anyhow::Result<()> {
+        let mut params = leaf(&format!("system:node:{name}"), &["system:nodes"], ExtendedKeyUsagePurpose::ClientAuth)?;
+        params.extended_key_usages.push(ExtendedKeyUsagePurpose::ServerAuth);
+        params.subject_alt_names = vec![SanType::DnsName(name.try_into()?), SanType::IpAddress(address)];
+        self.issue(name, params)
+    }
+
     fn issue(&self, name: &str, params: CertificateParams) -> anyhow::Result<()> {
         let key = key()?;
         let certificate = params.signed_by(&key, &self.issuer).with_context(|| format!("no certificate of {name}"))?;
