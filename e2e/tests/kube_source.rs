@@ -114,7 +114,7 @@ spec: {delay: {percent: 10, duration: 100ms}}
 apiVersion: tulle.dev/v1alpha1
 kind: HTTPRateLimit
 metadata: {name: few, namespace: shop}
-spec: {requests: 10, unit: Second}
+spec: {requests: 10, interval: 1h, per: Identity}
 ";
 
 fn definitions() -> String {
