@@ -68,8 +68,8 @@ fn a_label_in_the_api_switches_the_mesh_while_traffic_runs() -> anyhow::Result<(
 
     lab.apply_yaml(&scenario::namespace("shop", false))?;
     await_readable(&lab, true)?;
-    scenario::all_well(&fresh.finish()?, 60)?;
-    scenario::all_well(&kept.finish()?, 30)?;
+    scenario::all_well(&fresh.finish()?, 3)?;
+    scenario::all_well(&kept.finish()?, 3)?;
     assert_eq!(uid(&api)?, before);
     Ok(())
 }
@@ -96,8 +96,8 @@ fn agents_follow_a_label_that_a_user_sets() -> anyhow::Result<()> {
         published(pod, Value::Null)?;
     }
     await_readable(&lab, true)?;
-    scenario::all_well(&fresh.finish()?, 60)?;
-    scenario::all_well(&kept.finish()?, 30)?;
+    scenario::all_well(&fresh.finish()?, 3)?;
+    scenario::all_well(&kept.finish()?, 3)?;
     let by_agents = api.audit()?.into_iter().filter(|it| it.agent.starts_with("tulle-ztunnel") && it.writes());
     let strays: Vec<String> =
         by_agents.filter(|it| it.code == 403).map(|it| format!("{} {}", it.what(), it.code)).collect();
@@ -213,6 +213,6 @@ fn a_second_replica_of_control_goes_on_when_the_first_is_killed() -> anyhow::Res
     })?;
     lab.restart("control")?;
     denied(&lab, "shop/other", true)?;
-    scenario::all_well(&load.finish()?, 20)?;
+    scenario::all_well(&load.finish()?, 3)?;
     Ok(())
 }

@@ -282,7 +282,7 @@ impl ApiServer {
     fn arguments(&self) -> Vec<String> {
         let file = |name: &str| self.dir.join(name).display().to_string();
         let issuer = "https://kubernetes.default.svc.cluster.local";
-        let pairs: [(&str, String); 21] = [
+        let pairs: [(&str, String); 23] = [
             ("etcd-servers", format!("http://{}", self.etcd_port.address)),
             ("bind-address", Ipv4Addr::LOCALHOST.to_string()),
             ("secure-port", self.port.address.port().to_string()),
@@ -301,6 +301,9 @@ impl ApiServer {
             ("allow-privileged", "true".into()),
             ("audit-policy-file", file("audit-policy.yaml")),
             ("audit-log-path", file("audit.jsonl")),
+            // Beta, and off unless it is asked for: roots of federated trust domains.
+            ("feature-gates", "ClusterTrustBundle=true".into()),
+            ("runtime-config", "certificates.k8s.io/v1beta1=true".into()),
             ("profiling", "false".into()),
             ("shutdown-delay-duration", "0s".into()),
             ("v", "1".into()),
