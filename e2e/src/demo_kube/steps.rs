@@ -106,7 +106,7 @@ fn egress_policy() -> String {
 kind: EgressPolicy
 metadata: {{name: partner, namespace: shop}}
 spec:
-  rules: [{{hosts: [{}], ports: [{{port: 80, protocol: HTTP}}]}}]
+  rules: [{{hosts: [{}], ports: [{{port: 80, protocol: TCP}}]}}]
 ",
         layout::HOSTS[0]
     )
