@@ -238,7 +238,7 @@ fn replicas_that_start_at_once_are_one_authority_and_rotate_together() -> anyhow
         let secrets = api.list("Secret", ROOT)?;
         assert_eq!(secrets.len(), 1, "{} Secrets", secrets.len());
         let mode = std::os::unix::fs::PermissionsExt::mode(
-            &std::fs::metadata(dir.path().join("two/ca/ca-cert.pem"))?.permissions(),
+            &std::fs::metadata(dir.path().join("two/ca/ca-key.pem"))?.permissions(),
         );
         assert_eq!(mode & 0o777, 0o600);
 

@@ -57,7 +57,7 @@ fn every_object_passes_the_servers_dry_run_with_unknown_fields_as_errors() -> an
         let printed = tulle(&api, &arguments)?;
         anyhow::ensure!(printed.status.success(), "{}", said(&printed));
         let taken = api.dry_run(&String::from_utf8_lossy(&printed.stdout))?;
-        assert!(taken.len() > 18, "{} objects", taken.len());
+        assert!(taken.len() >= 18, "{} objects", taken.len());
         let mut arguments = vec!["install", "--dry-run=server"];
         arguments.extend(&values);
         let told = succeeded(tulle(&api, &arguments)?)?;

@@ -178,7 +178,7 @@ fn a_status_is_written_once_beside_others_and_then_left_alone() -> anyhow::Resul
 fn holds(dir: &Path) -> bool {
     let log = std::fs::read_to_string(dir.join("control.log")).unwrap_or_default();
     let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    lines.filter_map(|line| line.pointer("/fields/held").and_then(Value::as_bool)).last().unwrap_or(false)
+    lines.filter_map(|line| line.pointer("/fields/held").and_then(Value::as_bool)).next_back().unwrap_or(false)
 }
 
 #[test]

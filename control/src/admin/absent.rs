@@ -135,7 +135,7 @@ fn no_pod(world: &World, service: &Service) -> String {
     let Some((_, pod)) = nearest else {
         return format!("{begin}: it has no pods");
     };
-    let has = missing(service, pod).into_iter().map(|(key, _)| match pod.meta.label(key) {
+    let has = missing(service, pod).into_keys().map(|key| match pod.meta.label(key) {
         Some(value) => format!("{key}={value}"),
         None => format!("no label {key}"),
     });

@@ -64,7 +64,7 @@ impl Running {
 /// Where objects come from, ready to be read.
 enum From {
     Files(PathBuf),
-    Kube(cluster::Client, Option<Mirror>),
+    Kube(cluster::Client, Option<Box<Mirror>>),
 }
 
 async fn source(serve: &Serve) -> anyhow::Result<From> {
@@ -78,7 +78,7 @@ async fn source(serve: &Serve) -> anyhow::Result<From> {
             let (namespace, secret) = (&serve.root_namespace, &serve.ca_secret);
             let mirror = match secret.is_empty() {
                 true => None,
-                false => Some(Mirror::open(client.clone(), namespace, secret, &serve.ca_dir).await),
+                false => Some(Box::new(Mirror::open(client.clone(), namespace, secret, &serve.ca_dir).await)),
             };
             From::Kube(client, mirror)
         }
@@ -157,6 +157,7 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     match from {
         From::Files(folder) => tasks.push(tokio::spawn(source::files::watch::run(folder, loaded_sender, stop))),
         From::Kube(client, mirror) => {
+            let mirror = mirror.map(|mirror| *mirror);
             let parts =
                 in_cluster::Parts { client, settings: serve.settings(), view, nodes: node_states, published, mirror };
             tasks.extend(in_cluster::start(parts, loaded_sender, followed_sender, &stop));

@@ -186,7 +186,7 @@ mod tests {
         }
         assert_eq!(statuses.get(&key).map(|seen| seen.generation), Some(3));
         statuses.retain("GRPCRoute", |_| false);
-        assert_eq!(statuses.keys(), [key.clone()]);
+        assert_eq!(statuses.keys(), std::slice::from_ref(&key));
         statuses.retain("HTTPRoute", |_| false);
         assert!(statuses.keys().is_empty());
         let (key, seen) = read(&route("w", "1")).unwrap();

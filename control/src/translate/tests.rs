@@ -1,6 +1,7 @@
 //! Golden cases: each file of `testdata/` holds manifests and, below a marker line, the resources and conditions that
 //! they must become. `UPDATE=1 cargo test -p control` rewrites them; the difference is reviewed.
 
+mod beside;
 mod walk;
 
 use std::path::PathBuf;

@@ -111,7 +111,7 @@ impl Machine {
 
     /// What stands in for `path` on this machine.
     pub fn disk(&self, path: &str) -> PathBuf {
-        self.0.join("disk").join(Path::new(path).strip_prefix("/").unwrap_or(Path::new(path)))
+        self.0.join("disk").join(Path::new(path).strip_prefix("/").unwrap_or_else(|_| Path::new(path)))
     }
 }
 

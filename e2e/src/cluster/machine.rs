@@ -243,7 +243,7 @@ fn mounts(machine: &Machine) -> anyhow::Result<()> {
     fs::create_dir_all("/run/netns")?;
     for (name, value) in SETTINGS {
         let shown = Path::new("/run/settings").join(name);
-        fs::create_dir_all(shown.parent().unwrap_or(Path::new("/run")))?;
+        fs::create_dir_all(shown.parent().unwrap_or_else(|| Path::new("/run")))?;
         fs::write(&shown, format!("{value}\n"))?;
         let real = Path::new("/proc/sys").join(name);
         if real.exists() {
@@ -287,7 +287,7 @@ fn make_cgroup(name: &str) -> anyhow::Result<()> {
         }
         if path.join("cgroup.subtree_control").exists() && path.join("cgroup.controllers").exists() {
             let controllers = "+cpu +cpuset +memory +pids +io";
-            let parent = path.parent().unwrap_or(Path::new("/sys/fs/cgroup"));
+            let parent = path.parent().unwrap_or_else(|| Path::new("/sys/fs/cgroup"));
             let _ = fs::write(parent.join("cgroup.subtree_control"), controllers);
             let _ = fs::write(path.join("cgroup.subtree_control"), controllers);
         }

@@ -369,7 +369,7 @@ impl Child {
             let start = Start {
                 argv: &argv,
                 env: &env,
-                bin: log.parent().unwrap_or(Path::new("/")),
+                bin: log.parent().unwrap_or_else(|| Path::new("/")),
                 placement: &Placement::default(),
                 log: &log,
             };

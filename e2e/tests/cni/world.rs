@@ -154,9 +154,11 @@ impl World {
         Ok(self.node.run(|| command.output())??)
     }
 
-    /// The network namespace of a new pod; it is there as long as the value.
+    /// The network namespace of a new pod, with its loopback up, as a runtime leaves it to the plugins; it is there as long as
+    /// the value.
     pub fn pod(&self, name: &str) -> anyhow::Result<(NetNs, Sandbox)> {
         let netns = NetNs::create(&self.at("pods"), &name.replace('/', "-"))?;
+        netns.run(|| Command::new("ip").args(["link", "set", "lo", "up"]).status())??;
         let sandbox = Sandbox::new(name, netns.path());
         Ok((netns, sandbox))
     }

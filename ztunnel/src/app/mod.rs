@@ -131,16 +131,8 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     let ways = Ways::new(&config, &trust.revoked);
     let identities = identity::identities(ways.ca, config.secret_ttl, trust.clone());
     let shared = shared(&config, reader.clone(), identities.clone(), metrics);
-    let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-    let count = config.workers(cores).map_err(anyhow::Error::msg)?;
-    let (context, outside) = (shared.clone(), outside(&config)?);
-    let own = outside.clone();
-    let workers = Workers::start(count, move |_| Worker::new(&context, own.clone())).context("cannot start workers")?;
-    let watched = reader.clone();
-    workers.run_all(move |worker| {
-        worker.entered.watch(watched.clone());
-        worker.out.live.watch(watched.clone());
-    });
+    let outside = outside(&config)?;
+    let (workers, count) = start_workers(&config, &shared, &outside)?;
 
     let (monitor, pods) = (xds::Monitor::default(), Pods::default());
     let answers = Answers {
@@ -223,6 +215,20 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     finish_records(&pods).await;
     exporter.finish().await;
     Ok(())
+}
+
+/// As many as the settings say, each watching its own connections.
+fn start_workers(config: &Node, shared: &Shared, outside: &OwnResolver) -> anyhow::Result<(Workers<Worker>, usize)> {
+    let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+    let count = config.workers(cores).map_err(anyhow::Error::msg)?;
+    let (context, own) = (shared.clone(), outside.clone());
+    let workers = Workers::start(count, move |_| Worker::new(&context, own.clone())).context("cannot start workers")?;
+    let watched = shared.reader.clone();
+    workers.run_all(move |worker| {
+        worker.entered.watch(watched.clone());
+        worker.out.live.watch(watched.clone());
+    });
+    Ok((workers, count))
 }
 
 /// What all flows share.

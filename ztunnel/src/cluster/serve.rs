@@ -32,7 +32,7 @@ const RETRY: Duration = Duration::from_millis(100);
 /// What the system says.
 pub fn bind(path: &Path) -> io::Result<UnixListener> {
     let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
-    let folder = path.parent().unwrap_or(Path::new("/"));
+    let folder = path.parent().unwrap_or_else(|| Path::new("/"));
     fs::create_dir_all(folder).map_err(named)?;
     // Short, because the name of a socket has at most 107 bytes.
     let new = folder.join(format!(".c{}", std::process::id()));

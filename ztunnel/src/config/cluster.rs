@@ -1,4 +1,5 @@
-//! Settings of a node in a Kubernetes cluster: where the API server is, and where files of the node are that others share.
+//! Settings of a node in a Kubernetes cluster: where the API server is, and where files of the node are that others share. They stand apart
+//! because a node without a cluster has none of them.
 
 use std::path::PathBuf;
 

@@ -155,7 +155,9 @@ impl Known {
                 self.drop(kind, of, namespace, name)
             }
             Event::Heard(version) => {
-                state.resource_version = version.unwrap_or(std::mem::take(&mut state.resource_version));
+                if let Some(version) = version {
+                    state.resource_version = version;
+                }
                 false
             }
         };
