@@ -76,8 +76,9 @@ fn every_example_of_the_documents_is_accepted() -> anyhow::Result<()> {
                 "CiliumNetworkPolicy" => continue,
                 // The documents leave the certificate out.
                 "ClusterTrustBundle" => {
-                    let root = rcgen::generate_simple_self_signed(["other.example".to_owned()])?;
-                    object["spec"]["trustBundle"] = root.cert.pem().into();
+                    let mut root = rcgen::CertificateParams::default();
+                    root.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+                    object["spec"]["trustBundle"] = root.self_signed(&rcgen::KeyPair::generate()?)?.pem().into();
                 }
                 _ => {}
             }

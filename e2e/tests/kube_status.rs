@@ -309,6 +309,7 @@ fn programmed_counts_the_nodes_of_every_replica() -> anyhow::Result<()> {
         other => Err(anyhow::anyhow!("{other:?}")),
     })?;
     // The nodes stay with the one that is started again, and the other one writes.
+    lab.kill("control", "TERM")?;
     lab.restart("control")?;
     let second = eventually("the second one holds the Lease", PATIENCE, || match holder()? {
         Value::Null => Err(anyhow::anyhow!("nobody")),

@@ -109,7 +109,8 @@ impl World {
 
     /// The network's own configuration.
     pub fn network(&self, version: &str) -> String {
-        let ipam = json!({"type": "host-local", "dataDir": self.at("ipam"), "ranges": [[{"subnet": "10.88.0.0/24"}], [{"subnet": "fd00:88::/64"}]]});
+        let ipam = json!({"type": "host-local", "dataDir": self.at("ipam"), "ranges": [[{"subnet": "10.88.0.0/24"}], [{"subnet": "fd00:88::/64"}]],
+            "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]});
         let bridge = json!({"type": "bridge", "bridge": "tulle-test0", "isGateway": true, "ipam": ipam});
         json!({"cniVersion": version, "name": "net", "plugins": [bridge]}).to_string()
     }
