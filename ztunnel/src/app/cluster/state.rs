@@ -183,8 +183,12 @@ impl State {
             }
             Some(Network::Lost { why, .. }) => pod.lost = Some(why.clone()),
             Some(Network::Ended { .. }) => return,
-            // It is being looked for.
-            None if minded => return,
+            // It is being looked for. Until it is found or is not, these are not all: a successor would close the listeners
+            // that it was given for this pod.
+            None if minded => {
+                steps.list.complete = false;
+                return;
+            }
             None => pod.lost = Some("the pod is not in the mesh".to_owned()),
         }
         if redirected {

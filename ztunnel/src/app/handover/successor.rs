@@ -281,11 +281,11 @@ impl Taking {
         }
     }
 
-    /// Until the pods are captured, or will not be.
+    /// Until the pods are captured, or will not be, and every listener is served or closed on purpose.
     pub async fn captured(&self, pods: &Pods) {
         let deadline = Instant::now() + CAPTURE;
         let ready = async {
-            while !pods.pending().is_empty() {
+            while !pods.pending().is_empty() || !lock(&self.taken.pods).is_empty() {
                 sleep(LOOK).await;
             }
         };

@@ -110,13 +110,14 @@ const ENROLLED: &[(&str, &str)] = &[("tulle.dev/mesh", "enabled")];
 fn a_labelled_pod_is_found_captured_published_and_released_again() {
     let mut node = Node::new(Saved::default()).listed(vec![pod("a")], ENROLLED);
     let steps = node.look(&[], false);
-    assert!(steps.list.complete && steps.list.pods.is_empty() && steps.moving, "its network is looked for first");
+    assert!(!steps.list.complete && steps.list.pods.is_empty() && steps.moving, "its network is looked for first");
     assert_eq!(written(&steps), [("a", Some("pending"))]);
     node.state.view.annotated("uid-a", Some("pending"));
     assert_eq!(node.sought(), ["uid-a"]);
     let network = node.network("n1");
     node.found("a", Ok(network.clone()));
     let steps = node.look(&[], false);
+    assert!(steps.list.complete);
     let listed = &steps.list.pods[0];
     assert_eq!((listed.enrolled, listed.handle.as_ref(), listed.by_agent), (Some(true), Some(&network.netns), false));
     assert_eq!(steps.probe_ports, ["10.0.0.2:8080".parse().unwrap()].into(), "before it is captured");
@@ -150,6 +151,7 @@ fn a_network_that_is_not_found_is_said_and_looked_for_again() {
     node.found("a", Err("nothing there"));
     let steps = node.look(&[], false);
     assert!(steps.list.pods[0].open().unwrap_err().contains("nothing there"));
+    assert!(steps.list.complete, "it is not waited for");
     assert!(node.sought().is_empty(), "not at once");
     node.later(1);
     assert_eq!(node.sought(), ["uid-a"]);
