@@ -204,6 +204,10 @@ fn a_second_replica_of_control_goes_on_when_the_first_is_killed() -> anyhow::Res
         if one == two && !one.is_empty() { Ok(()) } else { Err(anyhow::anyhow!("{} and {}", one.len(), two.len())) }
     })?;
 
+    // Who has no certificate yet gets none from a control that is dead.
+    for client in ["shop/web", "shop/other"] {
+        scenario::reaches(&lab, client, "http://cart.shop/")?;
+    }
     let load = lab.load("shop/web", &["http://cart.shop/"], 20.0, &[])?;
     lab.kill("control", "KILL")?;
     api.apply(&scenario::authorization("shop", "not-other", "cart", "DENY", NOT_OTHER))?;
