@@ -413,6 +413,26 @@ async fn streams_without_the_right_token_or_node_are_refused() {
 }
 
 #[tokio::test]
+async fn a_certificate_that_is_asked_for_before_the_mesh_is_known_waits_for_it() {
+    let mesh = Mesh::start(&[("pod.yaml", POD), ("bad.yaml", "a: [")]).await;
+    mesh.until("/readyz", |code, body| code == 503 && body.contains("bad.yaml")).await;
+    let cart = tulle_certs::SpiffeId::new("cluster.local", "shop", "cart").expect("id");
+    let request = IstioCertificateRequest {
+        csr: tulle_certs::request(&cart).expect("request").csr_pem,
+        validity_duration: 600,
+        metadata: Some(struct_of(&[("ImpersonatedIdentity", cart.as_str())])),
+    };
+    let node = mesh.token(&["--node", "node-1"]);
+    let mut client = IstioCertificateServiceClient::new(mesh.channel().await);
+    let refused =
+        client.create_certificate(with_token(request.clone(), &node)).await.expect_err("nobody knows the pods");
+    assert_eq!(refused.code(), tonic::Code::Unavailable, "to be tried again, not a verdict: {refused:?}");
+    let waiting = tokio::spawn(async move { client.create_certificate(with_token(request, &node)).await });
+    mesh.put("bad.yaml", POD2);
+    waiting.await.expect("no panic").expect("it waited");
+}
+
+#[tokio::test]
 async fn certificates_are_given_for_pods_of_the_node_only() {
     let mesh = Mesh::start(&[("pod.yaml", POD), ("pod2.yaml", POD2)]).await;
     mesh.until("/readyz", |code, _| code == 200).await;

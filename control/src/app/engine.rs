@@ -29,7 +29,7 @@ pub struct Outputs {
     /// For xDS.
     pub published: watch::Receiver<Published>,
     /// For the CA.
-    pub accounts: watch::Receiver<Arc<Accounts>>,
+    pub accounts: watch::Receiver<Option<Arc<Accounts>>>,
     /// For people.
     pub view: watch::Receiver<Arc<View>>,
     /// For whoever fetches the keys of issuers: where they are.
@@ -41,7 +41,7 @@ pub struct Engine {
     settings: Settings,
     memory: translate::Memory,
     published: watch::Sender<Published>,
-    accounts: watch::Sender<Arc<Accounts>>,
+    accounts: watch::Sender<Option<Arc<Accounts>>>,
     view: watch::Sender<Arc<View>>,
     key_sources: watch::Sender<Arc<BTreeSet<KeySource>>>,
 }
@@ -49,7 +49,7 @@ pub struct Engine {
 /// An engine that has published nothing.
 pub fn new(settings: Settings) -> (Engine, Outputs) {
     let (published_sender, published) = watch::channel(Published::default());
-    let (accounts_sender, accounts) = watch::channel(Arc::default());
+    let (accounts_sender, accounts) = watch::channel(None);
     let (view_sender, view) =
         watch::channel(Arc::new(View { waiting: vec!["the first reading of the source".into()], ..View::default() }));
     let (sources_sender, key_sources) = watch::channel(Arc::default());
@@ -114,7 +114,7 @@ impl Engine {
         let translation = translate::translate(&world, &self.settings, &mut self.memory);
         let next = previous.next(translation.resources);
         let generation = next.generation;
-        self.accounts.send_replace(Arc::new(translation.accounts));
+        self.accounts.send_replace(Some(Arc::new(translation.accounts)));
         self.view.send_replace(Arc::new(View {
             generation,
             loaded,

@@ -6,9 +6,11 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
+use tokio::time::timeout;
 use tonic::Request;
 use tonic::Response;
 use tonic::Status;
@@ -37,8 +39,8 @@ pub struct Server {
     pub authn: Arc<authn::Authn>,
     /// Replaced when the intermediate is renewed.
     pub authority: Arc<ArcSwap<Authority>>,
-    /// What runs where.
-    pub accounts: watch::Receiver<Arc<grant::Accounts>>,
+    /// What runs where; `None` before the first description of the mesh.
+    pub accounts: watch::Receiver<Option<Arc<grant::Accounts>>>,
     /// The mesh's trust domain.
     pub trust_domain: String,
     /// Namespace of the node account.
@@ -62,7 +64,22 @@ impl IstioCertificateService for Server {
     }
 }
 
+/// How long a caller waits for the first description of the mesh. Nodes ask as soon as control listens, and a refusal would
+/// fail their pods' connections until they ask again.
+const FIRST: Duration = Duration::from_secs(5);
+
 impl Server {
+    async fn accounts(&self) -> Result<Arc<grant::Accounts>, Status> {
+        let mut known = self.accounts.clone();
+        let first = timeout(FIRST, known.wait_for(Option::is_some)).await;
+        let accounts = first.ok().and_then(Result::ok).and_then(|accounts| accounts.clone());
+        accounts.ok_or_else(|| {
+            Status::unavailable(
+                "control does not know yet which pods run where (/readyz says what it waits for); ask again",
+            )
+        })
+    }
+
     async fn create(&self, request: &Request<IstioCertificateRequest>) -> Result<IstioCertificateResponse, Status> {
         let now = base::unix_now();
         let caller = self.authn.caller(request.metadata().as_ref(), now).await.inspect_err(|status| {
@@ -70,7 +87,7 @@ impl Server {
         })?;
         let message = request.get_ref();
         let csr = parse_csr(&message.csr).map_err(|error| Status::invalid_argument(error.to_string()))?;
-        let accounts = Arc::clone(&self.accounts.borrow());
+        let accounts = self.accounts().await?;
         let granted = grant::decide(&grant::Facts {
             caller: &caller,
             impersonated: impersonated(message)?,
