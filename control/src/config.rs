@@ -157,6 +157,7 @@ impl Serve {
                 EgressDefault::Audit => EgressMode::Audit,
                 EgressDefault::Deny => EgressMode::Deny,
             },
+            captured_unless_told: matches!(self.source, Source::Files(_)),
             now: 0,
         }
     }

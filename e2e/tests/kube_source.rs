@@ -125,7 +125,8 @@ fn definitions() -> String {
 fn pod(server: &ApiServer, name: &str, address: &str) -> anyhow::Result<()> {
     let app = name.rsplit_once('-').map_or(name, |(app, _)| app);
     server.apply(&format!(
-        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, labels: {{app: {app}}}}}\n\
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, labels: {{app: {app}}}, \
+         annotations: {{ambient.istio.io/redirection: enabled}}}}\n\
          spec: {{nodeName: node-1, serviceAccountName: {app}, automountServiceAccountToken: false, \
          containers: [{{name: main, image: none, ports: [{{name: http, containerPort: 8080}}], \
          readinessProbe: {{httpGet: {{port: 8080}}}}}}]}}\n"

@@ -81,7 +81,13 @@ pub fn why_outside(pod: &Pod, world: &World, settings: &Settings) -> Option<Stri
         return Some("it is on the host network, whose connections cannot be told from the node's own".to_owned());
     }
     if enrolled(pod, world, settings) {
-        let state = pod.meta.annotation(names::ANNOTATION_REDIRECTION).filter(|state| *state != "enabled")?;
+        let told = pod.meta.annotation(names::ANNOTATION_REDIRECTION);
+        let state = match told {
+            None if settings.captured_unless_told => return None,
+            Some("enabled") => return None,
+            None => "not published: does a proxy run on its node?",
+            Some(state) => state,
+        };
         return Some(format!("it is labelled, and its capture is `{state}`; `tulle status` says why"));
     }
     let labels = namespace_labels(world, namespace);
@@ -114,7 +120,10 @@ pub(super) fn speaks_hbone(pod: &Pod, world: &World, settings: &Settings) -> boo
         return true;
     }
     enrolled(pod, world, settings)
-        && pod.meta.annotation(names::ANNOTATION_REDIRECTION).is_none_or(|state| state == "enabled")
+        && pod
+            .meta
+            .annotation(names::ANNOTATION_REDIRECTION)
+            .map_or(settings.captured_unless_told, |state| state == "enabled")
 }
 
 /// What there is to say about a namespace's labels.

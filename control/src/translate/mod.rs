@@ -60,6 +60,9 @@ pub struct Settings {
     pub istio_root_namespace: String,
     /// What may leave namespaces without a label that says so. Not for system namespaces, which say for themselves.
     pub egress_default: EgressMode,
+    /// An enrolled pod of which nothing is published (annotation `ambient.istio.io/redirection`) counts as captured. In a
+    /// cluster it does not: the agent of its node has not said so yet, or none runs there.
+    pub captured_unless_told: bool,
     /// The moment, Unix seconds, for conditions about what has expired. Resources do not depend on it.
     pub now: i64,
 }
@@ -74,6 +77,7 @@ impl Default for Settings {
             root_namespace: names::DEFAULT_ROOT_NAMESPACE.into(),
             istio_root_namespace: "istio-system".into(),
             egress_default: EgressMode::Allow,
+            captured_unless_told: true,
             now: 0,
         }
     }

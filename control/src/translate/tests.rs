@@ -2,6 +2,7 @@
 //! they must become. `UPDATE=1 cargo test -p control` rewrites them; the difference is reviewed.
 
 mod beside;
+mod enrol;
 mod walk;
 
 use std::path::PathBuf;
