@@ -130,6 +130,12 @@ fn the_program_is_at_home_under_an_istiod() {
         (status, _) if status.contains("200") => Ok(()),
         (status, body) => Err(format!("{status}: {body}")),
     });
+    // A request that failed (the istiod was not there yet) is repeated, and until then connections are refused.
+    program.until("certificates of both", || {
+        let (_, dump) = page(&lab, 15000, "/config_dump")?;
+        let there = dump.replace(' ', "").matches("\"state\":\"Available\"").count();
+        if there == 2 { Ok(()) } else { Err(format!("{there}: {dump}")) }
+    });
     assert_eq!(call(&lab, 1_000_000).unwrap_or_else(|error| panic!("{error}\n{}", program.log())), ip("a"));
     program.until("recorded with both identities", || {
         let both = [format!("src.identity={}", id("a")), format!("dst.identity={}", id("b"))];
