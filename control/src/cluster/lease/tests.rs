@@ -1,3 +1,6 @@
+//! The Lease: a table of single looks, and seeded runs of several candidates with clocks that go wrong, calls that are lost, late or
+//! never come back, and holders that die. Never two of them at once.
+
 use std::collections::BinaryHeap;
 
 use rand::RngExt as _;

@@ -1,3 +1,6 @@
+//! The installer on folders as container runtimes have them: other plugins before it, lists that change, break or vanish, two
+//! installers at once, and taking it away again, byte for byte.
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
