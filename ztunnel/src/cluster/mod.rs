@@ -26,6 +26,8 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 
 pub use kube::Client;
 
+use crate::outcome::chain;
+
 /// How long one question to the API server may take, connecting included: within what a CNI plugin waits.
 pub const QUESTION: Duration = Duration::from_secs(5);
 /// How long connecting may take. A server that is gone is tried again soon, and what runs does not wait for it.
@@ -68,17 +70,6 @@ pub(crate) fn said(error: &kube::Error) -> String {
         }
         kube::Error::Api(status) => status.message.clone(),
         // The sources say more than the outer error does.
-        other => {
-            let mut text = other.to_string();
-            let mut source = std::error::Error::source(other);
-            while let Some(inner) = source {
-                let inner_text = inner.to_string();
-                if !text.contains(&inner_text) {
-                    text = format!("{text}: {inner_text}");
-                }
-                source = inner.source();
-            }
-            text
-        }
+        other => chain(other),
     }
 }

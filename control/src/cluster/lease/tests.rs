@@ -1,5 +1,5 @@
-//! The Lease: a table of single looks, and seeded runs of several candidates with clocks that go wrong, calls that are lost, late or
-//! never come back, and holders that die. Never two of them at once.
+//! The Lease, simulated: seeded runs of several candidates with clocks that go wrong, calls that are lost, late or never come
+//! back, and holders that die. Never two of them hold it at once, and a quiet server keeps its holder.
 
 use std::collections::BinaryHeap;
 
