@@ -18,7 +18,7 @@ use ztunnel::config::istio::{NOT_FOLLOWED, Variable};
 use ztunnel::outcome::{Code, Fault, Outcome, Retry};
 use ztunnel::telemetry::breakers::{BreakerLabels, DestinationLabels};
 use ztunnel::telemetry::dns::{DnsAnswerLabels, DnsLabels};
-use ztunnel::telemetry::metrics::{ElsewhereLabels, Metrics};
+use ztunnel::telemetry::metrics::{CaptureLabels, ElsewhereLabels, Metrics};
 use ztunnel::telemetry::{ConnRecord, Direction};
 
 #[test]
@@ -91,6 +91,7 @@ fn metrics_in_the_reference_are_those_of_the_code() {
         record.opened();
         record.finish(&Outcome::new(code, ""));
     }
+    metrics.pods.get_or_create(&CaptureLabels { capture: "Captured" }).set(1);
     metrics.elsewhere.get_or_create(&ElsewhereLabels { code: Code::ConnectFailed.name() }).inc();
     let labels = DnsLabels {
         request_query_type: "A",

@@ -94,6 +94,13 @@ impl DryRunLabels {
     }
 }
 
+/// Label of pods.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct CaptureLabels {
+    /// `Captured`, `Pending`, `Failed` or `Uncaptured`.
+    pub capture: &'static str,
+}
+
 /// Why an endpoint was left for another one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ElsewhereLabels {
@@ -137,6 +144,8 @@ pub struct Metrics {
     pub elsewhere: Family<ElsewhereLabels, Counter>,
     /// Live inbound tunnels.
     pub tunnels: Gauge,
+    /// Pods of the node by the state of their capture. Set when asked for.
+    pub pods: Family<CaptureLabels, Gauge>,
     /// Bytes that flows buffer or have promised to peers to buffer. Set when asked for.
     pub buffered: Gauge,
     /// Pods whose buffers are more than three quarters full. Set when asked for.
@@ -179,6 +188,7 @@ impl Metrics {
             elsewhere: Family::default(),
             tunnels: Gauge::default(),
             buffered: Gauge::default(),
+            pods: Family::default(),
             pressed: Gauge::default(),
             log_dropped: Gauge::default(),
             dns: DnsMetrics::new(registry),
@@ -224,6 +234,7 @@ impl Metrics {
             "Endpoints of a service that could not be reached and were left for another one",
             metrics.elsewhere.clone(),
         );
+        registry.register("tulle_pods", "Pods of the node by the state of their capture", metrics.pods.clone());
         registry.register(
             "tulle_buffered_bytes",
             "Bytes buffered for connections, windows that peers were given included",
