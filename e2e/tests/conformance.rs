@@ -336,7 +336,7 @@ struct Answer {
 fn ask(lab: &Lab, row: &Row, id: &str) -> anyhow::Result<Answer> {
     let (url, id) = (format!("http://{}{}", row.to, row.path), format!("x-request-id: {id}"));
     let mut argv = vec!["curl", "-sS", "-i", "--max-time", "60", "-X", row.method, "-H", &id];
-    argv.extend(row.headers.iter().flat_map(|line| ["-H", line]));
+    argv.extend(row.headers.iter().flat_map(|line| ["-H", *line]));
     argv.push(&url);
     let text = lab.exec_ok(row.from, &argv)?;
     let (head, body) = text.split_once("\r\n\r\n").with_context(|| format!("no answer: {text:?}"))?;
@@ -356,7 +356,7 @@ fn explain(lab: &Lab, row: &Row) -> anyhow::Result<(String, Vec<u64>)> {
     let named = row.headers.iter().find_map(|line| line.strip_prefix("host: ")).unwrap_or(row.to);
     let mut argv = vec!["tulle", "explain", row.from, &to, "-o", "json", "--path", row.path, "--host", named];
     argv.extend(["--method", row.method]);
-    argv.extend(row.headers.iter().filter(|line| !line.starts_with("host: ")).flat_map(|line| ["--header", line]));
+    argv.extend(row.headers.iter().filter(|line| !line.starts_with("host: ")).flat_map(|line| ["--header", *line]));
     let output = lab.exec("control", &argv)?;
     let value: Value = serde_json::from_slice(&output.stdout).with_context(|| format!("{argv:?}: {output:?}"))?;
     let answers = value["request"]["answers"].as_array().into_iter().flatten();
