@@ -96,7 +96,7 @@ const V2: Look = Look::By("v2");
 const GRPC: &str = "content-type: application/grpc";
 
 fn core() -> Vec<Row> {
-    use Look::{Said, Seen};
+    use Look::Seen;
     let (matching, queries) = ("MeshHTTPRouteMatching", "MeshHTTPRouteQueryParamMatching");
     let changed = &[V1, Seen("x-set", "new"), Seen("x-add", "old,more"), Seen("x-gone", "")];
     let by_backend = &[V1, Seen("x-set", "backend"), Seen("x-add", "old,backend"), Seen("x-gone", "")];

@@ -161,11 +161,13 @@ async fn accept_http(listener: TcpListener, server: Rc<Server>, mut end: watch::
 async fn respond(server: &Server, peer: SocketAddr, request: Request<Incoming>) -> Response<Full<Bytes>> {
     let began = Instant::now();
     let (method, uri) = (request.method().to_string(), request.uri().clone());
-    let headers: BTreeMap<String, String> = request
-        .headers()
-        .iter()
-        .map(|(name, value)| (name.to_string(), String::from_utf8_lossy(value.as_bytes()).into_owned()))
-        .collect();
+    let mut headers: BTreeMap<String, String> = BTreeMap::new();
+    for (name, value) in request.headers() {
+        let value = String::from_utf8_lossy(value.as_bytes());
+        // Lines of one name are one list (RFC 9110 §5.3).
+        let before = headers.get(name.as_str()).map(|before| format!("{before},")).unwrap_or_default();
+        headers.insert(name.to_string(), format!("{before}{value}"));
+    }
     server.count.set(server.count.get() + 1);
     let count = server.count.get();
     let body = match Limited::new(request.into_body(), BODY_LIMIT).collect().await {
