@@ -53,7 +53,7 @@ fn audits(lab: &Lab) -> anyhow::Result<()> {
     lab.apply_yaml(&format!(
         "{}{}",
         scenario::authorization("shop", "paths", "cart", "AUDIT", paths),
-        scenario::authorization("shop", "no", "cart", "DENY", deny)
+        scenario::authorization("shop", "closed", "cart", "DENY", deny)
     ))?;
     let (watched, by_path) = ("shop/watched audited by rules[0]", "shop/paths audited by rules[1]");
     for (path, status, expected) in [
