@@ -13,7 +13,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-use crate::outcome::DryRun;
+use crate::outcome::{DryRun, WouldBe};
 use crate::telemetry::breakers::BreakerMetrics;
 use crate::telemetry::dns::DnsMetrics;
 use crate::telemetry::egress::Talks;
@@ -101,6 +101,15 @@ pub struct CaptureLabels {
     pub capture: &'static str,
 }
 
+/// Labels of what AUDIT policies recorded.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct AuditLabels {
+    /// `<namespace>/<name>`.
+    pub policy: Arc<str>,
+    /// Index of the rule that matched.
+    pub rule: String,
+}
+
 /// Why an endpoint was left for another one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ElsewhereLabels {
@@ -132,6 +141,8 @@ pub struct Metrics {
     pub denials: Family<DenialLabels, Counter>,
     /// What policies would have done that are only tried.
     pub dry_run: Family<DryRunLabels, Counter>,
+    /// AUDIT.
+    pub audit: Family<AuditLabels, Counter>,
     /// Live inbound connections.
     pub inbound: Gauge,
     /// Live outbound connections.
@@ -171,6 +182,19 @@ pub struct Metrics {
 }
 
 impl Metrics {
+    /// Counts what a policy says that changes no verdict.
+    pub fn without_effect(&self, said: &DryRun) {
+        match said.would_be {
+            WouldBe::Audited => {
+                let rule = said.rule.map_or_else(String::new, |rule| rule.to_string());
+                self.audit.get_or_create(&AuditLabels { policy: said.policy.clone(), rule }).inc();
+            }
+            WouldBe::Denied | WouldBe::Allowed | WouldBe::NotAllowed => {
+                self.dry_run.get_or_create(&DryRunLabels::of(said)).inc();
+            }
+        }
+    }
+
     /// Registers everything.
     pub fn new(registry: &mut Registry) -> Self {
         let metrics = Self {
@@ -181,6 +205,7 @@ impl Metrics {
             sent: Family::default(),
             denials: Family::default(),
             dry_run: Family::default(),
+            audit: Family::default(),
             inbound: Gauge::default(),
             outbound: Gauge::default(),
             shed: Counter::default(),
@@ -218,6 +243,11 @@ impl Metrics {
             "tulle_dry_run",
             "Connections that a policy of istio.io/dry-run would have decided",
             metrics.dry_run.clone(),
+        );
+        registry.register(
+            "tulle_audit",
+            "Connections and requests that a rule of an AUDIT policy matched",
+            metrics.audit.clone(),
         );
         registry.register("tulle_egress", "Attempts to leave the cluster", metrics.egress.clone());
         registry.register("tulle_connections_shed", "Connections refused for lack of room", metrics.shed.clone());
