@@ -20,6 +20,7 @@ mod change;
 mod find;
 pub mod path;
 mod plan;
+pub mod session;
 pub mod share;
 #[cfg(test)]
 mod tests;
