@@ -44,10 +44,16 @@ impl Load {
         (-self.age(now).as_secs_f64() / MEMORY.as_secs_f64()).exp()
     }
 
+    /// Whether the last answers count. Who asked to be left alone for longer (429) is.
+    fn is_remembered(&self, now: Instant) -> bool {
+        let asked = self.estimate.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        self.age(now) < asked.unwrap_or_default().max(MEMORY)
+    }
+
     /// What an answer takes, as far as is known.
     fn estimate(&self, now: Instant) -> Option<f64> {
         match self.estimate {
-            Some(estimate) if self.age(now) < MEMORY => Some(estimate * self.weight(now)),
+            Some(estimate) if self.is_remembered(now) => Some(estimate * self.weight(now)),
             // Somebody tries it again.
             Some(estimate) if self.under_way > 0 => Some(estimate),
             Some(_) | None => None,
@@ -101,7 +107,7 @@ impl Loads {
     pub(super) fn took(&mut self, endpoint: SocketAddr, time: Duration, now: Instant) {
         let load = self.entry(endpoint, now);
         let (time, weight) = (time.as_secs_f64(), load.weight(now));
-        let recent = load.estimate.filter(|_| load.age(now) < MEMORY);
+        let recent = load.estimate.filter(|_| load.is_remembered(now));
         load.estimate = Some(match recent {
             Some(old) if time <= old => old * weight + time * (1.0 - weight),
             _ => time,

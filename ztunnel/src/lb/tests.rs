@@ -460,9 +460,10 @@ fn an_endpoint_that_is_held_back_is_chosen_only_where_there_are_only_such() {
     let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
     let a = SocketAddr::new(at("a", "", "", "").addresses[0], 8080);
     let name = |chance: &Chance<'_>| pick(&snapshot, service, 80, &client(), V4, chance).unwrap().workload.name.clone();
+    let young = |one: SocketAddr| one == a;
     for random in numbers(9).take(20) {
         for way in [Way::Usual, Way::Turn(random), Way::Better(&|_, _| true)] {
-            let chance = Chance { held_back: Some(&|one| one == a), way, ..Chance::of(random) };
+            let chance = Chance { held_back: Some(&young), way, ..Chance::of(random) };
             assert_eq!(&*name(&chance), "b");
             assert_eq!(&*name(&Chance { ejected: &|one| one != a, ..chance }), "a", "there is no other");
         }

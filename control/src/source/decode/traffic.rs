@@ -94,9 +94,8 @@ pub(super) fn unknown(at: &Cursor<'_>, known: &[&str], ignored: &mut Vec<String>
 }
 
 fn settings(at: &Cursor<'_>, besides: &[&str], ignored: &mut Vec<String>) -> Read<TrafficSettings> {
-    let known =
-        [&["connectionPool", "outlierDetection", "loadBalancer", "retryBudget", "tls", "proxyProtocol"], besides];
-    unknown(at, &known.concat(), ignored)?;
+    let known = ["connectionPool", "outlierDetection", "loadBalancer", "retryBudget", "tls", "proxyProtocol"];
+    unknown(at, &[&known[..], besides].concat(), ignored)?;
     without_effect(at, ignored)?;
     let pool = at.get("connectionPool");
     unknown(&pool, &["tcp", "http"], ignored)?;
@@ -170,12 +169,12 @@ fn success_rate(at: &Cursor<'_>, policy: &Cursor<'_>, ignored: &mut Vec<String>)
     let [threshold, window, least] =
         ["threshold", "window", "min-requests"].map(|end| at.get(&format!("{PREFIX}-{end}")));
     let Some(text) = threshold.text()? else { return Ok(None) };
-    let percent = text.trim_end_matches('%').parse().ok().filter(|percent| (1..=100).contains(percent));
+    let percent = text.trim_end_matches('%').parse::<u32>().ok().filter(|percent| (1..=100).contains(percent));
     let percent = percent.ok_or_else(|| threshold.error(format!("`{text}` is no percentage from 1% to 100%")))?;
     let least_requests = match least.text()? {
         None => 5,
         Some(text) => text
-            .parse()
+            .parse::<u32>()
             .ok()
             .filter(|least| *least > 0)
             .ok_or_else(|| least.error(format!("`{text}` is no number of requests")))?,
