@@ -29,6 +29,7 @@ fn a_slow_answer_counts_at_once_and_is_forgotten_within_ten_seconds() {
     assert_eq!(estimate(&loads, at(15)), Some(125.0), "but for one that tries it");
     loads.took(A, ms(20), at(16));
     assert_eq!(estimate(&loads, at(16)), Some(20.0), "whose answer is all that counts");
+    loads.end(A);
     loads.took(A, refused(Some(Duration::from_secs(60))), at(20));
     assert!(estimate(&loads, at(79)).is_some() && estimate(&loads, at(80)).is_none(), "it asked for 60 s");
 }
