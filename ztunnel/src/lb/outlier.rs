@@ -12,7 +12,8 @@
 //! outs) counts for the pod that met it: a firewall between one pod and the endpoint says nothing about the others. Unless
 //! the policy splits the two, both are added up for a pod. Refusals by policy are counted by nobody.
 //!
-//! Only endpoints that failed, or whose successes are counted, have an entry, and at most [`MOST`]; the one that has been quiet for longest makes room.
+//! Only endpoints that failed, or whose successes are counted, have an entry, and at most [`MOST`]; the one that has been
+//! quiet for longest makes room.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
