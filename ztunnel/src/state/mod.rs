@@ -57,8 +57,8 @@ pub use policy::{Action, Clause, Match, Policy, Rule, Scope, ServiceAccount, Str
 pub use record::{Place, Record, Shapes};
 pub use request_auth::{JwtRule, REQUEST_AUTHENTICATION, RequestAuth};
 pub use route::{
-    Abort, Backend, Fault, Filters, GRPC_ROUTE, HTTP_ROUTE, HeaderChanges, Mirror, PathChange, PathMatch, Pattern,
-    RateLimit, Redirect, Retry, Rewrite, Route, RouteKind, RouteMatch, RouteParent, RouteRule, ServiceName,
+    Abort, Backend, Cors, Fault, Filters, GRPC_ROUTE, HTTP_ROUTE, HeaderChanges, Listed, Mirror, PathChange, PathMatch,
+    Pattern, RateLimit, Redirect, Retry, Rewrite, Route, RouteKind, RouteMatch, RouteParent, RouteRule, ServiceName,
     SessionRule, Turns, Wanted,
 };
 pub use service::{
