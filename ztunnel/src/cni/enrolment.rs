@@ -78,7 +78,7 @@ impl Known {
     }
 
     /// Nothing may leave it.
-    fn closed(&self, namespace: &str, labels: &Labels) -> bool {
+    pub fn closed(&self, namespace: &str, labels: &Labels) -> bool {
         match labels.get(names::LABEL_EGRESS).map(String::as_str) {
             None => self.egress_denied_by_default && !self.is_system(namespace),
             Some(mode) => !matches!(mode, "allow" | "audit"),
