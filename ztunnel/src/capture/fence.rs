@@ -94,6 +94,14 @@ pub fn render(interfaces: &BTreeSet<String>, bridged: &BTreeSet<String>, inside:
             text.push_str(
                 "    icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld2-listener-report } accept\n",
             );
+        } else if !bridged.is_empty() {
+            // What a bridge passes on comes here where br_netfilter is on: pods behind it look for each other.
+            for neighbours in ["{ fe80::/10, ff02::/16 }", "@mesh6", "@plain6"] {
+                let _ = writeln!(
+                    text,
+                    "    icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} ip6 daddr {neighbours} accept"
+                );
+            }
         }
         text.push_str("    iifname @pods jump fence\n");
         if !bridged.is_empty() {
