@@ -185,7 +185,7 @@ impl Fence {
         let interfaces: BTreeSet<String> = state.pods.values().flatten().chain(&state.before).cloned().collect();
         let clear = !state.bridged.is_empty();
         if clear {
-            // A port that is gone cannot be named, and takes its rules with it.
+            // The bridges' table goes when the last port has gone.
             let links = fence::interfaces(node).await.map_err(|error| error.to_string())?;
             state.bridged = fence::bridged(&interfaces, &links);
         }

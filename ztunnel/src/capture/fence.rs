@@ -43,7 +43,7 @@ pub struct Inside {
     pub api: BTreeSet<SocketAddr>,
 }
 
-/// The transaction that replaces whatever is installed. Those of `interfaces` that are `bridged` must exist; `clear`: there may be
+/// The transaction that replaces whatever is installed. `bridged`: those of `interfaces` that are ports of a bridge; `clear`: there may be
 /// rules of the bridge to take away.
 pub fn render(interfaces: &BTreeSet<String>, bridged: &BTreeSet<String>, inside: &Inside, clear: bool) -> String {
     let mut text = format!("table inet {TABLE}\ndelete table inet {TABLE}\n");
