@@ -211,16 +211,23 @@ fn what_no_rule_names_does_not_leave_whatever_a_client_claims() -> anyhow::Resul
 
 /// Everything that a container with all power over its own network tries.
 fn attack(lab: &Lab, ip: &str) -> anyhow::Result<()> {
+    let pod = lab.pod_ip("shop", "web")?;
     let marked = "table inet evil {\n  chain out {\n    type route hook output priority -300; policy accept;\n    meta mark set 0x539\n  }\n}\n";
     let try_all = format!(
         "PATH=$PATH:/usr/sbin\n\
          go() {{ curl -sS -k -4 --max-time 2 https://{ip}/; curl -sS --max-time 2 http://{ip}/; \
          dig +time=1 +tries=1 @{ip} api.example; dig +tcp +time=1 +tries=1 @{ip} api.example; ping -c 1 -W 1 {ip}; }}\n\
-         go\n echo '{marked}' | nft -f -\n go\n nft flush ruleset\n go\n true"
+         go\n echo '{marked}' | nft -f -\n go\n nft flush ruleset\n go\n \
+         via=$(ip -4 route show default | sed 's/.*via \\([^ ]*\\).*/\\1/')\n \
+         mac=$(ip neigh show $via | sed 's/.*lladdr \\([^ ]*\\).*/\\1/')\n \
+         forge() {{ lab forge --mac $mac \"$@\" || echo it could not be forged; }}\n \
+         for tags in 0 1 2 3; do forge --from {pod}:9 --to {ip}:443 --tags $tags; done\n \
+         forge --from {ip}:4431 --to {pod}:15008\n forge --from {pod}:15008 --to {ip}:4431\n true"
     );
     let output = lab.exec("shop/web", &["sh", "-c", &try_all])?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     anyhow::ensure!(!said.contains("inet "), "something went out and came back:\n{said}");
+    anyhow::ensure!(!said.contains("could not be forged"), "{said}{}", String::from_utf8_lossy(&output.stderr));
     Ok(())
 }
 

@@ -4,11 +4,14 @@
 //! what the node does with a packet that comes out of the pod's interface. There everything is dropped but tunnels to the mesh, plain
 //! TCP to what is inside the cluster without being in the mesh (pods, and the API server's endpoints), and replies. What a rule lets out
 //! of the cluster, and look-ups of names, the proxy dials from the node's network, so nothing of it comes through here. Keyed by the
-//! interface and not by an address, which a pod can choose. The table stays when the proxy stops.
+//! interface and not by an address, which a pod can choose. For the same reason a reply may leave the cluster only if no fenced pod
+//! began its connection: a packet to the pod itself with a made-up source from outside would else turn what follows into replies. The
+//! table stays when the proxy stops.
 //!
 //! Behind a bridge the node sees the bridge where a packet came from, so what comes out of such a pod gets a mark at its port, before
-//! anything else sees it, and the mark is what is fenced. What the bridge itself passes on goes to other pods, which are inside, and to
-//! no other kind of port. Limits: only pods on a pair of interfaces whose other end is the node's own; others (macvlan, ipvlan, SR-IOV)
+//! anything else sees it, and the mark is what is fenced: each frame, whatever it says that it carries, because the node unpacks empty
+//! VLAN tags only behind the bridge. What the bridge itself passes on goes to other pods, which are inside, and to no other kind of
+//! port. Limits: only pods on a pair of interfaces whose other end is the node's own; others (macvlan, ipvlan, SR-IOV)
 //! are reported as `Unfenced`.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,7 +29,7 @@ use crate::capture::{nft, run};
 pub const TABLE: &str = "tulle_fence";
 
 /// Set at the bridge's port on what comes out of a fenced pod: a bit that neither kube-proxy (0x4000, 0x8000) nor Cilium (0xf00) nor
-/// Calico (the upper half) nor the redirect (0x539) uses.
+/// Calico (the upper half) nor the redirect (0x539) uses. The same bit of a connection's mark says that a fenced pod began it.
 const MARK: &str = "0x00000040";
 
 /// What may pass the fence.
@@ -40,7 +43,7 @@ pub struct Inside {
     pub api: BTreeSet<SocketAddr>,
 }
 
-/// The transaction that replaces whatever is installed. Those of `interfaces` that are `bridged` must exist; `clear`: there may be
+/// The transaction that replaces whatever is installed. `bridged`: those of `interfaces` that are ports of a bridge; `clear`: there may be
 /// rules of the bridge to take away.
 pub fn render(interfaces: &BTreeSet<String>, bridged: &BTreeSet<String>, inside: &Inside, clear: bool) -> String {
     let mut text = format!("table inet {TABLE}\ndelete table inet {TABLE}\n");
@@ -57,19 +60,13 @@ pub fn render(interfaces: &BTreeSet<String>, bridged: &BTreeSet<String>, inside:
             "table bridge {TABLE} {{\n  set pods {{\n    type ifname\n    elements = {{ {} }}\n  }}",
             list(bridged)
         );
+        text.push_str("  chain port {\n    type filter hook prerouting priority dstnat; policy accept;\n");
+        let _ = writeln!(text, "    iifname @pods meta mark set meta mark or {MARK}\n  }}");
         text.push_str("  chain forward {\n    type filter hook forward priority filter; policy accept;\n");
         text.push_str("    iifname @pods meta oifkind != \"veth\" counter drop\n  }\n}\n");
     }
     let _ = writeln!(text, "table inet {TABLE} {{");
     let _ = writeln!(text, "  set pods {{\n    type ifname\n    elements = {{ {} }}\n  }}", list(interfaces));
-    if !bridged.is_empty() {
-        let devices = list(bridged);
-        let _ = writeln!(
-            text,
-            "  chain port {{\n    type filter hook ingress devices = {{ {devices} }} priority filter; policy accept;"
-        );
-        let _ = writeln!(text, "    meta mark set meta mark or {MARK}\n  }}");
-    }
     for (name, addresses) in [("mesh", &inside.mesh), ("plain", &inside.plain)] {
         for (v6, kind) in [(false, "ipv4_addr"), (true, "ipv6_addr")] {
             let all = addresses.iter().filter(|ip| ip.is_ipv6() == v6).map(ToString::to_string);
@@ -81,11 +78,13 @@ pub fn render(interfaces: &BTreeSet<String>, bridged: &BTreeSet<String>, inside:
         let kind = format!("{kind} . inet_service");
         set(&mut text, &format!("api{}", if v6 { 6 } else { 4 }), &kind, all.collect());
     }
-    text.push_str("  chain fence {\n    ct direction reply accept\n");
+    let _ = writeln!(text, "  chain fence {{\n    ct direction reply ct mark and {MARK} == 0 accept");
+    let begun = format!("ct mark set ct mark or {MARK} accept");
     for (family, number) in [("ip", 4), ("ip6", 6)] {
-        let _ = writeln!(text, "    {family} daddr @mesh{number} tcp dport {PORT_HBONE} accept");
-        let _ = writeln!(text, "    {family} daddr @plain{number} meta l4proto tcp accept");
-        let _ = writeln!(text, "    {family} daddr . tcp dport @api{number} accept");
+        let _ = writeln!(text, "    ct direction reply {family} daddr @mesh{number} accept");
+        let _ = writeln!(text, "    {family} daddr @mesh{number} tcp dport {PORT_HBONE} {begun}");
+        let _ = writeln!(text, "    {family} daddr @plain{number} meta l4proto tcp {begun}");
+        let _ = writeln!(text, "    {family} daddr . tcp dport @api{number} {begun}");
     }
     text.push_str("    counter drop\n  }\n");
     // After a Service's address was translated, since what counts is where a packet goes.
@@ -95,6 +94,14 @@ pub fn render(interfaces: &BTreeSet<String>, bridged: &BTreeSet<String>, inside:
             text.push_str(
                 "    icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld2-listener-report } accept\n",
             );
+        } else if !bridged.is_empty() {
+            // What a bridge passes on comes here where br_netfilter is on: pods behind it look for each other.
+            for neighbours in ["{ fe80::/10, ff02::/16 }", "@mesh6", "@plain6"] {
+                let _ = writeln!(
+                    text,
+                    "    icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} ip6 daddr {neighbours} accept"
+                );
+            }
         }
         text.push_str("    iifname @pods jump fence\n");
         if !bridged.is_empty() {
@@ -128,13 +135,19 @@ pub async fn apply(node: &Netns, text: String) -> io::Result<()> {
 }
 
 /// Interfaces that a table from before fences.
-pub async fn fenced(node: &Netns) -> BTreeSet<String> {
+///
+/// # Errors
+/// What `nft` said, if it is not that there is no table: nobody may take a fence down because it could not be seen.
+pub async fn fenced(node: &Netns) -> io::Result<BTreeSet<String>> {
     let listed = run_blocking(node, || run("nft", &["-j", "list", "set", "inet", TABLE, "pods"], None)).await;
-    let Ok(text) = listed else { return BTreeSet::new() };
-    let value: Value = serde_json::from_str(&text).unwrap_or_default();
+    let text = match listed {
+        Err(error) if error.to_string().contains("No such file or directory") => return Ok(BTreeSet::new()),
+        listed => listed?,
+    };
+    let value: Value = serde_json::from_str(&text)?;
     let sets = value["nftables"].as_array().into_iter().flatten();
     let elements = sets.filter_map(|one| one["set"]["elem"].as_array()).flatten();
-    elements.filter_map(|one| one.as_str().map(str::to_owned)).collect()
+    Ok(elements.filter_map(|one| one.as_str().map(str::to_owned)).collect())
 }
 
 /// An interface.
@@ -147,8 +160,10 @@ pub struct Link {
     master: Option<String>,
     /// Which is a bridge.
     bridged: bool,
-    /// Up, and not loopback.
-    used: bool,
+    /// Up. A pod may say so of its own ones as it likes.
+    up: bool,
+    /// Loopback.
+    loopback: bool,
 }
 
 impl Link {
@@ -164,38 +179,48 @@ pub fn links(text: &str) -> BTreeMap<u64, Link> {
     let one = |link: &Value| {
         let flags: Vec<&str> = link["flags"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
         let name = link["ifname"].as_str()?.to_owned();
-        let used = flags.contains(&"UP") && !flags.contains(&"LOOPBACK");
+        let (up, loopback) = (flags.contains(&"UP"), flags.contains(&"LOOPBACK"));
         let master = link["master"].as_str().map(str::to_owned);
         let bridged = link["linkinfo"]["info_slave_kind"] == "bridge";
-        Some((link["ifindex"].as_u64()?, Link { name, peer: link["link_index"].as_u64(), master, bridged, used }))
+        Some((
+            link["ifindex"].as_u64()?,
+            Link { name, peer: link["link_index"].as_u64(), master, bridged, up, loopback },
+        ))
     };
     value.as_array().into_iter().flatten().filter_map(one).collect()
 }
 
-/// The node's ends of all of a pod's interfaces.
-///
-/// # Errors
-/// Why the pod cannot be fenced.
-pub fn ends(pod: &BTreeMap<u64, Link>, node: &BTreeMap<u64, Link>) -> Result<BTreeSet<String>, String> {
+/// The node's ends of a pod's interfaces, and why that is not all that has to be fenced. What a pod that may make interfaces adds to
+/// them takes no end out of the fence, nor does one that it has put down for the moment.
+pub fn ends(pod: &BTreeMap<u64, Link>, node: &BTreeMap<u64, Link>) -> (BTreeSet<String>, Option<String>) {
     let mut found = BTreeSet::new();
-    for (index, link) in pod.iter().filter(|(_, link)| link.used) {
+    let mut problem = None;
+    for (index, link) in pod.iter().filter(|(_, link)| !link.loopback) {
         let end = link.peer.and_then(|peer| node.get(&peer)).filter(|end| end.peer == Some(*index));
-        let Some(end) = end else {
-            return Err(format!("its interface {} does not end at the node", link.name));
+        let wrong = match end {
+            None if !link.up => continue,
+            None => format!("its interface {} does not end at the node", link.name),
+            Some(end) => match &end.master {
+                Some(master) if !end.bridged => format!(
+                    "the node's end {} of its interface {} is a port of {master}, which is no bridge",
+                    end.name, link.name
+                ),
+                // It goes into a transaction's text.
+                _ if end.name.contains(['"', '\\', '*']) => {
+                    format!("the node's end of its interface {} has a name that nft cannot take", link.name)
+                }
+                _ => {
+                    found.insert(end.name.clone());
+                    continue;
+                }
+            },
         };
-        if let Some(master) = end.master.as_ref().filter(|_| !end.bridged) {
-            return Err(format!(
-                "the node's end {} of its interface {} is a port of {master}, which is no bridge",
-                end.name, link.name
-            ));
-        }
-        // It goes into a transaction's text.
-        if end.name.contains(['"', '\\', '*']) {
-            return Err(format!("the node's end of its interface {} has a name that nft cannot take", link.name));
-        }
-        found.insert(end.name.clone());
+        problem.get_or_insert(wrong);
     }
-    if found.is_empty() { Err("it has no interface that is up".to_owned()) } else { Ok(found) }
+    if found.is_empty() {
+        problem.get_or_insert_with(|| "it has no interface that ends at the node".to_owned());
+    }
+    (found, problem)
 }
 
 /// Those of `names` that are ports of a bridge.
@@ -249,10 +274,19 @@ mod tests {
         let pod = |rest: &str| links(&format!("[{lo},{}]", link(2, "eth0", rest)));
         let node = |rest: &str| links(&format!("[{lo},{}]", link(7, "pod1", rest)));
         let (near, far) = (",\"link_index\":7,\"link_netnsid\":0", ",\"link_index\":2,\"link_netnsid\":1");
-        assert_eq!(ends(&pod(near), &node(far)), Ok(["pod1".to_owned()].into()));
+        let held = (["pod1".to_owned()].into(), None);
+        assert_eq!(ends(&pod(near), &node(far)), held);
         let port =
             format!("{far},\"master\":\"cni0\",\"linkinfo\":{{\"info_kind\":\"veth\",\"info_slave_kind\":\"bridge\"}}");
-        assert_eq!(ends(&pod(near), &node(&port)), Ok(["pod1".to_owned()].into()));
+        assert_eq!(ends(&pod(near), &node(&port)), held);
+        // What a pod does to its own interfaces takes it out of no fence.
+        let down = links(&format!("[{}]", link(2, "eth0", near).replace("UP", "")));
+        assert_eq!(ends(&down, &node(far)), held);
+        let fallback = link(4, "tunl0", "").replace("UP", "");
+        assert_eq!(ends(&links(&format!("[{},{fallback}]", link(2, "eth0", near))), &node(far)), held);
+        let more = links(&format!("[{},{}]", link(2, "eth0", near), link(3, "dummy0", "")));
+        let (found, problem) = ends(&more, &node(far));
+        assert_eq!((found, problem.is_some_and(|why| why.contains("dummy0"))), (held.0, true));
         for (text, expected) in [(&*port, 1), (far, 0)] {
             assert_eq!(bridged(&["pod1".to_owned()].into(), &node(text)).len(), expected, "{text}");
         }
@@ -262,9 +296,9 @@ mod tests {
             (near, ",\"link_index\":3", "does not end at the node"),
             (near, ",\"link_index\":2,\"master\":\"blue\"", "a port of blue, which is no bridge"),
         ] {
-            let error = ends(&pod(near), &node(far)).unwrap_err();
-            assert!(error.contains(why), "{error}");
+            let (found, problem) = ends(&pod(near), &node(far));
+            assert!(found.is_empty() && problem.as_ref().is_some_and(|said| said.contains(why)), "{problem:?}");
         }
-        assert!(ends(&links("[]"), &node(far)).is_err());
+        assert!(ends(&links("[]"), &node(far)).1.is_some());
     }
 }
