@@ -19,8 +19,6 @@ use crate::scenario;
 
 /// Between two changes.
 pub const CHANGE_EVERY: Duration = Duration::from_millis(100);
-/// A file's change reaches the node within this.
-pub const LAG_MAX_US: u64 = 1_000_000;
 
 /// The pods behind the Service that changes.
 pub const BACKENDS: [&str; 3] = ["flux-a", "flux-b", "flux-c"];
