@@ -5,7 +5,7 @@
 //! installed before control has said all, since without addresses the fence would be shut.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use tokio::time::sleep;
 
 use crate::base::drain::Drained;
 use crate::base::netns::Netns;
-use crate::capture::fence::{self, Inside};
+use crate::capture::fence::{self, Fenced, Inside};
 use crate::state::{Protocol, Reader, Snapshot};
 
 /// A walk over 10,000 workloads takes some milliseconds, and the transaction some tens.
@@ -37,8 +37,12 @@ struct State {
     pods: BTreeMap<String, BTreeSet<String>>,
     /// Interfaces that were fenced before this process, of pods that it has not looked at.
     before: BTreeSet<String>,
-    /// Those of all these that were ports of a bridge when they were looked at.
-    bridged: BTreeSet<String>,
+    /// Those of all these that were ports of a bridge when they were looked at, and of which one.
+    bridged: BTreeMap<String, String>,
+    /// Addresses of pods by interface.
+    own: BTreeMap<String, BTreeSet<IpAddr>>,
+    /// The kernel can be asked for its routes.
+    routes: bool,
     /// What is installed.
     installed: Option<String>,
 }
@@ -49,18 +53,19 @@ impl Fence {
         let node = on.then(|| Netns::open(Path::new("/proc/self/ns/net")).ok()).flatten();
         let mut state = State::default();
         if let Some(node) = &node {
-            state.before = fence::fenced(node).await;
+            (state.before, state.own) = fence::fenced(node).await;
+            state.routes = fence::knows_routes(node).await;
             let links = fence::interfaces(node).await.unwrap_or_default();
             state.bridged = fence::bridged(&state.before, &links);
         }
         Arc::new(Self { node, reader, state: Mutex::new(state) })
     }
 
-    /// Takes a pod into the fence; done when that is in force.
+    /// Takes a pod with these `addresses` into the fence; done when that is in force.
     ///
     /// # Errors
     /// Why it is not.
-    pub async fn hold(&self, uid: &str, pod: &Netns) -> Result<(), String> {
+    pub async fn hold(&self, uid: &str, addresses: &[IpAddr], pod: &Netns) -> Result<(), String> {
         let Some(node) = &self.node else { return Err("the fence is switched off (TULLE_FENCE)".to_owned()) };
         if fence::is_broken() {
             return Ok(());
@@ -75,6 +80,8 @@ impl Fence {
         let ends = fence::ends(&inner, &outer)?;
         state.before.retain(|name| !ends.contains(name));
         state.bridged.extend(fence::bridged(&ends, &outer));
+        let own: BTreeSet<IpAddr> = addresses.iter().map(IpAddr::to_canonical).collect();
+        state.own.extend(ends.iter().map(|name| (name.clone(), own.clone())));
         state.pods.insert(uid.to_owned(), ends);
         let done = self.bring(node, &mut state).await;
         if done.is_err() {
@@ -154,7 +161,11 @@ impl Fence {
             let links = fence::interfaces(node).await.map_err(|error| error.to_string())?;
             state.bridged = fence::bridged(&interfaces, &links);
         }
-        let text = fence::render(&interfaces, &state.bridged, &inside(&self.reader.load()), clear);
+        let bridges: BTreeSet<&String> = state.bridged.values().collect();
+        state.own.retain(|name, _| interfaces.contains(name) || bridges.contains(name));
+        let (bridged, own) = (state.bridged.clone(), state.own.clone());
+        let fenced = Fenced { interfaces, bridged, own, routes: state.routes };
+        let text = fence::render(&fenced, &inside(&self.reader.load()), clear);
         if state.installed.as_ref() == Some(&text) {
             return Ok(());
         }
