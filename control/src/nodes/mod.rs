@@ -160,7 +160,6 @@ pub fn gateway_name(namespace: &str, pod: &str, node: &str) -> String {
 ///
 /// # Errors
 /// It may not attach, or not as that.
-#[allow(clippy::result_large_err, reason = "what tonic answers with")]
 fn attached_as(
     caller: &authn::Caller,
     hello: &Hello,
