@@ -60,8 +60,10 @@ fn root(name: &str, more: &[&str], test: fn() -> anyhow::Result<()>) {
     let own = std::env::current_exe().unwrap();
     let mut command = Command::new("unshare");
     command.args(["--user", "--map-root-user", "--mount"]).args(more).arg(own).args(["--exact", name, "--nocapture"]);
-    let status = command.status().unwrap();
-    assert!(status.success(), "{name} failed in a user namespace");
+    // Its verdict is shown only if it failed: else each test would be counted twice.
+    let output = command.output().unwrap();
+    let said = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
+    assert!(output.status.success(), "{name} failed in a user namespace:\n{said}");
 }
 
 fn plugins() -> Result<PathBuf, String> {
