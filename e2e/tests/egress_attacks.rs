@@ -80,11 +80,9 @@ impl Attack {
              ip addr del 203.0.113.77/32 dev eth0; ip addr del 10.10.0.99/32 dev eth0\n",
             own.0, node.v4,
         );
-        let routed = format!(
-            "via=$(ip route show default | sed 's/.* via \\([^ ]*\\).*/\\1/')\n\
+        let routed = "via=$(ip route show default | sed 's/.* via \\([^ ]*\\).*/\\1/')\n\
              ip rule add pref 1 lookup 66; ip -6 rule add pref 1 lookup 66\n\
-             ip route add default via $via dev eth0 onlink table 66; ip -6 route add default via fe80::1 dev eth0 table 66\n"
-        );
+             ip route add default via $via dev eth0 onlink table 66; ip -6 route add default via fe80::1 dev eth0 table 66\n";
         let away = "ip rule del pref 1; ip -6 rule del pref 1; ip route flush table 66; ip -6 route flush table 66";
         let powerful = format!(
             "{known}echo '{marked}' | nft -f -\n{known}nft flush ruleset\n{known}{routed}{known}{away}\n{taken}"
