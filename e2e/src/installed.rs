@@ -1,4 +1,7 @@
 //! Programs of other people that tests run: where they are, and what they need so as to run as root in a namespace of a test.
+//!
+//! Distributions put servers and their libraries into folders that are in nobody's `PATH`, so those are looked through, too. What is
+//! missing is a failure where `CI` is set, since a test that is skipped proves nothing there.
 
 use std::path::{Path, PathBuf};
 

@@ -26,7 +26,7 @@ const CLIENTS: [(&str, &str, &str); 6] = [
     ),
     (
         "git",
-        "rm -rf copy; git -c http.sslCAInfo=$D/ca.pem clone -q https://HOST/files/repo.git copy && cat copy/greeting",
+        "rm -rf copy; GIT_SSL_CAINFO=$D/ca.pem git clone -q https://HOST/files/repo.git copy && cat copy/greeting",
         "hello",
     ),
     (
