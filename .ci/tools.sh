@@ -19,7 +19,6 @@ if [ "${1:-}" = all ]; then
     need bind9-dnsutils dig
     need unbound unbound
     need curl curl
-    need wget wget
     need util-linux setpriv
     need nginx-light nginx
     need nghttp2-client h2load
