@@ -14,7 +14,7 @@ help: ## This list.
 build: ## All programs, for development, in target/debug/.
 	$(CARGO) build --workspace --locked
 
-demo: build ## Two nodes and a small shop: what the mesh does, shown in under a minute. BREAK=rules|authz|tls|weights|jwt|breaker|gateway|sni|fence, KEEP=1.
+demo: build ## Two nodes and a small shop: what the mesh does, shown in under a minute. BREAK=rules|authz|tls|weights|mirror|retries|jwt|breaker|gateway|sni|fence, KEEP=1.
 	@./.ci/tools.sh
 	@if [ -n "$(BREAK)" ]; then $(CARGO) build -p ztunnel --locked --features sabotage --bin ztunnel-sabotage; fi
 	@KEEP=$(KEEP) target/debug/lab demo $(if $(BREAK),--break $(BREAK))

@@ -32,6 +32,7 @@ const SHOWN: &[&str] = &[
     "Mirror",
     "Fault",
     "RateLimit",
+    "Cors",
     "RouteBackend",
     "RouteRetry",
     "TrafficPolicy",

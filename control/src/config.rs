@@ -3,7 +3,7 @@
 //! Each flag has a variable `TULLE_CONTROL_<FLAG>`; `LOG_FORMAT` and `RUST_LOG` are those of the node proxy. Values are
 //! checked here once, and modules take what they need by value.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -66,6 +66,10 @@ pub struct Serve {
     /// alone holds it.
     #[arg(long, env = "TULLE_CONTROL_CA_SECRET", default_value = "tulle-ca")]
     pub ca_secret: String,
+    /// Secret of the root namespace with an intermediate of another CA (Istio's names or cert-manager's) that the mesh's CA follows
+    /// with `--source kube`; empty: none.
+    #[arg(long, env = "TULLE_CONTROL_CA_PLUGGED_SECRET", default_value = "")]
+    pub ca_plugged_secret: String,
     /// Audience of service accounts' tokens that are believed with `--source kube`.
     #[arg(long, env = "TULLE_CONTROL_TOKEN_AUDIENCE", default_value = names::TOKEN_AUDIENCE)]
     pub token_audience: String,
@@ -75,6 +79,9 @@ pub struct Serve {
     /// Metrics, health and debugging, plain HTTP: keep it local.
     #[arg(long, env = "TULLE_CONTROL_HTTP_LISTEN", default_value = "127.0.0.1:15014")]
     pub http_listen: SocketAddr,
+    /// Metrics alone, plain HTTP, where a collector reaches them; without a port: 15014. Default: at --http-listen only.
+    #[arg(long, env = "TULLE_CONTROL_METRICS_LISTEN", value_parser = metrics_address)]
+    pub metrics_listen: Option<SocketAddr>,
     /// Keys and certificates of the CA; made if missing.
     #[arg(long, env = "TULLE_CONTROL_CA_DIR")]
     pub ca_dir: PathBuf,
@@ -296,6 +303,12 @@ impl std::str::FromStr for Source {
             _ => Err(format!("`{text}` is neither files:<dir> nor kube")),
         }
     }
+}
+
+/// An address with or without a port, as the address of a pod is given to it.
+fn metrics_address(text: &str) -> Result<SocketAddr, String> {
+    let alone = text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, names::PORT_CONTROL_HTTP));
+    alone.or_else(|_| text.parse()).map_err(|_| format!("`{text}` is neither an address nor address:port"))
 }
 
 /// A whole number with a unit of s, m, h or d; without a unit: seconds.

@@ -111,16 +111,7 @@ impl Mesh {
     }
 
     async fn get(&self, path: &str) -> (u16, String) {
-        use tokio::io::{AsyncReadExt, AsyncWriteExt};
-        let http = self.running.as_ref().expect("running").http;
-        let mut stream = tokio::net::TcpStream::connect(http).await.expect("connect");
-        let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
-        stream.write_all(request.as_bytes()).await.expect("write");
-        let mut text = String::new();
-        stream.read_to_string(&mut text).await.expect("read");
-        let code = text.split(' ').nth(1).and_then(|c| c.parse().ok()).expect("status");
-        let body = text.split_once("\r\n\r\n").expect("body").1.to_owned();
-        (code, body)
+        get_at(self.running.as_ref().expect("running").http, path).await.expect("an answer")
     }
 
     async fn json(&self, path: &str) -> serde_json::Value {
@@ -558,4 +549,40 @@ async fn keys_by_uri_are_in_the_first_publication_and_follow_their_issuer() {
     mesh.more = &[];
     mesh.restart().await;
     mesh.until("/debug/conditions", |_, text| text.contains("which control does not connect to")).await;
+}
+
+/// A page at an address; `None` if the connection is closed without one.
+async fn get_at(at: std::net::SocketAddr, path: &str) -> Option<(u16, String)> {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut stream = tokio::net::TcpStream::connect(at).await.expect("connect");
+    let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    let mut text = String::new();
+    stream.write_all(request.as_bytes()).await.ok()?;
+    stream.read_to_string(&mut text).await.ok()?;
+    let code = text.split(' ').nth(1)?.parse().ok()?;
+    Some((code, text.split_once("\r\n\r\n")?.1.to_owned()))
+}
+
+#[tokio::test]
+async fn the_port_of_metrics_answers_metrics_alone_however_many_hold_it() {
+    let mesh = Mesh::start_with(&[("pod.yaml", POD)], &["--metrics-listen", "127.0.0.1:0"]).await;
+    mesh.until("/readyz", |code, _| code == 200).await;
+    let at = mesh.running.as_ref().and_then(|running| running.metrics).expect("it listens");
+    let (code, body) = get_at(at, "/metrics").await.expect("metrics");
+    assert!(code == 200 && body.contains("tulle_control_generation") && body.ends_with("# EOF\n"), "{code} {body}");
+    for path in ["/", "/metrics/", "/healthz", "/readyz", "/debug/status", "/debug/resources", "/debug/ca"] {
+        assert_eq!(get_at(at, path).await.map(|(code, _)| code), Some(404), "{path}");
+    }
+    // Strangers that connect and say nothing hold it for a while, and nothing else at all.
+    let mut idle = Vec::new();
+    for _ in 0..64 {
+        idle.push(tokio::net::TcpStream::connect(at).await.expect("connect"));
+    }
+    assert_eq!(mesh.get("/healthz").await.0, 200);
+    let started = tokio::time::Instant::now();
+    while get_at(at, "/metrics").await.is_none_or(|(code, _)| code != 200) {
+        assert!(started.elapsed() < DEADLINE, "nobody gets metrics any more");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    drop(idle);
 }

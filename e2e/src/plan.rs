@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 use sha2::Digest;
 use sha2::Sha256;
+use tulle_proto::enrol;
 use tulle_proto::names;
 
 use crate::address;
@@ -373,28 +374,13 @@ fn node_number(name: &str, nodes: u16) -> Option<u16> {
 /// the system only by their own word; `egress: deny` enrols always.
 pub fn is_enrolled(namespace_name: &str, namespace: &Value, pod: &Value) -> bool {
     let labels = strings(namespace, "/metadata/labels");
-    if labels.get(names::LABEL_EGRESS).is_some_and(|value| value == "deny") {
-        return true;
-    }
-    let system = ["kube-system", "istio-system", names::DEFAULT_ROOT_NAMESPACE].contains(&namespace_name);
-    let of_namespace = wish(&labels);
-    if system && of_namespace != Some(true) {
-        return false;
-    }
-    wish(&strings(pod, "/metadata/labels")).or(of_namespace).unwrap_or(false)
+    let closed = enrol::is_closed(labels.get(names::LABEL_EGRESS).map(String::as_str), false);
+    let system = enrol::is_system(namespace_name, names::DEFAULT_ROOT_NAMESPACE);
+    enrol::is_enrolled(closed, system, wish(&labels), wish(&strings(pod, "/metadata/labels")))
 }
 
 fn wish(labels: &BTreeMap<String, String>) -> Option<bool> {
-    match labels.get(names::LABEL_MESH).map(String::as_str) {
-        Some("enabled") => return Some(true),
-        Some("disabled") => return Some(false),
-        _ => {}
-    }
-    match labels.get(names::LABEL_ISTIO_MESH).map(String::as_str) {
-        Some("ambient") => Some(true),
-        Some("none") => Some(false),
-        _ => None,
-    }
+    enrol::wish(|key| labels.get(key).map(String::as_str))
 }
 
 fn containers(manifest: &Value) -> Vec<Container> {

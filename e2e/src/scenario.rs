@@ -201,6 +201,15 @@ pub fn await_log(lab: &Lab, component: &str, words: &[&str]) -> anyhow::Result<S
     })
 }
 
+/// The value of a field of a log line; empty: it has none.
+pub fn field(line: &str, name: &str) -> String {
+    let Some((_, rest)) = line.split_once(&format!(" {name}=")) else { return String::new() };
+    match rest.strip_prefix('"') {
+        Some(quoted) => quoted.split('"').next().unwrap_or_default().to_owned(),
+        None => rest.split(' ').next().unwrap_or_default().to_owned(),
+    }
+}
+
 /// The status of a pod on its node.
 pub fn pod_status(lab: &Lab, node: &str, pod: &str) -> anyhow::Result<Value> {
     let status = lab.node_admin(node, "/status")?;

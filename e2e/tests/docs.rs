@@ -41,20 +41,28 @@ fn the_commands_of_the_resilience_page_do_what_it_says() -> anyhow::Result<()> {
 }
 
 #[test]
-fn the_dashboard_asks_for_metrics_that_proxies_have() -> anyhow::Result<()> {
+fn the_dashboard_and_the_alerts_ask_for_metrics_that_there_are() -> anyhow::Result<()> {
     let top = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or_else(|| Path::new("/"));
-    let dashboard = fs::read_to_string(top.join("deploy/observability/grafana-dashboard.json"))?;
     let mut code = String::new();
     for file in ["metrics.rs", "http.rs", "dns.rs", "breakers.rs"] {
         code.push_str(&fs::read_to_string(top.join("ztunnel/src/telemetry").join(file))?);
     }
+    // Control's are written without their prefix.
+    let control = fs::read_to_string(top.join("control/src/admin/metrics.rs"))?;
     let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    let names = dashboard.split(|c| !word(c)).filter(|name| name.starts_with("istio_") || name.starts_with("tulle_"));
-    let names: std::collections::BTreeSet<&str> =
-        names.map(|name| name.trim_end_matches("_bucket").trim_end_matches("_total")).collect();
-    anyhow::ensure!(names.len() >= 12, "only {names:?}");
-    for name in names {
-        anyhow::ensure!(code.contains(&format!("\"{name}\"")), "no proxy has the metric {name}");
+    for (file, least) in [("grafana-dashboard.json", 18), ("alerts.yaml", 6)] {
+        let text = fs::read_to_string(top.join("deploy/observability").join(file))?;
+        let names = text.split(|c| !word(c)).filter(|name| name.starts_with("istio_") || name.starts_with("tulle_"));
+        let names: std::collections::BTreeSet<&str> =
+            names.map(|name| name.trim_end_matches("_bucket").trim_end_matches("_total")).collect();
+        anyhow::ensure!(names.len() >= least, "{file}: only {names:?}");
+        for name in names {
+            let known = match name.strip_prefix("tulle_control_") {
+                Some(name) => control.contains(&format!("\"{name}\"")),
+                None => code.contains(&format!("\"{name}\"")),
+            };
+            anyhow::ensure!(known, "{file}: nobody has the metric {name}");
+        }
     }
     Ok(())
 }

@@ -83,15 +83,6 @@ fn explain(lab: &Lab, case: &Case<'_>, path: &str) -> anyhow::Result<Said> {
     Ok(said)
 }
 
-/// The value of a field of a log line; empty: it has none.
-fn field(line: &str, name: &str) -> String {
-    let Some((_, rest)) = line.split_once(&format!(" {name}=")) else { return String::new() };
-    match rest.strip_prefix('"') {
-        Some(quoted) => quoted.split('"').next().unwrap_or_default().to_owned(),
-        None => rest.split(' ').next().unwrap_or_default().to_owned(),
-    }
-}
-
 #[test]
 fn what_is_said_of_a_request_is_what_becomes_of_it() -> anyhow::Result<()> {
     let mut objects = scenario::world(true);
@@ -134,12 +125,12 @@ fn what_is_said_of_a_request_is_what_becomes_of_it() -> anyhow::Result<()> {
         let mark = format!("case={number}\"");
         let words = ["request complete", "direction=\"outbound\"", &mark];
         let line = scenario::await_log(&lab, "node-1", &words)?;
-        assert_eq!(field(&line, "route"), said.route, "{what}: {line}");
+        assert_eq!(scenario::field(&line, "route"), said.route, "{what}: {line}");
         if matches!(status, 401 | 403) {
             let words = ["request complete", "direction=\"inbound\"", &mark];
             let line = scenario::await_log(&lab, "node-2", &words)?;
-            let rule = field(&line, "rule").parse::<u64>().map_or(Value::Null, Value::from);
-            let found = (field(&line, "policy"), rule);
+            let rule = scenario::field(&line, "rule").parse::<u64>().map_or(Value::Null, Value::from);
+            let found = (scenario::field(&line, "policy"), rule);
             assert!(said.refusals.contains(&found), "{what}: explained {:?}, recorded {found:?}", said.refusals);
         }
     }

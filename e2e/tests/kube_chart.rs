@@ -22,7 +22,7 @@ const TABLE: &[(&str, &str)] = &[
     ),
     (
         "another control plane",
-        "control: {replicas: 3, minAvailable: 2, caSecret: cacerts, egressDefault: deny, tlsSan: [a.example, 192.0.2.1],\n\
+        "control: {metrics: {from: [{namespaceSelector: {matchLabels: {a: b}}}, {ipBlock: {cidr: 192.0.2.0/24}}]}, replicas: 3, minAvailable: 2, caSecret: cacerts, pluggedCaSecret: mesh-issuer, egressDefault: deny, tlsSan: [a.example, 192.0.2.1],\n\
            env: {TULLE_CONTROL_JWKS_REFRESH: 1m, RUST_LOG: 'debug', EMPTY: ''}, resources: {}, podAnnotations: {x: 'true'},\n\
            nodeSelector: {kubernetes.io/os: null, pool: infra}, tolerations: [{key: infra, operator: Equal, value: 'yes', effect: NoSchedule}],\n\
            priorityClassName: ''}\n",
@@ -33,7 +33,7 @@ const TABLE: &[(&str, &str)] = &[
            nodeSelector: {}, tolerations: [], priorityClassName: high, terminationGracePeriodSeconds: 300, seLinuxType: spc_t,\n\
            update: {maxSurge: 0, maxUnavailable: 2, minReadySeconds: 0},\n\
            cni: {binDir: /var/lib/cni/bin, confDir: /etc/kubernetes/cni/net.d}}\n\
-         nodeRestriction: {enabled: false}\ncrds: {install: false}\n",
+         control: {pluggedCaSecret: '', metrics: {enabled: false, from: [{podSelector: {}}]}}\nnodeRestriction: {enabled: false}\ncrds: {install: false}\n",
     ),
 ];
 
@@ -43,6 +43,7 @@ const MISTAKES: &[(&str, &str)] = &[
     ("control: {replicas: 0}", "replicas"),
     ("control: {egressDefault: maybe}", "egressDefault"),
     ("control: {env: {A: 1}}", ""),
+    ("control: {metrics: {from: monitoring}}", ""),
     ("ztunnel: {networkPolicy: perhaps}", "networkPolicy"),
     ("ztunnel: {cni: {binDir: opt/cni}}", "binDir"),
     ("image: {pullPolicy: Sometimes}", ""),

@@ -1,8 +1,10 @@
 //! Promise: in a cluster a caller is who the API server says, nobody passes without its word, and all replicas of control
-//! are one authority through creation, rotation and loss of files.
+//! are one authority through creation, rotation and loss of files, and a step of a rotation waits for the nodes of all of them.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -17,6 +19,10 @@ use tonic::{Code, Request, Status};
 use tulle_certs::SpiffeId;
 use tulle_proto::ca::IstioCertificateRequest;
 use tulle_proto::ca::istio_certificate_service_client::IstioCertificateServiceClient;
+use tulle_proto::node::node_message::Answer;
+use tulle_proto::node::node_question::Question;
+use tulle_proto::node::node_service_client::NodeServiceClient;
+use tulle_proto::node::{CertificateStatus, Hello, NodeMessage, NodeStatus, TrustAnswer};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 const ROOT: &str = "tulle-system";
@@ -198,7 +204,11 @@ fn run(arguments: &[&str]) -> anyhow::Result<String> {
 }
 
 fn control_token(ca: &Path) -> anyhow::Result<String> {
-    run(&["token", "--ca-dir", &ca.display().to_string(), "--node", "node-1"])
+    node_token(ca, "node-1")
+}
+
+fn node_token(ca: &Path, node: &str) -> anyhow::Result<String> {
+    run(&["token", "--ca-dir", &ca.display().to_string(), "--node", node])
 }
 
 fn fingerprints(control: &Control) -> anyhow::Result<(serde_json::Value, String)> {
@@ -273,4 +283,215 @@ fn replicas_that_start_at_once_are_one_authority_and_rotate_together() -> anyhow
         one.stop();
         Ok(())
     })
+}
+
+/// What a node holds: one certificate, which the test decides on.
+type Held = Arc<Mutex<CertificateStatus>>;
+
+/// Answers control's questions as a node does that holds one certificate, until the stream ends.
+async fn answer(node: &str, grpc: SocketAddr, roots: String, token: String, held: Held) -> anyhow::Result<()> {
+    let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(roots)).domain_name("localhost");
+    let channel = Channel::from_shared(format!("https://{grpc}"))?.tls_config(tls)?.connect().await?;
+    let (answers, outgoing) = tokio::sync::mpsc::channel(8);
+    let hello = Hello { node: node.to_owned(), version: "t".to_owned() };
+    answers.send(NodeMessage { id: 0, answer: Some(Answer::Hello(hello)) }).await?;
+    let outgoing = futures_util::stream::unfold(outgoing, |mut outgoing| async move {
+        outgoing.recv().await.map(|message| (message, outgoing))
+    });
+    let mut request = Request::new(outgoing);
+    request.metadata_mut().insert("authorization", format!("Bearer {token}").parse()?);
+    let mut questions = NodeServiceClient::new(channel).attach(request).await?.into_inner();
+    while let Some(question) = questions.message().await? {
+        let answer = match question.question {
+            Some(Question::Trust(_)) => Answer::Trust(TrustAnswer::default()),
+            _ => {
+                let certificate = held.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                Answer::Status(NodeStatus { certificates: vec![certificate], ..NodeStatus::default() })
+            }
+        };
+        answers.send(NodeMessage { id: question.id, answer: Some(answer) }).await?;
+    }
+    Ok(())
+}
+
+/// A page of a replica that another thread holds.
+fn page_of(http: SocketAddr, path: &str) -> anyhow::Result<serde_json::Value> {
+    let answer = e2e::client::get(http, path, Duration::from_secs(20))?;
+    serde_json::from_str(&answer.body).with_context(|| format!("{path}: {}", answer.body))
+}
+
+/// A list of texts.
+fn texts(value: &serde_json::Value) -> Vec<String> {
+    value.as_array().into_iter().flatten().filter_map(|text| Some(text.as_str()?.to_owned())).collect()
+}
+
+#[test]
+fn a_step_of_a_rotation_waits_for_the_nodes_of_every_replica() -> anyhow::Result<()> {
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let Some(api) = kube::start(Options::default()) else { return Ok(()) };
+    crds::install(&api)?;
+    api.apply(&namespaces())?;
+    pod(&api, "shop", "cart-1", "cart", "node-1")?;
+    pod(&api, "shop", "web-1", "web", "node-2")?;
+    let dir = tempfile::tempdir()?;
+    let kubeconfig = api.kubeconfig();
+    let start = |name: &str| Control::of_cluster(&dir.path().join(name), &kubeconfig, &["--ca-secret", "tulle-ca"]);
+    let (one, two) = (start("one")?, start("two")?);
+    one.await_ready()?;
+    two.await_ready()?;
+    let ca = dir.path().join("one/ca");
+    let ca_page = |http: SocketAddr| page_of(http, "/debug/ca");
+    let first = ca_page(one.http())?;
+    let held: [Held; 2] = std::array::from_fn(|_| {
+        Arc::new(Mutex::new(CertificateStatus {
+            identity: "spiffe://cluster.local/ns/shop/sa/cart".into(),
+            state: "Available".into(),
+            not_after: i64::MAX,
+            roots: texts(&first["roots"]),
+            issuer: first["intermediate"].as_str().unwrap_or_default().to_owned(),
+            ..CertificateStatus::default()
+        }))
+    });
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    for (at, (control, node)) in [(&one, "node-1"), (&two, "node-2")].into_iter().enumerate() {
+        let (grpc, roots, token, held) = (control.grpc(), bundle(&api)?, node_token(&ca, node)?, held[at].clone());
+        runtime.spawn(answer(node, grpc, roots, token, held));
+        control
+            .wait("/debug/status", &format!("{node} is attached"), |page| page["nodes"][node]["status"].is_object())?;
+    }
+    let (kube, dir_of_ca) = (kubeconfig.display().to_string(), ca.display().to_string());
+    let control = format!("http://{}", one.http());
+    let rotate = |more: &[&str]| {
+        let mut argv = vec!["rotate", "root", "--ca-dir", &dir_of_ca, "--source", "kube", "--kubeconfig", &kube];
+        argv.extend(["--control", &control]);
+        argv.extend(more);
+        run(&argv)
+    };
+    // Both replicas say the same, whichever has the node.
+    let waits = |step: &str, expected: &[&str]| {
+        eventually(&format!("{step}: waits for {expected:?}"), PATIENCE, || {
+            for http in [one.http(), two.http()] {
+                let page = ca_page(http)?;
+                let found = texts(&page["waitsFor"]);
+                let same = found.len() == expected.len() && found.iter().zip(expected).all(|(a, b)| a.contains(b));
+                anyhow::ensure!(page["rotation"] == step && same, "{http} says {page}");
+            }
+            Ok(())
+        })
+    };
+    let set = |at: usize, change: &dyn Fn(&mut CertificateStatus)| {
+        change(&mut held[at].lock().unwrap_or_else(PoisonError::into_inner));
+    };
+    let unknown = |node: &str| format!("node {node}: 1 of 1 certificates do not know the new root yet");
+    let unsigned = |node: &str| format!("node {node}: 1 of 1 certificates are not signed under it yet");
+
+    rotate(&[])?;
+    waits("announced", &[&unknown("node-1"), &unknown("node-2")])?;
+    let roots = texts(&ca_page(one.http())?["roots"]);
+    set(0, &|held| held.roots.clone_from(&roots));
+    waits("announced", &[&unknown("node-2")])?;
+    let refused = rotate(&[]).err().context("a step went on although a node of the other replica is behind")?;
+    assert!(refused.to_string().contains(&unknown("node-2")), "{refused}");
+    set(1, &|held| held.roots.clone_from(&roots));
+    rotate(&["--wait", "2m"])?;
+    waits("switched", &[&unsigned("node-1"), &unsigned("node-2")])?;
+    let issuer = ca_page(one.http())?["intermediate"].as_str().unwrap_or_default().to_owned();
+    set(1, &|held| held.issuer.clone_from(&issuer));
+    waits("switched", &[&unsigned("node-1")])?;
+    set(0, &|held| held.issuer.clone_from(&issuer));
+    rotate(&["--wait", "2m"])?;
+    waits("settled", &[])?;
+    eventually("nothing is said once nothing is rotated", PATIENCE, || {
+        let leases = api.list("Lease", ROOT)?;
+        let said = leases.iter().filter(|lease| lease["metadata"]["annotations"]["tulle.dev/certificates"].is_string());
+        anyhow::ensure!(said.count() == 0, "{leases:?}");
+        Ok(())
+    })?;
+    one.stop();
+    two.stop();
+    Ok(())
+}
+
+/// A CA of somebody else: a root, and what it puts into a Secret.
+struct OtherCa {
+    root: rcgen::Certificate,
+    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
+}
+
+impl OtherCa {
+    fn new() -> anyhow::Result<Self> {
+        let key = rcgen::KeyPair::generate()?;
+        let mut params = rcgen::CertificateParams::default();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let root = params.self_signed(&key)?;
+        Ok(Self { root, issuer: rcgen::Issuer::new(params, key) })
+    }
+
+    /// Applies a Secret with a new intermediate and the roots of `all`, and gives the intermediate's fingerprint.
+    fn give(&self, api: &ApiServer, all: &[&Self]) -> anyhow::Result<String> {
+        let key = rcgen::KeyPair::generate()?;
+        let mut params = rcgen::CertificateParams::default();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Constrained(0));
+        let intermediate = params.signed_by(&key, &self.issuer)?;
+        let roots: String = all.iter().map(|it| it.root.pem()).collect();
+        let text = |text: String| k8s_openapi::ByteString(text.into_bytes());
+        let (certificate, key) = (text(intermediate.pem()), text(key.serialize_pem()));
+        let secret = serde_json::json!({
+            "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "cacerts", "namespace": ROOT},
+            "data": {"ca.crt": text(roots), "tls.crt": certificate, "tls.key": key},
+        });
+        api.apply(&secret.to_string())?;
+        Ok(tulle_certs::fingerprint(intermediate.der()))
+    }
+}
+
+#[test]
+fn the_ca_of_somebody_else_is_followed_and_cuts_nobody_off() -> anyhow::Result<()> {
+    let Some(api) = kube::start(Options::default()) else { return Ok(()) };
+    crds::install(&api)?;
+    api.apply(&namespaces())?;
+    let (one, two) = (OtherCa::new()?, OtherCa::new()?);
+    let first = one.give(&api, &[&one])?;
+    let dir = tempfile::tempdir()?;
+    let arguments = ["--ca-secret", "tulle-ca", "--ca-plugged-secret", "cacerts"];
+    let start = |name: &str| Control::of_cluster(&dir.path().join(name), &api.kubeconfig(), &arguments);
+    let (left, right) = (start("left")?, start("right")?);
+    let signs = |what: &str, intermediate: &str, roots: usize| {
+        eventually(what, PATIENCE, || {
+            for control in [&left, &right] {
+                let page = control.json("/debug/ca")?;
+                let same = page["intermediate"] == intermediate && texts(&page["roots"]).len() == roots;
+                anyhow::ensure!(same, "expected {intermediate} under {roots} roots: {page}");
+            }
+            anyhow::ensure!(bundle(&api)?.matches("BEGIN CERTIFICATE").count() == roots, "the ConfigMap is behind");
+            Ok(())
+        })
+    };
+    signs("it is there from the beginning", &first, 1)?;
+    let secret = api.get("Secret", &format!("{ROOT}/tulle-ca"))?.context("no Secret")?;
+    assert!(
+        secret["data"]["token-key.pem"].is_string() && secret["data"]["root-key.pem"].is_null(),
+        "no root was made"
+    );
+    let second = one.give(&api, &[&one])?;
+    signs("it is renewed", &second, 1)?;
+    // Another root alone would cut off whoever was signed until now: nothing changes, and somebody says why.
+    two.give(&api, &[&two])?;
+    eventually("the log says why it is not taken", PATIENCE, || {
+        let logs: Vec<_> = ["left", "right"]
+            .iter()
+            .map(|name| std::fs::read_to_string(dir.path().join(name).join("control.log")))
+            .collect::<Result<_, _>>()?;
+        anyhow::ensure!(logs.iter().any(|log| log.contains("would be cut off")), "{}", logs.concat());
+        anyhow::ensure!(!logs.iter().any(|log| log.contains("PRIVATE KEY")), "a key is in the log");
+        Ok(())
+    })?;
+    signs("it goes on", &second, 1)?;
+    let third = two.give(&api, &[&one, &two])?;
+    signs("both roots, and the new one signs", &third, 2)?;
+    let fourth = two.give(&api, &[&two])?;
+    signs("the old root goes", &fourth, 1)?;
+    left.stop();
+    right.stop();
+    Ok(())
 }

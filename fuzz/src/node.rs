@@ -338,8 +338,19 @@ fn follow(snapshot: &Snapshot, method: &str, target: &str, headers: &[(&str, &st
     let candidates = service.and_then(|service| snapshot.routes_for(service, 80, "shop"));
     let Some(found) = candidates.and_then(|candidates| find(candidates, &facts)) else { return };
     for turn in 0..4 {
-        if let RoutePlan::Forward(forward) = found.plan(&facts, turn) {
+        let plan = found.plan(&facts, turn);
+        if let RoutePlan::Preflight(preflight) = &plan {
+            let origin = preflight.headers.get("access-control-allow-origin");
+            assert!(
+                origin.is_none_or(|origin| preflight.allowed && Some(origin) == headers.get("origin")),
+                "{origin:?}"
+            );
+        }
+        if let RoutePlan::Forward(forward) = plan {
             let mut changed = headers.clone();
+            if let Some(granted) = found.granted(&facts) {
+                granted.say(&mut changed);
+            }
             forward.on_request(&mut changed);
             forward.on_response(&mut changed);
             assert!(forward.path.as_ref().is_none_or(|path| path.starts_with('/')), "{:?}", forward.path);
@@ -365,9 +376,15 @@ pub fn request(data: &[u8]) {
     let to = Some(mesh::ServiceRef { namespace: "shop".into(), hostname: "cart.shop.svc.cluster.local".into() });
     let rewrite = mesh::PathChange { change: Some(mesh::path_change::Change::Prefix("/v2".into())) };
     let rewrite = mesh::Rewrite { hostname: String::new(), path: Some(rewrite) };
+    let all = || vec!["*".to_owned()];
+    let origins = vec!["https://*.shop.example".to_owned(), "http://[::1]:8080".to_owned()];
+    let cors =
+        mesh::Cors { origins, credentials: true, methods: all(), headers: all(), expose: all(), max_age_seconds: 5 };
+    let filters = [mesh::route_filter::Filter::Rewrite(rewrite), mesh::route_filter::Filter::Cors(cors)];
+    let filters = filters.map(|filter| mesh::RouteFilter { filter: Some(filter) });
     let rule = |wanted: &mesh::RouteMatch| mesh::RouteRule {
         matches: vec![wanted.clone()],
-        filters: vec![mesh::RouteFilter { filter: Some(mesh::route_filter::Filter::Rewrite(rewrite.clone())) }],
+        filters: filters.to_vec(),
         backends: vec![mesh::RouteBackend { service: to.clone(), port: 80, weight: 1, ..Default::default() }],
         ..Default::default()
     };

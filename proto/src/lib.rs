@@ -1,10 +1,11 @@
 //! The wire contract of the mesh: generated messages, and the names, ports and marks both programs must agree on.
 //!
-//! There is no logic here. The .proto files in `proto/` are the source; they are compiled without protoc by `build.rs`.
+//! There is no logic here but what labels mean ([`enrol`]). The .proto files in `proto/` are the source; they are compiled without protoc by `build.rs`.
 //! The packages named `istio.*` and `envoy.*` are wire-compatible with the software that people already run.
 
 #![allow(missing_docs, clippy::all, unreachable_pub)]
 
+pub mod enrol;
 pub mod names;
 
 /// `istio.workload`: workloads and services (WDS), and below it the pod hand-over protocol (ZDS).

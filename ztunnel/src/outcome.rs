@@ -394,7 +394,7 @@ impl Code {
     }
 }
 
-/// What a dry-run policy would have done.
+/// What a dry-run policy would have done, or an AUDIT does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WouldBe {
     /// A rule of a DENY policy matched.
@@ -403,9 +403,11 @@ pub enum WouldBe {
     Allowed,
     /// An ALLOW policy, and none of its rules matched.
     NotAllowed,
+    /// A rule of an AUDIT policy matched.
+    Audited,
 }
 
-/// One dry-run policy's say. It had no effect.
+/// What one policy says that has no effect: a dry run, or an AUDIT.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DryRun {
     /// `<namespace>/<name>`.
@@ -423,7 +425,17 @@ impl WouldBe {
             Self::Denied => "denied",
             Self::Allowed => "allowed",
             Self::NotAllowed => "not-allowed",
+            Self::Audited => "audited",
         }
+    }
+}
+
+impl DryRun {
+    /// What AUDIT policies say, each as one text, and what those would have done that are only tried.
+    pub fn texts<'a>(all: impl Iterator<Item = &'a Self>) -> (Vec<String>, Vec<String>) {
+        let (audited, tried): (Vec<_>, Vec<_>) = all.partition(|one| one.would_be == WouldBe::Audited);
+        let texts = |list: Vec<&Self>| list.into_iter().map(ToString::to_string).collect();
+        (texts(audited), texts(tried))
     }
 }
 
@@ -448,7 +460,7 @@ pub struct Outcome {
     pub policy: Option<Arc<str>>,
     /// Index of its rule, from 0.
     pub rule: Option<usize>,
-    /// What policies would have said that are only tried.
+    /// What policies without effect say.
     pub dry_run: Vec<DryRun>,
 }
 

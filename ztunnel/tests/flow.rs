@@ -251,6 +251,22 @@ fn a_pod_whose_questions_for_names_do_not_arrive_is_not_captured() {
     let status = node.pods.status();
     let reason = &status.iter().find(|pod| pod.name == "a").unwrap().reason;
     assert!(reason.contains("a datagram to port 53 was not redirected to port 15053"), "{reason}");
+    // The node serves, so that it holds up no update; the pod is told of until it can be captured.
+    await_failing(&node, |failing| matches!(failing, [one] if one.contains("/a: ")));
     sh(&format!("ip netns exec {} nft delete table inet other", lab.netns("a")));
     node.wait(&[("a", "Captured")]);
+    await_failing(&node, <[String]>::is_empty);
+}
+
+/// Waits until the node serves, and the captures that fail are as `wanted`.
+fn await_failing(node: &Node, wanted: impl Fn(&[String]) -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let (pending, failing) = (node.pods.pending(), node.pods.failing());
+        if node.pods.looked() && pending.is_empty() && wanted(&failing) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "pending {pending:?}, failing {failing:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }

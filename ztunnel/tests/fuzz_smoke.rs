@@ -84,9 +84,12 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         "request-auth" => vec![request_auth().encode_to_vec()],
         "egress-policy" => vec![egress_policy().encode_to_vec()],
         "path" => texts(&["/a/%2e%2e/b\\c//%2F", "/api/v2/é;x=1"]),
-        "request" => {
-            texts(&["GET /api/v2?v=2&w=%41+b\ncookie:a=b;v=2\ncookie:c=d\nhost:cart", "POST /x\nx-canary:yes"])
-        }
+        "request" => texts(&[
+            "GET /api/v2?v=2&w=%41+b\ncookie:a=b;v=2\ncookie:c=d\nhost:cart",
+            "POST /x\nx-canary:yes",
+            "OPTIONS /api\norigin:https://a.shop.example\naccess-control-request-method:PUT\naccess-control-request-headers:x-a",
+            "GET /api\norigin:http://[::1]:8080",
+        ]),
         "first-words" => texts(&["GET /a HTTP/1.1\r\n", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "\r\nPOST * HTTP/1.1"]),
         "messages" => texts(&[
             "GET / HTTP/1.1\r\nhost: a\r\n\r\nPOST / HTTP/1.1\r\ncontent-length: 3\r\n\r\nabcGET / HTTP/1.1\r\n\r\n",
@@ -175,6 +178,14 @@ fn route() -> mesh::Route {
                 ..Default::default()
             })),
             filter(Filter::RateLimit(mesh::RateLimit { name: "shop/ten".into(), requests: 10, ..Default::default() })),
+            filter(Filter::Cors(mesh::Cors {
+                origins: vec!["https://*.example".into()],
+                credentials: true,
+                methods: vec!["*".into()],
+                headers: vec!["x-a".into()],
+                max_age_seconds: 5,
+                ..Default::default()
+            })),
         ],
         backends: vec![mesh::RouteBackend { service: cart(), port: 80, weight: 1, ..Default::default() }],
         retry: Some(mesh::RouteRetry { attempts: 2, codes: vec![503], ..Default::default() }),

@@ -15,10 +15,10 @@ use ztunnel::config::Node;
 use ztunnel::config::cni::Installation;
 use ztunnel::config::gateway::Gateway;
 use ztunnel::config::istio::{NOT_FOLLOWED, Variable};
-use ztunnel::outcome::{Code, Fault, Outcome, Retry};
+use ztunnel::outcome::{Code, DryRun, Fault, Outcome, Retry, WouldBe};
 use ztunnel::telemetry::breakers::{BreakerLabels, DestinationLabels};
 use ztunnel::telemetry::dns::{DnsAnswerLabels, DnsLabels};
-use ztunnel::telemetry::metrics::{ElsewhereLabels, Metrics};
+use ztunnel::telemetry::metrics::{CaptureLabels, ElsewhereLabels, Metrics};
 use ztunnel::telemetry::{ConnRecord, Direction};
 
 #[test]
@@ -90,6 +90,10 @@ fn metrics_in_the_reference_are_those_of_the_code() {
         let mut record = ConnRecord::new(metrics.clone(), Direction::Inbound, address, address);
         record.opened();
         record.finish(&Outcome::new(code, ""));
+    }
+    metrics.pods.get_or_create(&CaptureLabels { capture: "Captured" }).set(1);
+    for would_be in [WouldBe::Denied, WouldBe::Audited] {
+        metrics.without_effect(&DryRun { policy: "shop/some".into(), rule: Some(0), would_be });
     }
     metrics.elsewhere.get_or_create(&ElsewhereLabels { code: Code::ConnectFailed.name() }).inc();
     let labels = DnsLabels {

@@ -55,7 +55,7 @@ fn paths(any: &[&str], none: &[&str]) -> Option<mesh::PathGroup> {
 fn policy_of(name: &str, action: security::Action, matches: Vec<mesh::HttpMatch>) -> Change {
     let plain = match action {
         security::Action::Allow => security::Clause { matches: vec![security::Match::default()] },
-        security::Action::Deny => security::Clause::default(),
+        security::Action::Deny | security::Action::Audit => security::Clause::default(),
     };
     let count = matches.len();
     let rule = |matched| mesh::HttpRule { clauses: vec![mesh::HttpClause { matches: vec![matched] }] };

@@ -208,6 +208,7 @@ fn counts(mesh: &Mesh, requests: usize) -> BTreeMap<String, usize> {
             RoutePlan::Forward(forward) => forward.backend().service.hostname.split('.').next().unwrap().to_owned(),
             RoutePlan::Respond(respond) => format!("{} {:?}", respond.status, respond.reason),
             RoutePlan::Redirect(redirection) => redirection.location.to_str().unwrap().to_owned(),
+            RoutePlan::Preflight(preflight) => format!("{:?}", preflight.headers),
         };
         *counts.entry(to).or_default() += 1;
     }

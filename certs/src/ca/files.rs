@@ -220,7 +220,7 @@ fn open_token_key(dir: &Path) -> Result<TokenKey, CaError> {
 }
 
 /// One signature and the validity: webpki has no entry point for a CA certificate on its own.
-fn chains(certificate: &CertificateDer<'_>, signers: &[CertificateDer<'_>], now: i64) -> Result<(), String> {
+pub(super) fn chains(certificate: &CertificateDer<'_>, signers: &[CertificateDer<'_>], now: i64) -> Result<(), String> {
     let (_, parsed) = X509Certificate::from_der(certificate).map_err(|e| e.to_string())?;
     let validity = parsed.validity();
     if now < validity.not_before.timestamp() || now >= validity.not_after.timestamp() {
@@ -229,10 +229,15 @@ fn chains(certificate: &CertificateDer<'_>, signers: &[CertificateDer<'_>], now:
     if !parsed.is_ca() {
         return Err("it is not a CA certificate".into());
     }
-    let signed_by_root = signers.iter().any(|root| {
+    if is_signed(certificate, signers) { Ok(()) } else { Err("no root signed it".into()) }
+}
+
+/// Whether one of them signed it.
+pub(super) fn is_signed(certificate: &CertificateDer<'_>, signers: &[CertificateDer<'_>]) -> bool {
+    let Ok((_, parsed)) = X509Certificate::from_der(certificate) else { return false };
+    signers.iter().any(|root| {
         X509Certificate::from_der(root).is_ok_and(|(_, root)| parsed.verify_signature(Some(root.public_key())).is_ok())
-    });
-    if signed_by_root { Ok(()) } else { Err("no root signed it".into()) }
+    })
 }
 
 pub(super) fn fits(certificate: &CertificateDer<'_>, key: &KeyPair) -> bool {

@@ -6,6 +6,7 @@
 
 pub mod files;
 pub mod mirror;
+pub mod plugged;
 mod replaced;
 pub mod revoke;
 pub mod rotate;

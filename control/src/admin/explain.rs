@@ -417,6 +417,7 @@ fn inbound_view(inbound: &InboundAnswer) -> Value {
         "policy": inbound.policy,
         "rule": if inbound.policy.is_empty() || inbound.rule < 0 { Value::Null } else { json!(inbound.rule) },
         "evaluated": inbound.evaluated,
+        "audit": inbound.audit,
         "dryRun": inbound.dry_run,
         "policyVersions": inbound.policy_versions,
         "generation": inbound.generation,

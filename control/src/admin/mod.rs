@@ -4,6 +4,7 @@
 //! for health and metrics.
 
 mod absent;
+pub mod authority;
 mod callers;
 mod explain;
 #[cfg(test)]
@@ -11,6 +12,7 @@ mod fixtures;
 mod metrics;
 mod names;
 mod request;
+pub mod scrape;
 mod target;
 mod traffic;
 
@@ -24,20 +26,17 @@ use axum::Router;
 use axum::extract::Query;
 use axum::http::StatusCode;
 use axum::routing::get;
+use futures_util::future::BoxFuture;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tulle_certs::ca::Authority;
-use tulle_certs::ca::rotate::Rotation;
-use tulle_certs::fingerprint;
 use tulle_proto::node::node_message::Answer;
 use tulle_proto::node::node_question::Question;
 use tulle_proto::node::{NodeStatus, StatusQuestion};
 
-use crate::base;
 use crate::base::Stop;
-use crate::ca::rotation;
 use crate::ca::server::Counters;
 use crate::model::ObjectConditions;
 use crate::model::World;
@@ -90,7 +89,12 @@ pub struct State {
     pub settings: Settings,
     /// How each kind is followed at the API server; empty with files.
     pub followed: watch::Receiver<Arc<Vec<Followed>>>,
+    /// What other replicas say. `None`: there are none.
+    pub others: Option<Others>,
 }
+
+/// Asks what the other replicas of control say of their nodes' certificates ([`crate::ca::rotation::Word`] each, as JSON).
+pub type Others = Arc<dyn Fn() -> BoxFuture<'static, Vec<String>> + Send + Sync>;
 
 /// Serves until it is told to stop.
 pub async fn serve(listener: TcpListener, state: State, mut stop: Stop) {
@@ -114,7 +118,7 @@ fn router(state: State) -> Router {
         .route("/debug/source", get(async |state: At| Json(json!(*state.followed.borrow()))))
         .route("/debug/nodes", get(async |state: At| nodes(&state)))
         .route("/debug/sync", get(async |state: At| sync(&state)))
-        .route("/debug/ca", get(async |state: At| Json(certificate_authority(&state).await)))
+        .route("/debug/ca", get(async |state: At| Json(authority::shown(&state).await)))
         .route("/debug/status", get(async |state: At| Json(status(&state).await)))
         .route(
             "/debug/traffic",
@@ -246,36 +250,6 @@ async fn status(state: &State) -> Value {
         "problems": view.loaded.problems,
         "source": *state.followed.borrow(),
         "nodes": nodes,
-    })
-}
-
-/// The CA as it signs now, and what a rotation under way waits for.
-async fn certificate_authority(state: &State) -> Value {
-    let names = state.view.borrow().nodes.clone().into_iter().chain(state.registry.attached());
-    let asked = names.collect::<BTreeSet<_>>().into_iter().map(|name| async {
-        let answer = match state.registry.ask(&name, Question::Status(StatusQuestion {})).await {
-            Ok(Answer::Status(status)) => Ok(status.certificates),
-            Ok(_) => Err("it answered another question".to_owned()),
-            Err(error) => Err(error.to_string()),
-        };
-        (name, answer)
-    });
-    let nodes: rotation::Answers = futures_util::future::join_all(asked).await.into_iter().collect();
-    let authority = state.authority.load();
-    let issuer = fingerprint(authority.intermediate());
-    let (step, since) = match authority.rotation() {
-        Rotation::Settled => ("settled", None),
-        Rotation::Announced { since, .. } => ("announced", Some(*since)),
-        Rotation::Switched { since, .. } => ("switched", Some(*since)),
-    };
-    json!({
-        "roots": authority.roots().fingerprints(),
-        "intermediate": issuer,
-        "intermediateNotAfter": authority.not_after(),
-        "rotation": step,
-        "since": since,
-        "safeAfter": authority.rotation().safe_after(),
-        "waitsFor": rotation::waits_for(authority.rotation(), &issuer, &nodes, base::unix_now()),
     })
 }
 

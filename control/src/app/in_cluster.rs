@@ -3,25 +3,23 @@
 //! Each is a task of its own over one client. Everything that writes asks the Lease first; whose tokens are believed does
 //! not depend on it, as every replica serves.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use rand::RngExt as _;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::admin::View;
+use crate::admin::{Others, State, View, authority};
 use crate::authn::{Ask, FindPod, PodPlace, Reviews};
 use crate::base::Stop;
 use crate::cluster::authority::Mirror;
 use crate::cluster::lease::{self, Leader};
-use crate::cluster::{Client, tokens};
+use crate::cluster::{Client, plugged, tokens};
 use crate::source;
 use crate::source::statuses::Statuses;
 use crate::source::{Followed, Loaded};
 use crate::status;
-use crate::translate::Settings;
-use crate::xds::Published;
-use crate::xds::server::Nodes;
 
 /// Name of the Lease in the root namespace.
 const LEASE: &str = "tulle-control";
@@ -29,12 +27,14 @@ const LEASE: &str = "tulle-control";
 /// What the tasks of a cluster need.
 pub(super) struct Parts {
     pub(super) client: Client,
-    pub(super) settings: Settings,
-    pub(super) view: watch::Receiver<Arc<View>>,
-    pub(super) nodes: Arc<Nodes>,
-    pub(super) published: watch::Receiver<Published>,
+    /// This process.
+    pub(super) identity: String,
+    /// What is shown, of which much is written to the API server as well.
+    pub(super) shown: State,
     /// `None`: the CA is in files alone.
     pub(super) mirror: Option<Mirror>,
+    /// The Secret of another CA that it follows, and where to work on that.
+    pub(super) plugged: Option<(plugged::Names, PathBuf)>,
 }
 
 /// Knows callers by what the API server says.
@@ -59,8 +59,9 @@ pub(super) fn start(
     followed: watch::Sender<Arc<Vec<Followed>>>,
     stop: &Stop,
 ) -> Vec<JoinHandle<()>> {
-    let Parts { client, settings, view, nodes, published, mirror } = parts;
-    let (identity, root_namespace) = (identity(), settings.root_namespace.clone());
+    let Parts { client, identity, shown, mirror, plugged } = parts;
+    let State { view, published, node_states: nodes, settings, .. } = shown.clone();
+    let root_namespace = settings.root_namespace.clone();
     let statuses = Arc::new(Statuses::default());
     let outputs = source::kube::Outputs { loaded, followed, statuses: Arc::clone(&statuses) };
     let (term, held) = watch::channel(None);
@@ -72,6 +73,10 @@ pub(super) fn start(
         identity.clone(),
         Arc::clone(&nodes),
         published.clone(),
+        Box::new(move || {
+            let shown = shown.clone();
+            Box::pin(async move { authority::word(&shown).await })
+        }),
         stop.clone(),
     );
     let inputs = status::Inputs {
@@ -88,14 +93,25 @@ pub(super) fn start(
         tokio::spawn(lease),
         tokio::spawn(acks),
         tokio::spawn(status::run(client.clone(), inputs, stop.clone())),
-        tokio::spawn(status::beside::run(client, settings, view, leader.clone(), stop.clone())),
+        tokio::spawn(status::beside::run(client.clone(), settings, view, leader.clone(), stop.clone())),
     ];
+    if let Some((names, dir)) = plugged {
+        tasks.push(tokio::spawn(plugged::follow(client, names, dir, leader.clone(), stop.clone())));
+    }
     tasks.extend(mirror.map(|mirror| tokio::spawn(mirror.keep(leader, stop.clone()))));
     tasks
 }
 
+/// What other replicas say of their nodes' certificates.
+pub(super) fn others(client: Client, root_namespace: String, identity: String) -> Others {
+    Arc::new(move || {
+        let (client, namespace, identity) = (client.clone(), root_namespace.clone(), identity.clone());
+        Box::pin(async move { status::acks::others(&client, &namespace, &identity).await })
+    })
+}
+
 /// This process, and none that ever was: the host's name, which is the pod's, tells people where it runs.
-fn identity() -> String {
+pub(super) fn identity() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").ok().map(|name| name.trim().to_owned());
     let random: u64 = rand::rng().random();
     format!("{}_{random:016x}", host.unwrap_or_else(|| "control".to_owned()))

@@ -43,6 +43,8 @@ pub struct Running {
     pub grpc: SocketAddr,
     /// Where HTTP listens.
     pub http: SocketAddr,
+    /// Where metrics alone are, if anywhere.
+    pub metrics: Option<SocketAddr>,
     stop: base::StopSender,
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
@@ -79,7 +81,9 @@ async fn source(serve: &Serve) -> anyhow::Result<From> {
             let (namespace, secret) = (&serve.root_namespace, &serve.ca_secret);
             let mirror = match secret.is_empty() {
                 true => None,
-                false => Some(Box::new(Mirror::open(client.clone(), namespace, secret, &serve.ca_dir).await)),
+                false => Some(Box::new(
+                    Mirror::open(client.clone(), namespace, secret, &serve.ca_plugged_secret, &serve.ca_dir).await,
+                )),
             };
             From::Kube(client, mirror)
         }
@@ -97,15 +101,19 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     let server_tls = tls::ServerTls::new(&authority.load(), serve.server_names(), now)?;
     let grpc_listener = bind(serve.grpc_listen, "--grpc-listen").await?;
     let http_listener = bind(serve.http_listen, "--http-listen").await?;
+    let metrics_listener = match serve.metrics_listen {
+        Some(address) => Some(bind(address, "--metrics-listen").await?),
+        None => None,
+    };
     let (stop_sender, stop) = base::stop();
+    let identity = in_cluster::identity();
 
     let (loaded_sender, loaded) = watch::channel(None);
     let (followed_sender, followed) = watch::channel(Arc::default());
     let (engine, outputs) = engine::new(serve.settings());
-    let (view, published) = (outputs.view.clone(), outputs.published.clone());
     let reviews = match &from {
         From::Files(_) => None,
-        From::Kube(client, _) => Some(in_cluster::reviews(client, serve.token_audience.clone(), view.clone())),
+        From::Kube(client, _) => Some(in_cluster::reviews(client, serve.token_audience.clone(), outputs.view.clone())),
     };
     let authn = Arc::new(authn::Authn::new(own, reviews));
     let (fetched_sender, fetched) = watch::channel(KeySources::default());
@@ -141,12 +149,18 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
     let state = admin::State {
         view: outputs.view,
         published: outputs.published,
-        node_states: Arc::clone(&node_states),
+        node_states,
         registry,
         counters,
         authority: Arc::clone(&authority),
         settings: serve.settings(),
         followed,
+        others: match &from {
+            From::Files(_) => None,
+            From::Kube(client, _) => {
+                Some(in_cluster::others(client.clone(), serve.root_namespace.clone(), identity.clone()))
+            }
+        },
     };
     let (grpc, http) = (grpc_listener.local_addr()?, http_listener.local_addr()?);
     let mut tasks = vec![
@@ -154,19 +168,32 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
         tokio::spawn(keys::run(key_settings, outputs.key_sources, fetched_sender, stop.clone())),
         tokio::spawn(tls::renew(serve.ca_dir.clone(), authority, server_tls.clone(), told, stop.clone())),
         tokio::spawn(grpc::serve(grpc_listener, server_tls, services, stop.clone())),
-        tokio::spawn(admin::serve(http_listener, state, stop.clone())),
+        tokio::spawn(admin::serve(http_listener, state.clone(), stop.clone())),
     ];
+    let metrics = metrics_listener.as_ref().map(TcpListener::local_addr).transpose()?;
+    let shown = state.clone();
+    tasks.extend(metrics_listener.map(|listener| tokio::spawn(admin::scrape::serve(listener, state, stop.clone()))));
     match from {
         From::Files(folder) => tasks.push(tokio::spawn(source::files::watch::run(folder, loaded_sender, stop))),
         From::Kube(client, mirror) => {
+            let plugged = mirror.is_some().then(|| plugged(&serve)).flatten();
             let mirror = mirror.map(|mirror| *mirror);
-            let parts =
-                in_cluster::Parts { client, settings: serve.settings(), view, nodes: node_states, published, mirror };
+            let parts = in_cluster::Parts { client, identity, shown, mirror, plugged };
             tasks.extend(in_cluster::start(parts, loaded_sender, followed_sender, &stop));
         }
     }
     tracing::info!(%grpc, %http, "control is up");
-    Ok(Running { grpc, http, stop: stop_sender, tasks })
+    Ok(Running { grpc, http, metrics, stop: stop_sender, tasks })
+}
+
+/// The Secret of another CA that is followed, if one is named.
+fn plugged(serve: &Serve) -> Option<(cluster::plugged::Names, PathBuf)> {
+    let names = cluster::plugged::Names {
+        namespace: serve.root_namespace.clone(),
+        authority: serve.ca_secret.clone(),
+        other: serve.ca_plugged_secret.clone(),
+    };
+    (!names.other.is_empty()).then(|| (names, serve.ca_dir.clone()))
 }
 
 async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {

@@ -1,4 +1,4 @@
-//! What std or tokio could have shipped: the wall clock in one place, the order to stop, and a map that is cheap to
+//! What std or tokio could have shipped: the wall clock in one place, the order to stop, an error's causes, and a map that is cheap to
 //! copy.
 //!
 //! Everything that decides takes the time as an argument; only the outermost callers read it here. Nothing in this
@@ -17,6 +17,21 @@ pub use shared::{Change, SharedMap};
 pub fn unix_now() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
+
+/// An error with its causes, as far as they say something new: the outermost is often only "error trying to connect".
+pub fn causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let said = cause.to_string();
+        if !text.contains(&said) {
+            text.push_str(": ");
+            text.push_str(&said);
+        }
+        next = cause.source();
+    }
+    text
 }
 
 /// How long a new stream may stay silent before its first message.

@@ -343,6 +343,10 @@ pub(super) fn explain(value: &Value) -> String {
                     .map_or_else(|| "no rule of it matched".into(), |rule| format!("rule {rule}"));
                 text.push_str(&format!("          policy {policy}, {rule}\n"));
             }
+            let audit = cell(&inbound["audit"]);
+            if !audit.is_empty() {
+                text.push_str(&format!("          audit: {audit}\n"));
+            }
             let dry_run = cell(&inbound["dryRun"]);
             if !dry_run.is_empty() {
                 text.push_str(&format!("          dry run: {dry_run}\n"));

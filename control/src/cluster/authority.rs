@@ -23,14 +23,14 @@ use kube::Client;
 use kube::api::{Api, ObjectMeta, Patch, PatchParams, PostParams};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, watch_object};
-use tulle_certs::ca::Authority;
 use tulle_certs::ca::files::{CRL, ROOT_CERT};
 use tulle_certs::ca::mirror::{self, Files};
+use tulle_certs::ca::{self, Authority};
 use tulle_proto::names;
 
 use crate::base::{Stop, unix_now};
 use crate::cluster::lease::Leader;
-use crate::cluster::{FIELD_MANAGER, words};
+use crate::cluster::{FIELD_MANAGER, plugged, words};
 
 /// What nodes need of it: `root-cert.pem` and `crl.pem`.
 pub const BUNDLE: &str = "tulle-ca-root-cert";
@@ -80,15 +80,19 @@ pub struct Mirror {
     secrets: Api<Secret>,
     bundles: Api<ConfigMap>,
     name: String,
+    /// The Secret of another CA, which comes first where there is no authority yet; empty: there is none.
+    plugged: String,
     dir: PathBuf,
     base: Option<Files>,
 }
 
 impl Mirror {
-    /// Makes a directory and the Secret `name` equal, and waits for the API server as long as that takes.
-    pub async fn open(client: Client, namespace: &str, name: &str, dir: &Path) -> Self {
+    /// Makes a directory and the Secret `name` equal, and waits for the API server as long as that takes. Where there is no
+    /// authority yet, it is that of Secret `plugged`, if there is one.
+    pub async fn open(client: Client, namespace: &str, name: &str, plugged: &str, dir: &Path) -> Self {
         let (secrets, bundles) = (Api::namespaced(client.clone(), namespace), Api::namespaced(client, namespace));
-        let mut this = Self { secrets, bundles, name: name.to_owned(), dir: dir.to_owned(), base: None };
+        let (owned, plugged) = (name.to_owned(), plugged.to_owned());
+        let mut this = Self { secrets, bundles, name: owned, plugged, dir: dir.to_owned(), base: None };
         let mut last = String::new();
         loop {
             let done = match this.sync().await {
@@ -126,6 +130,10 @@ impl Mirror {
                     return Ok(());
                 }
                 Step::Make => {
+                    if let Some(given) = plugged::given(&self.secrets, &self.plugged).await? {
+                        ca::plugged::take(&self.dir, &given, unix_now())
+                            .with_context(|| format!("Secret {} is of no use", self.plugged))?;
+                    }
                     Authority::open(&self.dir, unix_now())?;
                     continue;
                 }
@@ -231,7 +239,7 @@ impl Mirror {
 }
 
 /// One element for each time that the object may have changed.
-fn events<K>(api: &Api<K>, name: &str) -> impl Stream<Item = ()> + use<K>
+pub(super) fn events<K>(api: &Api<K>, name: &str) -> impl Stream<Item = ()> + use<K>
 where
     K: kube::Resource + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + 'static,
 {
@@ -250,14 +258,14 @@ where
 
 /// Why a request failed. Says nothing of what was in it.
 #[derive(Debug, thiserror::Error)]
-enum Failure {
+pub(super) enum Failure {
     #[error("somebody else wrote it at the same time: {0}")]
     Conflict(String),
     #[error("{0}")]
     Other(String),
 }
 
-async fn in_time<T>(request: impl Future<Output = Result<T, kube::Error>>) -> Result<T, Failure> {
+pub(super) async fn in_time<T>(request: impl Future<Output = Result<T, kube::Error>>) -> Result<T, Failure> {
     match tokio::time::timeout(REQUEST, request).await {
         Err(_) => Err(Failure::Other(format!("the API server did not answer within {REQUEST:?}"))),
         Ok(Err(kube::Error::Api(status))) if status.code == 409 => Err(Failure::Conflict(status.message.clone())),
@@ -270,7 +278,7 @@ fn labels() -> BTreeMap<String, String> {
     BTreeMap::from([(names::LABEL_MANAGED.to_owned(), names::MANAGED.to_owned())])
 }
 
-fn files(secret: &Secret) -> anyhow::Result<Files> {
+pub(super) fn files(secret: &Secret) -> anyhow::Result<Files> {
     let mut all = BTreeMap::new();
     for (name, bytes) in secret.data.iter().flatten() {
         let text = String::from_utf8(bytes.0.clone());
@@ -285,7 +293,7 @@ fn files(secret: &Secret) -> anyhow::Result<Files> {
     Ok(files)
 }
 
-fn object(name: &str, files: &Files, version: Option<String>) -> Secret {
+pub(super) fn object(name: &str, files: &Files, version: Option<String>) -> Secret {
     let data = files.0.iter().map(|(file, text)| (file.clone(), ByteString(text.clone().into_bytes()))).collect();
     Secret {
         metadata: ObjectMeta {
@@ -296,45 +304,6 @@ fn object(name: &str, files: &Files, version: Option<String>) -> Secret {
         },
         data: Some(data),
         ..Secret::default()
-    }
-}
-
-/// The Secret as a command reads it, to be changed and written back.
-pub struct Checkout {
-    secrets: Api<Secret>,
-    name: String,
-    version: Option<String>,
-}
-
-impl Checkout {
-    /// Writes the Secret's files into a directory.
-    ///
-    /// # Errors
-    /// If there is no Secret, or it cannot be read.
-    pub async fn open(client: Client, namespace: &str, name: &str, dir: &Path) -> anyhow::Result<Self> {
-        let secrets: Api<Secret> = Api::namespaced(client, namespace);
-        let found = in_time(secrets.get_opt(name)).await;
-        let Some(secret) = found.with_context(|| format!("cannot read Secret {namespace}/{name}"))? else {
-            bail!("there is no Secret {namespace}/{name}: control makes it when it starts");
-        };
-        mirror::write(dir, &files(&secret)?)?;
-        Ok(Self { secrets, name: name.to_owned(), version: secret.metadata.resource_version })
-    }
-
-    /// Writes the directory back, if nobody has changed the Secret since.
-    ///
-    /// # Errors
-    /// If somebody has, or it cannot be written; nothing has changed then.
-    pub async fn write_back(self, dir: &Path) -> anyhow::Result<()> {
-        let name = &self.name;
-        let object = object(name, &mirror::read(dir)?, self.version);
-        match in_time(self.secrets.replace(name, &PostParams::default(), &object)).await {
-            Ok(_) => Ok(()),
-            Err(Failure::Conflict(_)) => {
-                bail!("Secret {name} was changed by somebody else meanwhile; nothing was done, so run this again")
-            }
-            Err(error) => Err(error).with_context(|| format!("cannot write Secret {name}; nothing was done")),
-        }
     }
 }
 

@@ -7,6 +7,7 @@
 
 pub mod authority;
 pub mod lease;
+pub mod plugged;
 pub mod tokens;
 mod user;
 

@@ -18,12 +18,12 @@ const KINDS: [Kind; 18] = [
     ("v1", "Service", "services", true),
     ("admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicyBinding", "validatingadmissionpolicybindings", false),
     ("admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicy", "validatingadmissionpolicies", false),
+    ("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies", true),
     ("rbac.authorization.k8s.io/v1", "RoleBinding", "rolebindings", true),
     ("rbac.authorization.k8s.io/v1", "Role", "roles", true),
     ("rbac.authorization.k8s.io/v1", "ClusterRoleBinding", "clusterrolebindings", false),
     ("rbac.authorization.k8s.io/v1", "ClusterRole", "clusterroles", false),
     ("v1", "ServiceAccount", "serviceaccounts", true),
-    ("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies", true),
     ("apiextensions.k8s.io/v1", "CustomResourceDefinition", "customresourcedefinitions", false),
     ("coordination.k8s.io/v1", "Lease", "leases", true),
     ("v1", "Secret", "secrets", true),
@@ -33,7 +33,7 @@ const KINDS: [Kind; 18] = [
 ];
 const NAMESPACE: Kind = ("v1", "Namespace", "namespaces", false);
 /// How many of [`KINDS`] hold nothing but what an installation brought, so that all of them with its label can go.
-const DISPOSABLE: usize = 11;
+const DISPOSABLE: usize = 12;
 
 /// Kinds whose objects go when Tulle is taken away, or when they are no longer part of it; in that order.
 pub(super) fn disposable() -> impl Iterator<Item = &'static str> {

@@ -101,6 +101,10 @@ pub struct Control {
     pub egress_default: String,
     /// Secret of the CA.
     pub ca_secret: String,
+    /// Secret of another CA; empty: none.
+    pub plugged_ca_secret: String,
+    /// Metrics for collectors.
+    pub metrics: Metrics,
     /// Further names of its certificate.
     pub tls_san: Vec<String>,
     /// Further settings.
@@ -115,6 +119,16 @@ pub struct Control {
     pub tolerations: Vec<Value>,
     /// Of its pods.
     pub priority_class_name: String,
+}
+
+/// Control's metrics for collectors.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Metrics {
+    /// Whether there are any outside of the pod.
+    pub enabled: bool,
+    /// Who may ask for them: peers of a NetworkPolicy. Empty: everybody.
+    pub from: Vec<Value>,
 }
 
 /// The proxy of each node.
@@ -258,6 +272,11 @@ impl Values {
         }
         if self.control.ca_secret.is_empty() {
             return Err("control.caSecret is empty; name the Secret that holds the keys of the CA".to_owned());
+        }
+        if self.control.plugged_ca_secret == self.control.ca_secret {
+            return Err(
+                "control.pluggedCaSecret is control.caSecret; the one is followed, the other written".to_owned()
+            );
         }
         if self.control.replicas == 0 || (self.egress_gateway.enabled && self.egress_gateway.replicas == 0) {
             return Err("replicas is 0; at least one is needed".to_owned());

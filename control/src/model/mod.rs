@@ -30,7 +30,7 @@ pub use policy::{
     PeerAuthentication, PeerAuthenticationSpec, Rule, Source, Spec, Target, TextMatch, Unenforced, When,
 };
 pub use route::{
-    BackendRef, HeaderChanges, HttpFault, HttpRateLimit, ParentRef, PathChange, PathMatch, Route, RouteFilter,
+    BackendRef, Cors, HeaderChanges, HttpFault, HttpRateLimit, ParentRef, PathChange, PathMatch, Route, RouteFilter,
     RouteKind, RouteMatch, RouteRetry, RouteRule, Wanted,
 };
 pub use service::{

@@ -45,6 +45,8 @@ pub struct AuthorizationPolicy {
     pub meta: Meta,
     /// Target, action and rules.
     pub spec: Spec<AuthorizationSpec>,
+    /// It changes no verdict, so it needs no denial in its place either: `action: AUDIT` or `istio.io/dry-run: "true"`.
+    pub without_effect: bool,
 }
 
 /// Its spec.
@@ -54,8 +56,6 @@ pub struct AuthorizationSpec {
     pub target: Target,
     /// What a match does.
     pub action: Action,
-    /// Annotation `istio.io/dry-run: "true"`.
-    pub dry_run: bool,
     /// Any may match. None: never matches.
     pub rules: Vec<Rule>,
 }
@@ -67,7 +67,7 @@ pub enum Action {
     Allow,
     /// Denies, before any ALLOW.
     Deny,
-    /// Would be logged; not supported.
+    /// Records what matches; changes no verdict.
     Audit,
     /// Would ask an external authorizer; not supported.
     Custom,

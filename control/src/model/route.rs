@@ -158,6 +158,8 @@ pub enum RouteFilter {
         /// Numerator and denominator of the share of requests.
         share: (u32, u32),
     },
+    /// Which pages of other origins may use it.
+    Cors(Cors),
     /// An object of `tulle.dev` in the route's namespace: kind and name.
     Extension {
         /// Group.
@@ -167,6 +169,23 @@ pub enum RouteFilter {
         /// Name.
         name: String,
     },
+}
+
+/// Which pages of other origins may use the rule, and how. A list of `*`: all.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Cors {
+    /// `scheme://host`, perhaps with a port, perhaps with a `*` before the host's end.
+    pub origins: Vec<String>,
+    /// With cookies and the like.
+    pub credentials: bool,
+    /// Besides those that are always allowed.
+    pub methods: Vec<String>,
+    /// Of requests.
+    pub headers: Vec<String>,
+    /// Of answers.
+    pub expose: Vec<String>,
+    /// For how long browsers keep what they were told, seconds.
+    pub max_age: u32,
 }
 
 /// Header changes.

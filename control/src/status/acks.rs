@@ -2,7 +2,8 @@
 //!
 //! A node is attached to one replica, and the one that writes status may be another. Generations are counted by each
 //! process for itself, so what is said is the digest of the policies and routes that a node has, which all replicas compute
-//! alike; whoever reads it knows when it published the same. Leases, because they are made for being renewed and carry
+//! alike; whoever reads it knows when it published the same. While the CA is rotated, it says as well how far its nodes'
+//! certificates are (`ca::rotation::Word`), because the step waits for the nodes of all replicas. Leases, because they are made for being renewed and carry
 //! no meaning for others. Limits: names of nodes beyond [`MAX_SAID`] bytes are left out, and so count as not having it yet; a
 //! digest that this replica never published (it gathered changes otherwise) counts as not yet, until both have the same.
 
@@ -10,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use k8s_openapi::jiff::Timestamp;
@@ -29,6 +31,10 @@ use crate::xds::server::Nodes;
 const LABEL: &str = "tulle.dev/replica";
 /// What it says: names of nodes by digest, JSON.
 const SAID: &str = "tulle.dev/acknowledged";
+/// How far its nodes' certificates are, while the CA is rotated.
+const CERTIFICATES: &str = "tulle.dev/certificates";
+/// Between two questions to the own nodes about them: each asks all of its nodes, for a day at most.
+const ASK: Duration = Duration::from_secs(5);
 /// Annotations may have 256 KiB together.
 const MAX_SAID: usize = 200 * 1024;
 /// Between two looks at the own nodes, and between two writes.
@@ -104,6 +110,9 @@ impl History {
     }
 }
 
+/// Asks the own nodes how far their certificates are. Empty: nothing is rotated.
+pub type AskCertificates = Box<dyn Fn() -> BoxFuture<'static, String> + Send + Sync>;
+
 /// Says what the own nodes have until it is told to stop. `identity` is this process's alone.
 pub async fn say(
     client: Client,
@@ -111,19 +120,26 @@ pub async fn say(
     identity: String,
     nodes: Arc<Nodes>,
     published: watch::Receiver<Published>,
+    certificates: AskCertificates,
     mut stop: Stop,
 ) {
     let api: Api<Lease> = Api::namespaced(client, &namespace);
     let name = name(&identity);
     let mut history = History::default();
-    let (mut last, mut failed): (Option<(String, Instant)>, bool) = (None, false);
+    let (mut last, mut failed): (Option<(Said, Instant)>, bool) = (None, false);
+    let (mut held, mut asked): (String, Option<Instant>) = (String::new(), None);
     loop {
         tokio::select! {
             () = stop.requested() => break,
             () = tokio::time::sleep(APART) => {}
         }
         history.note(&published.borrow());
-        let said = serde_json::to_string(&history.said(&nodes.acked())).unwrap_or_default();
+        if asked.is_none_or(|at| at.elapsed() >= ASK) {
+            held = tokio::select! { () = stop.requested() => break, held = certificates() => held };
+            asked = Some(Instant::now());
+        }
+        let nodes = serde_json::to_string(&history.said(&nodes.acked())).unwrap_or_default();
+        let said = Said { nodes, certificates: held.clone() };
         if last.as_ref().is_some_and(|(known, at)| *known == said && at.elapsed() < RENEW) {
             continue;
         }
@@ -145,6 +161,34 @@ pub async fn say(
     let _ = tokio::time::timeout(REQUEST, api.delete(&name, &DeleteParams::default())).await;
 }
 
+/// What one Lease says.
+#[derive(Debug, PartialEq, Eq)]
+struct Said {
+    nodes: String,
+    certificates: String,
+}
+
+/// What the other replicas say of their nodes' certificates.
+pub async fn others(client: &Client, namespace: &str, identity: &str) -> Vec<String> {
+    let api: Api<Lease> = Api::namespaced(client.clone(), namespace);
+    let heard = leases(&api, identity).await.into_iter().filter(|(_, age, _)| *age < STALE_S);
+    heard.filter_map(|(_, _, mut annotations)| annotations.remove(CERTIFICATES)).collect()
+}
+
+/// The Leases of other replicas: name, seconds since it was renewed, annotations. None when nobody answers.
+async fn leases(api: &Api<Lease>, identity: &str) -> Vec<(String, i64, BTreeMap<String, String>)> {
+    let params = ListParams::default().labels(LABEL);
+    let Ok(Ok(leases)) = tokio::time::timeout(REQUEST, api.list(&params)).await else { return Vec::new() };
+    let now = Timestamp::now().as_second();
+    let of_others = leases.into_iter().filter_map(|lease| {
+        let spec = lease.spec.unwrap_or_default();
+        let age = spec.renew_time.map_or(i64::MAX, |at| now.saturating_sub(at.0.as_second()));
+        let name = lease.metadata.name.filter(|_| spec.holder_identity.as_deref() != Some(identity))?;
+        Some((name, age, lease.metadata.annotations.unwrap_or_default()))
+    });
+    of_others.collect()
+}
+
 /// What the nodes of other replicas have, added to those of this one.
 pub async fn heard(
     client: &Client,
@@ -154,19 +198,11 @@ pub async fn heard(
     acked: &mut BTreeMap<String, u64>,
 ) {
     let api: Api<Lease> = Api::namespaced(client.clone(), namespace);
-    let params = ListParams::default().labels(LABEL);
-    let Ok(Ok(leases)) = tokio::time::timeout(REQUEST, api.list(&params)).await else { return };
-    let now = Timestamp::now().as_second();
-    for lease in leases {
-        let spec = lease.spec.unwrap_or_default();
-        let age = spec.renew_time.map_or(i64::MAX, |at| now.saturating_sub(at.0.as_second()));
-        let Some(name) = lease.metadata.name.filter(|_| spec.holder_identity.as_deref() != Some(identity)) else {
-            continue;
-        };
+    for (name, age, annotations) in leases(&api, identity).await {
         if age > GONE_S {
             let _ = tokio::time::timeout(REQUEST, api.delete(&name, &DeleteParams::default())).await;
         } else if age < STALE_S
-            && let Some(said) = lease.metadata.annotations.as_ref().and_then(|all| all.get(SAID))
+            && let Some(said) = annotations.get(SAID)
         {
             history.join(acked, said);
         }
@@ -178,7 +214,11 @@ fn name(identity: &str) -> String {
     format!("tulle-control-{}", identity.rsplit('_').next().unwrap_or_default())
 }
 
-fn lease(name: &str, identity: &str, said: &str) -> Lease {
+fn lease(name: &str, identity: &str, said: &Said) -> Lease {
+    let mut annotations = BTreeMap::from([(SAID.to_owned(), said.nodes.clone())]);
+    if !said.certificates.is_empty() {
+        annotations.insert(CERTIFICATES.to_owned(), said.certificates.clone());
+    }
     Lease {
         metadata: ObjectMeta {
             name: Some(name.to_owned()),
@@ -186,7 +226,7 @@ fn lease(name: &str, identity: &str, said: &str) -> Lease {
                 (names::LABEL_MANAGED.to_owned(), names::MANAGED.to_owned()),
                 (LABEL.to_owned(), "control".to_owned()),
             ])),
-            annotations: Some(BTreeMap::from([(SAID.to_owned(), said.to_owned())])),
+            annotations: Some(annotations),
             ..ObjectMeta::default()
         },
         spec: Some(LeaseSpec {

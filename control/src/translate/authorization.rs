@@ -1,7 +1,7 @@
 //! AuthorizationPolicy to Authorization: the part that a connection shows, closed where it does not; `l7` adds the whole.
 //!
-//! In an ALLOW, a rule with HTTP fields is replaced by one that never matches; in a DENY, HTTP fields count as met. That is
-//! for bytes that are not HTTP, and for proxies that do not know the rest.
+//! In an ALLOW, a rule with HTTP fields is replaced by one that never matches; in a DENY and an AUDIT, HTTP fields count
+//! as met. That is for bytes that are not HTTP, and for proxies that do not know the rest.
 //! Rules keep their index, so that a denial names the rule as the user numbered it. What could not be enforced whole
 //! is said in a condition.
 
@@ -42,8 +42,8 @@ pub(super) fn translate(policy: &AuthorizationPolicy, settings: &Settings) -> Tr
 
 fn unreadable(policy: &AuthorizationPolicy, target: &Target, reason: &str, settings: &Settings) -> Translated {
     let meta = &policy.meta;
-    if meta.annotation("istio.io/dry-run") == Some("true") {
-        let message = format!("The spec cannot be read; a dry run denies nothing: {reason}");
+    if policy.without_effect {
+        let message = format!("The spec cannot be read; a dry run or AUDIT denies nothing: {reason}");
         return Translated {
             resource: None,
             selects: None,
@@ -66,13 +66,10 @@ fn unreadable(policy: &AuthorizationPolicy, target: &Target, reason: &str, setti
 fn readable(policy: &AuthorizationPolicy, spec: &AuthorizationSpec, settings: &Settings) -> Translated {
     let mut conditions = Vec::new();
     let scope = scope(policy, &spec.target, settings);
-    let (Some(scope), Some(action)) = (scope, action(spec.action)) else {
-        let (reason, message) = if scope.is_none() {
-            ("UnsupportedTarget", "It names gateways only, which no node proxy serves")
-        } else {
-            ("UnsupportedAction", "AUDIT never changes a verdict and is not reported yet")
-        };
-        conditions.push(Condition::failing("Enforced", reason, message.into()));
+    let action = action(spec.action);
+    let Some(scope) = scope else {
+        let message = "It names gateways only, which no node proxy serves";
+        conditions.push(Condition::failing("Enforced", "UnsupportedTarget", message.into()));
         return Translated { resource: None, selects: None, conditions };
     };
     let mut closed = Vec::new();
@@ -104,11 +101,11 @@ fn readable(policy: &AuthorizationPolicy, spec: &AuthorizationSpec, settings: &S
         scope: scope.into(),
         action: action.into(),
         rules: plain,
-        dry_run: spec.dry_run,
+        dry_run: policy.without_effect,
         extensions: http.into_iter().collect(),
     };
     let mut resource = Resource::new(Kind::Authorization, meta.path(), &message, Vec::new());
-    if spec.dry_run {
+    if policy.without_effect {
         resource.audience = Audience::KnowsDryRun;
     }
     Translated { resource: Some(resource), selects: selects(&spec.target), conditions }
@@ -130,6 +127,7 @@ fn said(
     } else {
         let effect = match spec.action {
             Action::Allow => "they allow nothing",
+            Action::Audit => "they record whatever the rest of the rule matches",
             _ => "they deny whatever the rest of the rule matches",
         };
         let message = format!("These rules name what no node can evaluate, so {effect}: {}", closed.join("; "));
@@ -152,11 +150,11 @@ fn said(
     conditions
 }
 
-fn action(action: Action) -> Option<security::Action> {
+fn action(action: Action) -> security::Action {
     match action {
-        Action::Allow => Some(security::Action::Allow),
-        Action::Deny | Action::Custom => Some(security::Action::Deny),
-        Action::Audit => None,
+        Action::Allow => security::Action::Allow,
+        Action::Deny | Action::Custom => security::Action::Deny,
+        Action::Audit => security::Action::Audit,
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 
+use tulle_proto::enrol;
 use tulle_proto::names;
 use tulle_proto::tulle_workload::EgressMode;
 
@@ -16,16 +17,7 @@ const NO_LABELS: &BTreeMap<String, String> = &BTreeMap::new();
 
 /// What the labels of one object say; `None`: nothing.
 fn label(labels: &BTreeMap<String, String>) -> Option<bool> {
-    match labels.get(names::LABEL_MESH).map(String::as_str) {
-        Some("enabled") => return Some(true),
-        Some("disabled") => return Some(false),
-        _ => {}
-    }
-    match labels.get(names::LABEL_ISTIO_MESH).map(String::as_str) {
-        Some("ambient") => Some(true),
-        Some("none") => Some(false),
-        _ => None,
-    }
+    enrol::wish(|key| labels.get(key).map(String::as_str))
 }
 
 fn namespace_labels<'a>(world: &'a World, name: &str) -> &'a BTreeMap<String, String> {
@@ -52,15 +44,10 @@ pub(super) fn enrolled(pod: &Pod, world: &World, settings: &Settings) -> bool {
     if pod.host_network || pod.finished() {
         return false;
     }
-    let labels = namespace_labels(world, &pod.meta.namespace);
-    if mode(labels, &pod.meta.namespace, settings) == EgressMode::Deny {
-        return true;
-    }
-    let of_namespace = label(labels);
-    if of_namespace.is_none() && is_system(&pod.meta.namespace, settings) {
-        return false;
-    }
-    label(&pod.meta.labels).or(of_namespace).unwrap_or(false)
+    let namespace = &pod.meta.namespace;
+    let labels = namespace_labels(world, namespace);
+    let (closed, system) = (mode(labels, namespace, settings) == EgressMode::Deny, is_system(namespace, settings));
+    enrol::is_enrolled(closed, system, label(labels), label(&pod.meta.labels))
 }
 
 /// True if pods of the namespace are wanted in the mesh that say nothing themselves.
@@ -106,7 +93,7 @@ pub fn why_outside(pod: &Pod, world: &World, settings: &Settings) -> Option<Stri
 }
 
 fn is_system(namespace: &str, settings: &Settings) -> bool {
-    matches!(namespace, "kube-system" | "istio-system") || namespace == settings.root_namespace
+    enrol::is_system(namespace, &settings.root_namespace)
 }
 
 /// True if the pod ends tunnels itself, as gateways do.

@@ -249,6 +249,14 @@ fn filter(
                 denominator: *denominator,
             })
         }
+        RouteFilter::Cors(cors) => Filter::Cors(mesh::Cors {
+            origins: cors.origins.clone(),
+            credentials: cors.credentials,
+            methods: cors.methods.clone(),
+            headers: cors.headers.clone(),
+            expose: cors.expose.clone(),
+            max_age_seconds: cors.max_age,
+        }),
         RouteFilter::Extension { group, kind, name } => {
             extension(route, group, kind, name, world).ok_or_else(|| {
                 format!("there is no {kind} of {group:?} named {}/{name} that a route could use", route.meta.namespace)

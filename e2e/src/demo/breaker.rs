@@ -34,9 +34,9 @@ spec:
   rules: [{timeouts: {backendRequest: 500ms}, backendRefs: [{name: cart, port: 80}]}]
 ";
 
-/// Makes the second cart behave so, past its Service.
-fn become_(lab: &Lab, how: &str) -> anyhow::Result<()> {
-    let url = format!("http://{}:8080/become?{how}", lab.pod_ip("shop", "cart-1")?);
+/// Makes a pod of the shop behave so, past its Service.
+pub(super) fn become_(lab: &Lab, pod: &str, how: &str) -> anyhow::Result<()> {
+    let url = format!("http://{}:8080/become?{how}", lab.pod_ip("shop", pod)?);
     scenario::all_well(&scenario::calls(lab, FRONTEND, &url, &[])?, 1)
 }
 
@@ -85,7 +85,7 @@ pub(super) fn opens_and_closes(lab: &Lab) -> anyhow::Result<String> {
     lab.apply_yaml(RULES)?;
     let shown = show(lab);
     // Whatever was seen, the next step finds two carts that are well.
-    become_(lab, "")?;
+    become_(lab, "cart-1", "")?;
     lab.delete("HTTPRoute", "shop/cart")?;
     lab.delete("DestinationRule", "shop/cart")?;
     shown
@@ -94,9 +94,9 @@ pub(super) fn opens_and_closes(lab: &Lab) -> anyhow::Result<String> {
 fn show(lab: &Lab) -> anyhow::Result<String> {
     let (failed, counts) = made(lab, 20)?;
     ensure!((failed, counts) == (0, [10, 10]), "in turn each cart should serve 10 of 20: {counts:?}, {failed} failed");
-    become_(lab, "ms=5000")?;
+    become_(lab, "cart-1", "ms=5000")?;
     let slow = opens(lab, "slow")?;
-    become_(lab, "")?;
+    become_(lab, "cart-1", "")?;
     closes(lab)?;
     // A stopped process takes connections, by its kernel, and answers nothing.
     lab.kill("shop/cart-1", "STOP")?;

@@ -28,8 +28,8 @@ use crate::topology;
 /// Arguments of `lab demo`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Break a part of the proxy on purpose: `rules`, `authz`, `tls`, `weights`, `jwt`, `breaker`,
-    /// `gateway`, `sni` or `fence`.
+    /// Break a part of the proxy on purpose: `rules`, `authz`, `tls`, `weights`, `mirror`,
+    /// `retries`, `jwt`, `breaker`, `gateway`, `sni` or `fence`.
     #[arg(long = "break", env = "BREAK")]
     broken: Option<String>,
     /// Leave the lab running afterwards.

@@ -22,7 +22,8 @@ use crate::lab::Running;
 use crate::scenario;
 
 /// Parts that `--break` can break.
-pub(super) const PARTS: [&str; 9] = ["rules", "authz", "tls", "weights", "jwt", "breaker", "gateway", "sni", "fence"];
+pub(super) const PARTS: [&str; 11] =
+    ["rules", "authz", "tls", "weights", "mirror", "retries", "jwt", "breaker", "gateway", "sni", "fence"];
 /// Without it there is nothing to show.
 pub(super) const FIRST: &str = "shop-runs";
 
@@ -87,6 +88,18 @@ pub(super) const STEPS: &[Step] = &[
         claim: "Who asks for the new version by a header gets it, whatever the weights.",
         rests_on: &["rules"],
         show: canary::pins,
+    },
+    Step {
+        name: "shadow",
+        claim: "The new version gets a copy of every request, and neither delays nor fails one.",
+        rests_on: &["rules", "mirror"],
+        show: canary::shadows,
+    },
+    Step {
+        name: "retries",
+        claim: "A server that fails every fifth answer: a route's retries hide it from its clients.",
+        rests_on: &["rules", "retries"],
+        show: canary::retries,
     },
     Step {
         name: "jwt",

@@ -1,7 +1,8 @@
 //! The server: answers with what it saw of the request, and greets on raw TCP with the peer's address.
 //!
-//! Paths: `/` what was seen, `/echo` the body back, `/delay?ms=`, `/status/<code>`, `/bytes?n=`; `/become?ms=&status=` makes
-//! the server slow to answer every other path, or answer it so, until it is asked to become something else. One JSON line
+//! Paths: `/` what was seen, `/echo` the body back, `/delay?ms=`, `/status/<code>`, `/bytes?n=`; `/become?ms=&status=&every=`
+//! makes the server slow to answer every other path, or answer it so (or each n-th request only), until it is asked to become
+//! something else. One JSON line
 //! per request and connection goes to standard output. Limits: when asked to end it serves on for a moment, since clients
 //! learn of its leaving late, then ends idle connections.
 
@@ -66,6 +67,10 @@ struct Mood {
     ms: u64,
     /// Of each answer.
     status: Option<u16>,
+    /// Only each so many-th answer has the status; 0: each.
+    every: u64,
+    /// Requests since it became so.
+    asked: u64,
 }
 
 /// Serves until SIGTERM or SIGINT. Fails when a port cannot be bound.
@@ -156,11 +161,13 @@ async fn accept_http(listener: TcpListener, server: Rc<Server>, mut end: watch::
 async fn respond(server: &Server, peer: SocketAddr, request: Request<Incoming>) -> Response<Full<Bytes>> {
     let began = Instant::now();
     let (method, uri) = (request.method().to_string(), request.uri().clone());
-    let headers: BTreeMap<String, String> = request
-        .headers()
-        .iter()
-        .map(|(name, value)| (name.to_string(), String::from_utf8_lossy(value.as_bytes()).into_owned()))
-        .collect();
+    let mut headers: BTreeMap<String, String> = BTreeMap::new();
+    for (name, value) in request.headers() {
+        let value = String::from_utf8_lossy(value.as_bytes());
+        // Lines of one name are one list (RFC 9110 §5.3).
+        let before = headers.get(name.as_str()).map(|before| format!("{before},")).unwrap_or_default();
+        headers.insert(name.to_string(), format!("{before}{value}"));
+    }
     server.count.set(server.count.get() + 1);
     let count = server.count.get();
     let body = match Limited::new(request.into_body(), BODY_LIMIT).collect().await {
@@ -178,7 +185,12 @@ async fn respond(server: &Server, peer: SocketAddr, request: Request<Incoming>) 
             "headers": headers, "body": String::from_utf8_lossy(&body), "count": count,
         })
     };
-    let mood = server.mood.get();
+    let mut mood = server.mood.get();
+    if uri.path() != "/become" {
+        mood.asked += 1;
+        server.mood.set(mood);
+        mood.status = mood.status.filter(|_| mood.every == 0 || mood.asked.is_multiple_of(mood.every));
+    }
     if uri.path() != "/become" && mood.ms > 0 {
         // Who does not wait for the answer drops this future, and the line at its end with it.
         log(&json!({"t_us": now_us(), "kind": "http-slow", "name": server.name, "path": uri.to_string()}));
@@ -187,7 +199,8 @@ async fn respond(server: &Server, peer: SocketAddr, request: Request<Incoming>) 
     let response = match uri.path() {
         "/become" => {
             let status = query("status").and_then(|status| u16::try_from(status).ok());
-            server.mood.set(Mood { ms: query("ms").unwrap_or_default(), status });
+            let every = query("every").unwrap_or_default();
+            server.mood.set(Mood { ms: query("ms").unwrap_or_default(), status, every, asked: 0 });
             answer(200, "so be it\n".into())
         }
         _ if mood.status.is_some() => answer(mood.status.unwrap_or(500), format!("{}\n", seen()).into()),

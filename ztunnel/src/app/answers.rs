@@ -86,6 +86,8 @@ impl Answers {
             let status = self.monitor.status();
             let why = if status.last_error.is_empty() { String::new() } else { format!(": {}", status.last_error) };
             pending.push(format!("the first description of the mesh from control{why}"));
+        } else if !self.pods.looked() && self.pods.pending().is_empty() {
+            pending.push("the first look at the node's pods".to_owned());
         }
         pending.extend(self.pods.pending());
         pending.extend(self.more.iter().flat_map(|more| more()));

@@ -195,7 +195,11 @@ pub(super) fn policy(of: &Policy) -> Value {
         "name": name,
         "namespace": &*of.namespace,
         "scope": scope,
-        "action": if of.action == Action::Allow { "Allow" } else { "Deny" },
+        "action": match of.action {
+            Action::Allow => "Allow",
+            Action::Deny => "Deny",
+            Action::Audit => "Audit",
+        },
         "rules": rules,
         "dryRun": of.dry_run,
         "tulle": { "version": &*of.version },

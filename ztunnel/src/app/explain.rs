@@ -23,7 +23,7 @@ use crate::inbound::decide::{decide_connection, requests_are_read};
 use crate::lb::{self, Chance, Destinations};
 use crate::outbound;
 use crate::outbound::decide::{Plan, choose, decide, may_go_to, through_gateway};
-use crate::outcome::{Code, Outcome};
+use crate::outcome::{Code, DryRun, Outcome};
 use crate::policy;
 use crate::policy::network::{self, Finding};
 use crate::state::{EgressMode, IpFamily, NETWORK_POLICY, Protocol, Service, Snapshot, Transport, Workload};
@@ -396,7 +396,7 @@ pub(super) fn inbound(snapshot: &Snapshot, question: &InboundQuestion, now: i64)
             };
             answer.policy = verdict.policy.as_deref().unwrap_or_default().to_owned();
             answer.rule = rule_index(verdict.rule);
-            answer.dry_run = verdict.dry_run.iter().map(ToString::to_string).collect();
+            (answer.audit, answer.dry_run) = DryRun::texts(verdict.dry_run.iter());
         }
         Err(outcome) => deny(&mut answer, outcome),
     }
@@ -415,7 +415,7 @@ fn rule_index(rule: Option<usize>) -> i32 {
 fn deny(answer: &mut InboundAnswer, outcome: Outcome) {
     answer.allowed = false;
     answer.code = outcome.code.name().to_owned();
-    answer.dry_run = outcome.dry_run.iter().map(ToString::to_string).collect();
+    (answer.audit, answer.dry_run) = DryRun::texts(outcome.dry_run.iter());
     answer.policy = outcome.policy.as_deref().unwrap_or_default().to_owned();
     answer.rule = rule_index(outcome.rule);
     answer.text = outcome.detail.into_owned();

@@ -550,7 +550,7 @@ fn pages(answers: &Answers, registry: Arc<Registry>, stop: Arc<Drain>, level: Le
         let (registry, metrics, dropped) = (registry.clone(), answers.shared.metrics.clone(), dropped.clone());
         let (pods, shown) = (answers.pods.clone(), answers.clone());
         routes.route(path, move |_, _| {
-            pods.show_buffers(&metrics);
+            pods.show(&metrics);
             shown.show_ejected();
             metrics.log_dropped.set(dropped.dropped());
             let mut body = String::new();
@@ -569,10 +569,11 @@ fn pages(answers: &Answers, registry: Arc<Registry>, stop: Arc<Drain>, level: Le
     });
     let ready = answers.clone();
     let readiness_routes = Routes::default().route("/healthz/ready", move |_, _| {
-        let pending = ready.pending();
+        let (pending, failing) = (ready.pending(), ready.pods.failing());
         async move {
             if pending.is_empty() {
-                Page::text(StatusCode::OK, "ready\n")
+                let failing: String = failing.iter().map(|what| format!("but not the {what}\n")).collect();
+                Page::text(StatusCode::OK, format!("ready\n{failing}"))
             } else {
                 let text = format!("not ready, pending: {}\n", pending.join(", "));
                 Page::text(StatusCode::INTERNAL_SERVER_ERROR, text)

@@ -83,6 +83,8 @@ pub(super) struct Entry {
     pub(super) fence: Option<Result<(), String>>,
     /// Its listeners are open, and what may not pass is held back.
     pub(super) served: bool,
+    /// How the last try ended to bring about what is wanted. `None`: none has ended yet.
+    pub(super) tried: Option<Result<(), String>>,
 }
 
 type Board = Arc<Mutex<BTreeMap<String, Entry>>>;
@@ -95,6 +97,8 @@ pub struct Pods {
     pub(super) problem: Arc<Mutex<Option<String>>>,
     /// The list was read once.
     pub(super) listed: Arc<AtomicBool>,
+    /// Pods that were to be captured when mesh and list were first known: the node serves once each was tried. `None`: not yet known.
+    pub(super) first: Arc<Mutex<Option<BTreeSet<String>>>>,
     /// A successor has taken over.
     pub(super) frozen: Arc<AtomicBool>,
 }
@@ -168,6 +172,14 @@ impl Pods {
         board.get(uid).is_some_and(|entry| entry.local.is_some())
     }
 
+    /// These are to be captured, now that mesh and list are known.
+    fn look(&self, captured: &BTreeSet<&str>) {
+        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = first.get_or_insert_with(|| captured.iter().map(|uid| (*uid).to_owned()).collect());
+        // Pods that went, or left the mesh, are not waited for.
+        first.retain(|uid| captured.contains(uid.as_str()));
+    }
+
     pub(super) fn set_problem(&self, problem: Option<String>) {
         let mut current = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         if problem.is_some() && *current != problem {
@@ -192,7 +204,7 @@ impl Pods {
         let pods: Vec<(&Pod, Option<Arc<Workload>>)> =
             listed.iter().map(|pod| (pod, described(pod, snapshot, environment).cloned())).collect();
         filters.refresh(snapshot, &pods, Instant::now());
-        let mut unclaimed = BTreeSet::new();
+        let (mut unclaimed, mut captured) = (BTreeSet::new(), BTreeSet::new());
         // Gone, or another pod under the same uid: its task ends and cleans up.
         let mut ended: HashMap<String, JoinHandle<()>> = HashMap::new();
         let changed: Vec<String> =
@@ -208,6 +220,9 @@ impl Pods {
             let wanted = wanted(pod, workload, snapshot, filters, environment.preexisting == Preexisting::Reset);
             if wanted.capture || !wanted.known {
                 unclaimed.insert(pod.uid.as_str());
+            }
+            if wanted.capture {
+                captured.insert(pod.uid.as_str());
             }
             if wanted.capture || self.is_served(&pod.uid) {
                 identities.extend(identity(pod, workload, &environment.trust_domain));
@@ -240,6 +255,9 @@ impl Pods {
         }
         if self.listed.load(Ordering::Relaxed) {
             environment.taken.keep(|uid| unclaimed.contains(uid));
+            if snapshot.synced() {
+                self.look(&captured);
+            }
         }
         environment.shared.identities.want(&identities);
     }

@@ -2,6 +2,7 @@
 //!
 //! Every look takes the board's lock for a moment and nothing else; no answer waits for a pod.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError};
@@ -14,7 +15,7 @@ use crate::base::netns::Netns;
 use crate::capture::pods::Pod;
 use crate::capture::preexisting;
 use crate::flow::LocalPod;
-use crate::telemetry::metrics::Metrics;
+use crate::telemetry::metrics::{CaptureLabels, Metrics};
 
 /// Actual state of a pod's capture.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -56,6 +57,7 @@ impl Pods {
     pub fn none() -> Self {
         let pods = Self::default();
         pods.listed.store(true, Ordering::Relaxed);
+        *pods.first.lock().unwrap_or_else(PoisonError::into_inner) = Some(BTreeSet::new());
         pods
     }
 
@@ -81,7 +83,7 @@ impl Pods {
         }
     }
 
-    /// What the node waits for; empty when nothing.
+    /// What the node waits for before it can be said to serve; empty when nothing.
     pub fn pending(&self) -> Vec<String> {
         let mut pending = Vec::new();
         if !self.listed.load(Ordering::Relaxed) {
@@ -89,15 +91,28 @@ impl Pods {
         }
         pending.extend(self.problem.lock().unwrap_or_else(PoisonError::into_inner).clone());
         let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
-        // A CNI agent's rules are its own business: a served pod waits for nothing of ours.
-        let waits = |entry: &&Entry| match entry.state {
-            "Pending" => !entry.served,
-            state => state == "Failed",
+        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        let name = |uid: &String| match board.get(uid) {
+            Some(entry) => format!("{}/{}", entry.pod.namespace, entry.pod.name),
+            None => uid.clone(),
         };
-        for entry in board.values().filter(waits) {
-            pending.push(format!("capture of {}/{}: {}", entry.pod.namespace, entry.pod.name, entry.reason));
-        }
+        let untried = |uid: &&String| board.get(*uid).is_none_or(|entry| entry.tried.is_none());
+        pending.extend(
+            first.iter().flatten().filter(untried).map(|uid| format!("the first try to capture {}", name(uid))),
+        );
+        let (failing, served) = (failing(&board), board.values().filter(|entry| entry.served).count());
+        pending.extend(total_failure(&failing, served));
         pending
+    }
+
+    /// Whether mesh and list were both known once, so that it is known which pods have to be captured.
+    pub fn looked(&self) -> bool {
+        self.first.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Pods whose capture fails, each with the reason. They are tried again, and cut off meanwhile.
+    pub fn failing(&self) -> Vec<String> {
+        failing(&self.board.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Whether `pod`, as it is listed, is served.
@@ -147,9 +162,14 @@ impl Pods {
         })
     }
 
-    /// Brings the gauges of buffered bytes up to date.
-    pub fn show_buffers(&self, metrics: &Metrics) {
+    /// Brings the gauges of captures and of buffered bytes up to date.
+    pub fn show(&self, metrics: &Metrics) {
         let board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+        // All of them, so that a state that no pod has is told as 0.
+        for capture in ["Captured", "Pending", "Failed", "Uncaptured"] {
+            let count = board.values().filter(|entry| status(entry).capture == capture).count();
+            metrics.pods.get_or_create(&CaptureLabels { capture }).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
         let (mut bytes, mut pressed) = (0, 0);
         for pod in board.values().filter_map(|entry| entry.local.as_ref()) {
             bytes += pod.buffers.used();
@@ -190,6 +210,18 @@ impl Pods {
     }
 }
 
+fn failing(board: &BTreeMap<String, Entry>) -> Vec<String> {
+    let failed = board.values().filter_map(|entry| Some((&entry.pod, entry.tried.as_ref()?.as_ref().err()?)));
+    failed.map(|(pod, reason)| format!("capture of {}/{}: {reason}", pod.namespace, pod.name)).collect()
+}
+
+/// What is wrong with a node where no capture succeeds. One pod that cannot be captured is that pod's trouble, and must not
+/// hold up an update of all nodes; if several fail and none succeeds, the proxy itself is not what it should be.
+fn total_failure(failing: &[String], served: usize) -> Option<String> {
+    let first = failing.first().filter(|_| failing.len() > 1 && served == 0)?;
+    Some(format!("the capture of any pod; all {} fail: {first}", failing.len()))
+}
+
 /// Addresses at which names are answered: beside the three listeners there are a UDP and a TCP socket for each.
 fn name_servers(open: &Open) -> usize {
     open.sockets.len().saturating_sub(3) / 2
@@ -199,13 +231,15 @@ fn status(entry: &Entry) -> Status {
     let count = |pick: fn(&LocalPod) -> &Arc<AtomicUsize>| {
         entry.local.as_ref().map_or(0, |local| pick(local).load(Ordering::Relaxed))
     };
+    let again = entry.tried.as_ref().and_then(|tried| tried.as_ref().err()).filter(|_| entry.state == "Pending");
     Status {
         uid: entry.pod.uid.clone(),
         name: entry.pod.name.clone(),
         namespace: entry.pod.namespace.clone(),
         addresses: entry.pod.ips.clone(),
-        capture: entry.state,
-        reason: entry.reason.clone(),
+        // A pod that failed and is tried again has failed until that succeeds.
+        capture: if again.is_some() { "Failed" } else { entry.state },
+        reason: again.unwrap_or(&entry.reason).clone(),
         fence: match &entry.fence {
             None => String::new(),
             Some(Ok(())) => "Fenced".to_owned(),
@@ -223,5 +257,22 @@ fn status(entry: &Entry) -> Status {
         refused: entry.local.as_ref().map_or(0, |local| local.refused.load(Ordering::Relaxed)),
         buffered_bytes: entry.local.as_ref().map_or(0, |local| local.buffers.used()),
         buffer_waits: entry.local.as_ref().map_or(0, |local| local.buffers.waits()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::total_failure;
+
+    #[test]
+    fn one_pod_that_cannot_be_captured_is_its_own_trouble_and_several_without_any_success_are_the_nodes() {
+        let failing = |count: usize| (0..count).map(|at| format!("capture of a/{at}: no")).collect::<Vec<_>>();
+        for (fail, served, is_the_nodes) in
+            [(0, 0, false), (0, 5, false), (1, 0, false), (1, 3, false), (2, 0, true), (9, 0, true), (9, 1, false)]
+        {
+            let said = total_failure(&failing(fail), served);
+            assert_eq!(said.is_some(), is_the_nodes, "{fail} fail, {served} are served: {said:?}");
+        }
+        assert!(total_failure(&failing(2), 0).is_some_and(|said| said.contains("all 2 fail: capture of a/0: no")));
     }
 }

@@ -63,8 +63,18 @@ pub struct Condition {
 }
 
 impl Condition {
-    /// By what the node waits for; nothing: it serves.
-    pub fn of(pending: &[String], captured: usize) -> Self {
+    /// By what the node waits for; nothing: it serves, but for pods whose capture fails.
+    pub fn of(pending: &[String], failing: &[String], captured: usize) -> Self {
+        // The API takes 32 KiB; nobody reads more than some lines.
+        let joined = |what: &[String]| what.join("; ").chars().take(1000).collect::<String>();
+        if pending.is_empty() && !failing.is_empty() {
+            let message = format!(
+                "The node serves; {captured} of its pods are captured, and {} are cut off until they can be: {}",
+                failing.len(),
+                joined(failing)
+            );
+            return Self { ready: true, reason: "SomeCaptureFailed", message };
+        }
         if pending.is_empty() {
             return Self {
                 ready: true,
@@ -78,11 +88,11 @@ impl Condition {
         let reason = match () {
             () if any("the first description") => "ControlUnknown",
             () if any("the list of pods") => "PodsUnknown",
-            () if any("capture of ") => "CaptureFailed",
+            () if any("the first ") => "Starting",
+            () if any("the capture of any pod") => "CaptureFailed",
             () => "NotReady",
         };
-        // The API takes 32 KiB; nobody reads more than some lines.
-        let mut message: String = pending.join("; ").chars().take(1000).collect();
+        let mut message = joined(pending);
         if message.is_empty() {
             message.push_str("no reason is known");
         }
@@ -189,23 +199,30 @@ mod tests {
 
     #[test]
     fn the_condition_says_what_is_waited_for() {
-        let of = |pending: &[&str]| Condition::of(&pending.iter().map(|&text| text.to_owned()).collect::<Vec<_>>(), 3);
+        let owned = |all: &[&str]| all.iter().map(|&text| text.to_owned()).collect::<Vec<_>>();
+        let of = |pending: &[&str]| Condition::of(&owned(pending), &[], 3);
         assert!(of(&[]).ready && of(&[]).message.contains("(3)"));
         for (pending, reason) in [
             (&["the first description of the mesh from control: refused"][..], "ControlUnknown"),
-            (&["capture of a/b: no", "the list of pods"], "PodsUnknown"),
-            (&["capture of a/b: no netns"], "CaptureFailed"),
+            (&["the first try to capture a/b", "the list of pods"], "PodsUnknown"),
+            (&["the first try to capture a/b"], "Starting"),
+            (&["the capture of any pod; all 2 fail: capture of a/b: no netns"], "CaptureFailed"),
             (&["something"], "NotReady"),
         ] {
             let condition = of(pending);
             assert!(!condition.ready && condition.reason == reason && condition.message.contains(pending[0]));
         }
-        assert!(of(&["ö".repeat(9000).as_str()]).message.len() < 4000);
+        let long = "ö".repeat(9000);
+        assert!(of(&[&long]).message.len() < 4000);
+        // A pod that cannot be captured is told of, and is no reason to hold up the node.
+        let some = Condition::of(&[], &owned(&["capture of a/b: no netns", &long]), 3);
+        assert!(some.ready && some.reason == "SomeCaptureFailed" && some.message.contains("a/b: no netns"));
+        assert!(some.message.contains("3 of its pods") && some.message.len() < 4000);
     }
 
     #[test]
     fn only_what_lasts_is_written_and_now_and_then_all_the_same() {
-        let (ready, failed) = (Condition::of(&[], 0), Condition::of(&["capture of a/b: x".into()], 0));
+        let (ready, failed) = (Condition::of(&[], &[], 0), Condition::of(&["the list of pods".into()], &[], 0));
         let at = Duration::from_secs;
         let mut schedule = Schedule::default();
         assert!(!schedule.is_due(&failed, at(0)), "it has just begun");

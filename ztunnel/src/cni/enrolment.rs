@@ -1,13 +1,13 @@
 //! Whether labels enrol a pod, and what of a cluster one has to know for that.
 //!
 //! One pure rule, used by the node's agent, which watches namespaces, and by the CNI plugin while the agent is away, which
-//! then reads what the agent wrote last ([`Known`]). Control has the same rule in its `translate::enrol`; both are tested
-//! with the same table of cases. Where something is unknown the plugin says so instead of guessing: a pod that belongs in
+//! then reads what the agent wrote last ([`Known`]). What labels mean is the same for control ([`tulle_proto::enrol`]). Where something is unknown the plugin says so instead of guessing: a pod that belongs in
 //! the mesh never starts outside of it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
+use tulle_proto::enrol;
 use tulle_proto::names;
 
 /// Labels of an object.
@@ -73,35 +73,24 @@ impl Known {
     /// Whether labels enrol a pod that has a network of its own and has not finished. The pod's word before the
     /// namespace's, at each level ours before Istio's; `egress: deny` over all of them.
     pub fn enrolled(&self, namespace: &str, of_namespace: &Labels, of_pod: &Labels) -> bool {
-        let fixed = self.whatever_the_pod_says(namespace, of_namespace);
-        fixed.unwrap_or_else(|| word(of_pod).or_else(|| word(of_namespace)).unwrap_or(false))
+        let (closed, system) = (self.closed(namespace, of_namespace), self.is_system(namespace));
+        enrol::is_enrolled(closed, system, word(of_namespace), word(of_pod))
     }
 
     /// Nothing may leave it.
     fn closed(&self, namespace: &str, labels: &Labels) -> bool {
-        match labels.get(names::LABEL_EGRESS).map(String::as_str) {
-            None => self.egress_denied_by_default && !self.is_system(namespace),
-            Some(mode) => !matches!(mode, "allow" | "audit"),
-        }
+        let egress = labels.get(names::LABEL_EGRESS).map(String::as_str);
+        enrol::is_closed(egress, self.egress_denied_by_default && !self.is_system(namespace))
     }
 
     fn is_system(&self, namespace: &str) -> bool {
-        matches!(namespace, "kube-system" | "istio-system") || namespace == self.root_namespace
+        enrol::is_system(namespace, &self.root_namespace)
     }
 }
 
 /// What the labels of one object say; `None`: nothing.
 pub fn word(labels: &Labels) -> Option<bool> {
-    match labels.get(names::LABEL_MESH).map(String::as_str) {
-        Some("enabled") => return Some(true),
-        Some("disabled") => return Some(false),
-        _ => {}
-    }
-    match labels.get(names::LABEL_ISTIO_MESH).map(String::as_str) {
-        Some("ambient") => Some(true),
-        Some("none") => Some(false),
-        _ => None,
-    }
+    enrol::wish(|key| labels.get(key).map(String::as_str))
 }
 
 #[cfg(test)]

@@ -66,11 +66,11 @@ impl Connection {
         }
     }
 
-    fn decide_bytes(&self, snapshot: &Snapshot) -> Result<(), Outcome> {
+    fn decide_bytes(&self, snapshot: &Snapshot) -> Result<Verdict, Outcome> {
         let gone = || Outcome::new(Code::UnknownWorkload, "control no longer describes the pod");
         let workload = self.pod.workload(snapshot).ok_or_else(gone)?;
         let super::Request { identity, source, target, .. } = &self.request;
-        decide::decide_bytes(snapshot, workload, identity.as_ref(), *source, *target).map(drop)
+        decide::decide_bytes(snapshot, workload, identity.as_ref(), *source, *target)
     }
 }
 
@@ -96,16 +96,19 @@ pub(super) async fn serve(
         Ok((first, None)) => {
             registration.facts().requests.set(false);
             // Looked at once more: a snapshot that came in between was asked about requests.
-            if let Err(outcome) = connection.decide_bytes(&connection.shared.reader.load()) {
-                return outcome;
-            }
+            let dry_run = match connection.decide_bytes(&connection.shared.reader.load()) {
+                Ok(verdict) => verdict.dry_run,
+                Err(outcome) => return outcome,
+            };
             let client = Downstream::new(first, io, counts.clone(), clock);
             let server = Raw { io: Box::new(server), read: Bytes::new(), stop: Box::pin(std::future::pending()) };
-            return tokio::select! {
+            let outcome = tokio::select! {
                 biased;
                 outcome = stop => outcome,
                 outcome = server::bytes(client, Bytes::new(), server) => outcome,
             };
+            // No request will say it.
+            return Outcome { dry_run, ..outcome };
         }
         Ok((first, Some(framing))) => {
             io = Box::new(Downstream::new(first, io, Rc::default(), Rc::default()));

@@ -21,7 +21,7 @@ use crate::outbound::forward::{Job, Target};
 use crate::outbound::requests::Client;
 use crate::outbound::waypoint;
 use crate::outcome::{Code, Fault, Outcome};
-use crate::route::{self, Forward, NO_ROUTE, Respond, RoutePlan, path};
+use crate::route::{self, Forward, Granted, NO_ROUTE, Respond, RoutePlan, path};
 use crate::state::{Service, ServiceName, Snapshot, Workload};
 use crate::telemetry::{Direction, HttpRecord, Peer};
 
@@ -63,8 +63,16 @@ impl Client {
         let mut record = self.record(&snapshot, &request);
         record.trace(request.headers_mut());
         let grpc = record.grpc;
-        let Refused { reply, outcome } = match self.answer(&snapshot, request, switches, &mut record).await {
-            Ok(response) => return recorded(response, record),
+        let mut granted = None;
+        let answered = self.answer(&snapshot, request, switches, &mut record, &mut granted).await;
+        let say = |mut response: Response<Body>| {
+            if let Some(granted) = &granted {
+                granted.say(response.headers_mut());
+            }
+            response
+        };
+        let Refused { reply, outcome } = match answered {
+            Ok(response) => return recorded(say(response), record),
             Err(refused) => refused,
         };
         record.flag = reply.flag;
@@ -76,7 +84,7 @@ impl Client {
         if grpc {
             record.grpc_status = Some(reply.grpc_status().to_string());
         }
-        recorded(reply.response(grpc), record)
+        recorded(say(reply.response(grpc)), record)
     }
 
     fn record<B>(&self, snapshot: &Snapshot, request: &Request<B>) -> HttpRecord {
@@ -100,6 +108,7 @@ impl Client {
         mut request: Request<Incoming>,
         switches: Switches,
         record: &mut HttpRecord,
+        granted: &mut Option<Granted>,
     ) -> Answered {
         let (path, upgrade) = prepare(&mut request, self.destination)?;
         let gone = |text| Refused::new(reply::NO_ENDPOINT, Code::UnknownWorkload, text);
@@ -120,17 +129,26 @@ impl Client {
         let facts = headers::facts(&request, &path, port);
         let Some(found) = route::find(candidates, &facts) else { return Err(respond(&NO_ROUTE)) };
         record.route = Some(found.text().into());
+        *granted = found.granted(&facts);
         for limit in found.limits() {
             let whose = if limit.per_identity { source.identity.to_string() } else { String::new() };
             let taken = self.shared.limits.take(&limit.name, &whose, limit.requests, limit.interval, limit.burst);
             taken.map_err(|wait| limited(&limit.name, wait))?;
         }
-        let plan = found.plan(&facts, if weights_are_broken() { 0 } else { found.rule().turns.take() });
+        let plan = found.plan(&facts, if is_broken("weights") { 0 } else { found.rule().turns.take() });
         match plan {
             RoutePlan::Redirect(redirection) => {
                 let mut response = Response::new(Body::empty());
                 *response.status_mut() = StatusCode::from_u16(redirection.status).unwrap_or(StatusCode::FOUND);
                 *response.headers_mut() = redirection.headers();
+                Ok(response)
+            }
+            RoutePlan::Preflight(preflight) => {
+                // It says all of it itself.
+                *granted = None;
+                let mut response = Response::new(Body::empty());
+                *response.status_mut() = StatusCode::NO_CONTENT;
+                *response.headers_mut() = preflight.headers;
                 Ok(response)
             }
             RoutePlan::Respond(answer) => {
@@ -198,7 +216,10 @@ impl Client {
         let now = Instant::now();
         let original = Original::new(body, &self.pod.buffers);
         let mirrored = forward.as_ref().is_some_and(|forward| forward.mirrors().next().is_some()) && !switch;
-        if mirrored && let Some(forward) = &forward {
+        if mirrored
+            && !is_broken("mirror")
+            && let Some(forward) = &forward
+        {
             self.mirror(&to.known, forward, &parts, &original);
         }
         let job = Job {
@@ -208,7 +229,7 @@ impl Client {
             original,
             switch,
             keep: mirrored,
-            retry: forward.as_ref().and_then(Forward::retry).filter(|_| !switch),
+            retry: forward.as_ref().and_then(Forward::retry).filter(|_| !switch && !is_broken("retries")),
             deadline: forward.as_ref().and_then(Forward::request_timeout).filter(|_| !switch).map(|time| now + time),
             attempt: forward.as_ref().and_then(Forward::backend_timeout).filter(|_| !switch),
             hash: None,
@@ -249,9 +270,10 @@ pub(super) fn prepare<B>(
     Ok((path, upgrade))
 }
 
-/// Sabotage of test builds: with `TULLE_BREAK=weights` it is always the first turn.
-fn weights_are_broken() -> bool {
-    cfg!(feature = "sabotage") && std::env::var("TULLE_BREAK").is_ok_and(|part| part == "weights")
+/// Sabotage of test builds, by `TULLE_BREAK`: with `weights` it is always the first turn, with `mirror` nobody gets a copy, with
+/// `retries` nothing is tried again.
+fn is_broken(what: &str) -> bool {
+    cfg!(feature = "sabotage") && std::env::var("TULLE_BREAK").is_ok_and(|part| part == what)
 }
 
 /// The target of the request to the backend: path alone for HTTP/1, with scheme and authority for HTTP/2.

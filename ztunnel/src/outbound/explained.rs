@@ -13,7 +13,7 @@ use crate::outbound::decide::{Plan, to_service};
 use crate::outbound::exchange::{Refused, address_of, prepare, respond, retarget};
 use crate::outbound::requests::wanted;
 use crate::outcome::{Code, Outcome};
-use crate::route::{self, Forward, NO_ROUTE, RoutePlan};
+use crate::route::{self, Forward, NO_ROUTE, Preflight, RoutePlan};
 use crate::state::{ServiceName, Snapshot, Workload};
 
 /// What becomes of a request.
@@ -89,6 +89,13 @@ pub fn explained(
         RoutePlan::Redirect(redirection) => Becomes::Answered {
             status: redirection.status,
             text: format!("the client is sent to {}", String::from_utf8_lossy(redirection.location.as_bytes())),
+        },
+        RoutePlan::Preflight(Preflight { allowed, .. }) => Becomes::Answered {
+            status: 204,
+            text: match allowed {
+                true => "the route answers the preflight: its origin is allowed".to_owned(),
+                false => "the route answers the preflight: its origin is not allowed".to_owned(),
+            },
         },
         RoutePlan::Respond(answer) => respond(&answer).into(),
         RoutePlan::Forward(forward) => send(&forward.backend().service, forward.backend().port, Some(&forward)),

@@ -58,8 +58,9 @@ pub fn evaluate_connection(snapshot: &Snapshot, facts: &Facts<'_>) -> Verdict {
         None => l4::matching_rule(policy, facts),
         Some(_) => (policy.action == Action::Allow).then_some(0),
     });
-    // What a policy would have done that is only tried is said of each request.
-    Verdict { dry_run: Vec::new(), ..verdict }
+    // What policies without effect say is said of each request, and of the connection where none will come.
+    let dry_run = if verdict.allowed { Vec::new() } else { l4::evaluate(snapshot, facts).dry_run };
+    Verdict { dry_run, ..verdict }
 }
 
 /// What several rules look at, made once.
@@ -141,7 +142,7 @@ fn match_holds(only: &HttpMatch, policy: &Policy, seen: &Seen<'_>) -> bool {
 /// Like [`Group::holds`] where a request can be read in several ways: `perhaps` says what one of them hits, `surely` what all
 /// do. The reading that denies more counts.
 fn in_doubt<T>(group: &Group<T>, action: Action, perhaps: impl Fn(&T) -> bool, surely: impl Fn(&T) -> bool) -> bool {
-    let deny = action == Action::Deny;
+    let deny = action.suspects();
     let any = |wanted: &T| if deny { perhaps(wanted) } else { surely(wanted) };
     let none = |wanted: &T| if deny { surely(wanted) } else { perhaps(wanted) };
     (group.any.is_empty() || group.any.iter().any(any)) && !group.none.iter().any(none)

@@ -2,7 +2,7 @@
 //!
 //! Why it is written as plain loops over the policy's own lists: the usual workload has a handful of policies, and the
 //! order of evaluation is the documentation. Invariants: no I/O, no clock, total; for the same facts and snapshot the
-//! same verdict. What cannot be evaluated is true in a DENY policy and false in an ALLOW policy.
+//! same verdict. What cannot be evaluated is false in an ALLOW policy and true in the others.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -55,11 +55,12 @@ pub(super) fn decide(snapshot: &Snapshot, facts: &Facts<'_>, matching: impl Fn(&
     for policy in snapshot.policies_for(facts.destination) {
         let matched = matching(policy);
         let by_rule = matched.map(|rule| (policy, rule));
-        if policy.dry_run {
+        if policy.dry_run || policy.action == Action::Audit {
             dry_run.extend(would_be(policy, matched));
             continue;
         }
         match policy.action {
+            Action::Audit => {}
             Action::Deny => denied = denied.or(by_rule),
             Action::Allow => {
                 allow_policies += 1;
@@ -103,7 +104,8 @@ fn denial(policy: &Policy, facts: &Facts<'_>) -> Code {
 
 fn would_be(policy: &Policy, matched: Option<usize>) -> Option<DryRun> {
     let would_be = match (policy.action, matched) {
-        (Action::Deny, None) => return None,
+        (Action::Deny | Action::Audit, None) => return None,
+        (Action::Audit, Some(_)) => WouldBe::Audited,
         (Action::Deny, Some(_)) => WouldBe::Denied,
         (Action::Allow, Some(_)) => WouldBe::Allowed,
         (Action::Allow, None) => WouldBe::NotAllowed,
@@ -116,9 +118,9 @@ pub(super) fn matching_rule(policy: &Policy, facts: &Facts<'_>) -> Option<usize>
     policy.rules.iter().position(|rule| rule_matches(rule, policy.action, facts))
 }
 
-/// An unknown part is one more condition: one that holds in a DENY policy and fails in an ALLOW policy.
+/// An unknown part is one more condition: one that fails in an ALLOW policy and holds in the others.
 fn unknown_holds(unknown: bool, action: Action) -> bool {
-    !unknown || action == Action::Deny
+    !unknown || action.suspects()
 }
 
 fn rule_matches(rule: &Rule, action: Action, facts: &Facts<'_>) -> bool {
@@ -127,21 +129,21 @@ fn rule_matches(rule: &Rule, action: Action, facts: &Facts<'_>) -> bool {
 
 fn clause_matches(clause: &Clause, action: Action, facts: &Facts<'_>) -> bool {
     let any = clause.matches.is_empty() || clause.matches.iter().any(|only| match_holds(only, action, facts));
-    // What is unknown in a clause may be one more alternative, which only widens: that is what a DENY must assume, and
-    // what an ALLOW must not.
-    if clause.unknown { action == Action::Deny } else { any }
+    // What is unknown in a clause may be one more alternative, which only widens: that is what a DENY and an AUDIT
+    // must assume, and what an ALLOW must not.
+    if clause.unknown { action.suspects() } else { any }
 }
 
 pub(super) fn match_holds(only: &Match, action: Action, facts: &Facts<'_>) -> bool {
     if only.is_empty() {
-        return only.unknown && action == Action::Deny;
+        return only.unknown && action.suspects();
     }
     let identity = facts.source_identity;
     let namespace = identity.map_or("", SpiffeId::namespace);
     let principal = identity.map_or("", SpiffeId::principal);
     // What a foreign domain calls a namespace is none of ours, so a positive match must not let it in; but what its name
     // would keep out stays out. Either way the reading that denies more.
-    let positive = !facts.foreign || action == Action::Deny;
+    let positive = !facts.foreign || action.suspects();
     let negative = !facts.foreign || action == Action::Allow;
     let by_namespace = |wanted: &StringMatch| wanted.matches(namespace);
     // Without a proven identity no principal matches, not even a prefix of nothing.

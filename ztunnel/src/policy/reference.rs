@@ -20,7 +20,8 @@ fn expected(policies: &[Policy], facts: &Facts<'_>) -> (bool, Code) {
             || (policy.scope == Scope::Namespace && policy.namespace == facts.destination.namespace)
             || facts.destination.policies.contains(&policy.id)
     };
-    let enforced: Vec<&Policy> = policies.iter().filter(applies).filter(|policy| !policy.dry_run).collect();
+    let enforced: Vec<&Policy> =
+        policies.iter().filter(applies).filter(|policy| !policy.dry_run && policy.action != Action::Audit).collect();
     let mut allow_policies = 0;
     let mut allowed = false;
     for policy in enforced {
@@ -81,7 +82,7 @@ fn match_holds(only: &Match, action: Action, facts: &Facts<'_>) -> bool {
     let (lets_in, spares) = match (facts.foreign, action) {
         (false, _) => (true, true),
         (true, Action::Allow) => (false, true),
-        (true, Action::Deny) => (true, false),
+        (true, Action::Deny | Action::Audit) => (true, false),
     };
     rows.push((
         !only.namespaces.is_empty(),
@@ -240,12 +241,11 @@ fn rule() -> impl Strategy<Value = Rule> {
 fn policies() -> impl Strategy<Value = Vec<Policy>> {
     let scope = prop::sample::select(vec![Scope::Global, Scope::Namespace, Scope::Selector]);
     let namespace = prop::sample::select(vec!["shop", "bank"]);
-    let deny = prop::bool::weighted(0.5);
-    let one = (scope, namespace, deny, prop::bool::weighted(0.1), prop::collection::vec(rule(), 0..3));
+    let action = prop::sample::select(vec![Action::Allow, Action::Deny, Action::Allow, Action::Deny, Action::Audit]);
+    let one = (scope, namespace, action, prop::bool::weighted(0.1), prop::collection::vec(rule(), 0..3));
     prop::collection::vec(one, 0..5).prop_map(|list| {
         let policy =
-            |(index, (scope, namespace, deny, dry_run, rules)): (usize, (Scope, &str, bool, bool, Vec<Rule>))| {
-                let action = if deny { Action::Deny } else { Action::Allow };
+            |(index, (scope, namespace, action, dry_run, rules)): (usize, (Scope, &str, Action, bool, Vec<Rule>))| {
                 let plain = fixtures::policy(namespace, &format!("p{index}"), scope, action, None);
                 Policy { dry_run, rules, ..plain }
             };

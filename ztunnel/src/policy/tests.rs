@@ -43,6 +43,10 @@ fn with_rules(name: &str, action: Action, rules: Vec<Rule>) -> Policy {
     Policy { rules, ..policy("shop", name, Scope::Namespace, action, None) }
 }
 
+fn ruled(only: Match) -> Rule {
+    Rule { clauses: vec![clause(vec![only])], unknown: false }
+}
+
 fn clause(matches: Vec<Match>) -> Clause {
     Clause { matches, unknown: false }
 }
@@ -156,6 +160,43 @@ fn a_dry_run_policy_is_reported_and_changes_nothing() {
     assert_eq!(verdict.code, Code::NoPolicy);
     let said: Vec<_> = verdict.dry_run.iter().map(|dry| (&*dry.policy, dry.would_be)).collect();
     assert_eq!(said, [("shop/allow-cart", WouldBe::NotAllowed), ("shop/deny-web", WouldBe::Denied)]);
+}
+
+#[test]
+fn an_audit_policy_names_the_rule_that_matches_and_changes_nothing() {
+    let audit = |name, only| namespaced(name, Action::Audit, only);
+    let unknown = Match { unknown: true, ..principal("web") };
+    let said = |policies: Vec<Policy>| {
+        let verdict = verdict(policies, &cart(), Some("web"));
+        (verdict.code, verdict.dry_run.iter().map(ToString::to_string).collect::<Vec<_>>())
+    };
+    let second = with_rules("second", Action::Audit, [principal("cart"), principal("web")].map(ruled).into());
+    for (name, policies, code, expected) in [
+        ("alone", vec![audit("web", principal("web"))], Code::NoPolicy, vec!["shop/web audited by rules[0]"]),
+        ("another caller", vec![audit("cart", principal("cart"))], Code::NoPolicy, vec![]),
+        ("no rules", vec![with_rules("none", Action::Audit, vec![])], Code::NoPolicy, vec![]),
+        ("the second rule", vec![second], Code::NoPolicy, vec!["shop/second audited by rules[1]"]),
+        (
+            "rather recorded than missed",
+            vec![audit("new", unknown)],
+            Code::NoPolicy,
+            vec!["shop/new audited by rules[0]"],
+        ),
+        (
+            "of what is denied, too",
+            vec![namespaced("deny", Action::Deny, principal("web")), audit("web", principal("web"))],
+            Code::PolicyDenied,
+            vec!["shop/web audited by rules[0]"],
+        ),
+        (
+            "it is no ALLOW",
+            vec![namespaced("allow", Action::Allow, principal("cart")), audit("web", principal("web"))],
+            Code::NotAllowed,
+            vec!["shop/web audited by rules[0]"],
+        ),
+    ] {
+        assert_eq!(said(policies), (code, expected.into_iter().map(str::to_owned).collect()), "{name}");
+    }
 }
 
 #[test]

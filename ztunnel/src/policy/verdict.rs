@@ -40,7 +40,7 @@ pub struct Verdict {
     pub allow_policies: usize,
     /// The deciding policy stands in for one that could not be read, for this reason.
     pub stand_in: Option<Arc<str>>,
-    /// What dry-run policies would have done.
+    /// What policies without effect say: dry runs and AUDIT.
     pub dry_run: Vec<DryRun>,
 }
 

@@ -17,6 +17,7 @@
 //! ```
 
 mod change;
+mod cors;
 mod find;
 pub mod path;
 mod plan;
@@ -25,5 +26,6 @@ pub mod share;
 mod tests;
 
 pub use change::split_authority;
+pub use cors::Granted;
 pub use find::{Found, RequestFacts, find};
-pub use plan::{Forward, NO_ROUTE, Reason, Redirection, Respond, RoutePlan, grpc_of};
+pub use plan::{Forward, NO_ROUTE, Preflight, Reason, Redirection, Respond, RoutePlan, grpc_of};

@@ -11,6 +11,7 @@ use http::HeaderMap;
 use http::header::{HeaderValue, LOCATION};
 
 use crate::route::change;
+use crate::route::cors::{self, Granted};
 use crate::route::find::{Found, RequestFacts};
 use crate::route::share::{self, Salt};
 use crate::state::{Abort, Backend, Mirror, Retry, RouteEntry};
@@ -25,6 +26,8 @@ pub enum RoutePlan {
     Forward(Forward),
     /// The client goes elsewhere.
     Redirect(Redirection),
+    /// The proxy tells a browser what it may do.
+    Preflight(Preflight),
     /// The proxy answers.
     Respond(Respond),
 }
@@ -111,6 +114,15 @@ impl Redirection {
         change::headers(&self.candidate.rule().filters.response, &mut headers);
         headers
     }
+}
+
+/// What a browser asks before it lets a page of another origin ask.
+#[derive(Clone, Debug)]
+pub struct Preflight {
+    /// Whether its origin is one that the rule allows.
+    pub allowed: bool,
+    /// Of the answer, which is a 204.
+    pub headers: HeaderMap,
 }
 
 /// The proxy answers.
@@ -207,6 +219,11 @@ impl Found {
         plans
     }
 
+    /// Who may see the answer to the request. `None`: the rule does not say.
+    pub fn granted(&self, facts: &RequestFacts<'_>) -> Option<Granted> {
+        self.rule().filters.cors.as_ref().map(|cors| Granted::of(cors, facts))
+    }
+
     fn weights(&self) -> Vec<u32> {
         self.rule().backends.iter().map(|backend| backend.weight).collect()
     }
@@ -216,6 +233,9 @@ impl Found {
         let (candidate, rule) = (self.candidate(), self.rule());
         if let Some(why) = &rule.broken {
             return Some(self.fails(Reason::RuleBroken, Some(why)));
+        }
+        if let Some((granted, headers)) = rule.filters.cors.as_ref().and_then(|cors| cors::preflight(cors, facts)) {
+            return Some(RoutePlan::Preflight(Preflight { allowed: granted.is_allowed(), headers }));
         }
         let redirect = rule.filters.redirect.as_ref()?;
         // Host and path come from the request and the route, and both are visible ASCII.

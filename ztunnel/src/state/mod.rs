@@ -57,9 +57,9 @@ pub use policy::{Action, Clause, Match, Policy, Rule, Scope, ServiceAccount, Str
 pub use record::{Place, Record, Shapes};
 pub use request_auth::{JwtRule, REQUEST_AUTHENTICATION, RequestAuth};
 pub use route::{
-    Abort, Backend, Fault, Filters, GRPC_ROUTE, HTTP_ROUTE, HeaderChanges, Mirror, PathChange, PathMatch, Pattern,
-    RateLimit, Redirect, Retry, Rewrite, Route, RouteKind, RouteMatch, RouteParent, RouteRule, ServiceName, Turns,
-    Wanted,
+    Abort, Backend, Cors, Fault, Filters, GRPC_ROUTE, HTTP_ROUTE, HeaderChanges, Listed, Mirror, PathChange, PathMatch,
+    Pattern, RateLimit, Redirect, Retry, Rewrite, Route, RouteKind, RouteMatch, RouteParent, RouteRule, ServiceName,
+    Turns, Wanted,
 };
 pub use service::{
     DatagramPort, HealthPolicy, IpFamilies, IpFamily, LoadBalancing, LocalityScope, Mode, NamedPort, Service,

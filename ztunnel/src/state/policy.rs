@@ -28,6 +28,15 @@ pub enum Action {
     Allow,
     /// The connection is denied, before any ALLOW.
     Deny,
+    /// The connection is recorded; nothing else.
+    Audit,
+}
+
+impl Action {
+    /// How what cannot be evaluated counts: as met, so that more is denied or recorded; in an ALLOW as failed.
+    pub fn suspects(self) -> bool {
+        self != Self::Allow
+    }
 }
 
 /// A policy. It matches if any rule does.
@@ -43,7 +52,7 @@ pub struct Policy {
     pub scope: Scope,
     /// What a match means.
     pub action: Action,
-    /// Evaluated and reported, but without effect on the verdict.
+    /// Evaluated and reported, but without effect on the verdict. An AUDIT never has one.
     pub dry_run: bool,
     /// Rules. Where `http` is there: what is left of them for bytes that are not HTTP, such that no more is allowed.
     pub rules: Vec<Rule>,
@@ -115,7 +124,7 @@ pub struct Match {
     pub service_accounts: Vec<ServiceAccount>,
     /// None of these.
     pub not_service_accounts: Vec<ServiceAccount>,
-    /// It has an attribute that this proxy cannot evaluate: true in a DENY policy, false in an ALLOW policy.
+    /// It has an attribute that this proxy cannot evaluate: false in an ALLOW policy, true in the others.
     pub unknown: bool,
 }
 

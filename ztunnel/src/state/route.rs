@@ -246,6 +246,34 @@ pub struct Filters {
     pub fault: Option<Fault>,
     /// What may come.
     pub limits: Vec<RateLimit>,
+    /// Which pages of other origins may use it. Rules only.
+    pub cors: Option<Arc<Cors>>,
+}
+
+/// Which pages of other origins may use a rule, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cors {
+    /// `*`, or `scheme://host`, perhaps with a port, perhaps with a `*` before the host's end.
+    pub origins: Vec<Arc<str>>,
+    /// With cookies and the like.
+    pub credentials: bool,
+    /// Methods. `None`: nothing is said.
+    pub methods: Option<Listed>,
+    /// Headers of requests.
+    pub headers: Option<Listed>,
+    /// Headers of answers.
+    pub expose: Option<Listed>,
+    /// For how long browsers keep what they were told, seconds.
+    pub max_age: u32,
+}
+
+/// A list as a header says it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Listed {
+    /// Written as `*`.
+    All,
+    /// With commas between.
+    These(HeaderValue),
 }
 
 /// Applied in this order.

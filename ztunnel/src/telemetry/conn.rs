@@ -14,7 +14,7 @@ use crate::base::{Counts, unix_now};
 use crate::outcome::{Code, DryRun, Fault, Outcome};
 use crate::state::{Service, Workload};
 use crate::telemetry::egress::Left;
-use crate::telemetry::metrics::{DenialLabels, DryRunLabels, EgressLabels, Metrics, TcpLabels};
+use crate::telemetry::metrics::{DenialLabels, EgressLabels, Metrics, TcpLabels};
 use crate::telemetry::plaintext::Kind;
 
 /// Which side of the mesh reports.
@@ -162,8 +162,8 @@ impl ConnRecord {
             let labels = DenialLabels { reporter, code: outcome.code.name(), policy, rule };
             metrics.denials.get_or_create(&labels).inc();
         }
-        for dry in self.dry_run.iter().chain(&outcome.dry_run) {
-            self.metrics.dry_run.get_or_create(&DryRunLabels::of(dry)).inc();
+        for said in self.dry_run.iter().chain(&outcome.dry_run) {
+            self.metrics.without_effect(said);
         }
         if let Some(left) = &self.left {
             let labels = EgressLabels { namespace: left.namespace.clone(), verdict: left.verdict.word() };
@@ -181,7 +181,7 @@ impl ConnRecord {
         let (sent, received) = if self.direction == Direction::Outbound { (up, down) } else { (down, up) };
         let ok = outcome.code.is_success();
         let left = self.left.as_deref();
-        let tried: Vec<String> = self.dry_run.iter().chain(&outcome.dry_run).map(ToString::to_string).collect();
+        let (audited, tried) = DryRun::texts(self.dry_run.iter().chain(&outcome.dry_run));
         macro_rules! line {
             ($level:ident, $message:literal) => {
                 tracing::$level!(
@@ -213,6 +213,7 @@ impl ConnRecord {
                     code = (!ok).then(|| outcome.code.name()),
                     policy = outcome.policy.as_deref(),
                     rule = outcome.rule,
+                    audit = (!audited.is_empty()).then(|| audited.join(", ")),
                     dry_run = (!tried.is_empty()).then(|| tried.join(", ")),
                     error = (!ok).then_some(&*outcome.detail)
                     },

@@ -22,7 +22,7 @@ use crate::base::unix_now_us;
 use crate::outcome::{Code, DryRun};
 use crate::state::Service;
 use crate::telemetry::conn::{Direction, Peer, labels};
-use crate::telemetry::metrics::{DenialLabels, DryRunLabels, Metrics, TcpLabels};
+use crate::telemetry::metrics::{DenialLabels, Metrics, TcpLabels};
 use crate::telemetry::services::is_failure;
 use crate::telemetry::trace::{Open, Span, attribute, number};
 
@@ -236,8 +236,8 @@ impl HttpRecord {
             let labels = DenialLabels { reporter: self.direction.reporter(), code: code.name(), policy, rule };
             self.metrics.denials.get_or_create(&labels).inc();
         }
-        for dry in &self.dry_run {
-            self.metrics.dry_run.get_or_create(&DryRunLabels::of(dry)).inc();
+        for said in &self.dry_run {
+            self.metrics.without_effect(said);
         }
         if let Some((open, began_us)) = self.span.take() {
             self.metrics.spans.put(self.span(open, began_us));
@@ -295,7 +295,7 @@ impl HttpRecord {
 
     fn log(&self) {
         let (source, destination) = (&self.source, &self.destination);
-        let tried: Vec<String> = self.dry_run.iter().map(ToString::to_string).collect();
+        let (audited, tried) = DryRun::texts(self.dry_run.iter());
         let duration = format!("{}ms", self.started.elapsed().as_millis());
         macro_rules! line {
             ($level:ident) => {
@@ -331,6 +331,7 @@ impl HttpRecord {
                     policy = self.policy.as_deref(),
                     rule = self.rule,
                     code = self.denied.map(Code::name),
+                    audit = (!audited.is_empty()).then(|| audited.join(", ")),
                     dry_run = (!tried.is_empty()).then(|| tried.join(", ")),
                     error = self.error.as_deref()
                     },

@@ -13,7 +13,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-use crate::outcome::DryRun;
+use crate::outcome::{DryRun, WouldBe};
 use crate::telemetry::breakers::BreakerMetrics;
 use crate::telemetry::dns::DnsMetrics;
 use crate::telemetry::egress::Talks;
@@ -94,6 +94,22 @@ impl DryRunLabels {
     }
 }
 
+/// Label of pods.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct CaptureLabels {
+    /// `Captured`, `Pending`, `Failed` or `Uncaptured`.
+    pub capture: &'static str,
+}
+
+/// Labels of what AUDIT policies recorded.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct AuditLabels {
+    /// `<namespace>/<name>`.
+    pub policy: Arc<str>,
+    /// Index of the rule that matched.
+    pub rule: String,
+}
+
 /// Why an endpoint was left for another one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ElsewhereLabels {
@@ -125,6 +141,8 @@ pub struct Metrics {
     pub denials: Family<DenialLabels, Counter>,
     /// What policies would have done that are only tried.
     pub dry_run: Family<DryRunLabels, Counter>,
+    /// AUDIT.
+    pub audit: Family<AuditLabels, Counter>,
     /// Live inbound connections.
     pub inbound: Gauge,
     /// Live outbound connections.
@@ -137,6 +155,8 @@ pub struct Metrics {
     pub elsewhere: Family<ElsewhereLabels, Counter>,
     /// Live inbound tunnels.
     pub tunnels: Gauge,
+    /// Pods of the node by the state of their capture. Set when asked for.
+    pub pods: Family<CaptureLabels, Gauge>,
     /// Bytes that flows buffer or have promised to peers to buffer. Set when asked for.
     pub buffered: Gauge,
     /// Pods whose buffers are more than three quarters full. Set when asked for.
@@ -162,6 +182,19 @@ pub struct Metrics {
 }
 
 impl Metrics {
+    /// Counts what a policy says that changes no verdict.
+    pub fn without_effect(&self, said: &DryRun) {
+        match said.would_be {
+            WouldBe::Audited => {
+                let rule = said.rule.map_or_else(String::new, |rule| rule.to_string());
+                self.audit.get_or_create(&AuditLabels { policy: said.policy.clone(), rule }).inc();
+            }
+            WouldBe::Denied | WouldBe::Allowed | WouldBe::NotAllowed => {
+                self.dry_run.get_or_create(&DryRunLabels::of(said)).inc();
+            }
+        }
+    }
+
     /// Registers everything.
     pub fn new(registry: &mut Registry) -> Self {
         let metrics = Self {
@@ -172,6 +205,7 @@ impl Metrics {
             sent: Family::default(),
             denials: Family::default(),
             dry_run: Family::default(),
+            audit: Family::default(),
             inbound: Gauge::default(),
             outbound: Gauge::default(),
             shed: Counter::default(),
@@ -179,6 +213,7 @@ impl Metrics {
             elsewhere: Family::default(),
             tunnels: Gauge::default(),
             buffered: Gauge::default(),
+            pods: Family::default(),
             pressed: Gauge::default(),
             log_dropped: Gauge::default(),
             dns: DnsMetrics::new(registry),
@@ -209,6 +244,11 @@ impl Metrics {
             "Connections that a policy of istio.io/dry-run would have decided",
             metrics.dry_run.clone(),
         );
+        registry.register(
+            "tulle_audit",
+            "Connections and requests that a rule of an AUDIT policy matched",
+            metrics.audit.clone(),
+        );
         registry.register("tulle_egress", "Attempts to leave the cluster", metrics.egress.clone());
         registry.register("tulle_connections_shed", "Connections refused for lack of room", metrics.shed.clone());
         registry.register("tulle_inbound_connections", "Live inbound connections", metrics.inbound.clone());
@@ -224,6 +264,7 @@ impl Metrics {
             "Endpoints of a service that could not be reached and were left for another one",
             metrics.elsewhere.clone(),
         );
+        registry.register("tulle_pods", "Pods of the node by the state of their capture", metrics.pods.clone());
         registry.register(
             "tulle_buffered_bytes",
             "Bytes buffered for connections, windows that peers were given included",

@@ -6,11 +6,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
+use tulle_proto::enrol;
+use tulle_proto::names;
 
 use crate::base::unix_now;
 use crate::cli::check::before::some;
 use crate::cli::check::objects::{Objects, annotation, condition, is_finished, label, list, meta, name, path};
-use crate::cli::check::others::is_labelled;
 use crate::cli::check::{Finding, Severity};
 
 /// The Node's condition that the agent on it writes.
@@ -278,30 +279,16 @@ fn certificates(status: &Value, now: i64) -> Vec<Finding> {
     found
 }
 
-/// Whether labels want a pod in the mesh; the pod's own count first. The rule of namespaces of the system is in `enrol`.
+/// Whether labels want a pod in the mesh. What the mesh does by default about egress is not known here.
 fn is_wanted(objects: &Objects, pod: &Value, root: &str) -> bool {
     if pod["spec"]["hostNetwork"] == true || is_finished(pod) {
         return false;
     }
-    let namespace = objects.one("Namespace", "", meta(pod, "namespace"));
-    if namespace.is_some_and(|namespace| {
-        label(namespace, "tulle.dev/egress").is_some_and(|egress| !matches!(egress, "audit" | "allow"))
-    }) {
-        return true;
-    }
-    let of_namespace = namespace.is_some_and(is_labelled);
-    if !of_namespace
-        && matches!(meta(pod, "namespace"), of if of == "kube-system" || of == "istio-system" || of == root)
-    {
-        return false;
-    }
-    match (label(pod, "tulle.dev/mesh"), label(pod, "istio.io/dataplane-mode")) {
-        (Some("enabled"), _) => true,
-        (Some("disabled"), _) => false,
-        (_, Some("ambient")) => true,
-        (_, Some("none")) => false,
-        _ => of_namespace,
-    }
+    let name = meta(pod, "namespace");
+    let namespace = objects.one("Namespace", "", name);
+    let closed = enrol::is_closed(namespace.and_then(|it| label(it, names::LABEL_EGRESS)), false);
+    let of_namespace = namespace.and_then(|it| enrol::wish(|key| label(it, key)));
+    enrol::is_enrolled(closed, enrol::is_system(name, root), of_namespace, enrol::wish(|key| label(pod, key)))
 }
 
 /// Pods that labels want in the mesh and that are not, and the other way around.

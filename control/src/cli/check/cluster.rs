@@ -9,6 +9,7 @@ use http::Request;
 use kube::Client;
 use serde_json::{Value, json};
 
+use crate::base::causes;
 use crate::cli::Failure;
 use crate::cli::check::objects::{MOST, Objects};
 use crate::cli::connect::{Flags, runtime};
@@ -117,18 +118,7 @@ async fn send(client: &Client, request: http::Result<Request<Vec<u8>>>) -> Resul
     match tokio::time::timeout(PATIENCE, client.request::<Value>(request)).await {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(kube::Error::Api(status))) => Err(Refused { code: status.code, text: status.message.clone() }),
-        Ok(Err(error)) => {
-            // The outermost error is often only "error trying to connect".
-            let mut text = error.to_string();
-            let mut source = std::error::Error::source(&error);
-            while let Some(inner) = source {
-                if !text.contains(&inner.to_string()) {
-                    text.push_str(&format!(": {inner}"));
-                }
-                source = inner.source();
-            }
-            Err(refused(text))
-        }
+        Ok(Err(error)) => Err(refused(causes(&error))),
         Err(_) => Err(refused(format!("no answer within {} s", PATIENCE.as_secs()))),
     }
 }

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
+use tulle_proto::enrol;
 
 use crate::cli::check::before::some;
 use crate::cli::check::objects::{Objects, annotation, is_finished, label, list, name, selects, workload};
@@ -27,7 +28,7 @@ pub(super) fn findings(objects: &Objects, namespace: &str, root: &str) -> Vec<Fi
     if own.is_some_and(is_labelled) {
         found.push(Finding::new(Severity::Note, "namespace", object.clone(), "it is labelled already"));
     }
-    if matches!(namespace, "kube-system" | "istio-system") || namespace == root {
+    if enrol::is_system(namespace, root) {
         found.push(
             Finding::new(
                 Severity::Warning,

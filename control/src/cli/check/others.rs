@@ -5,6 +5,7 @@
 use std::collections::BTreeSet;
 
 use serde_json::Value;
+use tulle_proto::enrol;
 
 use crate::cli::check::before::some;
 use crate::cli::check::objects::{Objects, annotation, containers, label, list, meta, name, path};
@@ -172,11 +173,7 @@ pub(super) fn sidecar(pod: &Value) -> Option<&'static str> {
 
 /// Whether a namespace's label says that its pods are in the mesh.
 pub(super) fn is_labelled(namespace: &Value) -> bool {
-    match label(namespace, "tulle.dev/mesh") {
-        Some("enabled") => true,
-        Some("disabled") => false,
-        _ => label(namespace, "istio.io/dataplane-mode") == Some("ambient"),
-    }
+    enrol::wish(|key| label(namespace, key)) == Some(true)
 }
 
 fn meshes(objects: &Objects) -> Vec<Finding> {

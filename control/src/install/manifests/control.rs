@@ -1,6 +1,6 @@
 //! The control plane's objects. Its pods need no privilege: they read the API server and answer nodes.
 //!
-//! HTTP stays inside the pod (dumps of the mesh are not for everybody), so that probes are commands.
+//! HTTP stays inside the pod (dumps of the mesh are not for everybody) but for metrics, so that probes are commands.
 
 use serde_json::{Value, json};
 
@@ -14,15 +14,35 @@ pub(super) fn objects(input: &Input<'_>) -> Vec<Value> {
         "name": "grpc", "port": 15012, "targetPort": "grpc", "protocol": "TCP", "appProtocol": "tls",
     }]);
     let chosen = &input.values.control;
-    vec![
+    let mut objects = vec![
         json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": meta()}),
         json!({
             "apiVersion": "v1", "kind": "Service", "metadata": meta(),
             "spec": {"selector": selector(NAME), "ports": ports},
         }),
         disruption_budget(meta(), chosen.min_available, NAME),
-        deployment(meta(), chosen.replicas, NAME, template(input.labels(NAME), &chosen.pod_annotations, pod(input))),
-    ]
+    ];
+    if chosen.metrics.enabled && !chosen.metrics.from.is_empty() {
+        objects.push(network_policy(meta(), &chosen.metrics.from));
+    }
+    let template = template(input.labels(NAME), &chosen.pod_annotations, pod(input));
+    objects.push(deployment(meta(), chosen.replicas, NAME, template));
+    objects
+}
+
+/// Nodes from anywhere, because they prove who they are; collectors of metrics from where they are said to be.
+fn network_policy(meta: Value, from: &[Value]) -> Value {
+    json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": meta,
+        "spec": {
+            "podSelector": {"matchLabels": selector(NAME)},
+            "policyTypes": ["Ingress"],
+            "ingress": [
+                {"ports": [{"port": 15012, "protocol": "TCP"}]},
+                {"ports": [{"port": 15014, "protocol": "TCP"}], "from": from},
+            ],
+        },
+    })
 }
 
 fn pod(input: &Input<'_>) -> Value {
@@ -46,10 +66,11 @@ fn pod(input: &Input<'_>) -> Value {
 fn container(input: &Input<'_>) -> Value {
     let values = input.values;
     let chosen = &values.control;
-    let own = map(&[
+    let mut own = map(&[
         ("TULLE_CONTROL_SOURCE", "kube"),
         ("TULLE_CONTROL_CA_DIR", "/var/run/tulle/ca"),
         ("TULLE_CONTROL_CA_SECRET", &chosen.ca_secret),
+        ("TULLE_CONTROL_CA_PLUGGED_SECRET", &chosen.plugged_ca_secret),
         ("TULLE_CONTROL_TRUST_DOMAIN", &values.trust_domain),
         ("TULLE_CONTROL_CLUSTER_DOMAIN", &values.cluster_domain),
         ("TULLE_CONTROL_CLUSTER_ID", &values.cluster_id),
@@ -59,6 +80,12 @@ fn container(input: &Input<'_>) -> Value {
         ("RUST_LOG", &values.log.level),
         ("LOG_FORMAT", &values.log.format),
     ]);
+    let mut ports = vec![json!({"name": "grpc", "containerPort": 15012, "protocol": "TCP"})];
+    if chosen.metrics.enabled {
+        // Filled in by the kubelet, from the pod's own address.
+        own.insert("TULLE_CONTROL_METRICS_LISTEN".to_owned(), "$(INSTANCE_IP)".to_owned());
+        ports.push(json!({"name": "metrics", "containerPort": 15014, "protocol": "TCP"}));
+    }
     let probe = |what: &str, period: u32, timeout: u32, failures: u32| {
         json!({
             "exec": {"command": ["/usr/local/bin/control", "probe", what]},
@@ -71,7 +98,7 @@ fn container(input: &Input<'_>) -> Value {
         "imagePullPolicy": input.pull_policy(),
         "command": ["/usr/local/bin/control", "serve"],
         "env": env(&[&own, &chosen.env]),
-        "ports": [{"name": "grpc", "containerPort": 15012, "protocol": "TCP"}],
+        "ports": ports,
         "startupProbe": probe("live", 2, 5, 60),
         "readinessProbe": probe("ready", 5, 5, 3),
         "livenessProbe": probe("live", 20, 10, 6),

@@ -53,6 +53,8 @@ const CONTROL: &str = "tulle-control";
 const NODE: &str = "tulle-ztunnel";
 /// The name in the table of the Secret that `control.caSecret` names.
 const CA_SECRET: &str = "tulle-ca";
+/// That of the Secret that `control.pluggedCaSecret` names.
+const PLUGGED_SECRET: &str = "cacerts";
 
 /// All rules, in the order of the roles.
 const PERMISSIONS: &[Permission] = &[
@@ -138,6 +140,7 @@ const PERMISSIONS: &[Permission] = &[
         "the first replica makes the two below; a name cannot be asked for where an object is made",
     ),
     own("", &["secrets"], &[CA_SECRET], &["get", "list", "watch", "update"], "keys of the certificate authority"),
+    own("", &["secrets"], &[PLUGGED_SECRET], READ, "an intermediate of another CA, if there is one"),
     own(
         "",
         &["configmaps"],
@@ -206,14 +209,21 @@ fn meta(input: &Input<'_>, name: &str, component: &str, namespaced: bool) -> Val
 }
 
 fn role(input: &Input<'_>, name: &str, component: &str, namespaced: bool) -> Value {
-    let rules = PERMISSIONS.iter().filter(|one| one.role == name && one.namespaced == namespaced).map(|one| {
+    let chosen = |name: &&'static str| match *name {
+        CA_SECRET => input.values.control.ca_secret.as_str(),
+        PLUGGED_SECRET => input.values.control.plugged_ca_secret.as_str(),
+        name => name,
+    };
+    let rules = PERMISSIONS.iter().filter(|one| one.role == name && one.namespaced == namespaced).filter_map(|one| {
         let mut rule = json!({"apiGroups": [one.group], "resources": one.resources, "verbs": one.verbs});
         if !one.names.is_empty() {
-            let chosen =
-                |name: &&'static str| if *name == CA_SECRET { input.values.control.ca_secret.as_str() } else { *name };
-            rule["resourceNames"] = one.names.iter().map(chosen).collect();
+            let names: Vec<_> = one.names.iter().map(chosen).filter(|name| !name.is_empty()).collect();
+            if names.is_empty() {
+                return None;
+            }
+            rule["resourceNames"] = names.into();
         }
-        rule
+        Some(rule)
     });
     json!({
         "apiVersion": format!("{API}/v1"),

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
+use tulle_proto::enrol;
 use tulle_proto::names;
 
 /// Labels as they are.
@@ -47,10 +48,9 @@ impl Change<'_> {
 
 /// Whether nothing may leave the namespace. A word that nobody knows closes, as the proxies have it.
 fn closed(one: &Labelled, by_default: bool) -> bool {
-    match one.labels.get(names::LABEL_EGRESS).map(String::as_str) {
-        Some(mode) => !matches!(mode, "allow" | "audit"),
-        None => by_default && !matches!(one.name.as_str(), "kube-system" | "istio-system"),
-    }
+    let egress = one.labels.get(names::LABEL_EGRESS).map(String::as_str);
+    // The root namespace is the caller's matter.
+    enrol::is_closed(egress, by_default && !enrol::is_system(&one.name, ""))
 }
 
 /// Namespaces that open when Tulle goes. `by_default`: those without a label are closed, the root namespace aside.

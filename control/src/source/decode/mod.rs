@@ -8,6 +8,7 @@ mod core;
 #[cfg(test)]
 mod crds;
 mod egress;
+mod filter;
 mod network;
 mod policy;
 mod route;
@@ -134,8 +135,8 @@ fn decoder(group: &str, kind: &str) -> Option<Decode> {
         ("gateway.networking.k8s.io", "HTTPRoute") => |at, m, e| plain(route::route(RouteKind::Http, at, m), e),
         ("gateway.networking.k8s.io", "GRPCRoute") => |at, m, e| plain(route::route(RouteKind::Grpc, at, m), e),
         ("gateway.networking.k8s.io", "ReferenceGrant") => |_, m, e| unenforced("ReferenceGrant", m, e),
-        ("tulle.dev", "HTTPFault") => |at, m, e| plain(route::fault(at, m), e),
-        ("tulle.dev", "HTTPRateLimit") => |at, m, e| plain(route::rate_limit(at, m), e),
+        ("tulle.dev", "HTTPFault") => |at, m, e| plain(filter::fault(at, m), e),
+        ("tulle.dev", "HTTPRateLimit") => |at, m, e| plain(filter::rate_limit(at, m), e),
         ("networking.istio.io", "DestinationRule") => |at, m, e| plain(traffic::destination_rule(at, m), e),
         ("networking.istio.io", "ServiceEntry") => egress::entry,
         ("security.istio.io", "RequestAuthentication") => traffic::request_authentication,

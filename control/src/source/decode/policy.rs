@@ -25,7 +25,9 @@ pub(super) fn authorization(at: &Cursor<'_>, meta: Meta, error: Option<FieldErro
     let spec = at.get("spec");
     let read = error.map_or_else(|| authorization_spec(&spec, &meta), Err);
     let (spec, error) = or_unreadable(read, authorization_target(&spec));
-    let policy = AuthorizationPolicy { meta, spec };
+    let audits = at.get("spec").get("action").text().is_ok_and(|action| action == Some("AUDIT"));
+    let without_effect = audits || dry_run(&meta);
+    let policy = AuthorizationPolicy { meta, spec, without_effect };
     Ok((Object::AuthorizationPolicy(Arc::new(policy)), error))
 }
 
@@ -52,9 +54,12 @@ fn authorization_spec(spec: &Cursor<'_>, meta: &Meta) -> Read<AuthorizationSpec>
     Ok(AuthorizationSpec {
         target: authorization_target(spec)?,
         action,
-        dry_run: meta.annotation("istio.io/dry-run") == Some("true"),
         rules: rules.iter().map(|at| rule(at, meta)).collect::<Read<_>>()?,
     })
+}
+
+fn dry_run(meta: &Meta) -> bool {
+    meta.annotation("istio.io/dry-run") == Some("true")
 }
 
 pub(super) fn authorization_target(spec: &Cursor<'_>) -> Read<Target> {

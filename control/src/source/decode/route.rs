@@ -1,4 +1,4 @@
-//! HTTPRoute and GRPCRoute, and the objects of `tulle.dev` that their filters may name.
+//! HTTPRoute and GRPCRoute; what single filters say is in `filter`.
 //!
 //! What the API server's schema would refuse (a number where a string belongs) refuses the object. What it would take and we
 //! cannot carry out (an expression that does not compile, a filter that we do not have) is kept as the problem of its rule:
@@ -9,9 +9,10 @@ use std::sync::Arc;
 use regex::RegexBuilder;
 
 use crate::model::{
-    BackendRef, HeaderChanges, HttpFault, HttpRateLimit, Meta, Object, ParentRef, PathChange, PathMatch, Route,
-    RouteFilter, RouteKind, RouteMatch, RouteRetry, RouteRule, Wanted,
+    BackendRef, HeaderChanges, Meta, Object, ParentRef, PathChange, PathMatch, Route, RouteFilter, RouteKind,
+    RouteMatch, RouteRetry, RouteRule, Wanted,
 };
+use crate::source::decode::filter;
 use crate::source::tree::{Cursor, Read};
 
 /// The API's limits.
@@ -24,7 +25,7 @@ const MAX_EXPRESSION: usize = 256 * 1024;
 const MAX_WEIGHT: i64 = 1_000_000;
 
 /// The first problem of a rule; the rest is read all the same.
-type Problem = Option<String>;
+pub(super) type Problem = Option<String>;
 
 pub(super) fn route(kind: RouteKind, at: &Cursor<'_>, meta: Meta) -> Read<Object> {
     let spec = at.get("spec");
@@ -39,7 +40,7 @@ pub(super) fn route(kind: RouteKind, at: &Cursor<'_>, meta: Meta) -> Read<Object
     Ok(Object::Route(Arc::new(Route { kind, meta, parents, rules })))
 }
 
-fn bounded<'a>(at: &Cursor<'a>, most: usize) -> Read<Vec<Cursor<'a>>> {
+pub(super) fn bounded<'a>(at: &Cursor<'a>, most: usize) -> Read<Vec<Cursor<'a>>> {
     let items = at.list()?;
     if items.len() > most {
         return Err(at.error(format!("has {} items; at most {most} are allowed", items.len())));
@@ -126,7 +127,7 @@ fn incompatible(rule: &RouteRule, at: &Cursor<'_>) -> Problem {
     twice.then(|| filters.error("has a filter twice that may be there once").to_string())
 }
 
-fn note(problem: &mut Problem, at: &Cursor<'_>, message: &str) {
+pub(super) fn note(problem: &mut Problem, at: &Cursor<'_>, message: &str) {
     if problem.is_none() {
         *problem = Some(at.error(message).to_string());
     }
@@ -249,6 +250,10 @@ fn filters(at: &Cursor<'_>, problem: &mut Problem) -> Read<Vec<RouteFilter>> {
                 let path = path_change(&at.get("path"), problem)?;
                 filters.push(RouteFilter::Rewrite { hostname: at.get("hostname").text_or_empty()?, path });
             }
+            "CORS" if filters.iter().any(|one| matches!(one, RouteFilter::Cors(_))) => {
+                note(problem, &kind, "comes twice in a rule");
+            }
+            "CORS" => filters.push(RouteFilter::Cors(filter::cors(&item.get("cors"), problem)?)),
             "RequestMirror" => filters.push(mirror(&item.get("requestMirror"), problem)?),
             "ExtensionRef" => {
                 let at = item.get("extensionRef");
@@ -357,7 +362,13 @@ fn backend(at: &Cursor<'_>, in_rule: bool, problem: &mut Problem) -> Read<Backen
     }
     let filters = if in_rule { filters(&at.get("filters"), problem)? } else { Vec::new() };
     if filters.iter().any(|filter| {
-        matches!(filter, RouteFilter::Redirect { .. } | RouteFilter::Mirror { .. } | RouteFilter::Extension { .. })
+        matches!(
+            filter,
+            RouteFilter::Redirect { .. }
+                | RouteFilter::Mirror { .. }
+                | RouteFilter::Extension { .. }
+                | RouteFilter::Cors(_)
+        )
     }) {
         note(problem, &at.get("filters"), "a backend takes header modifiers and URLRewrite only");
     }
@@ -418,83 +429,4 @@ pub(super) fn milliseconds(text: &str) -> Option<u32> {
         }
     }
     None
-}
-
-pub(super) fn fault(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
-    let spec = at.get("spec");
-    spec.only(&["delay", "abort"])?;
-    let (delay_at, abort_at) = (spec.get("delay"), spec.get("abort"));
-    delay_at.only(&["duration", "percent"])?;
-    abort_at.only(&["httpStatus", "grpcStatus", "percent"])?;
-    let mut problem = None;
-    let delay = match delay_at.is_absent() {
-        true => None,
-        false => Some((duration(&delay_at.get("duration"), &mut problem)?, percent(&delay_at.get("percent"))?)),
-    };
-    if let Some(problem) = problem {
-        return Err(delay_at.error(problem));
-    }
-    let abort = match abort_at.is_absent() {
-        true => None,
-        false => {
-            let (http, grpc) = (abort_at.get("httpStatus").int()?, abort_at.get("grpcStatus").int()?);
-            let http = match http {
-                None => 0,
-                Some(status @ 200..=599) => u16::try_from(status).unwrap_or_default(),
-                Some(other) => return Err(abort_at.error(format!("httpStatus {other} is not from 200 to 599"))),
-            };
-            let grpc = u32::try_from(grpc.unwrap_or(0)).ok().filter(|code| *code <= 16);
-            let grpc = grpc.ok_or_else(|| abort_at.error("grpcStatus is not from 0 to 16"))?;
-            if (http == 0) == (grpc == 0) {
-                return Err(abort_at.error("needs one of httpStatus and grpcStatus"));
-            }
-            Some((http, grpc, percent(&abort_at.get("percent"))?))
-        }
-    };
-    Ok(Object::HttpFault(Arc::new(HttpFault { meta, delay, abort })))
-}
-
-/// 0 to 100, with a fraction; in millionths. Absent: 0, as in Istio, so that a fault is never an accident.
-fn percent(at: &Cursor<'_>) -> Read<u32> {
-    use crate::source::tree::Value;
-    let value = match at.value() {
-        None | Some(Value::Null) => 0.0,
-        Some(Value::Int(value)) => *value as f64,
-        Some(Value::Float(value)) => *value,
-        Some(_) => return Err(at.error("must be a number from 0 to 100")),
-    };
-    if !(0.0..=100.0).contains(&value) {
-        return Err(at.error(format!("{value} is not from 0 to 100")));
-    }
-    Ok((value * 10_000.0).round() as u32)
-}
-
-pub(super) fn rate_limit(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
-    let spec = at.get("spec");
-    spec.only(&["requests", "interval", "burst", "per"])?;
-    let requests_at = spec.get("requests");
-    let count = |at: &Cursor<'_>| -> Read<u32> {
-        let value = at.int()?.unwrap_or(0);
-        u32::try_from(value).map_err(|_| at.error(format!("{value} is out of range")))
-    };
-    let requests = count(&requests_at)?;
-    if requests == 0 {
-        return Err(requests_at.error("must be at least 1"));
-    }
-    let interval_at = spec.get("interval");
-    let interval_ms = match interval_at.text()? {
-        None => 1_000,
-        Some(text) => match milliseconds(text) {
-            Some(value) if value > 0 => value,
-            _ => return Err(interval_at.error(format!("`{text}` is no duration such as 1s or 1m"))),
-        },
-    };
-    let per = spec.get("per");
-    let per_identity = match per.text()? {
-        None | Some("Route") => false,
-        Some("Identity") => true,
-        Some(other) => return Err(per.error(format!("`{other}` is neither Route nor Identity"))),
-    };
-    let burst = count(&spec.get("burst"))?;
-    Ok(Object::HttpRateLimit(Arc::new(HttpRateLimit { meta, requests, interval_ms, burst, per_identity })))
 }

@@ -10,6 +10,7 @@ use kube::Client;
 use kube::client::Body;
 use tokio::time::timeout;
 
+use crate::base::causes;
 use crate::source::kube::kinds::Kind;
 
 /// Largest answer in one piece, bytes: 500 pods have some 5 MB. Beyond it a page is asked for with fewer objects.
@@ -143,18 +144,7 @@ pub fn refused(status: u16, message: &str, what: &str) -> Failure {
 }
 
 fn broken(what: &str, error: &(dyn std::error::Error + 'static)) -> Failure {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    // The cause says it: "connection refused", "invalid peer certificate".
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    Failure::Other(format!("the API server cannot be asked about {what} ({text}); it is asked again"))
+    Failure::Other(format!("the API server cannot be asked about {what} ({}); it is asked again", causes(error)))
 }
 
 /// The RBAC resource of a kind, as sentences name it.

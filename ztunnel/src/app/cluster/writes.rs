@@ -131,7 +131,7 @@ impl Writes {
             return;
         }
         let captured = status.iter().filter(|pod| pod.capture == "Captured").count();
-        let condition = Condition::of(&agent.answers.pending(), captured);
+        let condition = Condition::of(&agent.answers.pending(), &agent.answers.pods.failing(), captured);
         if !self.schedule.is_due(&condition, self.began.elapsed()) {
             return;
         }

@@ -16,6 +16,7 @@ use crate::inbound::explained_request;
 use crate::lb::Destinations;
 use crate::outbound::explained::{Becomes, Explained, explained};
 use crate::outbound::waypoint_decides;
+use crate::outcome::DryRun;
 use crate::state::{Snapshot, Workload};
 
 /// Most headers and bytes of a head; nobody asks about more.
@@ -132,7 +133,7 @@ pub(super) fn entering(
             answer.text = verdict.text();
             answer.policy = verdict.policy.as_deref().unwrap_or_default().to_owned();
             answer.rule = rule_index(verdict.rule);
-            answer.dry_run = verdict.dry_run.iter().map(ToString::to_string).collect();
+            (answer.audit, answer.dry_run) = DryRun::texts(verdict.dry_run.iter());
         }
         Err((status, outcome)) => {
             said.status = status.into();

@@ -285,12 +285,14 @@ impl Taking {
     pub async fn captured(&self, pods: &Pods) {
         let deadline = Instant::now() + CAPTURE;
         let ready = async {
-            while !pods.pending().is_empty() || !lock(&self.taken.pods).is_empty() {
+            // A pod that fails may have lost a race for its sockets, and the process before this one still serves it.
+            let waits = || !pods.looked() || !pods.pending().is_empty() || !pods.failing().is_empty();
+            while waits() || !lock(&self.taken.pods).is_empty() {
                 sleep(LOOK).await;
             }
         };
         if timeout_at(deadline, ready).await.is_err() {
-            tracing::warn!(pending = ?pods.pending(), "taking over although not everything is as it should be");
+            tracing::warn!(pending = ?pods.pending(), failing = ?pods.failing(), "taking over although not everything is as it should be");
         }
     }
 

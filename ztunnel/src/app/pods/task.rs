@@ -85,6 +85,7 @@ impl PodTask {
                 }
                 (None, false) => self.stay_out(&wanted).await,
             };
+            self.post(|entry| entry.tried = Some(done.clone()));
             let again = match done {
                 Ok(()) => {
                     pause = RETRY.0;
@@ -157,6 +158,7 @@ impl PodTask {
             datagrams: None,
             fence: None,
             served: false,
+            tried: None,
         });
         change(entry);
     }

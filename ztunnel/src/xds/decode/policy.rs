@@ -80,6 +80,7 @@ fn decode(
     let action = match field::known("action", from.action)? {
         wire::Action::Allow => Action::Allow,
         wire::Action::Deny => Action::Deny,
+        wire::Action::Audit => Action::Audit,
     };
     let mut rules = Vec::with_capacity(from.rules.len());
     for rule in from.rules {

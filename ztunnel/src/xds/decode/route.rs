@@ -15,9 +15,9 @@ use tulle_proto::mesh::route_filter::Filter;
 use tulle_proto::mesh::{route_path, route_value};
 
 use crate::state::{
-    Abort, Backend, Fault, Filters, GRPC_ROUTE, HTTP_ROUTE, HeaderChanges, Mirror, PathChange, PathMatch, Pattern,
-    RateLimit, Redirect, Retry, Rewrite, Route, RouteKind, RouteMatch, RouteParent, RouteRule, ServiceName, Turns,
-    Wanted,
+    Abort, Backend, Cors, Fault, Filters, GRPC_ROUTE, HTTP_ROUTE, HeaderChanges, Listed, Mirror, PathChange, PathMatch,
+    Pattern, RateLimit, Redirect, Retry, Rewrite, Route, RouteKind, RouteMatch, RouteParent, RouteRule, ServiceName,
+    Turns, Wanted,
 };
 use crate::xds::decode::field::{self, Strings};
 
@@ -203,6 +203,7 @@ fn filters(from: &[wire::RouteFilter], strings: &mut Strings) -> Result<Filters,
             }),
             Filter::Fault(from) => filters.fault = Some(fault(from)?),
             Filter::RateLimit(from) => filters.limits.push(rate_limit(from)),
+            Filter::Cors(from) => filters.cors = Some(Arc::new(cors(from)?)),
         }
     }
     Ok(filters)
@@ -261,6 +262,24 @@ fn fault(from: &wire::Fault) -> Result<Fault, String> {
     Ok(Fault { delay, abort: abort.map(|abort| (abort, from.abort_millionths)) })
 }
 
+fn cors(from: &wire::Cors) -> Result<Cors, String> {
+    let listed = |from: &[String]| match from {
+        [] => Ok(None),
+        [all] if all == "*" => Ok(Some(Listed::All)),
+        these => HeaderValue::from_str(&these.join(", "))
+            .map(|list| Some(Listed::These(list)))
+            .map_err(|_| "a list for CORS has what no header can say".to_owned()),
+    };
+    Ok(Cors {
+        origins: from.origins.iter().map(|origin| origin.as_str().into()).collect(),
+        credentials: from.credentials,
+        methods: listed(&from.methods)?,
+        headers: listed(&from.headers)?,
+        expose: listed(&from.expose)?,
+        max_age: from.max_age_seconds,
+    })
+}
+
 fn rate_limit(from: &wire::RateLimit) -> RateLimit {
     RateLimit {
         name: from.name.as_str().into(),
@@ -274,7 +293,8 @@ fn rate_limit(from: &wire::RateLimit) -> RateLimit {
 fn backend(from: &wire::RouteBackend, strings: &mut Strings) -> Backend {
     let read = (|| {
         let filters = filters(&from.filters, strings)?;
-        if filters.redirect.is_some() || filters.fault.is_some() || !filters.limits.is_empty() {
+        if filters.redirect.is_some() || filters.fault.is_some() || !filters.limits.is_empty() || filters.cors.is_some()
+        {
             return Err("a filter of a backend is one that only a rule may have".to_owned());
         }
         Ok((service(from.service.as_ref(), strings)?, field::port("backends.port", from.port)?, filters))
