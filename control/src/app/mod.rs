@@ -141,7 +141,7 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
             authn,
             registry: Arc::clone(&registry),
             root_namespace: serve.root_namespace.clone(),
-            gateways: knows_gateways(view.clone()),
+            gateways: knows_gateways(outputs.view.clone()),
             trust,
             stop: stop.clone(),
         },
