@@ -18,6 +18,7 @@ use crate::demo;
 use crate::demo_kube;
 use crate::dial;
 use crate::exec;
+use crate::forge;
 use crate::impostor;
 use crate::interop;
 use crate::lab::Lab;
@@ -160,6 +161,9 @@ enum Command {
     /// Answer tunnels as somebody else.
     #[command(hide = true)]
     Impostor(impostor::Options),
+    /// Send a frame that says what it likes.
+    #[command(hide = true)]
+    Forge(forge::Options),
     /// Show what the mesh does, step by step, and prove each.
     Demo(demo::Options),
     /// Show what the mesh does on a real cluster, step by step, and prove each.
@@ -291,6 +295,10 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Impostor(options) => {
             impostor::main(&options)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Forge(options) => {
+            forge::main(&options)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Demo(options) => Ok(if demo::main(&options)? { ExitCode::SUCCESS } else { ExitCode::FAILURE }),

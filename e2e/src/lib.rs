@@ -31,6 +31,7 @@ pub mod supervise;
 
 pub mod dial;
 pub mod exec;
+pub mod forge;
 pub mod impostor;
 pub mod lab;
 pub mod shop;

@@ -22,7 +22,7 @@ use crate::lab::programs_dir;
 use crate::topology;
 
 /// Long enough for a slow machine under load; nothing waits that long when all is well.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Starts a lab, or says why this machine cannot and returns none.
 ///

@@ -213,14 +213,16 @@ fn connections_that_fail_eject_and_requests_with_one_key_have_one_endpoint() -> 
          ---\napiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: nobody, namespace: shop}\n\
          spec: {host: nobody, trafficPolicy: {outlierDetection: {consecutive5xxErrors: 2, baseEjectionTime: 120s, maxEjectionPercent: 100}}}\n";
     let Some(lab) = scenario::lab(LabConfig::of(&(carts() + nobody))) else { return Ok(()) };
-    lab.apply_yaml(&rule("{loadBalancer: {consistentHash: {httpHeaderName: x-user}}}"))?;
-    let mut met = [0, 0];
-    for user in 0..12 {
-        let counts = made(&lab, 5, &["--header", &format!("x-user: user-{user}")])?.1;
-        assert!(counts == [5, 0] || counts == [0, 5], "user-{user}: {counts:?}");
-        met[usize::from(counts[1] > 0)] += 1;
+    for layout in ["ringHash: {minimumRingSize: 1024}", "maglev: {tableSize: 1009}"] {
+        lab.apply_yaml(&rule(&format!("{{loadBalancer: {{consistentHash: {{httpHeaderName: x-user, {layout}}}}}}}")))?;
+        let mut met = [0, 0];
+        for user in 0..12 {
+            let counts = made(&lab, 5, &["--header", &format!("x-user: user-{user}")])?.1;
+            assert!(counts == [5, 0] || counts == [0, 5], "{layout}, user-{user}: {counts:?}");
+            met[usize::from(counts[1] > 0)] += 1;
+        }
+        assert!(met[0] > 0 && met[1] > 0, "{layout}: all users have the same endpoint: {met:?}");
     }
-    assert!(met[0] > 0 && met[1] > 0, "all users have the same endpoint: {met:?}");
 
     // Nobody listens: every attempt is refused, by one endpoint after the other.
     eventually("every endpoint is ejected", PATIENCE, || {
@@ -229,5 +231,67 @@ fn connections_that_fail_eject_and_requests_with_one_key_have_one_endpoint() -> 
         if lines.is_empty() { Err("not yet".to_owned()) } else { Ok(()) }
     })?;
     assert_eq!(ejections(&lab, &["DestinationRule/shop/nobody"]), 2);
+    Ok(())
+}
+
+/// Routes the Service to itself with one retry after 503.
+const RETRIED: &str = "---\napiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: cart, namespace: shop}\nspec:\n\
+     \x20 parentRefs: [{kind: Service, group: '', name: cart, port: 80}]\n\
+     \x20 rules: [{retry: {codes: [503], attempts: 1, backoff: 1ms}, backendRefs: [{name: cart, port: 80}]}]\n";
+
+#[test]
+fn retries_keep_to_their_budget_new_endpoints_begin_slowly_and_sessions_stay() -> anyhow::Result<()> {
+    let Some(lab) = scenario::lab(LabConfig::of(&carts())) else { return Ok(()) };
+    lab.apply_yaml(RETRIED)?;
+    for pod in ["cart", "cart-b"] {
+        become_(&lab, pod, "status=503")?;
+    }
+    let all = |counts: [usize; 2]| counts[0] + counts[1];
+    let (reports, counts) = made(&lab, 10, &[])?;
+    assert_eq!((with_status(&reports, 503), all(counts)), (10, 20), "each is tried again");
+    // Ten minutes are longer than this test: what was spent stays spent.
+    lab.apply_yaml(&rule("{retryBudget: {percent: 0, minRetryConcurrency: 2, budgetInterval: 600s}}"))?;
+    let (reports, counts) = made(&lab, 10, &[])?;
+    assert_eq!((with_status(&reports, 503), all(counts)), (10, 12), "two are, and the others' answers stand");
+    let (_, metrics) = lab.get("node-1", 15020, "/metrics")?;
+    let counted =
+        "tulle_upstream_overflow_total{destination_service=\"cart.shop.svc.cluster.local\",kind=\"rq_retry\"} 8";
+    assert!(metrics.contains(counted), "{metrics}");
+
+    for pod in ["cart", "cart-b"] {
+        become_(&lab, pod, "")?;
+    }
+    lab.apply_yaml(&rule("{loadBalancer: {simple: ROUND_ROBIN, warmup: {duration: 3600s, minimumPercent: 1}}}"))?;
+    assert_eq!(made(&lab, 20, &[])?.1, [10, 10], "those that were there are as old as the Service");
+    lab.apply_yaml(&scenario::server("shop", "cart-c", "cart", 2))?;
+    let (reports, counts) = made(&lab, 100, &[])?;
+    scenario::all_well(&reports, 100)?;
+    assert!(all(counts) >= 80, "the new one got {} of 100 in its first minutes of an hour", 100 - all(counts));
+    lab.apply_yaml(&rule("{loadBalancer: {simple: ROUND_ROBIN}}"))?;
+    let (reports, counts) = made(&lab, 99, &[])?;
+    scenario::all_well(&reports, 99)?;
+    assert_eq!(counts, [33, 33], "without it each has a third");
+
+    // Turns would go round; who shows what it was given stays.
+    lab.apply_yaml(
+        &RETRIED.replace("rules: [{", "rules: [{sessionPersistence: {sessionName: sid, absoluteTimeout: 1h}, "),
+    )?;
+    let cookies = || -> anyhow::Result<Vec<String>> {
+        let asked = "exec 3<>/dev/tcp/cart.shop/80 && printf 'GET /work HTTP/1.1\\r\\nHost: cart.shop\\r\\nConnection: close\\r\\n\\r\\n' >&3 && cat <&3";
+        let output = lab.exec("shop/web", &["bash", "-c", asked])?;
+        let answer = String::from_utf8_lossy(&output.stdout);
+        Ok(answer.lines().filter_map(|line| line.strip_prefix("set-cookie: ").map(str::to_owned)).collect())
+    };
+    let given = cookies()?;
+    let [cookie] = &given[..] else { anyhow::bail!("cookies: {given:?}") };
+    anyhow::ensure!(cookie.ends_with("; Path=/; HttpOnly") && !cookie.contains("Max-Age"), "{cookie}");
+    let shown = format!("cookie: a=b; {}", cookie.split(';').next().unwrap_or_default());
+    let (reports, counts) = made(&lab, 12, &["--header", &shown])?;
+    scenario::all_well(&reports, 12)?;
+    assert!(matches!(counts, [12, 0] | [0, 12] | [0, 0]), "{shown}: {counts:?}");
+    // cart-c is the third; who is with it has gone to neither of the others.
+    let (reports, spread) = made(&lab, 12, &[])?;
+    scenario::all_well(&reports, 12)?;
+    assert_eq!(spread, [4, 4], "without a cookie");
     Ok(())
 }

@@ -14,7 +14,7 @@ use e2e::scenario;
 use serde_json::Value;
 use tulle_certs::ca::Authority;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 const THEIRS: &str = "spiffe://b.example/ns/shop/sa/web";
 const OURS: &str = "spiffe://cluster.local/ns/shop/sa/web";
 

@@ -25,8 +25,9 @@ use ztunnel::http::headers as hygiene;
 use ztunnel::http::{Sniffed, sniff};
 use ztunnel::policy::jwt::by_rules;
 use ztunnel::route::path::normalise;
+use ztunnel::route::session::{self, Session};
 use ztunnel::route::{RequestFacts, RoutePlan, find};
-use ztunnel::state::{Change, ServiceSpec, Snapshot, store};
+use ztunnel::state::{Backend, Change, ServiceName, ServiceSpec, SessionRule, Snapshot, store};
 use ztunnel::telemetry::trace::Context;
 use ztunnel::tls::hello::{self, Hello};
 use ztunnel::xds::decode::{self, Strings};
@@ -324,6 +325,18 @@ fn cart() -> Arc<ServiceSpec> {
     }
 }
 
+/// What a client shows of its session. What is given to it instead is a value that a header can have.
+fn show(text: &str) {
+    let cookie = Some("s".into());
+    let absolute = Some(std::time::Duration::from_secs(1 << 40));
+    let rule = SessionRule { cookie, header: None, permanent: true, absolute, idle: absolute };
+    let Some(shown) = Session::read(&rule, text, 1_000) else { return };
+    let service = ServiceName { namespace: "shop".into(), hostname: "cart.shop.svc.cluster.local".into() };
+    let backend = Backend { service, port: 80, weight: 1, filters: Default::default(), invalid: None };
+    let given = session::given(&rule, Some(&shown), &backend, &shown.endpoint, 2_000);
+    assert!(given.is_none_or(|given| HeaderValue::try_from(given).is_ok()));
+}
+
 /// What becomes of a request.
 fn follow(snapshot: &Snapshot, method: &str, target: &str, headers: &[(&str, &str)]) {
     let (path, query) = target.split_once('?').map_or((target, None), |(path, query)| (path, Some(query)));
@@ -332,6 +345,7 @@ fn follow(snapshot: &Snapshot, method: &str, target: &str, headers: &[(&str, &st
         Some((HeaderName::from_bytes(name.as_bytes()).ok()?, HeaderValue::from_str(value).ok()?))
     };
     let headers: HeaderMap = headers.iter().filter_map(header).collect();
+    headers.values().filter_map(|value| value.to_str().ok()).for_each(show);
     let facts =
         RequestFacts { method, scheme: "http", authority: "cart", port: 80, path: &path, query, headers: &headers };
     let service = snapshot.service("shop", "cart.shop.svc.cluster.local");

@@ -189,6 +189,7 @@ fn route() -> mesh::Route {
         ],
         backends: vec![mesh::RouteBackend { service: cart(), port: 80, weight: 1, ..Default::default() }],
         retry: Some(mesh::RouteRetry { attempts: 2, codes: vec![503], ..Default::default() }),
+        session: Some(mesh::RouteSession { name: "s".into(), absolute_ms: 1000, ..Default::default() }),
         ..Default::default()
     };
     let away = mesh::RouteRule {
@@ -214,6 +215,9 @@ fn traffic_policy() -> mesh::TrafficPolicy {
         balancer: mesh::Balancer::RingHash.into(),
         hash_key: Some(mesh::HashKey { key: Some(mesh::hash_key::Key::Header("x-user".into())) }),
         outlier: Some(mesh::OutlierDetection { consecutive_5xx: 5, ..Default::default() }),
+        retry_budget: Some(mesh::RetryBudget { share: 2_000, least: 3, interval_ms: 1_000 }),
+        warmup: Some(mesh::Warmup { duration_ms: 1_000, least_percent: 10, aggression: 1_000 }),
+        table_size: 1_009,
         ..Default::default()
     };
     mesh::TrafficPolicy {

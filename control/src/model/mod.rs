@@ -31,15 +31,15 @@ pub use policy::{
 };
 pub use route::{
     BackendRef, Cors, HeaderChanges, HttpFault, HttpRateLimit, ParentRef, PathChange, PathMatch, Route, RouteFilter,
-    RouteKind, RouteMatch, RouteRetry, RouteRule, Wanted,
+    RouteKind, RouteMatch, RouteRetry, RouteRule, RouteSession, Wanted,
 };
 pub use service::{
     Endpoint, EndpointSlice, Hints, LegacyEndpoints, NamedPort, Service, ServiceNames, ServicePort, SlicePort,
     TargetPort, TrafficScope, Transport,
 };
 pub use traffic::{
-    Balancer, DestinationRule, HashKey, JwtRule, OutlierDetection, RequestAuthentication, RequestAuthenticationSpec,
-    TrafficSettings,
+    Balancer, DestinationRule, HashCookie, HashKey, JwtRule, Layout, OutlierDetection, RequestAuthentication,
+    RequestAuthenticationSpec, RetryBudget, SuccessRate, TrafficSettings, Warmup,
 };
 pub use trust::TrustBundle;
 pub use workload::{ContainerPort, Namespace, Node, Phase, Pod, ServiceAccount};

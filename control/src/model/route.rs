@@ -85,8 +85,25 @@ pub struct RouteRule {
     pub backend_timeout_ms: u32,
     /// retry.
     pub retry: Option<RouteRetry>,
+    /// sessionPersistence.
+    pub session: Option<RouteSession>,
     /// A value that cannot be used, with its field.
     pub problem: Option<String>,
+}
+
+/// sessionPersistence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RouteSession {
+    /// sessionName, or one made of the route's and the rule's.
+    pub name: String,
+    /// type Header; otherwise Cookie.
+    pub header: bool,
+    /// cookieConfig.lifetimeType Permanent.
+    pub permanent: bool,
+    /// absoluteTimeout; 0: none.
+    pub absolute_ms: u32,
+    /// idleTimeout; 0: none.
+    pub idle_ms: u32,
 }
 
 /// All that is given must hold.

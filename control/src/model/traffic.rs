@@ -49,6 +49,45 @@ pub struct TrafficSettings {
     pub outlier: Option<OutlierDetection>,
     /// loadBalancer.
     pub balancer: Balancer,
+    /// retryBudget.
+    pub retry_budget: Option<RetryBudget>,
+    /// loadBalancer.warmup.
+    pub warmup: Option<Warmup>,
+    /// connectionPool.http.maxConcurrentStreams.
+    pub max_concurrent_streams: u32,
+}
+
+/// retryBudget, with its defaults filled in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RetryBudget {
+    /// percent, in hundredths.
+    pub share: u32,
+    /// minRetryConcurrency.
+    pub least: u32,
+    /// budgetInterval.
+    pub interval_ms: u32,
+}
+
+/// loadBalancer.warmup, with its defaults filled in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Warmup {
+    /// duration.
+    pub duration_ms: u32,
+    /// minimumPercent, 1 to 100.
+    pub least_percent: u32,
+    /// aggression, in thousandths.
+    pub aggression: u32,
+}
+
+/// Ejection by the share of what went well; 0 nowhere.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SuccessRate {
+    /// Least share, percent.
+    pub percent: u32,
+    /// What is counted is so old at most.
+    pub window_ms: u32,
+    /// Fewer say nothing.
+    pub least_requests: u32,
 }
 
 /// outlierDetection, with its defaults filled in.
@@ -70,6 +109,8 @@ pub struct OutlierDetection {
     pub max_ejection_percent: u32,
     /// minHealthPercent.
     pub min_health_percent: u32,
+    /// The object's annotations `tulle.dev/success-rate-*`.
+    pub success_rate: Option<SuccessRate>,
 }
 
 /// loadBalancer.
@@ -86,8 +127,17 @@ pub enum Balancer {
     LeastRequest,
     /// PASSTHROUGH.
     Passthrough,
-    /// consistentHash.
-    Hash(HashKey),
+    /// consistentHash: its key, and how keys are laid out over endpoints.
+    Hash(HashKey, Layout),
+}
+
+/// How keys are laid out over endpoints. 0: the default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// ringHash, with minimumRingSize.
+    Ring(u32),
+    /// maglev, with tableSize.
+    Maglev(u32),
 }
 
 /// What is hashed.
@@ -99,8 +149,21 @@ pub enum HashKey {
     Header(String),
     /// httpQueryParameterName.
     Query(String),
-    /// httpCookie: name, path, seconds; no seconds: the proxy sets none.
-    Cookie(String, String, Option<u32>),
+    /// httpCookie.
+    Cookie(HashCookie),
+}
+
+/// httpCookie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HashCookie {
+    /// name.
+    pub name: String,
+    /// path.
+    pub path: String,
+    /// ttl, seconds; none: the proxy sets no cookie.
+    pub seconds: Option<u32>,
+    /// attributes, each `name` or `name=value`.
+    pub attributes: Vec<String>,
 }
 
 /// Istio's RequestAuthentication.

@@ -262,6 +262,17 @@ impl<'a> Cursor<'a> {
         }
     }
 
+    /// A number, if present.
+    pub fn number(&self) -> Read<Option<f64>> {
+        match self.node.map(|node| &node.value) {
+            None | Some(Value::Null) => Ok(None),
+            // Exact up to 2^53, which no field of this kind comes near.
+            Some(Value::Int(value)) => Ok(Some(*value as f64)),
+            Some(Value::Float(value)) => Ok(Some(*value)),
+            Some(other) => Err(self.mismatch("a number", other)),
+        }
+    }
+
     /// A port, if present.
     pub fn port(&self) -> Read<Option<u16>> {
         let Some(value) = self.int()? else {

@@ -196,6 +196,13 @@ fn rule(
             backoff_ms: retry.backoff_ms,
             any_method: route.meta.annotation("tulle.dev/retry-any-method") == Some("true"),
         }),
+        session: rule.session.as_ref().map(|session| mesh::RouteSession {
+            name: session.name.clone(),
+            header: session.header,
+            permanent: session.permanent,
+            absolute_ms: session.absolute_ms,
+            idle_ms: session.idle_ms,
+        }),
         broken,
     }
 }

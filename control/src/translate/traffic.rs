@@ -9,7 +9,10 @@ use std::collections::BTreeMap;
 use tulle_proto::mesh;
 use tulle_proto::mesh::hash_key::Key;
 
-use crate::model::{Balancer, Condition, DestinationRule, HashKey, OutlierDetection, Service, TrafficSettings, World};
+use crate::model::{
+    Balancer, Condition, DestinationRule, HashKey, Layout, OutlierDetection, RetryBudget, Service, SuccessRate,
+    TrafficSettings, Warmup, World,
+};
 use crate::resource::{Kind, Resource};
 use crate::translate::route::reference;
 use crate::translate::{Settings, age};
@@ -114,7 +117,8 @@ fn traffic(from: &TrafficSettings) -> mesh::TrafficSettings {
         Balancer::Random => mesh::Balancer::Random,
         Balancer::LeastRequest => mesh::Balancer::LeastRequest,
         Balancer::Passthrough => mesh::Balancer::Passthrough,
-        Balancer::Hash(_) => mesh::Balancer::RingHash,
+        Balancer::Hash(_, Layout::Ring(_)) => mesh::Balancer::RingHash,
+        Balancer::Hash(_, Layout::Maglev(_)) => mesh::Balancer::Maglev,
     };
     mesh::TrafficSettings {
         max_connections: from.max_connections,
@@ -129,9 +133,22 @@ fn traffic(from: &TrafficSettings) -> mesh::TrafficSettings {
         outlier: from.outlier.as_ref().map(outlier),
         balancer: balancer.into(),
         hash_key: match &from.balancer {
-            Balancer::Hash(key) => hash_key(key),
+            Balancer::Hash(key, _) => hash_key(key),
             _ => None,
         },
+        table_size: match &from.balancer {
+            Balancer::Hash(_, Layout::Ring(size) | Layout::Maglev(size)) => *size,
+            _ => 0,
+        },
+        retry_budget: from.retry_budget.as_ref().map(|budget| {
+            let RetryBudget { share, least, interval_ms } = *budget;
+            mesh::RetryBudget { share, least, interval_ms }
+        }),
+        warmup: from.warmup.as_ref().map(|warmup| {
+            let Warmup { duration_ms, least_percent, aggression } = *warmup;
+            mesh::Warmup { duration_ms, least_percent, aggression }
+        }),
+        max_concurrent_streams: from.max_concurrent_streams,
     }
 }
 
@@ -140,11 +157,12 @@ fn hash_key(key: &HashKey) -> Option<mesh::HashKey> {
         HashKey::SourceIp => return None,
         HashKey::Header(name) => Key::Header(name.clone()),
         HashKey::Query(name) => Key::Query(name.clone()),
-        HashKey::Cookie(name, path, seconds) => Key::Cookie(mesh::Cookie {
-            name: name.clone(),
-            path: path.clone(),
-            ttl_seconds: seconds.unwrap_or_default(),
-            passive: seconds.is_none(),
+        HashKey::Cookie(cookie) => Key::Cookie(mesh::Cookie {
+            name: cookie.name.clone(),
+            path: cookie.path.clone(),
+            ttl_seconds: cookie.seconds.unwrap_or_default(),
+            passive: cookie.seconds.is_none(),
+            attributes: cookie.attributes.clone(),
         }),
     };
     Some(mesh::HashKey { key: Some(key) })
@@ -160,5 +178,9 @@ fn outlier(from: &OutlierDetection) -> mesh::OutlierDetection {
         base_ejection_ms: from.base_ejection_ms,
         max_ejection_percent: from.max_ejection_percent,
         min_health_percent: from.min_health_percent,
+        success_rate: from.success_rate.as_ref().map(|rate| {
+            let SuccessRate { percent, window_ms, least_requests } = *rate;
+            mesh::SuccessRate { percent, window_ms, least_requests }
+        }),
     }
 }

@@ -10,7 +10,7 @@ mod plugin;
 mod state;
 mod writes;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -290,7 +290,7 @@ impl Turn {
             if locating.is_empty()
                 && let Some(sought) = state.seek(now)
             {
-                locating.spawn(locate(agent.settings.proc.clone(), sought));
+                locating.spawn(locate(agent.settings.proc.clone(), sought, state.runtime_uids()));
             }
             let known = state.view.listed().1.then(|| state.view.known_to_plugin().encode());
             (steps.list, steps.probe_ports, steps.moving, state.saved(), known)
@@ -355,7 +355,7 @@ async fn blocking(work: impl FnOnce() -> Result<(), String> + Send + 'static) ->
 }
 
 /// Looks for the networks of pods: where the plugin said, else at processes.
-async fn locate(proc: PathBuf, sought: Vec<state::Wanted>) -> Vec<Located> {
+async fn locate(proc: PathBuf, sought: Vec<state::Wanted>, known: HashSet<String>) -> Vec<Located> {
     let mut located = Vec::new();
     let mut by_cgroup: Vec<(String, Sought, Option<String>)> = Vec::new();
     for wanted in sought {
@@ -375,7 +375,7 @@ async fn locate(proc: PathBuf, sought: Vec<state::Wanted>) -> Vec<Located> {
         return located;
     }
     let pods: Vec<Sought> = by_cgroup.iter().map(|(_, sought, _)| sought.clone()).collect();
-    let mut results = match by_process(proc, pods).await {
+    let mut results = match by_process(proc, pods, known).await {
         Ok(results) => results.into_iter().map(|(_, result)| result).collect::<Vec<_>>().into_iter(),
         Err(error) => {
             let all = vec![Err(error.to_string()); by_cgroup.len()];
@@ -405,5 +405,6 @@ fn entry(pod: &crate::cluster::pod::Member) -> Pod {
         handle: None,
         by_agent: false,
         lost: None,
+        closed: false,
     }
 }

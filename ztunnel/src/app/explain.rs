@@ -543,6 +543,7 @@ mod tests {
             request_timeout: None,
             backend_timeout: None,
             retry: None,
+            session: None,
             broken: None,
             turns: Arc::default(),
         };

@@ -35,6 +35,8 @@ pub struct Fence {
 struct State {
     /// Interfaces by pod uid.
     pods: BTreeMap<String, BTreeSet<String>>,
+    /// Those of these pods that have other ways out, too.
+    partly: BTreeSet<String>,
     /// Interfaces that were fenced before this process, of pods that it has not looked at.
     before: BTreeSet<String>,
     /// Those of all these that were ports of a bridge when they were looked at, and of which one.
@@ -45,6 +47,29 @@ struct State {
     routes: bool,
     /// What is installed.
     installed: Option<String>,
+    /// It is known what was fenced before this process.
+    looked_back: bool,
+}
+
+impl State {
+    /// Finds out what was fenced before this process, once.
+    async fn look_back(&mut self, node: &Netns) -> Result<(), String> {
+        if self.looked_back {
+            return Ok(());
+        }
+        let failed = |error: std::io::Error| error.to_string();
+        let held: BTreeSet<String> = self.pods.values().flatten().cloned().collect();
+        let links = fence::interfaces(node).await.map_err(failed)?;
+        let (before, own) = fence::fenced(node).await.map_err(failed)?;
+        self.routes = fence::knows_routes(node).await;
+        self.bridged.extend(fence::bridged(&before, &links));
+        for (name, addresses) in own {
+            self.own.entry(name).or_insert(addresses);
+        }
+        self.before.extend(before.difference(&held).cloned());
+        self.looked_back = true;
+        Ok(())
+    }
 }
 
 impl Fence {
@@ -52,11 +77,10 @@ impl Fence {
     pub async fn new(on: bool, reader: Reader) -> Arc<Self> {
         let node = on.then(|| Netns::open(Path::new("/proc/self/ns/net")).ok()).flatten();
         let mut state = State::default();
-        if let Some(node) = &node {
-            (state.before, state.own) = fence::fenced(node).await;
-            state.routes = fence::knows_routes(node).await;
-            let links = fence::interfaces(node).await.unwrap_or_default();
-            state.bridged = fence::bridged(&state.before, &links);
+        if let Some(node) = &node
+            && let Err(error) = state.look_back(node).await
+        {
+            tracing::warn!(%error, "what is fenced cannot be seen; nothing is changed before it can");
         }
         Arc::new(Self { node, reader, state: Mutex::new(state) })
     }
@@ -64,31 +88,42 @@ impl Fence {
     /// Takes a pod with these `addresses` into the fence; done when that is in force.
     ///
     /// # Errors
-    /// Why it is not.
+    /// Why it is not, or not wholly: what can be held is held all the same.
     pub async fn hold(&self, uid: &str, addresses: &[IpAddr], pod: &Netns) -> Result<(), String> {
         let Some(node) = &self.node else { return Err("the fence is switched off (TULLE_FENCE)".to_owned()) };
         if fence::is_broken() {
             return Ok(());
         }
         let mut state = self.state.lock().await;
-        if state.pods.contains_key(uid) {
+        if state.pods.contains_key(uid) && !state.partly.contains(uid) {
             return Ok(());
         }
         let failed = |error: std::io::Error| error.to_string();
         let inner = fence::interfaces(pod).await.map_err(failed)?;
         let outer = fence::interfaces(node).await.map_err(failed)?;
-        let ends = fence::ends(&inner, &outer)?;
+        let (ends, problem) = fence::ends(&inner, &outer);
+        let problem = problem.map_or(Ok(()), Err);
+        if ends.is_empty() {
+            return problem;
+        }
         state.before.retain(|name| !ends.contains(name));
         state.bridged.extend(fence::bridged(&ends, &outer));
         let own: BTreeSet<IpAddr> = addresses.iter().map(IpAddr::to_canonical).collect();
         state.own.extend(ends.iter().map(|name| (name.clone(), own.clone())));
-        state.pods.insert(uid.to_owned(), ends);
-        let done = self.bring(node, &mut state).await;
-        if done.is_err() {
-            // Asked again, it is tried again.
-            state.pods.remove(uid);
+        // What was an end of it stays one, however it looks now.
+        state.pods.entry(uid.to_owned()).or_default().extend(ends);
+        if problem.is_err() {
+            state.partly.insert(uid.to_owned());
+        } else {
+            state.partly.remove(uid);
         }
-        done
+        if let Err(error) = self.bring(node, &mut state).await {
+            // Asked again, it is tried again.
+            let ends = state.pods.remove(uid).unwrap_or_default();
+            state.before.extend(ends);
+            return Err(error);
+        }
+        problem
     }
 
     /// Lets a pod out of the fence, which control says is open.
@@ -96,10 +131,11 @@ impl Fence {
         let Some(node) = &self.node else { return };
         let mut state = self.state.lock().await;
         let mut changed = state.pods.remove(uid).is_some();
+        state.partly.remove(uid);
         if !state.before.is_empty()
             && let (Ok(inner), Ok(outer)) = (fence::interfaces(pod).await, fence::interfaces(node).await)
-            && let Ok(ends) = fence::ends(&inner, &outer)
         {
+            let (ends, _) = fence::ends(&inner, &outer);
             let had = state.before.len();
             state.before.retain(|name| !ends.contains(name));
             changed |= state.before.len() != had;
@@ -113,6 +149,7 @@ impl Fence {
     /// A pod is gone: its interface goes with its network, and until then stays fenced.
     pub async fn gone(&self, uid: &str) {
         let mut state = self.state.lock().await;
+        state.partly.remove(uid);
         if let Some(ends) = state.pods.remove(uid) {
             state.before.extend(ends);
         }
@@ -151,13 +188,14 @@ impl Fence {
     }
 
     async fn bring(&self, node: &Netns, state: &mut State) -> Result<(), String> {
-        let interfaces: BTreeSet<String> = state.pods.values().flatten().chain(&state.before).cloned().collect();
-        if interfaces.is_empty() && state.installed.is_none() {
+        if state.pods.is_empty() && state.before.is_empty() && state.installed.is_none() {
             return Ok(());
         }
+        state.look_back(node).await?;
+        let interfaces: BTreeSet<String> = state.pods.values().flatten().chain(&state.before).cloned().collect();
         let clear = !state.bridged.is_empty();
         if clear {
-            // A port that is gone cannot be named, and takes its rules with it.
+            // The bridges' table goes when the last port has gone.
             let links = fence::interfaces(node).await.map_err(|error| error.to_string())?;
             state.bridged = fence::bridged(&interfaces, &links);
         }

@@ -112,9 +112,9 @@ struct Running {
 impl Running {
     /// Whether the list still has the pod as it was started, apart from its enrolment.
     fn is_for(&self, uid: &str, listed: &[Pod]) -> bool {
-        let as_started = Pod { enrolled: None, ..self.pod.clone() };
-        !self.task.is_finished()
-            && listed.iter().any(|pod| pod.uid == uid && Pod { enrolled: None, ..pod.clone() } == as_started)
+        let lasting = |pod: &Pod| Pod { enrolled: None, closed: false, ..pod.clone() };
+        let as_started = lasting(&self.pod);
+        !self.task.is_finished() && listed.iter().any(|pod| pod.uid == uid && lasting(pod) == as_started)
     }
 }
 

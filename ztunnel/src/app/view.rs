@@ -144,6 +144,9 @@ impl Pods {
                 Err(format!("{} {}, in another network", entry.state, entry.reason))
             }
             Some(entry) if entry.state == "Captured" && entry.served => Ok(()),
+            Some(entry) if entry.state == "Captured" && entry.pod.closed => {
+                Err("nothing may leave its namespace, and what holds it back waits for control's first word".to_owned())
+            }
             Some(entry) => Err(format!("{} {}", entry.state, entry.reason)),
         }
     }

@@ -86,7 +86,8 @@ pub fn wanted(pod: &Pod, workload: Option<&Workload>, snapshot: &Snapshot, filte
         known: pod.enrolled.is_some() || workload.is_some(),
         capture: pod.enrolled.unwrap_or(hbone),
         reset: reset || deny == Some(true) || selected,
-        tcp_only: deny,
+        // A pod that begins runs before control has heard of its address. Until control has said all, the fence would be shut.
+        tcp_only: deny.or_else(|| (pod.closed && snapshot.synced()).then_some(true)),
         datagrams: workload.and_then(|_| filters.of(&pod.uid)),
     }
 }
@@ -96,5 +97,51 @@ pub fn identity(pod: &Pod, workload: Option<&Workload>, trust_domain: &str) -> O
     match workload {
         Some(workload) => Some(workload.identity.clone()),
         None => SpiffeId::new(trust_domain, &pod.namespace, &pod.service_account).ok(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::{Filters, wanted};
+    use crate::capture::pods::Pod;
+    use crate::state::{EgressMode, fixtures, store};
+
+    fn pod(closed: bool) -> Pod {
+        Pod {
+            uid: "u".into(),
+            name: "web".into(),
+            namespace: "shop".into(),
+            service_account: "web".into(),
+            netns: PathBuf::new(),
+            ips: vec!["10.0.0.2".parse().unwrap()],
+            enrolled: Some(true),
+            probe_ports: Vec::new(),
+            resolv_conf: None,
+            handle: None,
+            by_agent: false,
+            lost: None,
+            closed,
+        }
+    }
+
+    #[test]
+    fn a_closed_namespace_s_label_holds_until_control_has_said() {
+        let known = fixtures::snapshot([]);
+        let nothing = store().1.load();
+        let mut described = fixtures::workload("shop", "web", "10.0.0.2");
+        for (snapshot, closed, control, tcp_only) in [
+            (&known, true, None, Some(true)),
+            (&known, false, None, None),
+            (&nothing, true, None, None),
+            (&known, true, Some(EgressMode::Allow), Some(false)),
+            (&known, false, Some(EgressMode::Deny), Some(true)),
+        ] {
+            described.egress = control.unwrap_or(EgressMode::Allow);
+            let workload = control.map(|_| &described);
+            let wanted = wanted(&pod(closed), workload, snapshot, &Filters::default(), false);
+            assert_eq!(wanted.tcp_only, tcp_only, "{closed} {control:?}");
+        }
     }
 }

@@ -68,7 +68,12 @@ pub fn remove_here() -> io::Result<()> {
 /// What `nft` said. A namespace without the tables is fine.
 pub fn remove_from_node() -> io::Result<()> {
     let tables = [fence::TABLE, probes::TABLE];
-    nft(&tables.map(|name| format!("table inet {name}\ndelete table inet {name}\n")).concat())
+    let removed = |family: &str| {
+        nft(&tables.map(|name| format!("table {family} {name}\ndelete table {family} {name}\n")).concat())
+    };
+    // A kernel without tables for bridges has nothing to take back.
+    let _ = removed("bridge");
+    removed("inet")
 }
 
 /// The rules as the kernel has them, or an error if there are none.

@@ -59,6 +59,9 @@ pub struct Pod {
     /// Why its network namespace is not known.
     #[serde(skip)]
     pub lost: Option<String>,
+    /// Nothing may leave its namespace, by labels; holds until control has said.
+    #[serde(skip)]
+    pub closed: bool,
 }
 
 impl Pod {
@@ -78,6 +81,7 @@ impl Pod {
             handle: Some(handle),
             by_agent: true,
             lost: None,
+            closed: false,
         }
     }
 

@@ -2,14 +2,16 @@
 //! mesh leaves with the probe address, which the pod's own rules let in without mutual TLS ([`crate::capture::rules`]).
 //!
 //! The node's network has one table for it. Nobody else may use that address: a packet that arrives at the node with it,
-//! from a pod or from another node, is dropped. A connection by way of a Service is no probe and keeps its address. Limits:
+//! from a pod or from another node, is dropped, as is one to a probe port that says it is the node's own (IPv6 forwards such).
+//! What one pod sends another over a bridge the node does not route, so bridges have a table of their own. A connection by way of a Service is no probe and keeps its address. Limits:
 //! any process on the host network that connects to a pod's probe port directly counts as the kubelet, as nothing in a
-//! packet tells the two apart. The table stays when the proxy stops; `ztunnel cni uninstall` removes it.
+//! packet tells the two apart; a kernel without tables for bridges is told of in the log. The tables stay when the proxy stops; `ztunnel cni uninstall` removes them.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Once;
 
 use tulle_proto::names::{PROBE_V4, PROBE_V6};
 
@@ -46,23 +48,53 @@ pub fn render(ports: &BTreeSet<SocketAddr>) -> String {
     text.push_str("  }\n  chain guard {\n    type filter hook prerouting priority raw; policy accept;\n");
     let _ = writeln!(text, "    iifname != \"lo\" ip saddr {PROBE_V4} counter drop");
     let _ = writeln!(text, "    iifname != \"lo\" ip6 saddr {PROBE_V6} counter drop");
+    for (family, number) in [("ip", 4), ("ip6", 6)] {
+        let _ = writeln!(
+            text,
+            "    iifname != \"lo\" {family} daddr . tcp dport @ports{number} fib saddr type local counter drop"
+        );
+    }
     text.push_str("  }\n}\n");
     text
 }
 
-/// Replaces the node's table.
+/// The transaction for what bridges pass on from port to port. Receivers take empty VLAN tags off, as many as there are, and
+/// nft one: so what has two is dropped, which nobody needs.
+pub fn render_bridges() -> String {
+    let mut text = format!(
+        "table bridge {TABLE}\ndelete table bridge {TABLE}\ntable bridge {TABLE} {{\n  chain guard {{\n    \
+         type filter hook forward priority filter; policy accept;\n"
+    );
+    for outer in ["", "ether type 8021ad "] {
+        let _ = writeln!(text, "    {outer}vlan id 0 vlan type {{ 8021q, 8021ad }} counter drop");
+    }
+    let _ = writeln!(text, "    ip saddr {PROBE_V4} counter drop\n    ip6 saddr {PROBE_V6} counter drop\n  }}\n}}");
+    text
+}
+
+/// Replaces the node's tables.
 ///
 /// # Errors
 /// What `nft` said; nothing was changed then.
 pub async fn apply(node: &Netns, text: String) -> io::Result<()> {
-    run_blocking(node, move || nft(&text)).await
+    static TOLD: Once = Once::new();
+    run_blocking(node, move || {
+        nft(&text)?;
+        if let Err(error) = nft(&render_bridges()) {
+            TOLD.call_once(|| {
+                tracing::warn!(%error, "pods on one bridge can pose as the kubelet to each other's probe ports; does the kernel lack nf_tables_bridge?");
+            });
+        }
+        Ok(())
+    })
+    .await
 }
 
 #[cfg(test)]
 mod tests {
     use std::path::PathBuf;
 
-    use super::render;
+    use super::{render, render_bridges};
 
     #[test]
     fn the_table_matches_its_golden_file() {
@@ -73,6 +105,11 @@ mod tests {
             std::fs::write(&path, &rendered).unwrap();
         }
         assert_eq!(rendered, std::fs::read_to_string(&path).unwrap_or_default());
+        let bridges = path.with_file_name("node-probes-bridge.nft");
+        if std::env::var_os("UPDATE").is_some() {
+            std::fs::write(&bridges, render_bridges()).unwrap();
+        }
+        assert_eq!(render_bridges(), std::fs::read_to_string(&bridges).unwrap_or_default());
         let empty = render(&[].into());
         assert!(empty.contains("drop") && !empty.contains("elements"), "the guard stands without pods too");
     }

@@ -6,7 +6,7 @@
 //! another one's identity. All of it runs on threads of its own. Limits: a pod none of whose processes is visible here (a
 //! runtime with virtual machines, a `/proc` of another pid namespace) is not found, and its state says so.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::io::{self, Read as _};
 use std::net::IpAddr;
@@ -38,13 +38,19 @@ pub struct Sought {
     pub ips: Vec<IpAddr>,
 }
 
-/// Looks at every process below `proc` for those of the pods that are sought.
+/// Looks at every process below `proc` for those of the pods that are sought. `known`: the uids of all pods of the node, by which a
+/// process is its own pod's whatever it calls the cgroups that it made.
 ///
 /// # Errors
 /// For each pod, why no namespace counts. As a whole, that there is no thread for it.
-pub async fn by_process(proc: PathBuf, sought: Vec<Sought>) -> io::Result<Vec<(String, Result<Found, String>)>> {
+pub async fn by_process(
+    proc: PathBuf,
+    sought: Vec<Sought>,
+    mut known: HashSet<String>,
+) -> io::Result<Vec<(String, Result<Found, String>)>> {
     let wanted: Vec<String> = sought.iter().map(|pod| pod.runtime_uid.clone()).collect();
-    let scanned = tokio::task::spawn_blocking(move || scan(&proc, &wanted)).await;
+    known.extend(wanted.iter().cloned());
+    let scanned = tokio::task::spawn_blocking(move || scan(&proc, &wanted, &known)).await;
     let mut candidates = scanned.map_err(|error| io::Error::other(format!("the look at /proc ended: {error}")))??;
     let mut found = Vec::with_capacity(sought.len());
     for pod in sought {
@@ -95,7 +101,7 @@ async fn owns(netns: &Netns, ips: &[IpAddr]) -> Result<(), String> {
 }
 
 /// The network namespaces of the processes of `wanted` pods, the first ones of each.
-fn scan(proc: &Path, wanted: &[String]) -> io::Result<BTreeMap<String, Vec<Found>>> {
+fn scan(proc: &Path, wanted: &[String], known: &HashSet<String>) -> io::Result<BTreeMap<String, Vec<Found>>> {
     let own = Netns::open(Path::new("/proc/self/ns/net"))?;
     let mut pids: Vec<u32> = fs::read_dir(proc)
         .map_err(|error| io::Error::new(error.kind(), format!("{} cannot be listed: {error}", proc.display())))?
@@ -109,7 +115,8 @@ fn scan(proc: &Path, wanted: &[String]) -> io::Result<BTreeMap<String, Vec<Found
         let folder = proc.join(pid.to_string());
         // A process that has ended meanwhile is nobody's.
         let Ok(text) = cgroup(&folder) else { continue };
-        let Some(uid) = pod_uids(&text).find(|uid| wanted.contains(uid)) else { continue };
+        let owner = pod_uids(&text).find(|uid| known.contains(uid));
+        let Some(uid) = owner.filter(|uid| wanted.contains(uid)) else { continue };
         let path = folder.join("ns/net");
         let Ok(netns) = Netns::open(&path) else { continue };
         let ids = seen.entry(uid.clone()).or_default();
@@ -164,7 +171,8 @@ mod tests {
         process(&proc, 25, &in_pod(UID), &folder.path().join("gone"));
         // A cgroup that a container of the other pod made itself and named after this one.
         process(&proc, 26, &format!("0::/kubepods/pod{OTHER}/x/kubepods/pod{UID}\n"), &files[2]);
-        let found = scan(&proc, &[UID.to_owned(), OTHER.to_owned()]).unwrap();
+        let known = [UID.to_owned(), OTHER.to_owned()];
+        let found = scan(&proc, &known, &known.clone().into()).unwrap();
         let paths = |uid: &str| found[uid].iter().map(|one| one.path.clone()).collect::<Vec<_>>();
         assert_eq!(
             paths(UID),
@@ -172,8 +180,11 @@ mod tests {
             "each namespace once, the oldest first"
         );
         assert_eq!(paths(OTHER), [proc.join("24/ns/net")]);
-        assert!(scan(&proc, &["unknown".to_owned()]).unwrap().is_empty());
-        assert!(scan(&folder.path().join("absent"), &[]).is_err());
+        // The same while nobody looks for the other pod.
+        let alone = scan(&proc, &known[..1], &known.clone().into()).unwrap();
+        assert_eq!(alone[UID].len(), 2, "{alone:?}");
+        assert!(scan(&proc, &["unknown".to_owned()], &known.into()).unwrap().is_empty());
+        assert!(scan(&folder.path().join("absent"), &[], &[].into()).is_err());
     }
 
     #[tokio::test]
@@ -184,7 +195,7 @@ mod tests {
         let absent = at_path(Path::new("/run/netns/there-is-none"), proc, &[]).await.unwrap_err();
         assert!(absent.contains("cannot be opened"), "{absent}");
         let sought = Sought { runtime_uid: OTHER.into(), ips: Vec::new() };
-        let results = by_process(proc.to_owned(), vec![sought]).await.unwrap();
+        let results = by_process(proc.to_owned(), vec![sought], [].into()).await.unwrap();
         assert!(results[0].1.as_ref().unwrap_err().contains("no process of the pod"));
     }
 }

@@ -53,7 +53,7 @@ impl Member {
         let account = spec.and_then(|spec| spec.service_account_name.clone()).filter(|account| !account.is_empty());
         let phase = status.and_then(|status| status.phase.as_deref());
         Some(Self {
-            runtime_uid: annotation(MIRROR).filter(|uid| check_name("uid", uid).is_ok()).unwrap_or_else(|| uid.clone()),
+            runtime_uid: annotation(MIRROR).filter(|uid| is_static(uid)).unwrap_or_else(|| uid.clone()),
             uid,
             name,
             namespace,
@@ -66,6 +66,12 @@ impl Member {
             probe_ports: spec.map(probe_ports).unwrap_or_default(),
         })
     }
+}
+
+/// Whether a uid is one that the kubelet gives to static pods: a hash. Whoever may make pods may also write the annotation, and
+/// must not name a pod of others by it, whose uid the API server gave.
+fn is_static(uid: &str) -> bool {
+    uid.len() == 32 && uid.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 fn addresses(status: &v1::PodStatus) -> Vec<IpAddr> {
@@ -151,12 +157,16 @@ mod tests {
         assert!(member(json!({"metadata": {"uid": "u\n", "name": "a", "namespace": "n"}})).is_none());
         let odd = member(json!({
             "metadata": {"uid": "u", "name": "a", "namespace": "n",
-                "annotations": {"kubernetes.io/config.mirror": "hash"}},
+                "annotations": {"kubernetes.io/config.mirror": "4d4b7e3e6f5c8a9b0c1d2e3f40516273"}},
             "spec": {"hostNetwork": true, "containers": [{"name": "c", "livenessProbe": {"httpGet": {"port": 70000}}}]},
             "status": {"phase": "Failed", "podIPs": [{"ip": "nonsense"}]},
         }))
         .unwrap();
         assert!(odd.host_network && odd.finished && odd.ips.is_empty() && odd.probe_ports.is_empty());
-        assert_eq!(odd.runtime_uid, "hash");
+        assert_eq!(odd.runtime_uid, "4d4b7e3e6f5c8a9b0c1d2e3f40516273");
+        // A uid of the API server is another pod's.
+        let other = json!({"kubernetes.io/config.mirror": "0f47a1f6-9d1c-4a1f-8b54-2f0f6f2a7c11"});
+        let posing = member(json!({"metadata": {"uid": "u", "name": "a", "namespace": "n", "annotations": other}}));
+        assert_eq!(posing.unwrap().runtime_uid, "u");
     }
 }

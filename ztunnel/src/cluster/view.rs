@@ -129,6 +129,12 @@ impl View {
         !pod.host_network && !pod.finished && self.known.enrolled(&pod.namespace, of_namespace, &pod.labels)
     }
 
+    /// Whether labels say that nothing may leave the pod's namespace.
+    pub fn closes(&self, pod: &Member) -> bool {
+        static NONE: Labels = Labels::new();
+        self.known.closed(&pod.namespace, self.known.namespaces.get(&pod.namespace).unwrap_or(&NONE))
+    }
+
     /// Writes down that the annotation of a pod is now `value`, which the watch will say a little later.
     pub fn annotated(&mut self, uid: &str, value: Option<&str>) {
         let early = self.early.get_mut(uid).map(|(pod, _)| pod);

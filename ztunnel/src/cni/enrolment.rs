@@ -78,7 +78,7 @@ impl Known {
     }
 
     /// Nothing may leave it.
-    fn closed(&self, namespace: &str, labels: &Labels) -> bool {
+    pub fn closed(&self, namespace: &str, labels: &Labels) -> bool {
         let egress = labels.get(names::LABEL_EGRESS).map(String::as_str);
         enrol::is_closed(egress, self.egress_denied_by_default && !self.is_system(namespace))
     }

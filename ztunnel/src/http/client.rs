@@ -74,6 +74,8 @@ pub struct Two {
     pub uses: Rc<Cell<u32>>,
     /// Requests that it may carry altogether.
     pub most_uses: u32,
+    /// Requests that it may carry at once.
+    pub most_streams: usize,
     /// How long it may be without a request.
     pub idle: Duration,
     /// Since when it was seen without one.
@@ -120,7 +122,7 @@ impl One {
 impl Two {
     /// Whether there is room for another request.
     pub fn has_room(&self) -> bool {
-        self.is_open() && self.streams.get() < STREAMS && self.uses.get() < self.most_uses
+        self.is_open() && self.streams.get() < self.most_streams && self.uses.get() < self.most_uses
     }
 
     /// Whether it may be of use later.
@@ -182,6 +184,7 @@ impl Conn {
                     since,
                     uses: Rc::default(),
                     most_uses: u32::MAX,
+                    most_streams: STREAMS,
                     idle: MOST_IDLE,
                     idle_since: Rc::default(),
                     peer,

@@ -1,20 +1,12 @@
-//! Whether a request is sent again, and when. Pure; the budget is a count that its owner keeps.
+//! Whether a request is sent again, and when. Pure; what is under way is counted elsewhere (`lb`).
 //!
 //! What the backend cannot have seen may always be sent again. What it may have seen is repeated only for methods that say
-//! the same twice (RFC 9110 §9.2.2), unless the route says otherwise. Retries never make an outage worse: those under way
-//! are at most [`SHARE`] percent of the requests under way, [`LEAST`] at least, as Envoy counts its retry budget.
+//! the same twice (RFC 9110 §9.2.2), unless the route says otherwise. Retries never make an outage worse: there are at
+//! most [`most`] beside so many requests, as Envoy counts its retry budget.
 
-use std::cell::Cell;
-use std::rc::Rc;
 use std::time::Duration;
 
 use http::{Method, StatusCode};
-
-/// Percent of the requests under way that may be retries.
-const SHARE: usize = 20;
-
-/// Retries under way that are always allowed, so that quiet services have them too.
-const LEAST: usize = 3;
 
 /// Pause before the first retry where the route says none: Envoy's.
 const PAUSE: Duration = Duration::from_millis(25);
@@ -64,50 +56,11 @@ pub fn pause(least: Duration, number: u32, random: u64) -> Duration {
     if floor.is_zero() { Duration::from_nanos(extra) } else { floor + Duration::from_nanos(extra) }
 }
 
-/// Requests and retries under way towards one service, from one pod on one worker.
-#[derive(Clone, Debug, Default)]
-pub struct Budget(Rc<(Cell<usize>, Cell<usize>)>);
-
-/// One more, until dropped.
-#[derive(Debug)]
-pub struct Counted {
-    of: Budget,
-    retry: bool,
-}
-
-impl Budget {
-    fn count(&self, retry: bool) -> &Cell<usize> {
-        if retry { &self.0.1 } else { &self.0.0 }
-    }
-
-    fn counted(&self, retry: bool) -> Counted {
-        let count = self.count(retry);
-        count.set(count.get() + 1);
-        Counted { of: self.clone(), retry }
-    }
-
-    /// A request begins.
-    pub fn request(&self) -> Counted {
-        self.counted(false)
-    }
-
-    /// A retry begins, if there is room for it.
-    pub fn retry(&self) -> Option<Counted> {
-        let most = (self.count(false).get() * SHARE / 100).max(LEAST);
-        (self.count(true).get() < most).then(|| self.counted(true))
-    }
-
-    /// Nothing is under way.
-    pub fn is_idle(&self) -> bool {
-        self.count(false).get() == 0 && self.count(true).get() == 0
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        let count = self.of.count(self.retry);
-        count.set(count.get() - 1);
-    }
+/// Retries that there may be beside so many requests: `share`, in hundredths of a percent, and always `least`, so that quiet
+/// services have them too.
+pub fn most(requests: usize, share: u32, least: u32) -> usize {
+    let share = requests as u128 * u128::from(share) / 10_000;
+    usize::try_from(share.max(least.into())).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]
@@ -147,16 +100,11 @@ mod tests {
     }
 
     #[test]
-    fn a_fifth_of_the_requests_under_way_may_be_retries() {
-        let budget = Budget::default();
-        let requests: Vec<_> = (0..50).map(|_| budget.request()).collect();
-        let retries: Vec<_> = std::iter::from_fn(|| budget.retry()).collect();
-        assert_eq!(retries.len(), 10);
-        drop(retries);
-        drop(requests);
-        assert!(budget.is_idle());
-        let few: Vec<_> = std::iter::from_fn(|| budget.retry()).collect();
-        assert_eq!(few.len(), LEAST);
-        assert!(budget.retry().is_none());
+    fn retries_are_a_share_of_the_requests_and_a_few_are_always_allowed() {
+        for (requests, share, least, expected) in
+            [(50, 2_000, 3, 10), (5, 2_000, 3, 3), (0, 2_000, 0, 0), (1_000, 50, 0, 5), (7, 10_000, 1, 7)]
+        {
+            assert_eq!(most(requests, share, least), expected, "{requests} {share} {least}");
+        }
     }
 }

@@ -17,7 +17,9 @@ use tokio::sync::Notify;
 
 use crate::lb::load::Loads;
 use crate::lb::outlier::{Ejected, Outliers};
-use crate::state::Service;
+use crate::lb::recent::Recent;
+use crate::lb::warmup::Arrivals;
+use crate::state::{Service, Warmup};
 
 /// Destinations that are remembered, some 1 KB each.
 const MOST: usize = 16_384;
@@ -74,6 +76,7 @@ pub struct Destination {
     pub port: u16,
     turns: AtomicU64,
     loads: Mutex<Loads>,
+    arrivals: Mutex<Arrivals>,
     /// By the resource name of the policy: clients of different namespaces may have different ones.
     outliers: Mutex<HashMap<Arc<str>, Outliers>>,
     /// By the uid of the pod.
@@ -89,6 +92,7 @@ impl Destination {
             // Nodes do not all begin with the same endpoint.
             turns: AtomicU64::new(RandomState::new().hash_one(port) >> 32),
             loads: Mutex::default(),
+            arrivals: Mutex::default(),
             outliers: Mutex::default(),
             live: Mutex::default(),
         }
@@ -119,9 +123,20 @@ impl Destination {
         lock(&self.loads).under_way(endpoint)
     }
 
-    /// What one more request would wait for there.
-    pub fn cost(&self, endpoint: SocketAddr, now: Instant) -> f64 {
-        lock(&self.loads).cost(endpoint, now)
+    /// Whether one more request would wait less at the second than at the first.
+    pub fn is_better(&self, first: SocketAddr, second: SocketAddr, now: Instant) -> bool {
+        lock(&self.loads).is_better(first, second, now)
+    }
+
+    /// Looks at which endpoints are new, for [`Self::is_held_back`].
+    pub fn look(&self, service: &Service, now: Instant) {
+        let all = || crate::lb::addresses(service, self.port);
+        lock(&self.arrivals).look(&service.endpoints, all, now);
+    }
+
+    /// Whether an endpoint is so new that it is passed over in the choice that `random` belongs to.
+    pub fn is_held_back(&self, endpoint: SocketAddr, warmup: &Warmup, random: u64, now: Instant) -> bool {
+        lock(&self.arrivals).is_held_back(endpoint, warmup, random, now)
     }
 
     /// Calls `then` with what a policy made of the endpoints.
@@ -191,6 +206,8 @@ impl Kind {
 #[derive(Debug, Default)]
 pub struct Live {
     counts: [AtomicUsize; 4],
+    /// Requests and retries that began lately, where a retry budget has an interval.
+    began: Mutex<Option<Recent>>,
     /// A connection has come to wait for a request, or has gone.
     pub freed: Notify,
     /// Somebody waits for a connection that none may be opened for: those that wait elsewhere should go.
@@ -204,6 +221,24 @@ impl Live {
         let count = &self.counts[kind as usize];
         let taken = count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |live| (live < most).then_some(live + 1));
         taken.is_ok().then(|| Held { live: self.clone(), kind })
+    }
+
+    /// A request begins that a retry budget counts for so long.
+    pub fn begins(&self, interval: Duration, now: Instant) {
+        lock(&self.began).get_or_insert_with(|| Recent::new(now)).add(0, interval, now);
+    }
+
+    /// A retry begins, if `most` allows more of them than began lately; it is asked with the requests that did, or that are
+    /// under way if those are more.
+    pub fn retries(&self, interval: Duration, now: Instant, most: impl FnOnce(usize) -> usize) -> bool {
+        let mut began = lock(&self.began);
+        let began = began.get_or_insert_with(|| Recent::new(now));
+        let [requests, retries] = began.counts(interval, now).map(|count| usize::try_from(count).unwrap_or(usize::MAX));
+        let allowed = retries < most(requests.max(self.count(Kind::Requests)));
+        if allowed {
+            began.add(1, interval, now);
+        }
+        allowed
     }
 
     /// How many there are.
@@ -243,7 +278,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use std::sync::Arc;
     use std::task::{Context, Waker};
-    use std::time::Instant;
+    use std::time::{Duration, Instant};
 
     use super::{Destinations, Kind, MOST_EACH};
     use crate::state::Service;
@@ -269,6 +304,17 @@ mod tests {
         assert_eq!(live(80, 0).count(Kind::Requests), 0);
         assert!(live(80, 0).take(Kind::Requests, Some(1)).is_some());
         assert!(live(80, 0).take(Kind::Requests, None).is_some(), "no limit");
+    }
+
+    #[test]
+    fn retries_of_an_interval_are_a_share_of_its_requests() {
+        let live = Destinations::default().of(&cart(), 80).live(&"a".into());
+        let (began, interval) = (Instant::now(), Duration::from_secs(10));
+        (0..50).for_each(|_| live.begins(interval, began));
+        let retries = |now| (0..100).filter(|_| live.retries(interval, now, |requests| requests / 5)).count();
+        assert_eq!(retries(began), 10);
+        assert_eq!(retries(began + interval / 4), 0, "they are over, and count all the same");
+        assert_eq!(retries(began + interval * 2), 0, "nothing was asked for lately");
     }
 
     #[test]

@@ -1,18 +1,17 @@
 //! How busy endpoints are: requests under way, and how long answers take. Pure; the times are arguments.
 //!
 //! The estimate of an endpoint rises at once with a slow answer and falls slowly with fast ones (peak-sensitive, decay
-//! [`DECAY`]); while it gets no requests it falls towards nothing, so that it is tried again. One that was never used counts
-//! as [`UNKNOWN`] from the moment in which it is first looked at. The table is bounded: quiet entries make room.
+//! [`MEMORY`]). One that has got no request for so long is not held to what it did before: it is tried again, by one request,
+//! and judged by that. One that never answered is taken to be as fast as the one that it is compared with, so that a new
+//! replica has its share at once, whether the others need 1 ms or 1 s; but no faster than what its first request has waited.
+//! The table is bounded: quiet entries make room.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-/// Time in which an old answer loses two thirds of its weight.
-const DECAY: Duration = Duration::from_secs(10);
-
-/// What an endpoint is believed to need that was never asked.
-const UNKNOWN: Duration = Duration::from_millis(30);
+/// Time in which an old answer loses two thirds of its weight, and after which, without another one, it has none.
+const MEMORY: Duration = Duration::from_secs(10);
 
 /// What an answer counts as at least that asked for fewer requests (429): nobody else answers faster than who refuses.
 const REFUSED: Duration = Duration::from_secs(5);
@@ -26,18 +25,46 @@ const MOST: usize = 16_384;
 #[derive(Clone, Copy, Debug)]
 struct Load {
     under_way: u32,
-    /// Seconds, as of `at`.
-    estimate: f64,
+    /// Seconds, as of `at`. None: it never answered.
+    estimate: Option<f64>,
+    /// The last answer; before the first one, the first request.
     at: Instant,
 }
 
 impl Load {
     fn new(now: Instant) -> Self {
-        Self { under_way: 0, estimate: UNKNOWN.as_secs_f64(), at: now }
+        Self { under_way: 0, estimate: None, at: now }
+    }
+
+    fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.at)
     }
 
     fn weight(&self, now: Instant) -> f64 {
-        (-now.saturating_duration_since(self.at).as_secs_f64() / DECAY.as_secs_f64()).exp()
+        (-self.age(now).as_secs_f64() / MEMORY.as_secs_f64()).exp()
+    }
+
+    /// Whether the last answers count. Who asked to be left alone for longer (429) is.
+    fn is_remembered(&self, now: Instant) -> bool {
+        let asked = self.estimate.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        self.age(now) < asked.unwrap_or_default().max(MEMORY)
+    }
+
+    /// What an answer takes, as far as is known.
+    fn estimate(&self, now: Instant) -> Option<f64> {
+        match self.estimate {
+            Some(estimate) if self.is_remembered(now) => Some(estimate * self.weight(now)),
+            // Somebody tries it again.
+            Some(estimate) if self.under_way > 0 => Some(estimate),
+            Some(_) | None => None,
+        }
+    }
+
+    /// What one more request would wait for where an answer of the other endpoint takes `other`.
+    fn cost(&self, other: Option<f64>, now: Instant) -> f64 {
+        let waited = if self.estimate.is_none() && self.under_way > 0 { self.age(now).as_secs_f64() } else { 0.0 };
+        let unknown = || other.unwrap_or(1.0).max(waited);
+        self.estimate(now).unwrap_or_else(unknown) * f64::from(self.under_way + 1)
     }
 }
 
@@ -63,6 +90,9 @@ impl Loads {
     /// A request begins.
     pub(super) fn begin(&mut self, endpoint: SocketAddr, now: Instant) {
         let load = self.entry(endpoint, now);
+        if load.estimate.is_none() && load.under_way == 0 {
+            load.at = now;
+        }
         load.under_way = load.under_way.saturating_add(1);
     }
 
@@ -77,8 +107,11 @@ impl Loads {
     pub(super) fn took(&mut self, endpoint: SocketAddr, time: Duration, now: Instant) {
         let load = self.entry(endpoint, now);
         let (time, weight) = (time.as_secs_f64(), load.weight(now));
-        let old = load.estimate;
-        load.estimate = if time > old { time } else { old * weight + time * (1.0 - weight) };
+        let recent = load.estimate.filter(|_| load.is_remembered(now));
+        load.estimate = Some(match recent {
+            Some(old) if time <= old => old * weight + time * (1.0 - weight),
+            _ => time,
+        });
         load.at = now;
     }
 
@@ -87,60 +120,12 @@ impl Loads {
         self.entries.get(&endpoint).map_or(0, |load| load.under_way)
     }
 
-    /// What one more request would wait for: estimate × requests under way with it.
-    pub(super) fn cost(&mut self, endpoint: SocketAddr, now: Instant) -> f64 {
-        let load = self.entry(endpoint, now);
-        load.estimate * load.weight(now) * f64::from(load.under_way + 1)
+    /// Whether one more request would wait less at the second than at the first: estimate × requests under way with it.
+    pub(super) fn is_better(&mut self, first: SocketAddr, second: SocketAddr, now: Instant) -> bool {
+        let (first, second) = (*self.entry(first, now), *self.entry(second, now));
+        second.cost(first.estimate(now), now) < first.cost(second.estimate(now), now)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::net::SocketAddr;
-    use std::time::{Duration, Instant};
-
-    use super::{Loads, MOST, refused};
-
-    const A: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1)), 80);
-    const B: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2)), 80);
-
-    #[test]
-    fn a_slow_answer_counts_at_once_and_is_forgotten_slowly() {
-        let (mut loads, now) = (Loads::default(), Instant::now());
-        let at = |seconds| now + Duration::from_secs(seconds);
-        let ms = |loads: &mut Loads, at| (loads.cost(A, at) * 1e3).round();
-        assert_eq!(ms(&mut loads, now), 30.0, "never asked");
-        loads.took(A, Duration::from_millis(200), at(0));
-        assert_eq!(ms(&mut loads, at(0)), 200.0, "a peak counts whole");
-        loads.took(A, Duration::from_millis(10), at(0));
-        assert_eq!(ms(&mut loads, at(0)), 200.0, "one fast answer in the same moment says little");
-        loads.took(A, Duration::from_millis(10), at(10));
-        assert_eq!(ms(&mut loads, at(10)), 80.0, "10 s later it says much");
-        assert_eq!(ms(&mut loads, at(100)), 0.0, "who is not asked is tried again");
-    }
-
-    #[test]
-    fn requests_under_way_multiply_the_cost() {
-        let (mut loads, now) = (Loads::default(), Instant::now());
-        loads.begin(A, now);
-        loads.begin(A, now);
-        assert_eq!((loads.under_way(A), loads.under_way(B)), (2, 0));
-        assert!((loads.cost(A, now) / loads.cost(B, now) - 3.0).abs() < 1e-9);
-        loads.end(A);
-        loads.end(A);
-        loads.end(A);
-        assert_eq!(loads.under_way(A), 0);
-        assert_eq!(refused(None).as_secs(), 5);
-        assert_eq!(refused(Some(Duration::from_secs(60))).as_secs(), 60);
-        assert_eq!(refused(Some(Duration::from_secs(6000))).as_secs(), 300);
-    }
-
-    #[test]
-    fn the_table_is_bounded() {
-        let (mut loads, now) = (Loads::default(), Instant::now());
-        for number in 0..(MOST as u32) * 2 {
-            loads.cost(SocketAddr::from((number.to_be_bytes(), 80)), now);
-        }
-        assert!(loads.entries.len() <= MOST);
-    }
-}
+mod tests;

@@ -12,13 +12,17 @@
 mod affinity;
 mod destinations;
 mod failing;
+mod keys;
 mod load;
 mod locality;
+mod maglev;
 pub mod outlier;
 mod pick;
+mod recent;
 mod ring;
 #[cfg(test)]
 mod tests;
+mod warmup;
 mod work;
 
 pub use affinity::Bound;

@@ -5,11 +5,15 @@
 //! request or connection may try it, and its end closes the breaker or opens it for longer. A timed return would give the
 //! endpoint everybody's requests at once. The number of ejections goes down by one for each interval without another.
 //!
+//! Besides failures in a row, a share of successes may be asked for: what went well and what failed lately is then counted for
+//! each endpoint, and with a failure that leaves the share too small it is ejected, too.
+//!
 //! What a server *answered* counts for every pod of the node. What could not be *delivered* (connect failures, resets, time-
 //! outs) counts for the pod that met it: a firewall between one pod and the endpoint says nothing about the others. Unless
 //! the policy splits the two, both are added up for a pod. Refusals by policy are counted by nobody.
 //!
-//! Only endpoints that failed have an entry, and at most [`MOST`]; the one that has been quiet for longest makes room.
+//! Only endpoints that failed, or whose successes are counted, have an entry, and at most [`MOST`]; the one that has been
+//! quiet for longest makes room.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
@@ -17,7 +21,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::state::OutlierDetection;
+use crate::lb::recent::Recent;
+use crate::state::{OutlierDetection, SuccessRate};
 
 /// Entries of one destination: some 100 KB.
 const MOST: usize = 1024;
@@ -50,6 +55,8 @@ pub enum Why {
     ConsecutiveGatewayFailure,
     /// Failures to deliver in a row, counted apart.
     ConsecutiveLocalOriginFailure,
+    /// Too little went well lately.
+    SuccessRate,
     /// It failed again when it was tried.
     Probe,
 }
@@ -61,6 +68,7 @@ impl Why {
             Self::Consecutive5xx => "consecutive_5xx",
             Self::ConsecutiveGatewayFailure => "consecutive_gateway_failure",
             Self::ConsecutiveLocalOriginFailure => "consecutive_local_origin_failure",
+            Self::SuccessRate => "success_rate",
             Self::Probe => "probe",
         }
     }
@@ -123,11 +131,25 @@ struct Entry {
     since: Instant,
     /// The last report.
     at: Instant,
+    /// What went well and what failed, where a share is asked for.
+    lately: Recent,
 }
+
+/// Places in [`Entry::lately`].
+const WELL: usize = 0;
+const FAILED: usize = 1;
 
 impl Entry {
     fn new(at: Instant) -> Self {
-        Self { run: Run::default(), ejection: None, times: 0, since: at, at }
+        Self { run: Run::default(), ejection: None, times: 0, since: at, at, lately: Recent::new(at) }
+    }
+
+    /// Counts a failure; whether too little goes well with it.
+    fn is_too_bad(&mut self, rate: &SuccessRate, now: Instant) -> bool {
+        self.lately.add(FAILED, rate.window, now);
+        let [well, failed] = self.lately.counts(rate.window, now).map(u64::from);
+        let all = well + failed;
+        all >= rate.least.into() && well * 100 < all * u64::from(rate.percent)
     }
 
     fn standing(&self, now: Instant) -> Standing {
@@ -145,8 +167,9 @@ impl Entry {
         self.times.saturating_sub(forgiven)
     }
 
-    fn says_nothing(&self, now: Instant, interval: Duration) -> bool {
-        self.ejection.is_none() && self.run.all == 0 && self.times(now, interval) == 0
+    fn says_nothing(&self, now: Instant, rules: &OutlierDetection) -> bool {
+        let quiet = rules.success_rate.is_none_or(|rate| self.lately.is_empty(rate.window, now));
+        self.ejection.is_none() && self.run.all == 0 && self.times(now, rules.interval) == 0 && quiet
     }
 }
 
@@ -306,6 +329,9 @@ impl Outliers {
     fn worked(&mut self, report: Report<'_>, whole: bool) -> Verdict {
         let Report { rules, endpoint, pod, probe, now, .. } = report;
         let mut back = false;
+        if let Some(rate) = rules.success_rate.filter(|_| whole) {
+            self.went_well(report, &rate);
+        }
         for whose in self.both(endpoint, pod) {
             if whose.1.is_none() && !whole {
                 continue;
@@ -322,11 +348,23 @@ impl Outliers {
                 None => {}
             }
             entry.run = Run::default();
-            if entry.says_nothing(now, rules.interval) {
+            if entry.says_nothing(now, rules) {
                 self.entries.remove(&whose);
             }
         }
         if back { Verdict::Back } else { Verdict::Nothing }
+    }
+
+    /// Counts a success for everybody and, beside what this pod alone has met, for it.
+    fn went_well(&mut self, report: Report<'_>, rate: &SuccessRate) {
+        let Report { rules, endpoint, pod, now, .. } = report;
+        self.make_room(now, rules, (endpoint, None));
+        self.entries.entry((endpoint, None)).or_insert_with(|| Entry::new(now));
+        for whose in self.both(endpoint, pod) {
+            let Some(entry) = self.entries.get_mut(&whose) else { continue };
+            entry.lately.add(WELL, rate.window, now);
+            entry.at = now;
+        }
     }
 
     fn failed(&mut self, report: Report<'_>, whose: Option<Arc<str>>, gateway: bool) -> Verdict {
@@ -345,10 +383,11 @@ impl Outliers {
         if matches!(self.standing(endpoint, pod, now), Standing::Open(_)) {
             return Verdict::Nothing;
         }
-        self.make_room(now, rules.interval, (endpoint, whose.clone()));
+        self.make_room(now, rules, (endpoint, whose.clone()));
         let entry = self.entries.entry((endpoint, whose.clone())).or_insert_with(|| Entry::new(now));
         entry.at = now;
         entry.run.failed(gateway);
+        let too_bad = rules.success_rate.is_some_and(|rate| entry.is_too_bad(&rate, now));
         let run_of =
             |whose: Option<Arc<str>>| self.entries.get(&(endpoint, whose)).map(|entry| entry.run).unwrap_or_default();
         let (everybody, own) = (run_of(None), run_of(Some(pod.clone())));
@@ -370,7 +409,7 @@ impl Outliers {
                 return self.eject(report, whose, Why::ConsecutiveGatewayFailure);
             }
         }
-        Verdict::Nothing
+        if too_bad { self.eject(report, whose, Why::SuccessRate) } else { Verdict::Nothing }
     }
 
     fn eject(&mut self, report: Report<'_>, whose: Option<Arc<str>>, why: Why) -> Verdict {
@@ -392,15 +431,15 @@ impl Outliers {
         let length = rules.base_ejection.saturating_mul(times).min(LONGEST.max(rules.base_ejection));
         let until = at_interval(now + length, began, rules.interval);
         let ejection = Some(Ejection { why, until, probed: false });
-        *entry = Entry { run: Run::default(), ejection, times, since: now, at: now };
+        *entry = Entry { ejection, times, ..Entry::new(now) };
         Verdict::Ejected(why, until.saturating_duration_since(now))
     }
 
-    fn make_room(&mut self, now: Instant, interval: Duration, new: Whose) {
+    fn make_room(&mut self, now: Instant, rules: &OutlierDetection, new: Whose) {
         if self.entries.len() < MOST || self.entries.contains_key(&new) {
             return;
         }
-        self.entries.retain(|_, entry| !entry.says_nothing(now, interval));
+        self.entries.retain(|_, entry| !entry.says_nothing(now, rules));
         if self.entries.len() >= MOST
             && let Some(oldest) = self.entries.iter().min_by_key(|(_, entry)| entry.at).map(|(whose, _)| whose.clone())
         {

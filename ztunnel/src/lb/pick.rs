@@ -9,8 +9,8 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
-use crate::lb::{Bound, locality, ring, work};
-use crate::state::{Candidate, IpFamilies, IpFamily, Mode, PortTable, Record, Service, Snapshot, Workload};
+use crate::lb::{Bound, keys, locality, work};
+use crate::state::{Candidate, IpFamilies, IpFamily, Layout, Mode, PortTable, Record, Service, Snapshot, Workload};
 
 /// Where a connection goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,10 +42,10 @@ pub enum Way<'a> {
     Random,
     /// In turn; this is the number of the turn.
     Turn(u64),
-    /// Two by weight and chance, and of them the one that costs less, asked by its first address.
-    Better(&'a dyn Fn(SocketAddr) -> f64),
-    /// The one that a hash means.
-    Hash(u64),
+    /// Two by weight and chance, and of them the second if it is better than the first; both by their first addresses.
+    Better(&'a dyn Fn(SocketAddr, SocketAddr) -> bool),
+    /// The one that a hash means in a table of this layout.
+    Hash(u64, Layout),
 }
 
 /// What a choice depends on besides facts: chance, and experience.
@@ -61,6 +61,10 @@ pub struct Chance<'a> {
     pub failing: &'a dyn Fn(SocketAddr) -> bool,
     /// Whether an endpoint, by its first address, is ejected. It is not chosen.
     pub ejected: &'a dyn Fn(SocketAddr) -> bool,
+    /// Whether an endpoint, by its first address, is so new that it is passed over this time, unless there are only such.
+    pub held_back: Option<&'a dyn Fn(SocketAddr) -> bool>,
+    /// The uid of the endpoint that the client's session is with. It is chosen wherever it is, as long as it can be used.
+    pub session: Option<&'a str>,
     /// How to choose.
     pub way: Way<'a>,
     /// The uid of the endpoint that the client got last for this port, asked only if the service binds clients.
@@ -71,7 +75,8 @@ impl Chance<'_> {
     /// No experience.
     pub fn of(random: u64) -> Self {
         let bound = &|_: &Service, _| None;
-        Self { random, pod: "", tried: &[], failing: &|_| false, ejected: &|_| false, way: Way::Usual, bound }
+        let (failing, ejected) = (&|_: SocketAddr| false, &|_: SocketAddr| false);
+        Self { random, pod: "", tried: &[], failing, ejected, held_back: None, session: None, way: Way::Usual, bound }
     }
 }
 
@@ -268,38 +273,48 @@ fn draw<'a>(
         let may = |address| !chance.tried.contains(&address) && !(chance.failing)(address);
         address(row).is_some_and(may) && is_in(row)
     };
-    let cost = |of: &dyn Fn(SocketAddr) -> f64, row: usize, tier: &PortTable| {
-        first_address(all, &tier.candidates[row]).map_or(f64::INFINITY, of)
+    let index_of = |uid: &str| u32::try_from(all.binary_search_by(|endpoint| endpoint.cmp_uid_with(uid)).ok()?).ok();
+    if let Some(endpoint) = chance.session.and_then(index_of) {
+        let row_in = |tier: &'a PortTable| tier.row_of(endpoint).filter(|row| well(&tier.candidates[*row]));
+        if let Some(found) = tiers.iter().find_map(|tier| Some((row_in(tier)?, tier))) {
+            return Some(found);
+        }
+    }
+    let bound = bound.and_then(index_of);
+    let drawn = |tier: &PortTable, usable: &dyn Fn(&Candidate) -> bool| match chance.way {
+        Way::Usual | Way::Random => draw_usable(tier, chance.random, usable),
+        Way::Turn(turn) => next_usable(tier, turn, usable),
+        Way::Better(is_better) => {
+            let first = draw_usable(tier, chance.random, usable)?;
+            // Another one, or the draw says nothing.
+            let is_other = |row: &Candidate| *row != tier.candidates[first] && usable(row);
+            let random = mix(chance.random);
+            let second = match tier.candidates.len() {
+                1 => None,
+                2..DRAWS => draw_usable(tier, random, &is_other),
+                _ => draw_usable(tier, random, usable),
+            };
+            let known_by = |row: usize| first_address(all, &tier.candidates[row]);
+            let better = |second: &usize| match (known_by(first), known_by(*second)) {
+                (Some(first), Some(second)) => is_better(first, second),
+                (first, _) => first.is_none(),
+            };
+            Some(second.filter(better).unwrap_or(first))
+        }
+        Way::Hash(key, layout) => {
+            let (row, looked) = keys::row(tier, all, layout, key, &|row| usable(&tier.candidates[row]));
+            work::looked_at(looked);
+            row
+        }
     };
-    let bound = bound.and_then(|uid| all.binary_search_by(|endpoint| endpoint.cmp_uid_with(uid)).ok());
-    let bound = bound.and_then(|index| u32::try_from(index).ok());
     let of_tier = |tier: &'a PortTable, usable: &dyn Fn(&Candidate) -> bool| {
         let kept = bound.and_then(|endpoint| tier.row_of(endpoint)).filter(|row| usable(&tier.candidates[*row]));
-        let drawn = || match chance.way {
-            Way::Usual | Way::Random => draw_usable(tier, chance.random, usable),
-            Way::Turn(turn) => next_usable(tier, turn, usable),
-            Way::Better(of) => {
-                let first = draw_usable(tier, chance.random, usable)?;
-                // Another one, or the draw says nothing.
-                let is_other = |row: &Candidate| *row != tier.candidates[first] && usable(row);
-                let random = mix(chance.random);
-                let second = match tier.candidates.len() {
-                    1 => None,
-                    2..DRAWS => draw_usable(tier, random, &is_other),
-                    _ => draw_usable(tier, random, usable),
-                };
-                match second.filter(|second| cost(of, *second, tier) < cost(of, first, tier)) {
-                    Some(second) => Some(second),
-                    None => Some(first),
-                }
-            }
-            Way::Hash(key) => {
-                let (row, looked) = ring::row(tier, all, key, &|row| usable(&tier.candidates[row]));
-                work::looked_at(looked);
-                row
-            }
+        let grown = || {
+            let held_back = chance.held_back?;
+            let is_grown = |row: &Candidate| usable(row) && first_address(all, row).is_none_or(|at| !held_back(at));
+            drawn(tier, &is_grown)
         };
-        Some((kept.or_else(drawn)?, tier))
+        Some((kept.or_else(grown).or_else(|| drawn(tier, usable))?, tier))
     };
     let first = tiers.iter().find_map(|tier| of_tier(tier, &well));
     first.or_else(|| tiers.iter().find_map(|tier| of_tier(tier, &untried)))

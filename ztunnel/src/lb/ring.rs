@@ -1,10 +1,9 @@
-//! Ring hash: which row of a table a hash means. Built once for each table, on first use.
+//! Ring hash: which row of a table a hash means.
 //!
 //! Every endpoint has points on a ring of 64-bit numbers, by its uid and its weight, and a hash means the next point: so an
 //! endpoint that comes or goes moves only the keys that are its own, and every node comes to the same endpoint. The hash is
 //! our own (FNV-1a, mixed), because what std hashes with may change with the compiler, and nodes are not all alike.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::state::{PortTable, Record};
@@ -27,49 +26,22 @@ pub fn hash(bytes: &[u8]) -> u64 {
     mixed ^ (mixed >> 31)
 }
 
-/// The points of a table, in order: where on the ring, and which row.
-fn build(table: &PortTable, all: &[Arc<Record>]) -> Box<[(u64, u32)]> {
+/// The points of a table, in order: where on the ring, and which row. `least`: of them together.
+pub(super) fn build(table: &PortTable, all: &[Arc<Record>], least: u32) -> Box<[(u64, u32)]> {
     let rows = table.candidates.len();
     let each = EACH.iter().find(|(most, _)| rows <= *most).map_or(1, |(_, each)| *each);
-    let least = table.candidates.iter().map(|row| u64::from(row.weight)).min().unwrap_or(1).max(1);
+    // A power of two, so that it stays the same while few rows come and go.
+    let asked = u64::from(least).div_ceil(rows.max(1) as u64).next_power_of_two();
+    let each = each.max(asked);
+    let lightest = table.candidates.iter().map(|row| u64::from(row.weight)).min().unwrap_or(1).max(1);
     let mut points = Vec::new();
     for (row, candidate) in table.candidates.iter().enumerate() {
         let Some(endpoint) = all.get(candidate.endpoint as usize) else { continue };
-        let count = (u64::from(candidate.weight) * each / least).min(each * MOST_WEIGHT);
+        let count = (u64::from(candidate.weight) * each / lightest).min(each * MOST_WEIGHT);
         let of = hash(endpoint.uid().as_bytes());
         let row = u32::try_from(row).unwrap_or(u32::MAX);
         points.extend((0..count).map(|number| (hash(&[of.to_le_bytes(), number.to_le_bytes()].concat()), row)));
     }
     points.sort_unstable();
     points.into()
-}
-
-/// The usable row that `key` means, and how many points were looked at. The next one on the ring stands in for one that is
-/// not usable.
-pub(super) fn row(
-    table: &PortTable,
-    all: &[Arc<Record>],
-    key: u64,
-    usable: &dyn Fn(usize) -> bool,
-) -> (Option<usize>, usize) {
-    let points = table.ring.get_or_init(|| build(table, all));
-    let first = points.partition_point(|(point, _)| *point < key);
-    let mut looked = 0;
-    // Rows that were looked at and are of no use: most points are of those.
-    let mut useless = BTreeSet::new();
-    for (_, row) in points[first..].iter().chain(&points[..first]) {
-        let row = *row as usize;
-        if useless.contains(&row) {
-            continue;
-        }
-        looked += 1;
-        if usable(row) {
-            return (Some(row), looked);
-        }
-        useless.insert(row);
-        if useless.len() == table.candidates.len() {
-            break;
-        }
-    }
-    (None, looked)
 }

@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use crate::lb::{Chance, NoChoice, Way, hash, pick, shares, work};
 use crate::state::fixtures::{behind, port, service, snapshot, workload};
 use crate::state::{
-    Change, EndpointHints, HealthPolicy, IpFamilies, LoadBalancing, Locality, LocalityScope, Mode, Service,
+    Change, EndpointHints, HealthPolicy, IpFamilies, Layout, LoadBalancing, Locality, LocalityScope, Mode, Service,
     ServiceInfo, ServiceSpec, Snapshot, Workload,
 };
 
@@ -440,13 +440,52 @@ fn turns_go_round_and_follow_weights() {
 fn the_better_of_two_is_chosen_and_two_of_two_are_looked_at() {
     let snapshot = mesh(cart(), ["a", "b"].map(|name| at(name, "", "", "")));
     let a = SocketAddr::new(at("a", "", "", "").addresses[0], 8080);
-    let costly: &'static dyn Fn(SocketAddr) -> f64 = Box::leak(Box::new(move |one| if one == a { 2.0 } else { 1.0 }));
+    let costly: &'static dyn Fn(SocketAddr, SocketAddr) -> bool = Box::leak(Box::new(move |first, _| first == a));
     let names =
         by(&snapshot, numbers(1).take(50).map(|random| Chance { way: Way::Better(costly), ..Chance::of(random) }));
     assert!(names.iter().all(|name| name == "b"), "{names:?}");
-    let names =
-        by(&snapshot, numbers(1).take(50).map(|random| Chance { way: Way::Better(&|_| 1.0), ..Chance::of(random) }));
+    let names = by(
+        &snapshot,
+        numbers(1).take(50).map(|random| Chance { way: Way::Better(&|_, _| false), ..Chance::of(random) }),
+    );
     assert!(names.iter().any(|name| name == "a") && names.iter().any(|name| name == "b"), "equal ones share");
+}
+
+/// A ring as the node makes it.
+const RING: Layout = Layout::Ring(0);
+
+#[test]
+fn an_endpoint_that_is_held_back_is_chosen_only_where_there_are_only_such() {
+    let snapshot = mesh(cart(), ["a", "b"].map(|name| at(name, "", "", "")));
+    let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
+    let a = SocketAddr::new(at("a", "", "", "").addresses[0], 8080);
+    let name = |chance: &Chance<'_>| pick(&snapshot, service, 80, &client(), V4, chance).unwrap().workload.name.clone();
+    let young = |one: SocketAddr| one == a;
+    for random in numbers(9).take(20) {
+        for way in [Way::Usual, Way::Turn(random), Way::Better(&|_, _| true)] {
+            let chance = Chance { held_back: Some(&young), way, ..Chance::of(random) };
+            assert_eq!(&*name(&chance), "b");
+            assert_eq!(&*name(&Chance { ejected: &|one| one != a, ..chance }), "a", "there is no other");
+        }
+    }
+    let both: BTreeSet<_> =
+        numbers(3).take(20).map(|random| name(&Chance { held_back: Some(&|_| true), ..Chance::of(random) })).collect();
+    assert_eq!(both.len(), 2, "all are new");
+}
+
+#[test]
+fn shares_of_keys_are_as_even_as_the_layout() {
+    let names: Vec<String> = (0..10).map(|number| format!("n{number}")).collect();
+    let snapshot = mesh(cart(), names.iter().map(|name| at(name, "", "", "")));
+    // The layout, and how far a share may be from the even one, in parts of a thousand of all keys.
+    for (layout, most) in [(Layout::Maglev(65_537), 8), (Layout::Ring(65_536), 8), (RING, 40)] {
+        let keys =
+            (0..20_000u32).map(|key| Chance { way: Way::Hash(hash(&key.to_le_bytes()), layout), ..Chance::of(0) });
+        let mut shares: BTreeMap<String, u32> = BTreeMap::new();
+        by(&snapshot, keys).into_iter().for_each(|name| *shares.entry(name).or_default() += 1);
+        let far = shares.values().map(|share| share.abs_diff(2_000)).max().unwrap();
+        assert!(shares.len() == 10 && far <= 20 * most, "{layout:?}: {shares:?}");
+    }
 }
 
 #[test]
@@ -454,7 +493,7 @@ fn a_hash_has_one_endpoint_and_few_move_when_one_goes() {
     let names: Vec<String> = (0..10).map(|number| format!("n{number}")).collect();
     let endpoints = |names: &[String]| mesh(cart(), names.iter().map(|name| at(name, "", "", "")));
     let (all, fewer) = (endpoints(&names), endpoints(&names[1..]));
-    let keys = || (0..2_000u32).map(|key| Chance { way: Way::Hash(hash(&key.to_le_bytes())), ..Chance::of(0) });
+    let keys = || (0..2_000u32).map(|key| Chance { way: Way::Hash(hash(&key.to_le_bytes()), RING), ..Chance::of(0) });
     let (before, after) = (by(&all, keys()), by(&fewer, keys()));
     assert_eq!(before, by(&endpoints(&names), keys()), "the same on every node");
     let mut shares: BTreeMap<&str, usize> = BTreeMap::new();
@@ -471,7 +510,7 @@ fn an_ejected_endpoint_is_never_chosen() {
     let a = SocketAddr::new(at("a", "", "", "").addresses[0], 8080);
     let out = |one| one == a;
     for random in numbers(7).take(20) {
-        for way in [Way::Usual, Way::Random, Way::Turn(random), Way::Better(&|_| 0.0), Way::Hash(random)] {
+        for way in [Way::Usual, Way::Random, Way::Turn(random), Way::Better(&|_, _| true), Way::Hash(random, RING)] {
             let chance = Chance { ejected: &out, way, ..Chance::of(random) };
             assert_eq!(&*pick(&snapshot, service, 80, &client(), V4, &chance).unwrap().workload.name, "b");
             let chance = Chance { ejected: &|_| true, way, ..Chance::of(random) };

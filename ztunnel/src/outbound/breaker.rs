@@ -121,20 +121,29 @@ impl Toward {
         then: impl FnOnce(&Chance<'_>) -> T,
     ) -> T {
         let (now, destination) = (Instant::now(), &self.destination);
-        let busy = |endpoint| f64::from(destination.under_way(endpoint));
-        let cost = |endpoint| destination.cost(endpoint, now);
+        let idler = |first, second| destination.under_way(second) < destination.under_way(first);
+        let faster = |first, second| destination.is_better(first, second, now);
         let way = match self.settings().map_or(&Balancer::Default, |settings| &settings.balancer) {
             Balancer::RoundRobin => Way::Turn(destination.turn()),
             Balancer::Random => Way::Random,
-            Balancer::LeastRequest => Way::Better(&busy),
-            Balancer::RingHash(_) => key.map_or(Way::Random, Way::Hash),
+            Balancer::LeastRequest => Way::Better(&idler),
+            Balancer::Hash(_, layout) => key.map_or(Way::Random, |key| Way::Hash(key, *layout)),
             // A service that binds its clients has said how it wants to be balanced.
-            Balancer::Default if self.requests && self.service.lb.affinity.is_none() => Way::Better(&cost),
+            Balancer::Default if self.requests && self.service.lb.affinity.is_none() => Way::Better(&faster),
             Balancer::Default | Balancer::Passthrough => Way::Usual,
         };
         let watched = self.watched(now);
         let ejected = |endpoint| watched && self.is_out(endpoint, now);
-        attempts.with_chance(tried, |chance| then(&Chance { ejected: &ejected, way, ..*chance }))
+        let by_age = !matches!(way, Way::Hash(..) | Way::Random);
+        let warmup = self.settings().and_then(|settings| settings.warmup.as_ref()).filter(|_| by_age);
+        if warmup.is_some() {
+            destination.look(&self.service, now);
+        }
+        attempts.with_chance(tried, |chance| {
+            let young = |endpoint| warmup.is_some_and(|it| destination.is_held_back(endpoint, it, chance.random, now));
+            let held_back = warmup.map(|_| &young as &dyn Fn(SocketAddr) -> bool);
+            then(&Chance { ejected: &ejected, held_back, way, ..*chance })
+        })
     }
 
     /// Whether any endpoint may be ejected now.
@@ -174,7 +183,7 @@ impl Toward {
             _ => false,
         };
         self.destination.begin(endpoint, now);
-        Some(Passage { toward: self.clone(), endpoint, probe: Cell::new(probe), began: now })
+        Some(Passage { toward: self.clone(), endpoint, probe: Cell::new(probe), sent: Cell::new(now) })
     }
 
     /// One more of `kind`, where the limit lets it.
@@ -226,7 +235,7 @@ impl Toward {
     /// The hash that chooses the endpoint of a connection.
     pub(super) fn key_of_connection(&self) -> Option<u64> {
         match &self.settings()?.balancer {
-            Balancer::RingHash(HashKey::SourceIp) => self.own.map(of_address),
+            Balancer::Hash(HashKey::SourceIp, _) => self.own.map(of_address),
             _ => None,
         }
     }
@@ -234,7 +243,7 @@ impl Toward {
     /// The hash that chooses the endpoint of a request, and the cookie that the client gets so that its next request has the
     /// same.
     pub(super) fn key_of_request(&self, parts: &Parts, client: IpAddr) -> (Option<u64>, Option<HeaderValue>) {
-        let Some(Balancer::RingHash(key)) = self.settings().map(|settings| &settings.balancer) else {
+        let Some(Balancer::Hash(key, _)) = self.settings().map(|settings| &settings.balancer) else {
             return (None, None);
         };
         let of = |value: &str| lb::hash(value.as_bytes());
@@ -242,13 +251,13 @@ impl Toward {
             HashKey::SourceIp => (Some(of_address(client)), None),
             HashKey::Header(name) => (parts.headers.get(name).map(|value| lb::hash(value.as_bytes())), None),
             HashKey::Query(name) => (query(parts.uri.query().unwrap_or_default(), name).map(of), None),
-            HashKey::Cookie { name, path, ttl, passive } => match cookie(&parts.headers, name) {
+            HashKey::Cookie { name, path, ttl, passive, attributes } => match cookie(&parts.headers, name) {
                 Some(value) => (Some(of(value)), None),
                 None if *passive => (None, None),
                 None => {
                     let value = format!("{:016x}", rand::rng().random::<u64>());
                     let age = if ttl.is_zero() { String::new() } else { format!("; Max-Age={}", ttl.as_secs()) };
-                    let set = format!("{name}={value}{age}; Path={path}; HttpOnly");
+                    let set = format!("{name}={value}{age}; Path={path}; HttpOnly{attributes}");
                     (Some(of(&value)), HeaderValue::try_from(set).ok())
                 }
             },
@@ -266,7 +275,7 @@ fn query<'a>(query: &'a str, name: &str) -> Option<&'a str> {
 }
 
 /// The first value of a cookie (RFC 6265 §4.2.1).
-fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+pub(super) fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     let lines = headers.get_all(header::COOKIE).into_iter().filter_map(|line| line.to_str().ok());
     let mut pairs = lines.flat_map(|line| line.split(';')).filter_map(|pair| pair.trim().split_once('='));
     pairs.find(|(own, _)| *own == name).map(|(_, value)| value)
@@ -279,7 +288,8 @@ pub(super) struct Passage {
     endpoint: SocketAddr,
     /// It tries a half-open endpoint, and has not said yet how it went.
     probe: Cell<bool>,
-    began: Instant,
+    /// When the request was sent: how long a connection took says nothing of the next answer.
+    sent: Cell<Instant>,
 }
 
 impl Passage {
@@ -309,10 +319,15 @@ impl Passage {
         }
     }
 
+    /// The request is on its way.
+    pub(super) fn sent(&self) {
+        self.sent.set(Instant::now());
+    }
+
     /// The head of an answer has come.
     pub(super) fn answered(&self, status: StatusCode, headers: &HeaderMap, grpc: bool) {
         let now = Instant::now();
-        let mut time = now.saturating_duration_since(self.began);
+        let mut time = now.saturating_duration_since(self.sent.get());
         let of_grpc = if grpc { grpc_status(headers) } else { None };
         if status == StatusCode::TOO_MANY_REQUESTS || of_grpc.as_deref() == Some("8") {
             let after = headers.get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());

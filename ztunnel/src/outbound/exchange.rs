@@ -8,21 +8,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::uri::{Authority, PathAndQuery, Scheme};
-use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use hyper::body::Incoming;
 use tokio::time::{Instant, sleep};
 
+use crate::base::unix_now;
 use crate::http::reply::{self, Reply};
 use crate::http::server::Switches;
 use crate::http::{Body, Framing, Original, headers, recorded};
 use crate::outbound::ask::{self, Known};
-use crate::outbound::breaker::Toward;
+use crate::outbound::breaker::{Toward, cookie};
 use crate::outbound::forward::{Job, Target};
 use crate::outbound::requests::Client;
 use crate::outbound::waypoint;
 use crate::outcome::{Code, Fault, Outcome};
+use crate::route::session::{self, Session};
 use crate::route::{self, Forward, Granted, NO_ROUTE, Respond, RoutePlan, path};
-use crate::state::{Service, ServiceName, Snapshot, Workload};
+use crate::state::{Service, ServiceName, SessionRule, Snapshot, Workload};
 use crate::telemetry::{Direction, HttpRecord, Peer};
 
 /// The proxy answers.
@@ -135,7 +137,8 @@ impl Client {
             let taken = self.shared.limits.take(&limit.name, &whose, limit.requests, limit.interval, limit.burst);
             taken.map_err(|wait| limited(&limit.name, wait))?;
         }
-        let plan = found.plan(&facts, if is_broken("weights") { 0 } else { found.rule().turns.take() });
+        let session = found.rule().session.as_ref().and_then(|rule| shown(rule, request.headers()));
+        let plan = found.plan_of(&facts, if is_broken("weights") { 0 } else { found.rule().turns.take() }, session);
         match plan {
             RoutePlan::Redirect(redirection) => {
                 let mut response = Response::new(Body::empty());
@@ -233,13 +236,37 @@ impl Client {
             deadline: forward.as_ref().and_then(Forward::request_timeout).filter(|_| !switch).map(|time| now + time),
             attempt: forward.as_ref().and_then(Forward::backend_timeout).filter(|_| !switch),
             hash: None,
+            session: forward.as_ref().and_then(|forward| forward.session.as_ref()).map(|own| own.endpoint.clone()),
         };
         let mut response = job.run(switches, record).await?;
         if let Some(forward) = &forward {
             forward.on_response(response.headers_mut());
+            if let (Some(rule), Some(endpoint)) = (forward.session_rule(), &record.destination.workload) {
+                give(rule, forward, &endpoint.uid, response.headers_mut());
+            }
         }
         Ok(response)
     }
+}
+
+/// What the client shows of its session.
+fn shown(rule: &SessionRule, headers: &HeaderMap) -> Option<Session> {
+    let text = match (&rule.cookie, &rule.header) {
+        (Some(name), _) => cookie(headers, name)?,
+        (None, Some(name)) => headers.get(name)?.to_str().ok()?,
+        (None, None) => return None,
+    };
+    Session::read(rule, text, unix_now())
+}
+
+/// Tells the client which endpoint it had, if it does not know.
+fn give(rule: &SessionRule, forward: &Forward, endpoint: &str, headers: &mut HeaderMap) {
+    let given = session::given(rule, forward.session.as_ref(), forward.backend(), endpoint, unix_now());
+    let Some(value) = given.and_then(|given| HeaderValue::try_from(given).ok()) else { return };
+    match &rule.header {
+        Some(name) if rule.cookie.is_none() => headers.insert(name, value).is_some(),
+        _ => headers.append(header::SET_COOKIE, value),
+    };
 }
 
 /// The address of a backend that stands for it in decisions: the one that was dialled, or one of its family.

@@ -23,11 +23,11 @@ use crate::http::client::{Conn, Failed};
 use crate::http::headers::{self, check_answer, strip_hop};
 use crate::http::pool::{IDLE, Key};
 use crate::http::reply::{self, Reply};
-use crate::http::retry::{Budget, Tried, is_idempotent, may_repeat, pause};
+use crate::http::retry::{Tried, is_idempotent, may_repeat, pause};
 use crate::http::server::{Switch, Switches};
 use crate::http::{Body, End, Framing, Original};
 use crate::lb::outlier::Seen;
-use crate::lb::{Chance, Held, Kind};
+use crate::lb::{Chance, Held, Kind, Live};
 use crate::outbound::ask::Known;
 use crate::outbound::attempts::{Failure, LONGEST, MOST, SHORT};
 use crate::outbound::breaker::{Passage, Toward};
@@ -73,6 +73,8 @@ pub(super) struct Job<'a> {
     pub(super) attempt: Option<Duration>,
     /// What chooses the endpoint, where a policy says so.
     pub(super) hash: Option<u64>,
+    /// Uid of the endpoint that the client's session is with.
+    pub(super) session: Option<Arc<str>>,
 }
 
 /// The head of an answer, and what it came on.
@@ -105,16 +107,20 @@ impl Job<'_> {
     /// Sends it until there is an answer to pass on.
     pub(super) async fn run(mut self, switches: Switches, record: &mut HttpRecord) -> Result<Response<Body>, Refused> {
         let toward = self.to.toward.clone();
-        let live = toward.as_ref().filter(|toward| toward.settings().is_some()).map(|toward| toward.live());
-        let counts = || toward.as_ref().zip(live.as_ref());
-        let active = counts().map(|(toward, live)| toward.take(live, Kind::Requests)).transpose()?;
+        let live = self.live();
+        let active = match &toward {
+            Some(toward) => Some(toward.take(&live, Kind::Requests)?),
+            None => live.take(Kind::Requests, None),
+        };
+        let interval = self.settings().and_then(|settings| settings.retry_budget?.interval);
+        if let Some(interval) = interval {
+            live.begins(interval, std::time::Instant::now());
+        }
         let mut cookie = None;
         if let Some(toward) = &toward {
             (self.hash, cookie) = toward.key_of_request(&self.parts, self.client.addr.ip());
         }
-        let retry = |budget: &Budget| retry(budget, counts());
-        let budget = self.client.means.budget(&self.client.pod.uid, &self.to.service, self.to.at.port());
-        let counted = budget.request();
+        let retry = || retry(&live, toward.as_ref());
         let (mut retries, mut sent_anew) = (0, 0);
         let mut avoid = Vec::new();
         let mut held = Vec::new();
@@ -127,7 +133,7 @@ impl Job<'_> {
                     if !again(Tried::Answered(got.response.status())) {
                         break got;
                     }
-                    let Some(counted) = retry(&budget) else { break got };
+                    let Some(counted) = retry() else { break got };
                     held.push(counted);
                     avoid.push(got.key.endpoint);
                     None
@@ -144,7 +150,7 @@ impl Job<'_> {
                     sent_anew += 1;
                     continue;
                 }
-                let counted = if again(missed.tried) { retry(&budget) } else { None };
+                let counted = if again(missed.tried) { retry() } else { None };
                 let Some(counted) = counted else { return Err(missed.refused) };
                 held.push(counted);
             }
@@ -153,11 +159,22 @@ impl Job<'_> {
             sleep(pause(least, retries, rand::rng().random())).await;
         };
         drop(held);
-        let mut response = self.pass_on(got, switches, record).map(|body| body.hold(counted).hold(active));
+        let mut response = self.pass_on(got, switches, record).map(|body| body.hold(active));
         if let Some(cookie) = cookie {
             response.headers_mut().append(http::header::SET_COOKIE, cookie);
         }
         Ok(response)
+    }
+
+    /// What the pod has under way there.
+    fn live(&self) -> Arc<Live> {
+        match &self.to.toward {
+            Some(toward) => toward.live(),
+            None => {
+                let known = self.client.shared.destinations.of(&self.to.service, self.to.at.port());
+                known.live(&self.client.pod.uid)
+            }
+        }
     }
 
     fn may_again(&self, tried: Tried, retries: u32) -> bool {
@@ -205,6 +222,9 @@ impl Job<'_> {
         let count = record.request_bytes.clone();
         let body = Body::from(self.original.attempt()).until(deadline).then(move |ended| count.set(ended.bytes));
         let request = Request::from_parts(self.parts.clone(), body);
+        if let Some(passage) = &*under_way.borrow() {
+            passage.sent();
+        }
         let sent = conn.send(request, self.switch).await;
         let passage = under_way.take();
         let saw = |seen| {
@@ -321,7 +341,8 @@ impl Job<'_> {
 
     fn choose(&self, tried: &[SocketAddr]) -> Result<Plan, Outcome> {
         let decide = |chance: &Chance<'_>| {
-            to_service(&self.to.known.snapshot, &self.to.known.source, &self.to.service, self.to.at, chance)
+            let chance = Chance { session: self.session.as_deref(), ..*chance };
+            to_service(&self.to.known.snapshot, &self.to.known.source, &self.to.service, self.to.at, &chance)
         };
         let attempts = self.client.attempts();
         match &self.to.toward {
@@ -392,6 +413,8 @@ impl Job<'_> {
             }
             (Conn::Two(two), live) => {
                 two.most_uses = settings.and_then(|settings| settings.max_requests_per_connection).unwrap_or(u32::MAX);
+                let streams = settings.and_then(|settings| settings.max_concurrent_streams);
+                two.most_streams = streams.map_or(two.most_streams, |most| two.most_streams.min(most as usize));
                 two.idle = settings.and_then(|settings| settings.http_idle_timeout).unwrap_or(two.idle);
                 connections.share(key, two.clone());
                 if let Some(live) = live {

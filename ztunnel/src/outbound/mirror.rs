@@ -60,6 +60,7 @@ impl Client {
             deadline: Some(Instant::now() + MIRROR_TIME),
             attempt: None,
             hash: None,
+            session: None,
         };
         let Ok(response) = job.run(Switches::default(), &mut record).await else { return };
         record.answered(response.status().as_u16());

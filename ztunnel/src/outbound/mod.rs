@@ -24,7 +24,6 @@ mod room;
 mod waypoint;
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -39,7 +38,6 @@ use crate::dns::own::OwnResolver;
 use crate::flow::{LocalPod, Shared};
 use crate::hbone;
 use crate::hbone::pool::Pool;
-use crate::http::retry::Budget;
 use crate::http::{Framing, pool};
 use crate::lb::Failing;
 use crate::outbound::attempts::{Attempts, Next};
@@ -49,7 +47,7 @@ use crate::outbound::recheck::{Left, Live, Registration};
 pub use crate::outbound::requests::wanted;
 pub use crate::outbound::waypoint::decides as waypoint_decides;
 use crate::outcome::{Code, Outcome};
-use crate::state::{EgressMode, Lease, Service};
+use crate::state::{EgressMode, Lease};
 use crate::telemetry::{ConnRecord, Direction};
 
 /// What a worker has for its outbound connections. Cheap to clone.
@@ -65,14 +63,7 @@ pub struct Means {
     pub connections: Rc<pool::Pool>,
     /// Looks names up that lead out of the cluster, and has the sockets for them.
     pub outside: OwnResolver,
-    budgets: Rc<RefCell<HashMap<BudgetKey, Budget>>>,
 }
-
-/// Uid of the pod, host name of the Service, and its port.
-type BudgetKey = (Arc<str>, Arc<str>, u16);
-
-/// Retry budgets kept before idle ones are let go.
-const BUDGETS: usize = 256;
 
 impl Means {
     /// A new worker's.
@@ -83,16 +74,7 @@ impl Means {
             live: recheck::live(),
             connections: pool::Pool::new(),
             outside,
-            budgets: Rc::default(),
         }
-    }
-
-    fn budget(&self, pod: &Arc<str>, service: &Service, port: u16) -> Budget {
-        let mut budgets = self.budgets.borrow_mut();
-        if budgets.len() >= BUDGETS {
-            budgets.retain(|_, budget| !budget.is_idle());
-        }
-        budgets.entry((pod.clone(), service.hostname.clone(), port)).or_default().clone()
     }
 }
 

@@ -13,11 +13,12 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::http::client::Conn;
 use crate::http::pool::Key;
-use crate::http::retry::{Budget, Counted};
+use crate::http::retry::most;
 use crate::lb::{Held, Kind, Live};
 use crate::outbound::breaker::Toward;
 use crate::outbound::forward::Job;
 use crate::outcome::{Code, Outcome};
+use crate::state::RetryBudget;
 
 /// How long a request waits for a connection where no more may be opened (`maxConnections`): a client's usual patience.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
@@ -69,14 +70,27 @@ impl Job<'_> {
     }
 }
 
-/// A retry, within the policy's `maxRetries`, or within the budget.
-pub(super) fn retry(
-    budget: &Budget,
-    limit: Option<(&Rc<Toward>, &Arc<Live>)>,
-) -> Option<(Option<Counted>, Option<Held>)> {
-    match limit.filter(|(toward, _)| toward.settings().is_some_and(|settings| settings.max_retries.is_some())) {
-        None => budget.retry().map(|counted| (Some(counted), None)),
-        Some((toward, live)) => toward.take(live, Kind::Retries).ok().map(|held| (None, Some(held))),
+/// A retry, within the policy's `retryBudget` or `maxRetries`, or within the budget that holds without them.
+pub(super) fn retry(live: &Arc<Live>, toward: Option<&Rc<Toward>>) -> Option<Held> {
+    let settings = toward.and_then(|toward| toward.settings());
+    let budget = match settings {
+        Some(settings) if settings.retry_budget.is_none() && settings.max_retries.is_some() => {
+            return toward?.take(live, Kind::Retries).ok();
+        }
+        settings => settings.and_then(|settings| settings.retry_budget).unwrap_or_default(),
+    };
+    let held = within(&budget, live, std::time::Instant::now());
+    if let (None, Some(toward)) = (&held, toward) {
+        toward.count_overflow(Kind::Retries);
+    }
+    held
+}
+
+fn within(budget: &RetryBudget, live: &Arc<Live>, now: std::time::Instant) -> Option<Held> {
+    let most = |requests| most(requests, budget.share, budget.least);
+    match budget.interval {
+        None => live.take(Kind::Retries, Some(u32::try_from(most(live.count(Kind::Requests))).unwrap_or(u32::MAX))),
+        Some(interval) => live.retries(interval, now, most).then(|| live.take(Kind::Retries, None)).flatten(),
     }
 }
 

@@ -21,6 +21,7 @@ mod cors;
 mod find;
 pub mod path;
 mod plan;
+pub mod session;
 pub mod share;
 #[cfg(test)]
 mod tests;

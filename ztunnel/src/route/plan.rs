@@ -13,8 +13,9 @@ use http::header::{HeaderValue, LOCATION};
 use crate::route::change;
 use crate::route::cors::{self, Granted};
 use crate::route::find::{Found, RequestFacts};
+use crate::route::session::Session;
 use crate::route::share::{self, Salt};
-use crate::state::{Abort, Backend, Mirror, Retry, RouteEntry};
+use crate::state::{Abort, Backend, Mirror, Retry, RouteEntry, SessionRule};
 
 /// What shares of faults are parts of.
 const MILLION: u32 = 1_000_000;
@@ -45,6 +46,8 @@ pub struct Forward {
     pub path: Option<String>,
     /// The new authority. `None`: as the request.
     pub authority: Option<Arc<str>>,
+    /// What the client has shown of its session with the backend.
+    pub session: Option<Session>,
 }
 
 impl Forward {
@@ -76,6 +79,11 @@ impl Forward {
     /// Whether to try again.
     pub fn retry(&self) -> Option<&Retry> {
         self.candidate.rule().retry.as_ref()
+    }
+
+    /// Who keeps its endpoint, and how.
+    pub fn session_rule(&self) -> Option<&SessionRule> {
+        self.candidate.rule().session.as_ref()
     }
 
     /// Changes the headers of the request.
@@ -186,6 +194,11 @@ pub const NO_ROUTE: Respond =
 impl Found {
     /// What becomes of the request. `turn` is the rule's next.
     pub fn plan(&self, facts: &RequestFacts<'_>, turn: u64) -> RoutePlan {
+        self.plan_of(facts, turn, None)
+    }
+
+    /// The same for one of a client's session, which may have its backend already.
+    pub fn plan_of(&self, facts: &RequestFacts<'_>, turn: u64, session: Option<Session>) -> RoutePlan {
         if let Some(decided) = self.without_backend(facts) {
             return decided;
         }
@@ -193,8 +206,17 @@ impl Found {
         if let Some(abort) = abort {
             return self.abort(delay, abort);
         }
-        let Some(backend) = share::pick(&self.weights(), turn) else { return self.fails(Reason::NoBackend, None) };
-        self.to_backend(facts, backend, delay, self.copies(turn))
+        let kept = session.as_ref().and_then(|session| session.backend(self.rule()));
+        let Some(backend) = kept.or_else(|| share::pick(&self.weights(), turn)) else {
+            return self.fails(Reason::NoBackend, None);
+        };
+        let plan = self.to_backend(facts, backend, delay, self.copies(turn));
+        match plan {
+            RoutePlan::Forward(forward) => {
+                RoutePlan::Forward(Forward { session: session.filter(|_| kept.is_some()), ..forward })
+            }
+            plan => plan,
+        }
     }
 
     /// Everything that may become of the request, with its share of all such requests: for explanations. Delays and copies
@@ -269,6 +291,7 @@ impl Found {
             delay,
             path: new_path.map(|new| change::path(new, path, facts.path)),
             authority: new_host,
+            session: None,
         })
     }
 

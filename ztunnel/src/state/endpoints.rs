@@ -8,9 +8,9 @@
 //! network) is a list of nearer and farther tables: clients of one node are in one place, so each table keeps the list of
 //! the first place that asked, and others compute theirs.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
-use crate::state::{HealthPolicy, IpFamily, Port, Record, ServiceSpec};
+use crate::state::{HealthPolicy, IpFamily, Layout, Port, Record, ServiceSpec};
 
 /// One row of a [`PortTable`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +33,18 @@ struct Column {
 /// A place, and tables by nearness to it.
 pub type Tiers = (String, Arc<[PortTable]>);
 
+/// Which row of a [`PortTable`] a hash means.
+#[derive(Debug)]
+pub enum KeyTable {
+    /// Points of the rows on a ring of hashes, in order, each with its row.
+    Ring(Box<[(u64, u32)]>),
+    /// The row of each remainder.
+    Maglev(Box<[u32]>),
+}
+
+/// Tables of hashes by how they are laid out.
+pub type KeyTables = Mutex<Vec<(Layout, Arc<KeyTable>)>>;
+
 /// Candidates to draw from.
 #[derive(Debug, Default)]
 pub struct PortTable {
@@ -44,8 +56,8 @@ pub struct PortTable {
     /// The rows by nearness to the first place that asked, nearest first: `lb` makes it, and says by the key which place
     /// that was.
     pub tiers: OnceLock<Box<Tiers>>,
-    /// Points of the rows on a ring of hashes, in order, each with its row: `lb` makes it for the first choice by hash.
-    pub ring: OnceLock<Box<[(u64, u32)]>>,
+    /// What hashes mean: `lb` makes it for the first choice by hash.
+    pub keys: OnceLock<Box<KeyTables>>,
 }
 
 impl PortTable {
@@ -59,7 +71,7 @@ impl PortTable {
         let total = candidates.iter().map(|row| u64::from(row.weight)).sum();
         let columns =
             (!candidates.windows(2).all(|pair| pair[0].weight == pair[1].weight)).then(|| columns(&candidates, total));
-        Self { candidates, total, columns, tiers: OnceLock::new(), ring: OnceLock::new() }
+        Self { candidates, total, columns, tiers: OnceLock::new(), keys: OnceLock::new() }
     }
 
     /// Sum of all weights.

@@ -48,7 +48,7 @@ pub use egress::{
     EGRESS_POLICY, EgressEndpoint, EgressHttp, EgressPath, EgressPlace, EgressPolicy, EgressPort, EgressProtocol,
     EgressRule, HostPattern, Origination, SERVICE_ENTRY,
 };
-pub use endpoints::{Candidate, Endpoints, PortTable, PortTables, Ports, Tiers};
+pub use endpoints::{Candidate, Endpoints, KeyTable, KeyTables, PortTable, PortTables, Ports, Tiers};
 pub use gateway::Gateway;
 pub use http_rules::{Element, Group, HttpMatch, HttpRule, PathPattern};
 pub use l7::RouteEntry;
@@ -59,7 +59,7 @@ pub use request_auth::{JwtRule, REQUEST_AUTHENTICATION, RequestAuth};
 pub use route::{
     Abort, Backend, Cors, Fault, Filters, GRPC_ROUTE, HTTP_ROUTE, HeaderChanges, Listed, Mirror, PathChange, PathMatch,
     Pattern, RateLimit, Redirect, Retry, Rewrite, Route, RouteKind, RouteMatch, RouteParent, RouteRule, ServiceName,
-    Turns, Wanted,
+    SessionRule, Turns, Wanted,
 };
 pub use service::{
     DatagramPort, HealthPolicy, IpFamilies, IpFamily, LoadBalancing, LocalityScope, Mode, NamedPort, Service,
@@ -68,7 +68,8 @@ pub use service::{
 pub use snapshot::Snapshot;
 pub use store::{Applied, Reader, Writer, store};
 pub use traffic::{
-    Balancer, DESTINATION_RULE, HashKey, OutlierDetection, TrafficPolicy, TrafficScope, TrafficSettings,
+    Balancer, DESTINATION_RULE, HashKey, Layout, OutlierDetection, RetryBudget, SuccessRate, TrafficPolicy,
+    TrafficScope, TrafficSettings, Warmup,
 };
 pub use trust::TrustBundle;
 pub use versions::{LogEntry, LogName};

@@ -80,6 +80,8 @@ pub struct RouteRule {
     pub backend_timeout: Option<Duration>,
     /// Whether to try again.
     pub retry: Option<Retry>,
+    /// Clients keep the backend and the endpoint that they had.
+    pub session: Option<SessionRule>,
     /// Why it cannot be carried out: its requests are answered 500.
     pub broken: Option<Arc<str>>,
     /// Whose turn it is: one count for the node, which survives edits of the route.
@@ -377,6 +379,21 @@ pub struct Backend {
     pub filters: Filters,
     /// Why there is nobody: its share is answered 500.
     pub invalid: Option<Arc<str>>,
+}
+
+/// How clients are known that keep their endpoint, and for how long.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SessionRule {
+    /// Name of the cookie.
+    pub cookie: Option<Arc<str>>,
+    /// Name of the header, where there is no cookie.
+    pub header: Option<HeaderName>,
+    /// The cookie outlasts the client's own session.
+    pub permanent: bool,
+    /// Since it began.
+    pub absolute: Option<Duration>,
+    /// Since it was used.
+    pub idle: Option<Duration>,
 }
 
 /// When to try again. Failures to connect count always.

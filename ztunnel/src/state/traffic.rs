@@ -75,7 +75,45 @@ pub struct TrafficSettings {
     pub outlier: Option<OutlierDetection>,
     /// How an endpoint is chosen.
     pub balancer: Balancer,
+    /// Retries as a share of the requests, in the place of `max_retries`.
+    pub retry_budget: Option<RetryBudget>,
+    /// New endpoints get their share little by little.
+    pub warmup: Option<Warmup>,
+    /// Requests at once on one HTTP/2 connection.
+    pub max_concurrent_streams: Option<u32>,
 }
+
+/// How many retries there may be beside requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RetryBudget {
+    /// Of the requests, in hundredths of a percent.
+    pub share: u32,
+    /// Always allowed.
+    pub least: u32,
+    /// What began so long ago counts too; none: what is under way alone.
+    pub interval: Option<Duration>,
+}
+
+impl Default for RetryBudget {
+    /// Envoy's.
+    fn default() -> Self {
+        Self { share: 2_000, least: 3, interval: None }
+    }
+}
+
+/// How a new endpoint begins.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Warmup {
+    /// Until it has its whole share.
+    pub duration: Duration,
+    /// Part of its share that it has at once, above 0 and up to 1.
+    pub least: f64,
+    /// 1: the share grows evenly; above, faster at first.
+    pub aggression: f64,
+}
+
+// Neither number is made by calculation, so neither is NaN.
+impl Eq for Warmup {}
 
 /// How an endpoint is chosen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -90,9 +128,18 @@ pub enum Balancer {
     /// The better of two by requests under way.
     LeastRequest,
     /// By what the request says.
-    RingHash(HashKey),
+    Hash(HashKey, Layout),
     /// Where the client addressed it: not carried out, since it would leave the mesh.
     Passthrough,
+}
+
+/// How hashes are laid out over endpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// A ring with so many points at least.
+    Ring(u32),
+    /// Maglev's table, with so many rows.
+    Maglev(u32),
 }
 
 /// What of a request is hashed.
@@ -114,6 +161,8 @@ pub enum HashKey {
         ttl: Duration,
         /// The proxy sets none.
         passive: bool,
+        /// What else is written into one that the proxy sets, with `; ` before each. Empty: nothing.
+        attributes: Arc<str>,
     },
 }
 
@@ -136,4 +185,17 @@ pub struct OutlierDetection {
     pub max_ejection_percent: u32,
     /// With fewer healthy ones all are used.
     pub min_health_percent: u32,
+    /// What went well lately is less than a share.
+    pub success_rate: Option<SuccessRate>,
+}
+
+/// What share must go well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SuccessRate {
+    /// Percent.
+    pub percent: u32,
+    /// What is older does not count.
+    pub window: Duration,
+    /// Fewer say nothing.
+    pub least: u32,
 }

@@ -115,6 +115,7 @@ pub fn rule(matches: Vec<RouteMatch>, backends: Vec<Backend>) -> RouteRule {
         request_timeout: None,
         backend_timeout: None,
         retry: None,
+        session: None,
         broken: None,
         turns: Arc::new(Turns::starting_at(0)),
     }

@@ -4,6 +4,7 @@
 //! spec is an object that fails closed, and an error besides. Unknown fields are ignored in core kinds, as the API
 //! server would have dropped them, but not in policies, where a misspelt field would silently mean something else.
 
+mod balancer;
 mod core;
 #[cfg(test)]
 mod crds;
@@ -12,6 +13,7 @@ mod filter;
 mod network;
 mod policy;
 mod route;
+mod session;
 mod traffic;
 mod trust;
 

@@ -13,6 +13,7 @@ use crate::model::{
     RouteMatch, RouteRetry, RouteRule, Wanted,
 };
 use crate::source::decode::filter;
+use crate::source::decode::session::session;
 use crate::source::tree::{Cursor, Read};
 
 /// The API's limits.
@@ -36,6 +37,12 @@ pub(super) fn route(kind: RouteKind, at: &Cursor<'_>, meta: Meta) -> Read<Object
     if rules.is_empty() && rules_at.is_absent() {
         // The API's default.
         rules.push(RouteRule::default());
+    }
+    for (index, rule) in rules.iter_mut().enumerate() {
+        if let Some(session) = rule.session.as_mut().filter(|session| session.name.is_empty()) {
+            let which = if rule.name.is_empty() { index.to_string() } else { rule.name.clone() };
+            session.name = format!("tulle-session-{}-{which}", meta.name);
+        }
     }
     Ok(Object::Route(Arc::new(Route { kind, meta, parents, rules })))
 }
@@ -67,7 +74,8 @@ fn parent(at: &Cursor<'_>) -> Read<ParentRef> {
 fn rule(kind: RouteKind, at: &Cursor<'_>) -> Read<RouteRule> {
     let mut problem: Problem = None;
     for (key, field) in at.map()? {
-        if !matches!(key, "name" | "matches" | "filters" | "backendRefs" | "timeouts" | "retry") {
+        if !matches!(key, "name" | "matches" | "filters" | "backendRefs" | "timeouts" | "retry" | "sessionPersistence")
+        {
             problem = problem.or_else(|| Some(field.error("is not supported").to_string()));
         }
     }
@@ -91,9 +99,10 @@ fn rule(kind: RouteKind, at: &Cursor<'_>) -> Read<RouteRule> {
         note(&mut problem, &timeouts, "backendRequest is longer than request");
     }
     let retry = retry(&at.get("retry"), &mut problem)?;
+    let session = session(&at.get("sessionPersistence"), &mut problem)?;
     let name = at.get("name").text_or_empty()?;
-    let rule =
-        RouteRule { name, matches, filters, backends, request_timeout_ms, backend_timeout_ms, retry, problem: None };
+    let timed = RouteRule { request_timeout_ms, backend_timeout_ms, retry, session, ..RouteRule::default() };
+    let rule = RouteRule { name, matches, filters, backends, ..timed };
     Ok(RouteRule { problem: problem.or_else(|| incompatible(&rule, at)), ..rule })
 }
 

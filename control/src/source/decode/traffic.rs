@@ -7,9 +7,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::model::{
-    Balancer, DestinationRule, HashKey, JwtRule, Meta, Object, OutlierDetection, RequestAuthentication,
-    RequestAuthenticationSpec, TrafficSettings,
+    DestinationRule, JwtRule, Meta, Object, OutlierDetection, RequestAuthentication, RequestAuthenticationSpec,
+    RetryBudget, SuccessRate, TrafficSettings,
 };
+use crate::source::decode::balancer;
 use crate::source::decode::policy::{PolicyResult, authorization_target, or_unreadable};
 use crate::source::decode::route::is_header_name;
 use crate::source::tree::{Cursor, FieldError, Read, Value};
@@ -20,9 +21,17 @@ const MAX_RULES: usize = 64;
 /// Fields of `connectionPool.tcp` that nodes carry out. Those of a DestinationRule that they do not are told.
 const TCP: [&str; 4] = ["maxConnections", "connectTimeout", "idleTimeout", "maxConnectionDuration"];
 
-/// The same for `connectionPool.http`.
-const HTTP: [&str; 5] =
-    ["http1MaxPendingRequests", "http2MaxRequests", "maxRequestsPerConnection", "maxRetries", "idleTimeout"];
+/// The same for `connectionPool.http`. A client's version of HTTP is the server's, whatever `useClientProtocol` says.
+const HTTP: [&str; 8] = [
+    "http1MaxPendingRequests",
+    "http2MaxRequests",
+    "maxRequestsPerConnection",
+    "maxRetries",
+    "idleTimeout",
+    "maxConcurrentStreams",
+    "h2UpgradePolicy",
+    "useClientProtocol",
+];
 
 /// The same for `outlierDetection`.
 const OUTLIER: [&str; 9] = [
@@ -37,9 +46,6 @@ const OUTLIER: [&str; 9] = [
     "minHealthPercent",
 ];
 
-/// The same for `loadBalancer.consistentHash`. What a ring looks like is the node's own affair.
-const HASH: [&str; 4] = ["httpHeaderName", "httpQueryParameterName", "httpCookie", "useSourceIp"];
-
 pub(super) fn destination_rule(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
     let spec = at.get("spec");
     let mut ignored = Vec::new();
@@ -49,18 +55,27 @@ pub(super) fn destination_rule(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
         ignored.push(format!("{} (no route of the Gateway API selects a subset)", subsets.error("").field));
     }
     let policy = spec.get("trafficPolicy");
+    let export = spec.get("exportTo").texts()?;
+    let own_namespace = !export.is_empty() && !export.iter().any(|(to, _)| *to == "*");
+    let rate = success_rate(&at.get("metadata").get("annotations"), &policy, &mut ignored)?;
+    let mut settings_of = |at: &Cursor<'_>, besides: &[&str]| -> Read<TrafficSettings> {
+        let mut settings = settings(at, besides, &mut ignored)?;
+        if let Some(outlier) = &mut settings.outlier {
+            outlier.success_rate.clone_from(&rate);
+        }
+        Ok(settings)
+    };
     let mut ports = BTreeMap::new();
     for item in policy.get("portLevelSettings").list()? {
         let number = item.get("port").get("number");
         let port = number.port()?.ok_or_else(|| number.error("is missing"))?;
-        ports.insert(port, settings(&item, &["port"], &mut ignored)?);
+        ports.insert(port, settings_of(&item, &["port"])?);
     }
-    let export = spec.get("exportTo").texts()?;
-    let own_namespace = !export.is_empty() && !export.iter().any(|(to, _)| *to == "*");
+    let settings = settings_of(&policy, &["portLevelSettings"])?;
     Ok(Object::DestinationRule(Arc::new(DestinationRule {
         host: spec.get("host").required_text()?.to_ascii_lowercase(),
         own_namespace,
-        settings: settings(&policy, &["portLevelSettings"], &mut ignored)?,
+        settings,
         ports,
         ignored,
         meta,
@@ -68,7 +83,7 @@ pub(super) fn destination_rule(at: &Cursor<'_>, meta: Meta) -> Read<Object> {
 }
 
 /// Notes the fields that are not in the list.
-fn unknown(at: &Cursor<'_>, known: &[&str], ignored: &mut Vec<String>) -> Read<()> {
+pub(super) fn unknown(at: &Cursor<'_>, known: &[&str], ignored: &mut Vec<String>) -> Read<()> {
     for (key, field) in at.map()? {
         if !known.contains(&key) && !field.is_absent() {
             // The path is what an error about the field would begin with.
@@ -79,8 +94,9 @@ fn unknown(at: &Cursor<'_>, known: &[&str], ignored: &mut Vec<String>) -> Read<(
 }
 
 fn settings(at: &Cursor<'_>, besides: &[&str], ignored: &mut Vec<String>) -> Read<TrafficSettings> {
-    let known = [&["connectionPool", "outlierDetection", "loadBalancer"], besides].concat();
-    unknown(at, &known, ignored)?;
+    let known = ["connectionPool", "outlierDetection", "loadBalancer", "retryBudget", "tls", "proxyProtocol"];
+    unknown(at, &[&known[..], besides].concat(), ignored)?;
+    without_effect(at, ignored)?;
     let pool = at.get("connectionPool");
     unknown(&pool, &["tcp", "http"], ignored)?;
     let (tcp, http) = (pool.get("tcp"), pool.get("http"));
@@ -97,11 +113,84 @@ fn settings(at: &Cursor<'_>, besides: &[&str], ignored: &mut Vec<String>) -> Rea
         max_requests_per_connection: count(&http.get("maxRequestsPerConnection"))?,
         max_retries: count(&http.get("maxRetries"))?,
         outlier: outlier(&at.get("outlierDetection"), ignored)?,
-        balancer: balancer(&at.get("loadBalancer"), ignored)?,
+        balancer: balancer::balancer(&at.get("loadBalancer"), ignored)?,
+        retry_budget: retry_budget(&at.get("retryBudget"), ignored)?,
+        warmup: balancer::warmup(&at.get("loadBalancer"), ignored)?,
+        max_concurrent_streams: count(&http.get("maxConcurrentStreams"))?,
     })
 }
 
-fn count(at: &Cursor<'_>) -> Read<u32> {
+/// Notes fields of which some values ask for what is done anyway, and the others have no effect.
+fn without_effect(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<()> {
+    let mut ignore = |at: &Cursor<'_>, why: &str| ignored.push(format!("{} ({why})", at.error("").field));
+    let tls = at.get("tls");
+    match tls.get("mode").text()? {
+        // The mesh's own mutual TLS, wherever the endpoint is in the mesh.
+        Some("ISTIO_MUTUAL") => {}
+        Some("DISABLE") => ignore(&tls, "between pods of the mesh there is mutual TLS always, and none to others"),
+        _ if tls.is_absent() => {}
+        _ => ignore(&tls, "the proxy adds TLS to connections out of the cluster alone; see EgressPolicy"),
+    }
+    let proxy = at.get("proxyProtocol");
+    if !proxy.is_absent() {
+        ignore(&proxy, "a Service of the mesh sees its client's address without it");
+    }
+    let upgrade = at.get("connectionPool").get("http").get("h2UpgradePolicy");
+    if upgrade.text()? == Some("UPGRADE") {
+        ignore(&upgrade, "a client's version of HTTP is also the server's");
+    }
+    Ok(())
+}
+
+fn retry_budget(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Option<RetryBudget>> {
+    if at.is_absent() {
+        return Ok(None);
+    }
+    unknown(at, &["percent", "minRetryConcurrency", "budgetInterval"], ignored)?;
+    let percent = at.get("percent");
+    let share = percent.number()?.unwrap_or(20.0);
+    if !(0.0..=100.0).contains(&share) {
+        return Err(percent.error(format!("{share} is not from 0 to 100")));
+    }
+    Ok(Some(RetryBudget {
+        share: (share * 100.0).round() as u32,
+        // 0 is the default, as with every plain number of a DestinationRule.
+        least: match count(&at.get("minRetryConcurrency"))? {
+            0 => 3,
+            least => least,
+        },
+        interval_ms: duration(&at.get("budgetInterval"))?,
+    }))
+}
+
+/// Annotations, because no field of a DestinationRule says it.
+fn success_rate(at: &Cursor<'_>, policy: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Option<SuccessRate>> {
+    const PREFIX: &str = "tulle.dev/success-rate";
+    let [threshold, window, least] =
+        ["threshold", "window", "min-requests"].map(|end| at.get(&format!("{PREFIX}-{end}")));
+    let Some(text) = threshold.text()? else { return Ok(None) };
+    let percent = text.trim_end_matches('%').parse::<u32>().ok().filter(|percent| (1..=100).contains(percent));
+    let percent = percent.ok_or_else(|| threshold.error(format!("`{text}` is no percentage from 1% to 100%")))?;
+    let least_requests = match least.text()? {
+        None => 5,
+        Some(text) => text
+            .parse::<u32>()
+            .ok()
+            .filter(|least| *least > 0)
+            .ok_or_else(|| least.error(format!("`{text}` is no number of requests")))?,
+    };
+    let window_ms = match duration(&window)? {
+        0 => 10_000,
+        window => window,
+    };
+    let ports = policy.get("portLevelSettings").list()?;
+    if policy.get("outlierDetection").is_absent() && ports.iter().all(|port| port.get("outlierDetection").is_absent()) {
+        ignored.push(format!("{} (there is no outlierDetection that it could be part of)", threshold.error("").field));
+    }
+    Ok(Some(SuccessRate { percent, window_ms, least_requests }))
+}
+
+pub(super) fn count(at: &Cursor<'_>) -> Read<u32> {
     let value = at.int()?.unwrap_or(0);
     u32::try_from(value).map_err(|_| at.error(format!("{value} is out of range")))
 }
@@ -135,56 +224,12 @@ fn outlier(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Option<OutlierDet
             percent => percent.min(100),
         },
         min_health_percent: or("minHealthPercent", 0)?.min(100),
+        success_rate: None,
     }))
 }
 
-fn balancer(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Balancer> {
-    unknown(at, &["simple", "consistentHash"], ignored)?;
-    let (simple, hash) = (at.get("simple"), at.get("consistentHash"));
-    if !hash.is_absent() {
-        unknown(&hash, &HASH, ignored)?;
-        return hash_key(&hash).map(Balancer::Hash);
-    }
-    Ok(match simple.text()? {
-        None | Some("UNSPECIFIED") => Balancer::Default,
-        Some("ROUND_ROBIN") => Balancer::RoundRobin,
-        Some("RANDOM") => Balancer::Random,
-        Some("LEAST_REQUEST" | "LEAST_CONN") => Balancer::LeastRequest,
-        Some("PASSTHROUGH") => {
-            let why = "PASSTHROUGH would leave the mesh's tunnels";
-            ignored.push(format!("{} ({why})", simple.error("").field));
-            Balancer::Passthrough
-        }
-        Some(other) => return Err(simple.error(format!("`{other}` is no way of balancing"))),
-    })
-}
-
-fn hash_key(at: &Cursor<'_>) -> Read<HashKey> {
-    let header = at.get("httpHeaderName");
-    if let Some(name) = header.text()? {
-        return match is_header_name(name) {
-            true => Ok(HashKey::Header(name.to_ascii_lowercase())),
-            false => Err(header.error(format!("`{name}` is no name of a header"))),
-        };
-    }
-    if let Some(name) = at.get("httpQueryParameterName").text()? {
-        return Ok(HashKey::Query(name.to_owned()));
-    }
-    let cookie = at.get("httpCookie");
-    if !cookie.is_absent() {
-        let ttl = cookie.get("ttl");
-        let seconds = if ttl.is_absent() { None } else { Some(duration(&ttl)? / 1_000) };
-        let name = cookie.get("name").required_text()?.to_owned();
-        return Ok(HashKey::Cookie(name, cookie.get("path").text_or_empty()?, seconds));
-    }
-    match at.get("useSourceIp").boolean()? {
-        Some(true) => Ok(HashKey::SourceIp),
-        _ => Err(at.error("says nothing of what is hashed")),
-    }
-}
-
 /// As Go writes it: `1h`, `1m30s`, `1.5s`, `100ms`. Milliseconds; absent is 0.
-fn duration(at: &Cursor<'_>) -> Read<u32> {
+pub(super) fn duration(at: &Cursor<'_>) -> Read<u32> {
     let Some(text) = at.text()? else { return Ok(0) };
     milliseconds(text).ok_or_else(|| at.error(format!("`{text}` is no duration such as 10s or 1m30s")))
 }

@@ -172,6 +172,7 @@ impl State {
         }
         let mut pod = entry(&Member { ips: ips.clone(), ..member.clone() });
         pod.enrolled = Some(told);
+        pod.closed = self.view.closes(member);
         // A pod that may have rules of an earlier time is opened as well, so that they can be removed.
         let minded = told || redirected || member.redirection.is_some() || self.remembered.contains_key(&member.uid);
         if minded {
@@ -212,10 +213,13 @@ impl State {
 
     /// The newest sandbox that the plugin announced for a pod.
     fn sandbox(&self, member: &Member) -> Option<&Sandbox> {
-        self.sandboxes.iter().rev().find(|sandbox| match sandbox.runtime_uid.as_str() {
-            "" => sandbox.namespace == member.namespace && sandbox.name == member.name,
-            uid => uid == member.runtime_uid || uid == member.uid,
-        })
+        self.sandboxes.iter().rev().find(|sandbox| is_of(sandbox, member))
+    }
+
+    /// The uids by which the kubelet knows the pods of this node.
+    pub(super) fn runtime_uids(&self) -> HashSet<String> {
+        let pods = self.view.pods().chain(self.remembered.values()).map(|pod| &pod.runtime_uid);
+        pods.chain(self.sandboxes.iter().map(|sandbox| &sandbox.runtime_uid)).cloned().collect()
     }
 
     /// Which networks are to be looked for now; `None`: none.
@@ -307,10 +311,7 @@ impl State {
     pub(super) fn sandbox_ended(&mut self, container_id: &str, if_name: &str, now: Instant) -> Option<(u64, u64)> {
         let at = self.sandboxes.iter().position(|one| one.container_id == container_id && one.if_name == if_name)?;
         let ended = self.sandboxes.remove(at);
-        let member = self.view.pods().find(|pod| match ended.runtime_uid.as_str() {
-            "" => ended.namespace == pod.namespace && ended.name == pod.name,
-            uid => uid == pod.runtime_uid || uid == pod.uid,
-        })?;
+        let member = self.view.pods().find(|pod| is_of(&ended, pod))?;
         let uid = member.uid.clone();
         // A newer sandbox of the pod is not touched by the end of an older one.
         let newer = self.sandbox(member).is_some();
@@ -336,6 +337,14 @@ impl State {
         enrolled.sort_by(|a, b| a.uid.cmp(&b.uid));
         Saved { sandboxes: self.sandboxes.clone(), enrolled }
     }
+}
+
+/// Whether the runtime made `sandbox` for `pod`. The uid alone does not say: which one the kubelet uses for a pod is written in
+/// an annotation, and whoever may make pods in any namespace writes annotations.
+fn is_of(sandbox: &Sandbox, pod: &Member) -> bool {
+    let uid = sandbox.runtime_uid.as_str();
+    let same = uid.is_empty() || uid == pod.runtime_uid || uid == pod.uid;
+    same && sandbox.namespace == pod.namespace && sandbox.name == pod.name
 }
 
 #[cfg(test)]

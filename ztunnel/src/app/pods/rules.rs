@@ -133,7 +133,9 @@ impl PodTask {
         }
         self.install(&serving.netns, rules, wanted.datagrams.clone()).await?;
         self.fence(&serving.netns, wanted.tcp_only).await;
-        self.post(|entry| entry.served = true);
+        // One in a closed namespace does not begin before it is fenced; while nothing is known of the mesh, it waits.
+        let told = wanted.tcp_only.is_some() || !self.pod.closed;
+        self.post(|entry| entry.served |= told);
         match if serving.proven { Ok(()) } else { self.prove(serving).await } {
             Ok(()) => self.state("Captured", String::new()),
             Err(reason) => self.state("Pending", format!("it is served, but by the CNI agent's rules {reason}")),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 
 use super::{Outliers, Report, Seen, Standing, Verdict, Why};
-use crate::state::OutlierDetection;
+use crate::state::{OutlierDetection, SuccessRate};
 
 fn rules() -> OutlierDetection {
     OutlierDetection {
@@ -19,6 +19,7 @@ fn rules() -> OutlierDetection {
         base_ejection: Duration::from_secs(30),
         max_ejection_percent: 100,
         min_health_percent: 0,
+        success_rate: None,
     }
 }
 
@@ -126,6 +127,38 @@ fn what_counts_and_for_whom() {
         assert_eq!(seen, expected, "{name}");
         assert_eq!(world.is_out("a", 1), expected.is_some(), "{name}");
     }
+}
+
+#[test]
+fn too_small_a_share_of_successes_ejects_although_no_row_is_full() {
+    let rate = SuccessRate { percent: 80, window: Duration::from_secs(10), least: 10 };
+    let rules = || OutlierDetection { consecutive_5xx: None, success_rate: Some(rate), ..rules() };
+    // One of every `bad` requests fails, one request each 100 ms; whether it is left alone for it, and by everybody.
+    for (bad, seen, expected) in
+        [(3, Seen::Answer(500), Some(true)), (10, Seen::Answer(500), None), (2, LOST, Some(false)), (10, LOST, None)]
+    {
+        let mut world = World::new(rules());
+        let mut why = None;
+        for number in 1..=300 {
+            world.now += Duration::from_millis(100);
+            let seen = if number % bad == 0 { seen } else { Seen::Answer(200) };
+            if let Some(Verdict::Ejected(found, _)) = world.uses("a", 1, seen) {
+                assert!(number >= 10, "{number} requests say nothing");
+                why = Some(found);
+                break;
+            }
+        }
+        assert_eq!(why, expected.map(|_| Why::SuccessRate), "{bad} {seen:?}");
+        assert_eq!((world.is_out("a", 1), world.is_out("b", 1)), (expected.is_some(), expected == Some(true)));
+        assert!(!world.is_out("a", 2));
+    }
+    // What was long ago does not count.
+    let mut world = World::new(rules());
+    for _ in 0..9 {
+        world.uses("a", 1, Seen::Answer(500));
+    }
+    world.now += Duration::from_secs(11);
+    assert_eq!(world.uses("a", 1, Seen::Answer(500)), Some(Verdict::Nothing));
 }
 
 #[test]

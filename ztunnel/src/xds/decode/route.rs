@@ -17,7 +17,7 @@ use tulle_proto::mesh::{route_path, route_value};
 use crate::state::{
     Abort, Backend, Cors, Fault, Filters, GRPC_ROUTE, HTTP_ROUTE, HeaderChanges, Listed, Mirror, PathChange, PathMatch,
     Pattern, RateLimit, Redirect, Retry, Rewrite, Route, RouteKind, RouteMatch, RouteParent, RouteRule, ServiceName,
-    Turns, Wanted,
+    SessionRule, Turns, Wanted,
 };
 use crate::xds::decode::field::{self, Strings};
 
@@ -84,6 +84,10 @@ fn rule(from: &wire::RouteRule, strings: &mut Strings) -> RouteRule {
         broken = broken.take().or(Some(why));
         Filters::default()
     });
+    let session = from.session.as_ref().map(session).transpose().unwrap_or_else(|why| {
+        broken = broken.take().or(Some(why));
+        None
+    });
     let millis = |value: u32| (value > 0).then(|| Duration::from_millis(value.into()));
     RouteRule {
         name: from.name.as_str().into(),
@@ -93,9 +97,23 @@ fn rule(from: &wire::RouteRule, strings: &mut Strings) -> RouteRule {
         request_timeout: millis(from.request_timeout_ms),
         backend_timeout: millis(from.backend_request_timeout_ms),
         retry: from.retry.as_ref().and_then(retry),
+        session,
         broken: broken.map(Into::into),
         turns: Arc::default(),
     }
+}
+
+fn session(from: &wire::RouteSession) -> Result<SessionRule, String> {
+    // The name of a cookie is a token, too.
+    let name = header_name(&from.name)?;
+    let millis = |value: u32| (value > 0).then(|| Duration::from_millis(value.into()));
+    Ok(SessionRule {
+        cookie: (!from.header).then(|| from.name.as_str().into()),
+        header: from.header.then_some(name),
+        permanent: from.permanent,
+        absolute: millis(from.absolute_ms),
+        idle: millis(from.idle_ms),
+    })
 }
 
 fn retry(from: &wire::RouteRetry) -> Option<Retry> {

@@ -104,6 +104,48 @@ fn written(steps: &Steps) -> Vec<(&str, Option<&str>)> {
     steps.writes.iter().map(|one| (one.name.as_str(), one.value)).collect()
 }
 
+#[test]
+fn an_annotation_makes_no_pod_another_one_s() {
+    let sandbox = |name: &str, uid: &str| Sandbox {
+        container_id: "c".into(),
+        if_name: "eth0".into(),
+        namespace: "shop".into(),
+        name: name.into(),
+        runtime_uid: uid.into(),
+        netns: "/run/netns/c".into(),
+        ips: pod("a").ips,
+    };
+    // In another namespace somebody says of a pod that the kubelet runs it under the first one's uid.
+    let posing = |uid: &str| Member {
+        namespace: "evil".into(),
+        runtime_uid: uid.into(),
+        ips: Vec::new(),
+        labels: BTreeMap::from([("tulle.dev/mesh".to_owned(), "enabled".to_owned())]),
+        ..pod("b")
+    };
+    let mut node = Node::new(Saved::default()).listed(vec![pod("a"), posing("uid-a")], &[]);
+    node.state.sandbox_began(sandbox("a", "uid-a"), "uid-a", None, node.now);
+    let steps = node.look(&[], false);
+    let listed: Vec<&str> = steps.list.pods.iter().map(|pod| pod.uid.as_str()).collect();
+    assert_eq!((listed, node.sought()), (vec!["uid-a"], Vec::new()));
+    // All of the node's pods say whose a process is, not only those that are looked for.
+    assert!(node.state.runtime_uids().contains("uid-a"));
+}
+
+#[test]
+fn a_pod_of_a_closed_namespace_is_known_as_such_before_control_has_heard_of_it() {
+    for (labels, closed) in
+        [(&[("tulle.dev/egress", "deny")][..], true), (ENROLLED, false), (&[("tulle.dev/egress", "audit")], false)]
+    {
+        let mut node = Node::new(Saved::default()).listed(vec![pod("a")], labels);
+        let network = node.network("a");
+        node.look(&[], false);
+        node.found("a", Ok(network));
+        let steps = node.look(&[], false);
+        assert_eq!(steps.list.pods[0].closed, closed, "{labels:?}");
+    }
+}
+
 const ENROLLED: &[(&str, &str)] = &[("tulle.dev/mesh", "enabled")];
 
 #[test]
