@@ -19,8 +19,6 @@ use crate::scenario;
 
 /// Between two changes.
 pub const CHANGE_EVERY: Duration = Duration::from_millis(100);
-/// The log's time stamp is taken beside the swap of the snapshot, not in the same instant.
-const STAMP_SLACK_US: u64 = 5_000;
 /// A file's change reaches the node within this.
 pub const LAG_MAX_US: u64 = 1_000_000;
 
@@ -70,15 +68,28 @@ pub fn endpoints(lab: &Lab, addresses: &[(String, String)], present: &[bool]) ->
     write(lab, "churn-slice.yaml", &slice.to_string())
 }
 
+/// A version of the policy as the node's log has it.
+#[derive(Clone, Debug)]
+pub struct Applied {
+    /// Nobody decided by it before, microseconds since the Unix epoch.
+    pub begun_us: u64,
+    /// Nobody decided by the version before it after that.
+    pub settled_us: u64,
+    /// Its name.
+    pub version: String,
+}
+
 /// The node's log of one policy: when which version came into force.
-pub fn versions(lab: &Lab) -> anyhow::Result<Vec<(u64, String)>> {
+pub fn versions(lab: &Lab) -> anyhow::Result<Vec<Applied>> {
     let log = lab.node_admin("node-2", "/debug/versions")?;
-    let mut changes: Vec<(u64, String)> = Vec::new();
+    let mut changes = Vec::new();
     for entry in log.as_array().context("the log is a list")? {
-        let time = entry["applied_unix_us"].as_u64().context("an entry without a time")?;
+        let begun_us = entry["applied_unix_us"].as_u64().context("an entry without a time")?;
+        let settled_us = entry["settled_unix_us"].as_u64().unwrap_or(u64::MAX);
         for (name, version) in entry["resources"].as_object().into_iter().flatten() {
             if name.contains("Authorization") && name.ends_with("/flip") {
-                changes.push((time, version.as_str().unwrap_or("removed").to_owned()));
+                let version = version.as_str().unwrap_or("removed").to_owned();
+                changes.push(Applied { begun_us, settled_us, version });
             }
         }
     }
@@ -90,32 +101,32 @@ pub fn newest(lab: &Lab, after: usize) -> anyhow::Result<String> {
     eventually("the node applies the policy", scenario::PATIENCE, || {
         let changes = versions(lab)?;
         match changes.last() {
-            Some((_, version)) if changes.len() > after => Ok(version.clone()),
+            Some(last) if changes.len() > after => Ok(last.version.clone()),
             _ => Err(anyhow::anyhow!("{} changes so far", changes.len())),
         }
     })
 }
 
 /// Whether the verdict of a request can be that of a version in force during it.
-pub fn is_justified(changes: &[(u64, String)], denying: &str, report: &Value) -> bool {
+pub fn is_justified(changes: &[Applied], denying: &str, report: &Value) -> bool {
     let (Some(start), Some(end)) = (report["t_us"].as_u64(), report["end_us"].as_u64()) else { return false };
-    let (start, end) = (start.saturating_sub(STAMP_SLACK_US), end + STAMP_SLACK_US);
-    let before = changes.iter().rev().find(|(time, _)| *time <= start);
-    let during = changes.iter().filter(|(time, _)| *time > start && *time <= end);
     let passed = report["ok"] == true;
-    before.into_iter().chain(during).any(|(_, version)| (version == denying) != passed)
+    changes.iter().enumerate().any(|(index, one)| {
+        let over = changes.get(index + 1).map_or(u64::MAX, |next| next.settled_us);
+        one.begun_us <= end && over >= start && (one.version == denying) != passed
+    })
 }
 
 /// Longest time from writing a version to its being in force; a version overtaken by the next is as good.
-pub fn lag_us(changes: &[(u64, String)], written: &[(u64, bool)], denying: &str) -> Option<u64> {
-    let state_at = |time: u64| changes.iter().rev().find(|(at, _)| *at <= time).map(|(_, version)| version == denying);
+pub fn lag_us(changes: &[Applied], written: &[(u64, bool)], denying: &str) -> Option<u64> {
+    let state_at = |time: u64| changes.iter().rev().find(|one| one.begun_us <= time).map(|one| one.version == denying);
     let mut longest = 0;
     for (time, deny) in written {
         if state_at(*time) == Some(*deny) {
             continue;
         }
-        let applied = changes.iter().find(|(at, version)| at > time && (version == denying) == *deny);
-        longest = longest.max(applied?.0 - time);
+        let applied = changes.iter().find(|one| one.begun_us > *time && (one.version == denying) == *deny);
+        longest = longest.max(applied?.begun_us - time);
     }
     Some(longest)
 }
@@ -163,7 +174,7 @@ pub fn judge(
     allowed: &[Value],
     denied: &[Value],
     flipping: &[Value],
-    changes: &[(u64, String)],
+    changes: &[Applied],
     denying: &str,
 ) -> anyhow::Result<()> {
     scenario::all_well(allowed, 1)?;
@@ -184,4 +195,38 @@ pub fn judge(
         unjust.first()
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::Applied;
+    use super::is_justified;
+
+    #[test]
+    fn a_verdict_is_that_of_a_version_that_somebody_may_have_decided_by() {
+        let applied = |begun_us, settled_us, version: &str| Applied { begun_us, settled_us, version: version.into() };
+        // Allowed, denied between 100 and 110 at the earliest, allowed again between 200 and 230.
+        let changes = [applied(10, 12, "allow"), applied(100, 110, "deny"), applied(200, 230, "allow")];
+        let cases = [
+            ((20, 90), true, true),
+            ((20, 90), false, false),
+            ((90, 100), false, true),
+            ((105, 190), true, true),
+            ((111, 190), true, false),
+            ((111, 190), false, true),
+            ((190, 199), true, false),
+            ((190, 200), true, true),
+            ((225, 240), false, true),
+            ((231, 240), false, false),
+            ((231, 240), true, true),
+            ((1, 9), true, false),
+        ];
+        for ((start, end), passed, expected) in cases {
+            let report = json!({"t_us": start, "end_us": end, "ok": passed});
+            assert_eq!(is_justified(&changes, "deny", &report), expected, "{start} to {end}, passed: {passed}");
+        }
+        assert!(!is_justified(&changes, "deny", &json!({"ok": true})), "a report without times");
+    }
 }

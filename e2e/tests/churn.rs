@@ -62,7 +62,7 @@ fn every_verdict_is_that_of_a_policy_in_force() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn report(seed: u64, groups: &[&Vec<Value>; 3], written: &[(u64, bool)], changes: &[(u64, String)]) {
+fn report(seed: u64, groups: &[&Vec<Value>; 3], written: &[(u64, bool)], changes: &[oracle::Applied]) {
     let [allowed, denied, flipping] = groups.map(|group| (group.len(), scenario::failures(group).len()));
     println!(
         "seed {seed}: {} flips written, {} applied; allowed {} ({} failed), denied {} ({} refused), flipping {} ({} refused)",

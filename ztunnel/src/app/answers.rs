@@ -242,6 +242,7 @@ impl Answers {
                 json!({
                     "generation": entry.generation,
                     "applied_unix_us": entry.applied_unix_us,
+                    "settled_unix_us": entry.settled_unix_us,
                     "resources": entry.resources.iter()
                         .map(|(name, version)| (name.to_string(), version.as_deref().map_or(Value::Null, Value::from)))
                         .collect::<serde_json::Map<_, _>>(),

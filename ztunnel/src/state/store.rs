@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -239,6 +240,12 @@ impl Writer {
         Applied { generation: self.next.generation, published, staged: self.staged.len(), again_us }
     }
 
+    /// Notes in the log when the last update was in force for every new decision: the time before [`Self::finish`] and the
+    /// one after it bound the moment, however long the thread was kept from running in between.
+    pub fn settled(&self, now_unix_us: u64) {
+        self.shared.log.lock().unwrap_or_else(PoisonError::into_inner).settled(now_unix_us);
+    }
+
     /// What has been said completely.
     fn progress(&self) -> Progress {
         let Snapshot { addresses_synced, policies_synced, network_expected, network_synced, .. } = self.next;
@@ -318,6 +325,7 @@ impl Writer {
         let entry = Kept {
             generation: self.next.generation,
             applied_unix_us: now_unix_us,
+            settled_unix_us: AtomicU64::new(0),
             items: std::mem::take(&mut self.log).into(),
         };
         self.show(Some(entry));

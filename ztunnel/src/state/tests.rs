@@ -457,6 +457,24 @@ fn the_version_log_is_bounded() {
     assert_eq!(log.last().unwrap().applied_unix_us, 4999);
 }
 
+#[test]
+fn the_version_log_bounds_the_moment_of_a_change() {
+    let (mut writer, reader) = store();
+    let times = || {
+        let log = reader.versions();
+        log.iter().map(|entry| (entry.applied_unix_us, entry.settled_unix_us)).collect::<Vec<_>>()
+    };
+    writer.settled(5);
+    writer.apply([enforce(selector("p", "1"))], 10);
+    assert_eq!(times(), [(10, None)]);
+    writer.settled(12);
+    writer.settled(19);
+    assert_eq!(times(), [(10, Some(12))], "what is in force does not come into force again");
+    writer.apply([enforce(selector("p", "2"))], 20);
+    writer.settled(25);
+    assert_eq!(times(), [(10, Some(12)), (20, Some(25))]);
+}
+
 // The property.
 
 /// Few names, so that changes meet.

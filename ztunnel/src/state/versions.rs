@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::state::Record;
 
@@ -42,8 +43,10 @@ impl fmt::Display for LogName {
 pub struct LogEntry {
     /// Generation of the snapshot.
     pub generation: u64,
-    /// When it was published, microseconds since the Unix epoch.
+    /// Nobody decided by it before, microseconds since the Unix epoch.
     pub applied_unix_us: u64,
+    /// Nobody decided by the one before any more; `None`: that has not been looked at yet.
+    pub settled_unix_us: Option<u64>,
     /// The version in force since then, by resource; `None`: none any more.
     pub resources: BTreeMap<LogName, Option<Arc<str>>>,
 }
@@ -64,6 +67,8 @@ pub(super) enum Logged {
 pub(super) struct Kept {
     pub(super) generation: u64,
     pub(super) applied_unix_us: u64,
+    /// 0: not known yet.
+    pub(super) settled_unix_us: AtomicU64,
     pub(super) items: Box<[Logged]>,
 }
 
@@ -75,8 +80,13 @@ impl Kept {
             Logged::Gone(record) => (LogName::Address(record.uid().into()), None),
             Logged::Other(item) => (**item).clone(),
         };
-        let Self { generation, applied_unix_us, .. } = *self;
-        LogEntry { generation, applied_unix_us, resources: self.items.iter().map(shown).collect() }
+        let settled = self.settled_unix_us.load(Ordering::Relaxed);
+        LogEntry {
+            generation: self.generation,
+            applied_unix_us: self.applied_unix_us,
+            settled_unix_us: (settled != 0).then_some(settled),
+            resources: self.items.iter().map(shown).collect(),
+        }
     }
 }
 
@@ -94,6 +104,13 @@ impl VersionLog {
         // The newest entry stays, however large it is.
         while self.entries.len() > 1 && (self.entries.len() > MAX_ENTRIES || self.names > MAX_NAMES) {
             self.names -= self.entries.pop_front().map_or(0, |oldest| oldest.items.len());
+        }
+    }
+
+    /// The newest entry has taken effect for everybody, if that was not said before.
+    pub(super) fn settled(&self, now_unix_us: u64) {
+        if let Some(newest) = self.entries.back() {
+            let _ = newest.settled_unix_us.compare_exchange(0, now_unix_us, Ordering::Relaxed, Ordering::Relaxed);
         }
     }
 

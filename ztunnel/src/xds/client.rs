@@ -211,6 +211,7 @@ async fn converse(
             // Something holds for a while only. Between streams it holds on, which is the safe side.
             () = sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => {
                 again = due(writer.apply([], unix_now_us()).again_us);
+                writer.settled(unix_now_us());
                 continue;
             }
             () = sleep_until(look), if !session.is_partial() => {
@@ -317,6 +318,7 @@ async fn take(
         return (answer, None);
     }
     let applied = writer.finish(unix_now_us());
+    writer.settled(unix_now_us());
     if writer.demands().enabled() {
         writer.demands().pin_own(writer.current());
         writer.demands().answered(answered.iter().map(String::as_str));
