@@ -201,8 +201,8 @@ impl Fence {
         }
         let bridges: BTreeSet<&String> = state.bridged.values().collect();
         state.own.retain(|name, _| interfaces.contains(name) || bridges.contains(name));
-        let (bridged, own) = (state.bridged.clone(), state.own.clone());
-        let fenced = Fenced { interfaces, bridged, own, routes: state.routes };
+        let fenced =
+            Fenced { interfaces, bridged: state.bridged.clone(), own: state.own.clone(), routes: state.routes };
         let text = fence::render(&fenced, &inside(&self.reader.load()), clear);
         if state.installed.as_ref() == Some(&text) {
             return Ok(());
