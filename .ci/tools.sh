@@ -19,6 +19,7 @@ if [ "${1:-}" = all ]; then
     need bind9-dnsutils dig
     need unbound unbound
     need curl curl
+    need util-linux setpriv
     need nginx-light nginx
     need nghttp2-client h2load
     [ -d /usr/lib/python3/dist-packages/websockets ] || missing="$missing python3-websockets"

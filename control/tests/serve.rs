@@ -473,7 +473,7 @@ async fn attached_node_answers_status_and_a_silent_one_is_an_error_of_its_own() 
     let mesh = Mesh::start(&[("pod.yaml", POD), ("pod2.yaml", POD2)]).await;
     mesh.until("/readyz", |code, _| code == 200).await;
     let (answers, outgoing) = mpsc::channel(4);
-    let hello = Hello { node: "node-1".into(), version: "t".into() };
+    let hello = Hello { node: "node-1".into(), version: "t".into(), gateway_pod: String::new() };
     answers.send(NodeMessage { id: 0, answer: Some(Answer::Hello(hello)) }).await.expect("room");
     let token = mesh.token(&["--node", "node-1"]);
     let mut questions = NodeServiceClient::new(mesh.channel().await)

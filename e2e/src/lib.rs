@@ -39,6 +39,8 @@ pub mod sniff;
 
 pub mod kube;
 
+pub mod installed;
+pub mod internet;
 pub mod issuer;
 pub mod scenario;
 

@@ -268,10 +268,21 @@ pub fn count_packets(lab: &Lab, host: &str, source: &str) -> anyhow::Result<()> 
     lab.exec_ok(host, &["sh", "-c", &format!("echo '{rules}' | PATH=$PATH:/usr/sbin nft -f -")]).map(drop)
 }
 
+/// Begins to count all packets that come to `host`, whoever says to have sent them; neighbours' talk aside.
+pub fn count_all_packets(lab: &Lab, host: &str) -> anyhow::Result<()> {
+    let rules = "table inet seen {\n  chain in {\n    type filter hook prerouting priority -400; policy accept;\n\
+        \x20   iifname lo accept\n    icmpv6 type { 130-137, 143 } accept\n    counter\n  }\n}\n\
+        table netdev seen {\n  chain in {\n    type filter hook ingress device eth0 priority 0; policy accept;\n\
+        \x20   meta protocol { ip, ip6, arp } accept\n    counter\n  }\n}\n";
+    lab.exec_ok(host, &["sh", "-c", &format!("echo '{rules}' | PATH=$PATH:/usr/sbin nft -f -")]).map(drop)
+}
+
 /// How many have come since.
 pub fn counted_packets(lab: &Lab, host: &str) -> anyhow::Result<u64> {
-    let text = lab.exec_ok(host, &["sh", "-c", "PATH=$PATH:/usr/sbin nft list table inet seen"])?;
+    let text = lab.exec_ok(host, &["sh", "-c", "PATH=$PATH:/usr/sbin nft list ruleset"])?;
     let words: Vec<&str> = text.split_whitespace().collect();
-    let at = words.iter().position(|word| *word == "packets").context("no counter")?;
-    Ok(words.get(at + 1).context("no count")?.parse()?)
+    let counts = words.windows(2).filter(|pair| pair[0] == "packets").map(|pair| pair[1].parse::<u64>());
+    let counts = counts.collect::<Result<Vec<_>, _>>()?;
+    anyhow::ensure!(!counts.is_empty(), "no counter at {host}");
+    Ok(counts.iter().sum())
 }

@@ -1,20 +1,17 @@
 //! Promise: from a namespace labelled `tulle.dev/egress: deny` nothing leaves but what a rule allows by name or address, whatever a
-//! client claims and whatever power its container has, also while the proxy is dead. Clients, servers and name servers are real ones.
+//! client claims. Clients, servers and name servers are real ones. What a container's power over its own network gains it, and what can
+//! be done with names, are tests of their own (`egress_attacks.rs`, `egress_names.rs`).
 
-use std::io::Write as _;
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::Context as _;
 use e2e::address;
 use e2e::eventually::eventually;
+use e2e::internet;
 use e2e::lab::Lab;
 use e2e::lab::LabConfig;
 use e2e::lab::Running;
 use e2e::scenario;
-
-/// Where the packets that leave are counted.
-const INTERNET: &str = "out/inet";
 
 const POLICY: &str = "---\napiVersion: tulle.dev/v1alpha1\nkind: EgressPolicy\nmetadata: {name: out, namespace: shop}\nspec:\n  rules:\n\
     \x20 - hosts: [api.example, inside.example]\n    ports: [{port: 443, protocol: TLS}]\n\
@@ -47,7 +44,7 @@ fn world(egress: &str) -> String {
 
 /// The lab with an Internet, unless a tool is missing: a failure where `CI` is set, a loud skip elsewhere.
 fn lab(egress: &str, policy: &str, folder: &Path) -> anyhow::Result<Option<(Lab, Vec<Running>)>> {
-    if !scenario::has_tools(&["dig", "unbound", "nginx", "curl", "openssl"]) {
+    if !scenario::has_tools(&internet::TOOLS) {
         return Ok(None);
     }
     let server = address::outside(1).v4.to_string();
@@ -76,44 +73,15 @@ fn lab(egress: &str, policy: &str, folder: &Path) -> anyhow::Result<Option<(Lab,
 fn internet(lab: &Lab, folder: &Path) -> anyhow::Result<Vec<Running>> {
     let ip = address::outside(1);
     let pod = lab.pod_ip("shop", "cart")?;
-    let mut text = String::from(
-        "server:\n  interface: 0.0.0.0\n  interface: ::0\n  access-control: 0.0.0.0/0 allow\n  access-control: ::/0 allow\n\
-         \x20 chroot: \"\"\n  username: \"\"\n  pidfile: \"\"\n  use-syslog: no\n  do-daemonize: no\n  num-threads: 1\n\
-         \x20 module-config: \"iterator\"\n  local-zone: \"example.\" static\n  local-zone: \"cluster.local.\" static\n",
-    );
+    let mut records = format!("inside A {pod}\napi HTTPS 1 . alpn=h2\n");
     for name in ["api", "evil", "db", "a.wild", "b.a.wild", "wild"] {
-        text.push_str(&format!("  local-data: \"{name}.example. 5 IN A {}\"\n", ip.v4));
-        text.push_str(&format!("  local-data: \"{name}.example. 5 IN AAAA {}\"\n", ip.v6));
+        records.push_str(&format!("{name} A {}\n{name} AAAA {}\n", ip.v4, ip.v6));
     }
-    text.push_str(&format!("  local-data: \"inside.example. 5 IN A {pod}\"\n"));
-    text.push_str("  local-data: \"api.example. 5 IN HTTPS 1 . alpn=h2\"\n");
-    let conf = folder.join("unbound.conf");
-    std::fs::File::create(&conf)?.write_all(text.as_bytes())?;
-    let (key, cert) = (folder.join("key.pem"), folder.join("cert.pem"));
-    let made = Command::new("openssl")
-        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"])
-        .args(["-subj", "/CN=test", "-addext", "subjectAltName=DNS:*.example,DNS:*.wild.example,DNS:evil.example"])
-        .arg("-keyout")
-        .arg(&key)
-        .arg("-out")
-        .arg(&cert)
-        .output()?;
-    anyhow::ensure!(made.status.success(), "openssl: {}", String::from_utf8_lossy(&made.stderr));
-    let at = folder.display();
-    let nginx = format!(
-        "user root; daemon off; master_process off; pid {at}/nginx.pid; error_log stderr;\nevents {{}}\n\
-         http {{\n  access_log off; client_body_temp_path {at}/b; proxy_temp_path {at}/p; fastcgi_temp_path {at}/f;\n\
-         \x20 uwsgi_temp_path {at}/u; scgi_temp_path {at}/s;\n\
-         \x20 server {{ listen 443 ssl; listen [::]:443 ssl; listen 80; listen 8443 ssl; ssl_certificate {cert}; ssl_certificate_key {key};\n\
-         \x20   location / {{ return 200 \"inet $host $remote_addr\\n\"; }} }}\n}}\n",
-        cert = cert.display(),
-        key = key.display(),
-    );
-    let conf_nginx = folder.join("nginx.conf");
-    std::fs::write(&conf_nginx, nginx)?;
+    let names = internet::name_server(folder, &records)?;
+    let web = internet::web_server(folder, &["*.example", "*.wild.example"])?;
     Ok(vec![
-        lab.spawn("out/inet", &["unbound", "-d", "-c", &conf.display().to_string()])?,
-        lab.spawn("out/inet", &["nginx", "-c", &conf_nginx.display().to_string()])?,
+        lab.spawn("out/inet", &["unbound", "-d", "-c", &names])?,
+        lab.spawn("out/inet", &["nginx", "-c", &web])?,
         lab.spawn("out/inet", &["shop", "serve", "--name", "db", "--tcp", "9000"])?,
     ])
 }
@@ -206,116 +174,6 @@ fn what_no_rule_names_does_not_leave_whatever_a_client_claims() -> anyhow::Resul
             Ok(got) => Err(got),
         }
     })?;
-    Ok(())
-}
-
-/// Everything that a container with all power over its own network tries.
-fn attack(lab: &Lab, ip: &str) -> anyhow::Result<()> {
-    let pod = lab.pod_ip("shop", "web")?;
-    let marked = "table inet evil {\n  chain out {\n    type route hook output priority -300; policy accept;\n    meta mark set 0x539\n  }\n}\n";
-    let try_all = format!(
-        "PATH=$PATH:/usr/sbin\n\
-         go() {{ curl -sS -k -4 --max-time 2 https://{ip}/; curl -sS --max-time 2 http://{ip}/; \
-         dig +time=1 +tries=1 @{ip} api.example; dig +tcp +time=1 +tries=1 @{ip} api.example; ping -c 1 -W 1 {ip}; }}\n\
-         go\n echo '{marked}' | nft -f -\n go\n nft flush ruleset\n go\n \
-         via=$(ip -4 route show default | sed 's/.*via \\([^ ]*\\).*/\\1/')\n \
-         mac=$(ip neigh show $via | sed 's/.*lladdr \\([^ ]*\\).*/\\1/')\n \
-         forge() {{ lab forge --mac $mac \"$@\" || echo it could not be forged; }}\n \
-         for tags in 0 1 2 3; do forge --from {pod}:9 --to {ip}:443 --tags $tags; done\n \
-         forge --from {ip}:4431 --to {pod}:15008\n forge --from {pod}:15008 --to {ip}:4431\n true"
-    );
-    let output = lab.exec("shop/web", &["sh", "-c", &try_all])?;
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    anyhow::ensure!(!said.contains("inet "), "something went out and came back:\n{said}");
-    anyhow::ensure!(!said.contains("could not be forged"), "{said}{}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
-}
-
-#[test]
-fn the_fence_holds_against_the_pod_itself_with_and_without_a_proxy() -> anyhow::Result<()> {
-    let folder = tempfile::tempdir()?;
-    let Some((lab, _internet)) = lab("deny", POLICY, folder.path())? else { return Ok(()) };
-    let ip = address::outside(1).v4.to_string();
-    let status = scenario::pod_status(&lab, "node-1", "web")?;
-    anyhow::ensure!(status["fence"] == "Fenced", "{status}");
-    let pod = lab.pod_ip("shop", "web")?;
-    scenario::count_packets(&lab, INTERNET, &pod)?;
-    attack(&lab, &ip)?;
-    anyhow::ensure!(
-        scenario::counted_packets(&lab, INTERNET)? == 0,
-        "{} packets of the pod came to the outside",
-        scenario::counted_packets(&lab, INTERNET)?
-    );
-    lab.kill("node-1", "KILL")?;
-    attack(&lab, &ip)?;
-    anyhow::ensure!(
-        scenario::counted_packets(&lab, INTERNET)? == 0,
-        "{} packets of the pod came to the outside, proxy dead",
-        scenario::counted_packets(&lab, INTERNET)?
-    );
-    // What counts can count: the fence away, the same pod is seen.
-    lab.exec_ok("node-1", &["sh", "-c", "PATH=$PATH:/usr/sbin nft delete table inet tulle_fence"])?;
-    let _ = attack(&lab, &ip);
-    anyhow::ensure!(scenario::counted_packets(&lab, INTERNET)? > 0, "the counter does not count");
-    // And it comes back with the proxy, rules and all.
-    lab.restart("node-1")?;
-    eventually("the pod is fenced again", scenario::PATIENCE, || {
-        let status = scenario::pod_status(&lab, "node-1", "web").map_err(|error| error.to_string())?;
-        if status["fence"] == "Fenced" { Ok(()) } else { Err(status.to_string()) }
-    })
-}
-
-/// Puts a bridge between the pod and its node, as flannel and many others have one.
-const BRIDGE: &str = r"
-set -e
-via=$(ip -o route get $V4); dev=$(echo $via | sed 's/.* dev \([^ ]*\).*/\1/'); from=$(echo $via | sed 's/.* src \([^ ]*\).*/\1/')
-own=$(ip -o link show dev $dev | sed 's/.*link.ether \([^ ]*\).*/\1/')
-its=$(ip -o neigh show $V4 dev $dev | sed 's/.*lladdr \([^ ]*\).*/\1/')
-ip link add br9 type bridge mcast_snooping 0
-ip link set br9 address $own up
-ip link set $dev master br9
-ip addr del fe80::1/64 dev $dev
-ip addr add fe80::1/64 dev br9 nodad
-ip route replace $V4/32 dev br9 src $from
-ip -6 route del $V6 dev $dev
-ip -6 route add $V6/128 dev br9
-for ip in $V4 $V6; do ip neigh replace $ip lladdr $its dev br9 nud permanent; done
-";
-
-#[test]
-fn a_pod_behind_a_bridge_is_fenced_too() -> anyhow::Result<()> {
-    let folder = tempfile::tempdir()?;
-    let Some((lab, _internet)) = lab("allow", "", folder.path())? else { return Ok(()) };
-    let ip = address::outside(1).v4.to_string();
-    let view = lab.view()?;
-    let addresses = &view.pod("shop", "web").context("no pod")?.addresses;
-    let of = |v6: bool| addresses.iter().find(|ip| ip.contains(':') == v6).cloned().unwrap_or_default();
-    let (v4, v6) = (of(false), of(true));
-    lab.exec_ok("node-1", &["sh", "-c", &format!("V4={v4} V6={v6} PATH=$PATH:/usr/sbin:/sbin; {BRIDGE}")])?;
-    let greeted = |what: &str| -> anyhow::Result<()> {
-        let said = lab.exec_ok("shop/web", &["shop", "tcp", &format!("{ip}:9000")])?;
-        anyhow::ensure!(said.contains("HELLO"), "{what}: {said}");
-        Ok(())
-    };
-    greeted("open, behind a bridge")?;
-    lab.apply_yaml(&world("deny"))?;
-    eventually("the pod is fenced", scenario::PATIENCE, || {
-        let status = scenario::pod_status(&lab, "node-1", "web").map_err(|error| error.to_string())?;
-        if status["fence"] == "Fenced" { Ok(()) } else { Err(status.to_string()) }
-    })?;
-    scenario::reaches(&lab, "shop/web", "http://cart.shop/")?;
-    scenario::reaches(&lab, "shop/web", "http://desk.plain/")?;
-    scenario::count_packets(&lab, INTERNET, &v4)?;
-    attack(&lab, &ip)?;
-    let count = scenario::counted_packets(&lab, INTERNET)?;
-    anyhow::ensure!(count == 0, "{count} packets of the pod came to the outside");
-    // A port of the bridge that is no pod's: what it would carry stays in.
-    let wire = "PATH=$PATH:/usr/sbin:/sbin; nft list table bridge tulle_fence";
-    anyhow::ensure!(lab.exec_ok("node-1", &["sh", "-c", wire])?.contains("oifkind != \"veth\""));
-    // What counts can count: the fence away, the same pod is seen.
-    lab.exec_ok("node-1", &["sh", "-c", "PATH=$PATH:/usr/sbin nft delete table inet tulle_fence"])?;
-    let _ = attack(&lab, &ip);
-    anyhow::ensure!(scenario::counted_packets(&lab, INTERNET)? > 0, "the counter does not count");
     Ok(())
 }
 

@@ -66,6 +66,33 @@ fn kill(lab: &Lab, name: &str) {
     .unwrap();
 }
 
+/// What people see of gateways is what these say.
+fn asked_themselves(lab: &Lab) {
+    let tulle = |argv: &[&str]| lab.exec_ok("control", &[&["tulle"][..], argv].concat()).map_err(|e| e.to_string());
+    eventually("gateways say how they are and what they let out", Duration::from_secs(60), || {
+        let (status, egress) = (tulle(&["status"])?, tulle(&["egress", "-n", "shop"])?);
+        let row = |text: &str, words: &[&str]| text.lines().any(|line| words.iter().all(|word| line.contains(word)));
+        let well = row(&status, &["gateway egress/out-0 on node-1", "true"])
+            && row(&status, &["gateway egress/out-1 on node-2", "true"])
+            && !status.contains("not attached")
+            && row(&egress, &["api.example.test", "allowed", "gateway"])
+            && row(&egress, &["api.example.test", "allowed", "node"]);
+        if well { Ok(()) } else { Err(format!("{status}{egress}")) }
+    })
+    .unwrap();
+    let explained = |to: &str| lab.control_get(&format!("/debug/explain?from={WEB}&to={to}")).unwrap();
+    let allowed = explained("api.example.test:8080");
+    assert_eq!(allowed["verdict"], "allowed", "{allowed}");
+    let replicas = allowed["endpoints"].as_array().unwrap();
+    assert_eq!(replicas.len(), 2, "{allowed}");
+    for replica in replicas {
+        assert_eq!(replica["asked"], "api.example.test:8080", "{allowed}");
+        assert_eq!(replica["inbound"]["policy"], "EgressPolicy/shop/api", "{allowed}");
+        assert_eq!(replica["inbound"]["allowed"], true, "{allowed}");
+    }
+    assert_eq!(explained("blocked.example.test:8080")["verdict"], "refused");
+}
+
 #[test]
 fn hosts_outside_are_reached_through_the_gateway_or_not_at_all() {
     let Some(lab) = scenario::lab(LabConfig::of(&world())) else { return };
@@ -79,6 +106,8 @@ fn hosts_outside_are_reached_through_the_gateway_or_not_at_all() {
     let raw = lab.exec_ok(WEB, &["shop", "tcp", "api.example.test:9000", "--json"]).unwrap();
     let raw = scenario::json_lines(raw.as_bytes()).pop().unwrap();
     assert!(raw["ok"] == true && gateway.iter().any(|ip| raw["greeting"].as_str().unwrap().contains(ip)), "{raw}");
+
+    asked_themselves(&lab);
 
     // Another name at the same host, and another Host on an allowed connection, are refused.
     let before = served(&lab);

@@ -293,7 +293,7 @@ async fn answer(node: &str, grpc: SocketAddr, roots: String, token: String, held
     let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(roots)).domain_name("localhost");
     let channel = Channel::from_shared(format!("https://{grpc}"))?.tls_config(tls)?.connect().await?;
     let (answers, outgoing) = tokio::sync::mpsc::channel(8);
-    let hello = Hello { node: node.to_owned(), version: "t".to_owned() };
+    let hello = Hello { node: node.to_owned(), version: "t".to_owned(), gateway_pod: String::new() };
     answers.send(NodeMessage { id: 0, answer: Some(Answer::Hello(hello)) }).await?;
     let outgoing = futures_util::stream::unfold(outgoing, |mut outgoing| async move {
         outgoing.recv().await.map(|message| (message, outgoing))

@@ -1,20 +1,17 @@
 //! Promise: programs that people use work through the mesh as they do without it: nginx and curl, PostgreSQL, Redis, SSH,
 //! git, iperf3, and Python's WebSockets and gRPC. Each server is in a STRICT namespace, so what answers came through a tunnel.
 
-use std::path::Path;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use e2e::eventually::eventually;
+use e2e::installed;
+use e2e::installed::AS_USER;
+use e2e::installed::prepared;
 use e2e::lab::Lab;
 use e2e::lab::LabConfig;
 use e2e::scenario;
 
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// PostgreSQL and sshd refuse to be root, and want a name for who they are.
-const AS_USER: &str = "exec unshare --user --map-user=1000 --map-group=1000 \
-                       env LD_PRELOAD=libnss_wrapper.so NSS_WRAPPER_PASSWD=$D/passwd NSS_WRAPPER_GROUP=$D/group HOME=$D";
 
 struct World {
     lab: Lab,
@@ -24,17 +21,11 @@ struct World {
 /// A server that runs `script` in a pod of node 2 behind a Service of the same name, and a client on node 1. `$D` in
 /// scripts is a folder of the test.
 fn world(name: &str, port: u16, needs: &[&str], script: &str) -> anyhow::Result<Option<World>> {
-    for program in needs {
-        let module = Path::new("/usr/lib").join(program);
-        if find(program).is_none() && !module.is_dir() {
-            assert!(std::env::var_os("CI").is_none(), "{program} is not installed; .ci/tools.sh installs it");
-            eprintln!("SKIPPED: {program} is not installed");
-            return Ok(None);
-        }
+    if !installed::all(needs) {
+        return Ok(None);
     }
     let dir = tempfile::tempdir()?;
-    std::fs::write(dir.path().join("passwd"), format!("tulle:x:1000:1000::{}:/bin/sh\n", dir.path().display()))?;
-    std::fs::write(dir.path().join("group"), "tulle:x:1000:\n")?;
+    installed::write_names(dir.path())?;
     let script = serde_json::to_string(&prepared(script, dir.path()))?;
     let mut objects = scenario::namespace("shop", true);
     objects.push_str(&scenario::peer_authentication("shop", "STRICT"));
@@ -47,29 +38,6 @@ fn world(name: &str, port: u16, needs: &[&str], script: &str) -> anyhow::Result<
          spec: {{selector: {{app: {name}}}, ports: [{{name: tcp, port: {port}}}]}}\n"
     ));
     Ok(scenario::lab(LabConfig::of(&objects)).map(|lab| World { lab, dir }))
-}
-
-fn find(program: &str) -> Option<PathBuf> {
-    let path = std::env::var("PATH").unwrap_or_default();
-    let folders = path.split(':').chain(["/usr/sbin", "/sbin"]).map(PathBuf::from);
-    let postgres = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let library = if program.ends_with(".so") { libraries() } else { Vec::new() };
-    folders
-        .chain(postgres.map(|version| version.path().join("bin")))
-        .chain(library)
-        .map(|folder| folder.join(program))
-        .find(|path| path.is_file())
-}
-
-/// Where Debian-like systems have libraries for any architecture.
-fn libraries() -> Vec<PathBuf> {
-    let lib = std::fs::read_dir("/usr/lib").into_iter().flatten().flatten();
-    lib.map(|entry| entry.path()).filter(|path| path.to_string_lossy().ends_with("-linux-gnu")).collect()
-}
-
-fn prepared(script: &str, dir: &Path) -> String {
-    let postgres = find("initdb").and_then(|path| path.parent().map(Path::to_path_buf)).unwrap_or_default();
-    format!("D={}; PATH=$PATH:/usr/sbin:/sbin:{}; export D PATH; cd $D\n{script}", dir.display(), postgres.display())
 }
 
 impl World {

@@ -15,7 +15,8 @@ use serde_json::{Value, json};
 use tulle_proto::node;
 use tulle_proto::node::node_message::Answer;
 use tulle_proto::node::{
-    EndpointChoice, InboundAnswer, InboundQuestion, OutboundAnswer, OutboundQuestion, RequestHead, node_question,
+    EndpointChoice, GatewayQuestion, InboundAnswer, InboundQuestion, OutboundAnswer, OutboundQuestion, RequestHead,
+    node_question,
 };
 
 use crate::admin::State;
@@ -26,6 +27,7 @@ use crate::admin::target;
 use crate::admin::target::{Asked, Source, Target};
 use crate::admin::traffic;
 use crate::model::Transport;
+use crate::nodes::gateway_name;
 use crate::resource::ResourceSet;
 use crate::resource::view::ip;
 use crate::translate::why_outside;
@@ -103,7 +105,10 @@ async fn explain(state: &State, ask: &Ask) -> Result<Value, Failure> {
     let mut endpoints = Vec::new();
     let mut found = Vec::new();
     for choice in choices.iter().take(MAX_ENDPOINTS) {
-        let (value, one) = endpoint(state, &view, &outbound, &asked, choice).await;
+        let (value, one) = match (&source, outbound.gateway_target.is_empty()) {
+            (Source::Pod(pod), false) => gateway(state, &state.settings.pod_uid(&pod.meta), &outbound, choice).await,
+            _ => endpoint(state, &view, &outbound, &asked, choice).await,
+        };
         endpoints.push(value);
         found.push(one);
     }
@@ -226,7 +231,8 @@ async fn leave(
 ) -> Result<(OutboundAnswer, Vec<EndpointChoice>), Failure> {
     if target.host.is_some() {
         let answer = send(state, source, asked, None, target).await?;
-        return Ok((answer, Vec::new()));
+        let endpoints = answer.endpoints.clone();
+        return Ok((answer, endpoints));
     }
     let mut all = Vec::new();
     for address in target.addresses.iter().take(MAX_ENDPOINTS) {
@@ -313,14 +319,29 @@ impl Question {
     }
 }
 
-/// One endpoint, with its node's verdict if its node is one of ours.
-async fn endpoint(
-    state: &State,
-    view: &View,
-    outbound: &OutboundAnswer,
-    asked: &Question,
-    choice: &EndpointChoice,
-) -> (Value, Found) {
+/// A replica of an egress gateway, with its own verdict.
+async fn gateway(state: &State, uid: &str, outbound: &OutboundAnswer, choice: &EndpointChoice) -> (Value, Found) {
+    let mut value = described(choice);
+    value["asked"] = json!(outbound.gateway_target);
+    if !choice.code.is_empty() {
+        return (value, Found::Denied);
+    }
+    let name = gateway_name(&choice.namespace, &choice.name, &choice.node);
+    let question = GatewayQuestion { source_uid: uid.to_owned(), target: outbound.gateway_target.clone() };
+    let text = match state.registry.ask(&name, node_question::Question::Gateway(question)).await {
+        Ok(Answer::Inbound(inbound)) => {
+            value["inbound"] = inbound_view(&inbound);
+            return (value, if inbound.allowed { Found::Allowed } else { Found::Denied });
+        }
+        Ok(_) => "the gateway answered another question".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    value["error"] = json!(text);
+    (value, Found::Unknown)
+}
+
+/// What the source says of an endpoint.
+fn described(choice: &EndpointChoice) -> Value {
     let mut value = json!({
         "pod": format!("{}/{}", choice.namespace, choice.name),
         "uid": choice.uid,
@@ -343,6 +364,18 @@ async fn endpoint(
             "rule": choice.rule,
         });
     }
+    value
+}
+
+/// One endpoint, with its node's verdict if its node is one of ours.
+async fn endpoint(
+    state: &State,
+    view: &View,
+    outbound: &OutboundAnswer,
+    asked: &Question,
+    choice: &EndpointChoice,
+) -> (Value, Found) {
+    let mut value = described(choice);
     // The destination is never asked about what does not leave; its verdict is shown all the same.
     let left = choice.code.is_empty();
     let otherwise = |found: Found| if left { found } else { Found::Denied };

@@ -217,27 +217,34 @@ fn sync(state: &State) -> Json<Value> {
     Json(json!({"generation": view.generation, "files": files, "nodes": nodes}))
 }
 
-/// Every node that has pods or ever connected, with its own account of itself.
+/// Every node that has pods or ever connected, and every egress gateway that is attached, with its own account of itself.
 async fn status(state: &State) -> Value {
     let mut names = state.view.borrow().nodes.clone();
     let streams = state.node_states.states();
     names.extend(streams.keys().cloned());
-    let asked = names.into_iter().map(|name| async {
+    // Their discovery streams are not what is asked.
+    let gateways = state.registry.gateways();
+    names.retain(|name| !gateways.values().any(|stream| stream == name));
+    let stream = |name: &String| streams.get(gateways.get(name).unwrap_or(name));
+    let asked = names.into_iter().chain(gateways.keys().cloned()).map(|name| async {
         let answer = state.registry.ask(&name, Question::Status(StatusQuestion {})).await;
         let mut value = match answer {
             Ok(Answer::Status(status)) => json!({"status": node_status(&status)}),
             Ok(_) => json!({"error": format!("node {name} answered another question")}),
             Err(error) => json!({"error": error.to_string()}),
         };
-        let stream = streams.get(&name);
+        let stream = stream(&name);
         value["connected"] = json!(stream.is_some_and(|stream| stream.connected));
         value["acked_generation"] = json!(stream.map_or(0, |stream| stream.acked_generation));
         value["nacks"] = json!(stream.map(|stream| stream.nacks.clone()).unwrap_or_default());
         (name, value)
     });
-    let nodes: BTreeMap<String, Value> = futures_util::future::join_all(asked).await.into_iter().collect();
+    let all = futures_util::future::join_all(asked).await.into_iter();
+    let (gateways, nodes): (BTreeMap<String, Value>, BTreeMap<String, Value>) =
+        all.partition(|(name, _)| gateways.contains_key(name));
     let view = Arc::clone(&state.view.borrow());
     json!({
+        "gateways": gateways,
         "generation": view.generation,
         "waiting": view.waiting,
         "problems": view.loaded.problems,

@@ -19,6 +19,7 @@ use arc_swap::ArcSwap;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tulle_certs::ca::Authority;
+use tulle_proto::names::LABEL_TUNNEL;
 
 use crate::admin;
 use crate::authn;
@@ -140,6 +141,7 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
             authn,
             registry: Arc::clone(&registry),
             root_namespace: serve.root_namespace.clone(),
+            gateways: knows_gateways(outputs.view.clone()),
             trust,
             stop: stop.clone(),
         },
@@ -230,4 +232,19 @@ pub fn token(token: &Token) -> anyhow::Result<String> {
     let caller = authn::Caller { namespace, service_account, node: token.node.clone() };
     let life_s = i64::try_from(token.ttl.as_secs()).unwrap_or(i64::MAX);
     Ok(authn::Issuer::new(authority.token_key())?.issue(&caller, now, life_s)?)
+}
+
+/// Tells by the objects in force who is an egress gateway: an unfinished pod of the caller's account on its node, which ends tunnels
+/// itself.
+fn knows_gateways(view: watch::Receiver<Arc<admin::View>>) -> nodes::KnowsGateway {
+    Arc::new(move |caller, pod| {
+        let key = (caller.namespace.clone(), pod.to_owned());
+        let found = Arc::clone(&view.borrow()).world().pods.get(&key).cloned();
+        found.is_some_and(|pod| {
+            pod.service_account == caller.service_account
+                && caller.node.as_ref() == Some(&pod.node)
+                && !pod.finished()
+                && pod.meta.labels.get(LABEL_TUNNEL).is_some_and(|value| value == "http")
+        })
+    })
 }

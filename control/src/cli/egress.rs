@@ -1,5 +1,7 @@
 //! `tulle egress`: who talked to what outside the cluster, and the EgressPolicies that would allow exactly that.
 //!
+//! Nodes say what their pods tried, and egress gateways what came to them; the same attempt may so be listed twice, by each that saw it.
+//! Policies are made of what nodes say alone: a gateway is a pod that somebody may start.
 //! Names in it are what pods looked up or claimed, so a policy made of them is a draft for somebody to read. It holds nothing that is no
 //! host name or address, each exactly as it was seen: no wildcard is guessed. What a rule allows already is not repeated.
 
@@ -11,11 +13,25 @@ use serde_json::Value;
 
 use crate::cli::render::{self, cell};
 
-/// What all nodes saw, kinds of several nodes together.
+/// What all nodes and gateways saw, kinds of several together.
 pub(super) fn talks(status: &Value, namespace: Option<&str>) -> Value {
+    let by = |who: &str| match seen(&status[who], namespace) {
+        Value::Array(list) => list
+            .into_iter()
+            .map(|mut talk| {
+                talk["seenBy"] = who.trim_end_matches("s").into();
+                talk
+            })
+            .collect(),
+        _ => Vec::new(),
+    };
+    by("nodes").into_iter().chain(by("gateways")).collect()
+}
+
+fn seen(nodes: &Value, namespace: Option<&str>) -> Value {
     let keys = ["namespace", "account", "target", "port", "spoken", "verdict", "policy"];
     let mut found: BTreeMap<Vec<String>, (Value, u64, u64)> = BTreeMap::new();
-    for (_, node) in status["nodes"].as_object().into_iter().flatten() {
+    for (_, node) in nodes.as_object().into_iter().flatten() {
         for talk in node["status"]["egress"].as_array().into_iter().flatten() {
             if namespace.is_some_and(|namespace| talk["namespace"] != namespace) {
                 continue;
@@ -36,15 +52,16 @@ pub(super) fn talks(status: &Value, namespace: Option<&str>) -> Value {
 
 /// For people.
 pub(super) fn table(value: &Value) -> String {
-    let header = ["NAMESPACE", "ACCOUNT", "TARGET", "PORT", "SPOKEN", "VERDICT", "POLICY", "ATTEMPTS", "BYTES"];
-    let keys = ["namespace", "account", "target", "port", "spoken", "verdict", "policy", "attempts", "bytes"];
+    let header =
+        ["NAMESPACE", "ACCOUNT", "TARGET", "PORT", "SPOKEN", "VERDICT", "POLICY", "ATTEMPTS", "BYTES", "SEEN BY"];
+    let keys = ["namespace", "account", "target", "port", "spoken", "verdict", "policy", "attempts", "bytes", "seenBy"];
     let row = |talk: &Value| keys.iter().map(|key| cell(&talk[*key])).collect();
     render::table(&header, value.as_array().into_iter().flatten().map(row).collect())
 }
 
 /// Policies for a namespace, one for each account that did what no rule allows.
 pub(super) fn policies(status: &Value, namespace: &str) -> String {
-    let talks = talks(status, Some(namespace));
+    let talks = seen(&status["nodes"], Some(namespace));
     // By account; by what is spoken and the port; names and addresses.
     type Rules = BTreeMap<(String, u64), BTreeSet<String>>;
     let mut accounts: BTreeMap<String, Rules> = BTreeMap::new();
@@ -141,5 +158,8 @@ mod tests {
         assert!(policies(&status, "other").starts_with("# Nothing left"));
         let listed = table(&talks(&status, None));
         assert!(listed.lines().any(|line| line.contains("api.example") && line.contains("  4  ")), "{listed}");
+        let forged = json!({"gateways": {"gateway evil/x on a": {"status": {"egress": [seen[0]]}}}});
+        assert!(policies(&forged, "shop").starts_with("# Nothing left"), "gateways make no policies");
+        assert!(table(&talks(&forged, None)).contains("  gateway"));
     }
 }

@@ -195,7 +195,7 @@ pub(super) fn status(value: &Value) -> String {
     text.push_str(&stale(value));
     text.push('\n');
     let header = ["NODE", "CONNECTED", "ACKED", "READY", "PODS", "IN", "OUT", "TUNNELS", "VERSION", "PROBLEM"];
-    let nodes = entries(&value["nodes"]).map(|(name, node)| {
+    let nodes = entries(&value["nodes"]).chain(entries(&value["gateways"])).map(|(name, node)| {
         let s = &node["status"];
         let mut problems = vec![cell(&node["error"]), cell(&s["pending"]), cell(&node["nacks"])];
         problems.retain(|problem| !problem.is_empty());

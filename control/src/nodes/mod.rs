@@ -1,5 +1,8 @@
 //! Asking the attached node proxies: their status, and what they would do with a connection.
 //!
+//! Egress gateways are asked the same way, each by a name of its own ([`gateway_name`]): one that control knows as a gateway's pod
+//! of the account that its token proves, so that nobody speaks for another.
+//!
 //! The node opens the stream and answers; control only carries questions, so what `tulle explain` shows is the
 //! proxies' own decision. Every question has a deadline, and a node that does not answer is an error of that node only.
 
@@ -27,7 +30,7 @@ use tulle_proto::names;
 use tulle_proto::node::node_message::Answer;
 use tulle_proto::node::node_question::Question;
 use tulle_proto::node::node_service_server;
-use tulle_proto::node::{NodeMessage, NodeQuestion, TrustQuestion};
+use tulle_proto::node::{Hello, NodeMessage, NodeQuestion, TrustQuestion};
 
 use crate::authn;
 use crate::base;
@@ -59,6 +62,8 @@ pub enum AskError {
 
 struct Attached {
     stream: u64,
+    /// Of an egress gateway: what its discovery stream is called.
+    discovery: Option<String>,
     questions: mpsc::Sender<Result<NodeQuestion, Status>>,
     waiting: HashMap<u64, oneshot::Sender<Answer>>,
 }
@@ -78,7 +83,14 @@ impl Registry {
 
     /// Names of the attached nodes.
     pub fn attached(&self) -> Vec<String> {
-        self.lock().keys().cloned().collect()
+        let nodes = self.lock();
+        nodes.iter().filter(|(_, one)| one.discovery.is_none()).map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Names of the attached egress gateways, and of their discovery streams. What they say of others is no more than a claim.
+    pub fn gateways(&self) -> BTreeMap<String, String> {
+        let nodes = self.lock();
+        nodes.iter().filter_map(|(name, one)| Some((name.clone(), one.discovery.clone()?))).collect()
     }
 
     /// Asks a node and waits for its answer, at most five seconds.
@@ -104,9 +116,14 @@ impl Registry {
         }
     }
 
-    fn attach(&self, node: &str, questions: mpsc::Sender<Result<NodeQuestion, Status>>) -> u64 {
+    fn attach(
+        &self,
+        node: &str,
+        discovery: Option<String>,
+        questions: mpsc::Sender<Result<NodeQuestion, Status>>,
+    ) -> u64 {
         let stream = self.next.fetch_add(1, Ordering::Relaxed) + 1;
-        let attached = Attached { stream, questions, waiting: HashMap::new() };
+        let attached = Attached { stream, discovery, questions, waiting: HashMap::new() };
         // Of two streams of one node the newer counts; the older's questions fail at once.
         self.lock().insert(node.to_owned(), attached);
         stream
@@ -131,6 +148,51 @@ impl Registry {
     }
 }
 
+/// Whether a caller is the egress gateway in this pod.
+pub type KnowsGateway = Arc<dyn Fn(&authn::Caller, &str) -> bool + Send + Sync>;
+
+/// What an egress gateway is attached as.
+pub fn gateway_name(namespace: &str, pod: &str, node: &str) -> String {
+    format!("gateway {namespace}/{pod} on {node}")
+}
+
+/// What a caller is attached as.
+///
+/// # Errors
+/// It may not attach, or not as that.
+fn attached_as(
+    caller: &authn::Caller,
+    hello: &Hello,
+    root_namespace: &str,
+    gateways: &KnowsGateway,
+) -> Result<String, Status> {
+    let node = caller.node.as_deref().unwrap_or_default();
+    let is_node = caller.namespace == root_namespace && caller.service_account == names::NODE_SERVICE_ACCOUNT;
+    if hello.gateway_pod.is_empty() && !is_node {
+        let account = names::NODE_SERVICE_ACCOUNT;
+        return Err(Status::permission_denied(format!("only {root_namespace}/{account} may attach")));
+    }
+    if hello.node != node {
+        return Err(Status::permission_denied(format!("the token is for node {node}")));
+    }
+    if hello.gateway_pod.is_empty() {
+        return Ok(node.to_owned());
+    }
+    if !gateways(caller, &hello.gateway_pod) {
+        return Err(Status::permission_denied(
+            "only pods of an egress gateway may attach as one: on this node, of this account, labelled \
+             networking.istio.io/tunnel: http",
+        ));
+    }
+    Ok(gateway_name(&caller.namespace, &hello.gateway_pod, node))
+}
+
+/// What an egress gateway's discovery stream is called, which does not say in which pod it is.
+fn xds_name(caller: &authn::Caller) -> String {
+    let node = caller.node.as_deref().unwrap_or_default();
+    format!("gateway {}/{} on {node}", caller.namespace, caller.service_account)
+}
+
 /// The service that nodes attach to.
 #[derive(Clone)]
 pub struct Server {
@@ -140,6 +202,8 @@ pub struct Server {
     pub registry: Arc<Registry>,
     /// Namespace of the node account.
     pub root_namespace: String,
+    /// Knows egress gateways.
+    pub gateways: KnowsGateway,
     /// What the CA gives now; nodes are told on attaching and when it changes.
     pub trust: watch::Receiver<TrustQuestion>,
     /// The order to stop.
@@ -182,20 +246,13 @@ impl Server {
         caller: authn::Caller,
         messages: Messages<NodeMessage>,
     ) -> Result<(HeaderMap, Outgoing<NodeQuestion>), Status> {
-        if caller.namespace != self.root_namespace || caller.service_account != names::NODE_SERVICE_ACCOUNT {
-            return Err(Status::permission_denied(format!(
-                "only {}/{} may attach",
-                self.root_namespace,
-                names::NODE_SERVICE_ACCOUNT
-            )));
-        }
-        let Some(node) = caller.node else {
+        if caller.node.is_none() {
             return Err(Status::permission_denied("the token has no tulle.dev/node claim"));
-        };
+        }
         let (questions, outgoing) = mpsc::channel(WAITING);
         let server = self.clone();
         tokio::spawn(async move {
-            if let Err(status) = server.serve(&node, messages, &questions).await {
+            if let Err(status) = server.serve(&caller, messages, &questions).await {
                 let _ = questions.send(Err(status)).await;
             }
         });
@@ -206,7 +263,7 @@ impl Server {
 impl Server {
     async fn serve(
         mut self,
-        node: &str,
+        caller: &authn::Caller,
         mut messages: Messages<NodeMessage>,
         questions: &mpsc::Sender<Result<NodeQuestion, Status>>,
     ) -> Result<(), Status> {
@@ -215,14 +272,13 @@ impl Server {
         else {
             return Ok(());
         };
-        match first?.answer {
-            Some(Answer::Hello(hello)) if hello.node == node => {}
-            Some(Answer::Hello(_)) => {
-                return Err(Status::permission_denied(format!("the token is for node {node}")));
-            }
-            _ => return Err(Status::invalid_argument("the first message must be hello")),
-        }
-        let stream = self.registry.attach(node, questions.clone());
+        let Some(Answer::Hello(hello)) = first?.answer else {
+            return Err(Status::invalid_argument("the first message must be hello"));
+        };
+        let node = &*attached_as(caller, &hello, &self.root_namespace, &self.gateways)?;
+        let is_gateway = !hello.gateway_pod.is_empty();
+        let discovery = is_gateway.then(|| xds_name(caller));
+        let stream = self.registry.attach(node, discovery, questions.clone());
         let result = self.read(node, stream, &mut messages, questions).await;
         self.registry.detach(node, stream);
         result
@@ -257,6 +313,41 @@ impl Server {
                     Some(next) => self.registry.take_answer(node, stream, next?),
                 },
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tulle_proto::node::Hello;
+
+    use super::{KnowsGateway, attached_as};
+    use crate::authn::Caller;
+
+    #[test]
+    fn nobody_attaches_as_somebody_else() {
+        let gateways: KnowsGateway = Arc::new(|caller, pod| caller.service_account == "out" && pod == "out-0");
+        let root = ("tulle-system", "ztunnel");
+        for ((namespace, account), node, gateway_pod, expected) in [
+            (root, "n1", "", Some("n1")),
+            (root, "n2", "", None),
+            (root, "n1", "out-0", None),
+            (("egress", "out"), "n1", "", None),
+            (("egress", "out"), "n1", "out-0", Some("gateway egress/out-0 on n1")),
+            (("egress", "out"), "n2", "out-0", None),
+            (("egress", "out"), "n1", "out-1", None),
+            (("shop", "web"), "n1", "out-0", None),
+        ] {
+            let caller = Caller {
+                namespace: namespace.to_owned(),
+                service_account: account.to_owned(),
+                node: Some("n1".to_owned()),
+            };
+            let hello = Hello { node: node.to_owned(), version: String::new(), gateway_pod: gateway_pod.to_owned() };
+            let found = attached_as(&caller, &hello, "tulle-system", &gateways);
+            assert_eq!(found.ok().as_deref(), expected, "{namespace}/{account} {node} {gateway_pod}");
         }
     }
 }

@@ -21,6 +21,7 @@ use crate::base::unix_now;
 use crate::flow::Shared;
 use crate::identity::CertStatus;
 use crate::lb::{Destination, Kind};
+use crate::state::ServiceName;
 use crate::telemetry::breakers::DestinationLabels;
 use crate::telemetry::{Seen, egress, plaintext};
 use crate::xds::Monitor;
@@ -41,6 +42,8 @@ pub struct Answers {
     pub monitor: Monitor,
     /// What this process took over.
     pub before: Arc<Taken>,
+    /// The Service of the egress gateway that this is; `None`: it is a node's proxy.
+    pub gateway: Option<Arc<ServiceName>>,
     /// What is waited for besides.
     pub more: Option<Arc<dyn Fn() -> Vec<String> + Send + Sync>>,
 }
@@ -57,6 +60,13 @@ impl Answers {
             Some(Question::Inbound(question)) => {
                 explain::inbound(&self.shared.reader.load(), &question, unix_now()).map(Answer::Inbound)
             }
+            Some(Question::Gateway(question)) => match &self.gateway {
+                Some(service) => {
+                    let Shared { reader, network, .. } = &self.shared;
+                    explain::gateway::through(&reader.load(), network, service, &question).map(Answer::Inbound)
+                }
+                None => Err("this is no egress gateway".to_owned()),
+            },
             Some(Question::Trust(question)) => {
                 let renewing = self.shared.identities.trust(&question.roots, &question.issuer);
                 tracing::info!(renewing, "control told the CA's roots and issuer");

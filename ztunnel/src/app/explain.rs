@@ -6,6 +6,7 @@
 //! about a connection, or about one request on it ([`requests`]). Where requests are read and none is asked about, the answer
 //! says so.
 
+pub(super) mod gateway;
 mod names;
 mod requests;
 
@@ -61,7 +62,7 @@ pub(super) fn outbound(
     } else if source.protocol != Protocol::Hbone {
         unenrolled(snapshot, network, source, destination, &mut answer);
     } else if let Some(way) = outbound::leaving(snapshot, source, network, destination) {
-        leave(way, source, &mut answer);
+        leave(snapshot, way, source, &mut answer);
     } else {
         stream(snapshot, network, source, destination, &mut answer);
         believe(snapshot, source, &mut answer, now);
@@ -81,13 +82,15 @@ pub(super) fn outbound(
 }
 
 /// A connection that leaves the cluster, from a namespace whose pods need a rule for that.
-fn leave(way: Result<outbound::WayOut, Outcome>, source: &Workload, answer: &mut OutboundAnswer) {
+fn leave(snapshot: &Snapshot, way: Result<outbound::WayOut, Outcome>, source: &Workload, answer: &mut OutboundAnswer) {
     match way {
         Err(outcome) => refuse(answer, outcome),
         Ok(way) => {
-            if way.gateway {
+            if let Some(through) = way.gateway {
                 answer.plan = "hbone".to_owned();
                 answer.source_identity = source.identity.to_string();
+                answer.endpoints = endpoints(snapshot, source, &through.plan, through.dialled);
+                answer.gateway_target = through.target;
             }
             answer.policy = way.grant.policy.id.to_string();
             answer.rule = u32::try_from(way.grant.rule).ok();

@@ -5,7 +5,7 @@
 //! installed before control has said all, since without addresses the fence would be shut.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use tokio::time::sleep;
 
 use crate::base::drain::Drained;
 use crate::base::netns::Netns;
-use crate::capture::fence::{self, Inside};
+use crate::capture::fence::{self, Fenced, Inside};
 use crate::state::{Protocol, Reader, Snapshot};
 
 /// A walk over 10,000 workloads takes some milliseconds, and the transaction some tens.
@@ -39,8 +39,12 @@ struct State {
     partly: BTreeSet<String>,
     /// Interfaces that were fenced before this process, of pods that it has not looked at.
     before: BTreeSet<String>,
-    /// Those of all these that were ports of a bridge when they were looked at.
-    bridged: BTreeSet<String>,
+    /// Those of all these that were ports of a bridge when they were looked at, and of which one.
+    bridged: BTreeMap<String, String>,
+    /// Addresses of pods by interface.
+    own: BTreeMap<String, BTreeSet<IpAddr>>,
+    /// The kernel can be asked for its routes.
+    routes: bool,
     /// What is installed.
     installed: Option<String>,
     /// It is known what was fenced before this process.
@@ -56,8 +60,12 @@ impl State {
         let failed = |error: std::io::Error| error.to_string();
         let held: BTreeSet<String> = self.pods.values().flatten().cloned().collect();
         let links = fence::interfaces(node).await.map_err(failed)?;
-        let before = fence::fenced(node).await.map_err(failed)?;
+        let (before, own) = fence::fenced(node).await.map_err(failed)?;
+        self.routes = fence::knows_routes(node).await;
         self.bridged.extend(fence::bridged(&before, &links));
+        for (name, addresses) in own {
+            self.own.entry(name).or_insert(addresses);
+        }
         self.before.extend(before.difference(&held).cloned());
         self.looked_back = true;
         Ok(())
@@ -77,11 +85,11 @@ impl Fence {
         Arc::new(Self { node, reader, state: Mutex::new(state) })
     }
 
-    /// Takes a pod into the fence; done when that is in force.
+    /// Takes a pod with these `addresses` into the fence; done when that is in force.
     ///
     /// # Errors
     /// Why it is not, or not wholly: what can be held is held all the same.
-    pub async fn hold(&self, uid: &str, pod: &Netns) -> Result<(), String> {
+    pub async fn hold(&self, uid: &str, addresses: &[IpAddr], pod: &Netns) -> Result<(), String> {
         let Some(node) = &self.node else { return Err("the fence is switched off (TULLE_FENCE)".to_owned()) };
         if fence::is_broken() {
             return Ok(());
@@ -100,6 +108,8 @@ impl Fence {
         }
         state.before.retain(|name| !ends.contains(name));
         state.bridged.extend(fence::bridged(&ends, &outer));
+        let own: BTreeSet<IpAddr> = addresses.iter().map(IpAddr::to_canonical).collect();
+        state.own.extend(ends.iter().map(|name| (name.clone(), own.clone())));
         // What was an end of it stays one, however it looks now.
         state.pods.entry(uid.to_owned()).or_default().extend(ends);
         if problem.is_err() {
@@ -189,7 +199,11 @@ impl Fence {
             let links = fence::interfaces(node).await.map_err(|error| error.to_string())?;
             state.bridged = fence::bridged(&interfaces, &links);
         }
-        let text = fence::render(&interfaces, &state.bridged, &inside(&self.reader.load()), clear);
+        let bridges: BTreeSet<&String> = state.bridged.values().collect();
+        state.own.retain(|name, _| interfaces.contains(name) || bridges.contains(name));
+        let fenced =
+            Fenced { interfaces, bridged: state.bridged.clone(), own: state.own.clone(), routes: state.routes };
+        let text = fence::render(&fenced, &inside(&self.reader.load()), clear);
         if state.installed.as_ref() == Some(&text) {
             return Ok(());
         }

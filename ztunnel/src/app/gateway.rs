@@ -19,8 +19,9 @@ use crate::app::pods::Pods;
 use crate::app::spans::Exporter;
 use crate::app::ways::Ways;
 use crate::app::{
-    GOODBYE, LAST_CALL, LOOK, Level, RECORDS, bind_admin, discover, federation, logging, options, outside, pages,
-    pod_limits, raise_file_limit, reached, revocation, serve_admin, shared, trust, wait_for_stop, watch_node_addresses,
+    GOODBYE, LAST_CALL, LOOK, Level, RECORDS, answer_control, bind_admin, discover, federation, logging, options,
+    outside, pages, pod_limits, raise_file_limit, reached, revocation, serve_admin, shared, trust, wait_for_stop,
+    watch_node_addresses,
 };
 use crate::base::drain::{Drained, Phase, drain};
 use crate::base::memory;
@@ -92,11 +93,13 @@ async fn gateway(config: Config, level: Level, dropped: Lines) -> anyhow::Result
         pods: Pods::none(),
         monitor: monitor.clone(),
         before: Arc::default(),
+        gateway: Some(gateway.service.clone()),
         more: Some(Arc::new(move || pending(&own.0, &own.1))),
     };
     let pages = pages(&answers, Arc::new(registry), stop.clone(), level, dropped);
     let admin = bind_admin(node)?;
     let (_replaced, was_replaced) = drain();
+    answer_control(node, Some(&node.pod_name), ways.xds.clone(), answers, stopping.clone());
     serve_admin(&pages, &admin, &was_replaced)?;
 
     if let Some(path) = node.crl_path.clone() {

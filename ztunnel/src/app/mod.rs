@@ -141,6 +141,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
         pods: pods.clone(),
         monitor: monitor.clone(),
         before: taken.clone(),
+        gateway: None,
         more: None,
     };
     let (stop, stopping) = drain();
@@ -200,7 +201,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     }
     // From here on this process is the one that serves.
     let _ = begin.send(());
-    answer_control(&config, ways.xds, answers, was_replaced);
+    answer_control(&config, None, ways.xds, answers, was_replaced);
     tracing::info!(node = %config.node_name, workers = count, version = VERSION, "started");
 
     wait_for_stop(&stopping).await?;
@@ -270,13 +271,14 @@ fn trust(config: &Node, reader: &state::Reader) -> anyhow::Result<Trust> {
     Ok(Trust { aliases, revoked, federated: Federated::default() })
 }
 
-/// Answers control's questions while this process is the one that serves.
-fn answer_control(config: &Node, control: Control, answers: Answers, replaced: Drained) {
+/// Answers control's questions while this process is the one that serves; `gateway_pod`: it is an egress gateway, in this pod.
+fn answer_control(config: &Node, gateway_pod: Option<&str>, control: Control, answers: Answers, replaced: Drained) {
     // With a file in the place of discovery nobody may be there to ask.
     if config.local_xds.is_some() {
         return;
     }
-    let service = xds::NodeConfig { control, node_name: config.node_name.clone(), version: VERSION.to_owned() };
+    let (node_name, gateway_pod) = (config.node_name.clone(), gateway_pod.unwrap_or_default().to_owned());
+    let service = xds::NodeConfig { control, node_name, version: VERSION.to_owned(), gateway_pod };
     let answer = move |question| answers.answer(question);
     tokio::spawn(xds::run_node_service(service, answer, reached(replaced, Phase::Draining)));
 }

@@ -4,9 +4,13 @@
 //! what the node does with a packet that comes out of the pod's interface. There everything is dropped but tunnels to the mesh, plain
 //! TCP to what is inside the cluster without being in the mesh (pods, and the API server's endpoints), and replies. What a rule lets out
 //! of the cluster, and look-ups of names, the proxy dials from the node's network, so nothing of it comes through here. Keyed by the
-//! interface and not by an address, which a pod can choose. For the same reason a reply may leave the cluster only if no fenced pod
-//! began its connection: a packet to the pod itself with a made-up source from outside would else turn what follows into replies. The
-//! table stays when the proxy stops.
+//! interface and not by an address, which a pod can choose. The table stays when the proxy stops.
+//!
+//! A reply passes, so a pod must not be able to make one up: with a source that is not its own it could begin, from the outside's
+//! address, the connection that it then answers, or have another pod answer. So what claims to come from elsewhere is dropped before it
+//! is tracked: a source is one of the pod's addresses, or one that the node itself would look for behind that interface (a second
+//! network of the pod). And a reply may leave the cluster only if no fenced pod began its connection, since the node's routes may say
+//! too much: where a pod is a router for others, any address is behind it.
 //!
 //! Behind a bridge the node sees the bridge where a packet came from, so what comes out of such a pod gets a mark at its port, before
 //! anything else sees it, and the mark is what is fenced: each frame, whatever it says that it carries, because the node unpacks empty
@@ -32,6 +36,19 @@ pub const TABLE: &str = "tulle_fence";
 /// Calico (the upper half) nor the redirect (0x539) uses. The same bit of a connection's mark says that a fenced pod began it.
 const MARK: &str = "0x00000040";
 
+/// Who is inside the fence.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Fenced {
+    /// The node's ends of pods' interfaces.
+    pub interfaces: BTreeSet<String>,
+    /// Those of them that are ports of a bridge, and of which one.
+    pub bridged: BTreeMap<String, String>,
+    /// Addresses of the pods behind them, or behind a bridge, as far as they are known.
+    pub own: BTreeMap<String, BTreeSet<IpAddr>>,
+    /// The kernel can be asked where it would look for an address.
+    pub routes: bool,
+}
+
 /// What may pass the fence.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Inside {
@@ -45,7 +62,8 @@ pub struct Inside {
 
 /// The transaction that replaces whatever is installed. `bridged`: those of `interfaces` that are ports of a bridge; `clear`: there may be
 /// rules of the bridge to take away.
-pub fn render(interfaces: &BTreeSet<String>, bridged: &BTreeSet<String>, inside: &Inside, clear: bool) -> String {
+pub fn render(fenced: &Fenced, inside: &Inside, clear: bool) -> String {
+    let Fenced { interfaces, bridged, .. } = fenced;
     let mut text = format!("table inet {TABLE}\ndelete table inet {TABLE}\n");
     // Not named without need: a kernel may have no tables for bridges.
     if clear || !bridged.is_empty() {
@@ -58,7 +76,7 @@ pub fn render(interfaces: &BTreeSet<String>, bridged: &BTreeSet<String>, inside:
         let _ = writeln!(
             text,
             "table bridge {TABLE} {{\n  set pods {{\n    type ifname\n    elements = {{ {} }}\n  }}",
-            list(bridged)
+            list(bridged.keys())
         );
         text.push_str("  chain port {\n    type filter hook prerouting priority dstnat; policy accept;\n");
         let _ = writeln!(text, "    iifname @pods meta mark set meta mark or {MARK}\n  }}");
@@ -66,7 +84,8 @@ pub fn render(interfaces: &BTreeSet<String>, bridged: &BTreeSet<String>, inside:
         text.push_str("    iifname @pods meta oifkind != \"veth\" counter drop\n  }\n}\n");
     }
     let _ = writeln!(text, "table inet {TABLE} {{");
-    let _ = writeln!(text, "  set pods {{\n    type ifname\n    elements = {{ {} }}\n  }}", list(interfaces));
+    let _ = writeln!(text, "  set pods {{\n    type ifname\n    elements = {{ {} }}\n  }}", list(interfaces.iter()));
+    sources(&mut text, fenced);
     for (name, addresses) in [("mesh", &inside.mesh), ("plain", &inside.plain)] {
         for (v6, kind) in [(false, "ipv4_addr"), (true, "ipv6_addr")] {
             let all = addresses.iter().filter(|ip| ip.is_ipv6() == v6).map(ToString::to_string);
@@ -103,18 +122,45 @@ pub fn render(interfaces: &BTreeSet<String>, bridged: &BTreeSet<String>, inside:
                 );
             }
         }
-        text.push_str("    iifname @pods jump fence\n");
-        if !bridged.is_empty() {
-            let _ = writeln!(text, "    meta mark and {MARK} == {MARK} jump fence");
-        }
+        jump(&mut text, bridged, "fence");
         text.push_str("  }\n");
     }
     text.push_str("}\n");
     text
 }
 
-fn list(names: &BTreeSet<String>) -> String {
-    let names: Vec<String> = names.iter().map(|name| format!("\"{name}\"")).collect();
+/// Sends what comes out of a pod to `chain`.
+fn jump(text: &mut String, bridged: &BTreeMap<String, String>, chain: &str) {
+    let _ = writeln!(text, "    iifname @pods jump {chain}");
+    if !bridged.is_empty() {
+        let _ = writeln!(text, "    meta mark and {MARK} == {MARK} jump {chain}");
+    }
+}
+
+/// Drops what comes out of a pod with a source that is not its own, before connections are tracked.
+fn sources(text: &mut String, fenced: &Fenced) {
+    for (v6, number, kind) in [(false, 4, "ipv4_addr"), (true, 6, "ipv6_addr")] {
+        let each = fenced.own.iter().flat_map(|(name, all)| all.iter().map(move |ip| (name, ip)));
+        // What comes through a bridge is seen to come from the bridge.
+        let seen = |name: &String, ip| format!("\"{}\" . {ip}", fenced.bridged.get(name).unwrap_or(name));
+        let all: BTreeSet<String> =
+            each.filter(|(_, ip)| ip.is_ipv6() == v6).map(|(name, ip)| seen(name, ip)).collect();
+        set(text, &format!("own{number}"), &format!("ifname . {kind}"), all.into_iter().collect());
+    }
+    text.push_str("  chain source {\n    iifname . ip saddr @own4 return\n    iifname . ip6 saddr @own6 return\n");
+    // Neighbours' talk, which no router passes on.
+    text.push_str("    ip6 saddr { ::, fe80::/10 } return\n");
+    if fenced.routes {
+        text.push_str("    fib saddr . iif oif exists return\n");
+    }
+    text.push_str("    counter drop\n  }\n");
+    text.push_str("  chain prerouting {\n    type filter hook prerouting priority raw; policy accept;\n");
+    jump(text, &fenced.bridged, "source");
+    text.push_str("  }\n");
+}
+
+fn list<'a>(names: impl Iterator<Item = &'a String>) -> String {
+    let names: Vec<String> = names.map(|name| format!("\"{name}\"")).collect();
     names.join(", ")
 }
 
@@ -134,20 +180,43 @@ pub async fn apply(node: &Netns, text: String) -> io::Result<()> {
     run_blocking(node, move || nft(&text)).await
 }
 
-/// Interfaces that a table from before fences.
+/// Whether the kernel can be asked where it would look for an address; not every one is built so.
+pub async fn knows_routes(node: &Netns) -> bool {
+    let rule = format!(
+        "table inet {TABLE}_probe {{\n  chain prerouting {{\n    type filter hook prerouting priority raw; policy accept;\n\
+         \x20   fib saddr . iif oif exists accept\n  }}\n}}\n"
+    );
+    run_blocking(node, move || run("nft", &["-c", "-f", "-"], Some(&rule))).await.is_ok()
+}
+
+/// Interfaces that a table from before fences, and the addresses behind them.
 ///
 /// # Errors
 /// What `nft` said, if it is not that there is no table: nobody may take a fence down because it could not be seen.
-pub async fn fenced(node: &Netns) -> io::Result<BTreeSet<String>> {
-    let listed = run_blocking(node, || run("nft", &["-j", "list", "set", "inet", TABLE, "pods"], None)).await;
-    let text = match listed {
-        Err(error) if error.to_string().contains("No such file or directory") => return Ok(BTreeSet::new()),
-        listed => listed?,
+pub async fn fenced(node: &Netns) -> io::Result<(BTreeSet<String>, BTreeMap<String, BTreeSet<IpAddr>>)> {
+    let listed = run_blocking(node, || run("nft", &["-j", "list", "table", "inet", TABLE], None)).await;
+    match listed {
+        Err(error) if error.to_string().contains("No such file or directory") => Ok(Default::default()),
+        listed => Ok(listed_sets(&serde_json::from_str(&listed?)?)),
+    }
+}
+
+/// The same of a table as `nft -j` lists it.
+fn listed_sets(listed: &Value) -> (BTreeSet<String>, BTreeMap<String, BTreeSet<IpAddr>>) {
+    let elements = |wanted: &[&str]| -> Vec<Value> {
+        let sets = listed["nftables"].as_array().into_iter().flatten().map(|one| &one["set"]);
+        let wanted = sets.filter(|set| set["name"].as_str().is_some_and(|name| wanted.contains(&name)));
+        wanted.filter_map(|set| set["elem"].as_array()).flatten().cloned().collect()
     };
-    let value: Value = serde_json::from_str(&text)?;
-    let sets = value["nftables"].as_array().into_iter().flatten();
-    let elements = sets.filter_map(|one| one["set"]["elem"].as_array()).flatten();
-    Ok(elements.filter_map(|one| one.as_str().map(str::to_owned)).collect())
+    let interfaces = elements(&["pods"]).iter().filter_map(|one| one.as_str().map(str::to_owned)).collect();
+    let mut own: BTreeMap<String, BTreeSet<IpAddr>> = BTreeMap::new();
+    for pair in elements(&["own4", "own6"]) {
+        let (name, ip) = (pair["concat"][0].as_str(), pair["concat"][1].as_str());
+        if let (Some(name), Some(Ok(ip))) = (name, ip.map(str::parse)) {
+            own.entry(name.to_owned()).or_default().insert(ip);
+        }
+    }
+    (interfaces, own)
 }
 
 /// An interface.
@@ -223,9 +292,10 @@ pub fn ends(pod: &BTreeMap<u64, Link>, node: &BTreeMap<u64, Link>) -> (BTreeSet<
     (found, problem)
 }
 
-/// Those of `names` that are ports of a bridge.
-pub fn bridged(names: &BTreeSet<String>, node: &BTreeMap<u64, Link>) -> BTreeSet<String> {
-    node.values().filter(|link| link.bridged && names.contains(&link.name)).map(|link| link.name.clone()).collect()
+/// Those of `names` that are ports of a bridge, and of which one.
+pub fn bridged(names: &BTreeSet<String>, node: &BTreeMap<u64, Link>) -> BTreeMap<String, String> {
+    let ports = node.values().filter(|link| link.bridged && names.contains(&link.name));
+    ports.filter_map(|link| Some((link.name.clone(), link.master.clone()?))).collect()
 }
 
 /// The interfaces of a namespace.
@@ -243,7 +313,7 @@ pub fn is_broken() -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Inside, bridged, ends, links, render};
+    use super::{Fenced, Inside, bridged, ends, links, listed_sets, render};
     use std::path::PathBuf;
 
     #[test]
@@ -253,16 +323,38 @@ mod tests {
             plain: ["10.0.0.3".parse().unwrap()].into(),
             api: ["192.0.2.1:6443".parse().unwrap()].into(),
         };
-        let pods = ["pod1", "pod2"].map(str::to_owned).into();
-        for (file, bridged) in [("fence.nft", [].into()), ("fence-bridge.nft", ["pod2".to_owned()].into())] {
-            let rendered = render(&pods, &bridged, &inside, false);
+        let own = |name: &str, ips: &[&str]| (name.to_owned(), ips.iter().map(|ip| ip.parse().unwrap()).collect());
+        let fenced = |bridged, routes| Fenced {
+            interfaces: ["pod1", "pod2"].map(str::to_owned).into(),
+            bridged,
+            own: [own("pod1", &["10.0.0.2", "fd00::2"]), own("pod2", &["10.0.0.4"])].into(),
+            routes,
+        };
+        let cases = [
+            ("fence.nft", fenced([].into(), false)),
+            ("fence-bridge.nft", fenced([("pod2".to_owned(), "cni0".to_owned())].into(), true)),
+        ];
+        for (file, fenced) in cases {
+            let rendered = render(&fenced, &inside, false);
             let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/capture/testdata").join(file);
             if std::env::var_os("UPDATE").is_some() {
                 std::fs::write(&path, &rendered).unwrap();
             }
             assert_eq!(rendered, std::fs::read_to_string(&path).unwrap_or_default(), "{file}");
         }
-        assert!(!render(&[].into(), &[].into(), &inside, true).contains("chain"), "nobody is closed");
+        assert!(!render(&Fenced::default(), &inside, true).contains("chain"), "nobody is closed");
+    }
+
+    #[test]
+    fn an_installed_table_says_whom_it_fences() {
+        let text = "{\"nftables\":[{\"metainfo\":{}},{\"set\":{\"name\":\"pods\",\"elem\":[\"pod1\",\"pod2\"]}},\
+            {\"set\":{\"name\":\"own4\",\"elem\":[{\"concat\":[\"pod1\",\"10.0.0.2\"]}]}},{\"set\":{\"name\":\"mesh4\",\"elem\":[\"10.0.0.9\"]}},\
+            {\"set\":{\"name\":\"own6\",\"elem\":[{\"concat\":[\"pod1\",\"fd00::2\"]}]}}]}";
+        let own = ["10.0.0.2", "fd00::2"].map(|ip| ip.parse().unwrap()).into();
+        assert_eq!(
+            listed_sets(&serde_json::from_str(text).unwrap()),
+            (["pod1", "pod2"].map(str::to_owned).into(), [("pod1".to_owned(), own)].into())
+        );
     }
 
     #[test]

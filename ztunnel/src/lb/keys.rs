@@ -1,4 +1,5 @@
 //! Choice by hash: the table of the layout that a policy names, made on first use and kept beside the rows.
+//! So a change of the rows forgets it, and ports that nobody hashes cost nothing.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};

@@ -1,4 +1,5 @@
 //! What happened lately, counted in two halves of a window: so it is known to half a window with a few numbers.
+//! Nothing here reads a clock: the time is an argument, and what is too old goes when it is next asked.
 
 use std::time::{Duration, Instant};
 

@@ -37,7 +37,7 @@ pub(super) fn plan(
         Outcome::new(Code::NoGateway, text)
     };
     let service = snapshot.service(namespace, hostname).ok_or_else(|| unusable("there is no such Service"))?;
-    let picked = lb::pick(snapshot, service, PORT_HBONE, source, dialled(service, source), chance);
+    let picked = lb::pick(snapshot, service, PORT_HBONE, source, dialled(Some(service), source).ip(), chance);
     let picked = picked.map_err(|none| match none {
         NoChoice::Passthrough => unusable("it is a Service that is not balanced"),
         none => unusable(&none.to_string()),
@@ -70,9 +70,10 @@ pub(super) fn is_broken() -> bool {
 }
 
 /// As if the gateway's Service had been dialled at its own address; a headless one, at the family of the pod.
-fn dialled(service: &Service, source: &Workload) -> IpAddr {
-    let own = service.vips.first().map(|(_, vip)| vip.addr());
-    own.or_else(|| source.addresses.first().copied()).unwrap_or_else(|| IpAddr::from([0; 4]))
+pub(super) fn dialled(service: Option<&Service>, source: &Workload) -> SocketAddr {
+    let own = service.and_then(|service| service.vips.first()).map(|(_, vip)| vip.addr());
+    let ip = own.or_else(|| source.addresses.first().copied()).unwrap_or_else(|| IpAddr::from([0; 4]));
+    SocketAddr::new(ip, PORT_HBONE)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 
 use crate::lb::Chance;
+use crate::outbound::decide::Plan;
 use crate::outbound::egress::{Bound, allowed_but, asked_of_gateway, gateways_only, meant};
 use crate::outbound::gateway;
 use crate::outcome::Outcome;
@@ -16,10 +17,21 @@ use crate::state::{Snapshot, Transport, Workload};
 pub struct WayOut {
     /// The rule.
     pub grant: Grant,
-    /// It leads through an egress gateway.
-    pub gateway: bool,
+    /// Through which egress gateway, if through one.
+    pub gateway: Option<Through>,
     /// For people.
     pub text: String,
+}
+
+/// An egress gateway on the way.
+#[derive(Debug)]
+pub struct Through {
+    /// The way to one of its replicas.
+    pub plan: Plan,
+    /// As if this had been dialled.
+    pub dialled: SocketAddr,
+    /// What it is asked for: host or address, and port.
+    pub target: String,
 }
 
 /// What would become of a connection that leaves, for an explanation; `None`: it does not leave, or nothing is asked of it but a
@@ -85,10 +97,13 @@ fn way_out(
     spoken: &Spoken<'_>,
 ) -> Result<WayOut, Outcome> {
     let by = format!("let out by {} rules[{}]", grant.policy.id, grant.rule);
+    let mut through = None;
     let text = match (&grant.rule().gateway, bound.address) {
         (Some(service), _) => {
             let (at, name) = ((&*service.namespace, &*service.hostname), asked_of_gateway(bound));
-            gateway::plan(snapshot, source, at, &name, &Chance::of(0))?;
+            let plan = gateway::plan(snapshot, source, at, &name, &Chance::of(0))?;
+            let dialled = gateway::dialled(plan.service().map(|service| &**service), source);
+            through = Some(Through { plan, dialled, target: name.to_string() });
             format!("{by}, through the gateway {}/{}", service.namespace, service.hostname)
         }
         (None, address) => {
@@ -106,7 +121,7 @@ fn way_out(
             }
         }
     };
-    Ok(WayOut { gateway: grant.rule().gateway.is_some(), grant, text })
+    Ok(WayOut { gateway: through, grant, text })
 }
 
 #[cfg(test)]

@@ -33,6 +33,8 @@ pub struct NodeConfig {
     pub node_name: String,
     /// This program's version.
     pub version: String,
+    /// The pod that this egress gateway is; empty: it is the node's proxy.
+    pub gateway_pod: String,
 }
 
 /// Attaches to control and answers until `shutdown` completes. The answer's `id` is set here.
@@ -95,7 +97,8 @@ async fn over(
     useful: &mut bool,
 ) -> Result<(), Status> {
     let (messages, queue) = mpsc::channel(ANSWERS);
-    let hello = Hello { node: config.node_name.clone(), version: config.version.clone() };
+    let NodeConfig { node_name: node, version, gateway_pod, .. } = config.clone();
+    let hello = Hello { node, version, gateway_pod };
     // The queue is new, so there is room.
     let _ = messages.try_send(NodeMessage { id: 0, answer: Some(Answer::Hello(hello)) });
     let mut request = Request::new(ReceiverStream::new(queue));

@@ -1,4 +1,5 @@
 //! `sessionPersistence` of a rule of a route (Gateway API, experimental channel).
+//! What cannot be honoured is noted at its field, since a session that is silently another one sends users to strangers.
 
 use crate::model::RouteSession;
 use crate::source::decode::route::{Problem, duration, is_header_name, note};

@@ -163,7 +163,7 @@ async fn proxy(
     let mut responses = xds.delta_aggregated_resources(request).await?.into_inner();
     // Nobody asks it anything, and the sender keeps the stream open.
     let (answers, queue) = mpsc::channel(1);
-    let hello = Hello { node, version: env!("CARGO_PKG_VERSION").to_owned() };
+    let hello = Hello { node, version: env!("CARGO_PKG_VERSION").to_owned(), gateway_pod: String::new() };
     answers.send(NodeMessage { id: 0, answer: Some(Answer::Hello(hello)) }).await?;
     let mut service = NodeServiceClient::new(channel);
     let _questions = service.attach(authorized(queue, &token)?).await?.into_inner();

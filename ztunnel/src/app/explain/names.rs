@@ -29,7 +29,7 @@ pub(super) fn outbound(
     }
     let is_in = source.protocol == Protocol::Hbone;
     match outbound::leaving_by_name(snapshot, source, network, host, port).filter(|_| is_in) {
-        Some(way) => leave(way, source, &mut answer),
+        Some(way) => leave(snapshot, way, source, &mut answer),
         None if !is_in => {
             let text = "is not in the mesh; nothing intercepts it";
             answer.text = format!("{}/{} {text}", source.namespace, source.name);

@@ -111,7 +111,7 @@ impl PodTask {
                 fence.release(&self.pod.uid, netns).await;
                 None
             }
-            Some(true) => Some(fence.hold(&self.pod.uid, netns).await),
+            Some(true) => Some(fence.hold(&self.pod.uid, &self.pod.ips, netns).await),
         };
         self.post(|entry| {
             if let Some(Err(reason)) = &held
