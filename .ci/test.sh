@@ -19,11 +19,9 @@ rows=() failures=()
 export PATH=$PATH:/usr/sbin:/sbin
 rm -rf "$logs" && mkdir -p "$logs"
 
-# Programs that make network namespaces: they run in both passes. Of them e2e/conformance runs in the first one only: the lab
-# writes its many Services in one nft transaction, which is larger than a plain user's netlink buffer may be.
+# Programs that make network namespaces: they run in both passes.
 needs_namespaces() {
     case $1 in
-        e2e/conformance) return 1 ;;
         */lib | */bin-* | e2e/tidy) return 1 ;;
         e2e/* | ztunnel/churn | ztunnel/defects | ztunnel/ends | ztunnel/federation | ztunnel/flow | ztunnel/recovery | ztunnel/tunnel) return 0 ;;
         *) return 1 ;;

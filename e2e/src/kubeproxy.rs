@@ -252,7 +252,9 @@ impl<'a> OnePort<'a> {
             let Member { pair, port, .. } = endpoint;
             let address = &pair.texts()[self.family];
             let target = if self.family == 0 { format!("{address}:{port}") } else { format!("[{address}]:{port}") };
-            let own = format!("{name}-{index}");
+            // One alone is no choice: a chain and a map less, which count where many Services are one transaction.
+            let alone = endpoints.len() == 1 && self.service.proxy.affinity.is_none();
+            let own = if alone { name.clone() } else { format!("{name}-{index}") };
             let mut remember = String::new();
             if let Some(set) = self.bound(endpoint) {
                 remember = format!("    update @{set} {{ {word} saddr }}\n");
@@ -261,6 +263,9 @@ impl<'a> OnePort<'a> {
             text.push_str(&format!(
                 "  chain {own} {{\n{remember}    {word} saddr {address} meta mark set 0x4000\n    meta l4proto {protocol} dnat {word} to {target}\n  }}\n"
             ));
+            if alone {
+                return text;
+            }
             choice.push_str(&format!("{index} : goto {own}, "));
         }
         text.push_str(&format!(

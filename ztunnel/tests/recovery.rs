@@ -119,14 +119,14 @@ fn a_changed_pod_entry_waits_for_its_predecessor() {
     sh(&format!("ip netns exec {} nft '{drop}'", lab.netns("a")));
     let mut node = Node::start(&lab, lab.pods_file(&["a", "b"]));
     node.describe(&["a", "b"]);
-    node.wait(&[("a", "Pending"), ("b", "Captured")]);
+    node.wait(&[("a", "Pending")]);
     await_rules(&lab, "a", "tulle", true);
     sh(&format!("ip netns exec {} nft delete table inet mute", lab.netns("a")));
     let path = lab.pods_file(&["a", "b"]);
     let changed =
         std::fs::read_to_string(&path).unwrap().replacen("enrolled: true", "enrolled: true, probePorts: [8080]", 1);
     lab.write_pods(&changed);
-    node.wait(&[("a", "Captured")]);
+    node.wait(&[("a", "Captured"), ("b", "Captured")]);
     // The predecessor's attempt is over by now, whatever came of it.
     std::thread::sleep(Duration::from_secs(3));
     node.wait(&[("a", "Captured")]);
