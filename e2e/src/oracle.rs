@@ -23,6 +23,10 @@ pub const CHANGE_EVERY: Duration = Duration::from_millis(100);
 /// The pods behind the Service that changes.
 pub const BACKENDS: [&str; 3] = ["flux-a", "flux-b", "flux-c"];
 
+/// For the clients of a run, whose promise is what they are answered and not how soon: a machine with other work to do must
+/// not turn a late answer into a wrong one. A name whose first question is lost takes five seconds in any pod.
+pub const PATIENT: [&str; 2] = ["--timeout-ms", "60000"];
+
 /// Microseconds since the Unix epoch.
 pub fn now_us() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
@@ -193,6 +197,11 @@ pub fn judge(
         unjust.first()
     );
     Ok(())
+}
+
+/// The slowest answer of all, milliseconds.
+pub fn slowest_ms<'a>(reports: impl IntoIterator<Item = &'a Value>) -> f64 {
+    reports.into_iter().filter_map(|report| report["ms"].as_f64()).fold(0.0, f64::max)
 }
 
 #[cfg(test)]

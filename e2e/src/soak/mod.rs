@@ -74,6 +74,7 @@ struct Totals {
     clients_killed: usize,
     control_killed: usize,
     rotations: usize,
+    slowest_answer_ms: f64,
 }
 
 /// Runs it; exit code 0 if everything held.
@@ -151,7 +152,7 @@ impl Run {
         let loads = [("shop/web", 40.0), ("shop/other", 20.0), ("shop/flip", 40.0)];
         let mut running = Vec::new();
         for (client, rate) in loads {
-            running.push(self.lab.load(client, &url, rate, &[])?);
+            running.push(self.lab.load(client, &url, rate, &oracle::PATIENT)?);
         }
         let (seed, random) = (self.random.random(), &mut self.random);
         let (lab, stop, calm) = (&self.lab, AtomicBool::new(false), RwLock::new(()));
@@ -171,6 +172,8 @@ impl Run {
         }
         let changes = oracle::versions(&self.lab)?;
         oracle::judge(&reports[0], &reports[1], &reports[2], &changes, denying)?;
+        let slowest = oracle::slowest_ms(reports.iter().flatten());
+        self.totals.slowest_answer_ms = self.totals.slowest_answer_ms.max(slowest);
         self.totals.requests += reports.iter().map(Vec::len).sum::<usize>();
         self.totals.flips += flips;
         self.totals.control_killed += usize::from(kill);
@@ -180,7 +183,8 @@ impl Run {
         oracle::flip(&self.lab, false)?;
         oracle::endpoints(&self.lab, addresses, &[true; 3])?;
         let sample = self.quiet()?;
-        println!("{number:>4}  {:>5.1} min  {sample}", self.began.elapsed().as_secs_f64() / 60.0);
+        let minutes = self.began.elapsed().as_secs_f64() / 60.0;
+        println!("{number:>4}  {minutes:>5.1} min  {sample}  slowest answer {slowest:.0} ms");
         self.samples.push(sample);
         Ok(())
     }
