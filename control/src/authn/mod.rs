@@ -10,11 +10,14 @@ mod token;
 pub use review::{Ask, Claims, FindPod, MAX_REVIEWS, PodPlace, Refusal, Reviews, unverified};
 pub use token::{Caller, Issuer, MAX_TOKEN_BYTES, TokenError, Verifier};
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use http::HeaderMap;
 use http::header::AUTHORIZATION;
 use tonic::Status;
+use tonic::transport::server::TcpConnectInfo;
+use tonic::transport::server::TlsConnectInfo;
 use tulle_proto::names;
 
 /// Knows callers by their tokens.
@@ -29,17 +32,17 @@ impl Authn {
         Self { own, reviews }
     }
 
-    /// The caller that a request's headers prove. `now`: Unix seconds.
+    /// The caller at address `from` that a request's headers prove. `now`: Unix seconds.
     ///
     /// # Errors
     /// UNAUTHENTICATED: the caller's fault, with what to change. UNAVAILABLE: nobody can say now, to be tried again.
-    pub async fn caller(&self, headers: &HeaderMap, now: i64) -> Result<Caller, Status> {
+    pub async fn caller(&self, headers: &HeaderMap, from: Option<IpAddr>, now: i64) -> Result<Caller, Status> {
         let token = bearer(headers)?;
         if let Some(reviews) = &self.reviews
             && let Some(claims) = unverified(token)
             && claims.issuer != names::TOKEN_ISSUER
         {
-            return reviews.caller(token, &claims, now).await.map_err(|refusal| match refusal {
+            return reviews.caller(token, &claims, from, now).await.map_err(|refusal| match refusal {
                 Refusal::Refused(reason) => Status::unauthenticated(format!("the token is refused: {reason}")),
                 Refusal::Unavailable(reason) => {
                     Status::unavailable(format!("nobody can say whose the token is: {reason}; try again"))
@@ -48,6 +51,12 @@ impl Authn {
         }
         self.own.verify(token, now).map_err(|error| Status::unauthenticated(format!("the token is refused: {error}")))
     }
+}
+
+/// The address that a request came from, if the server noted it.
+pub fn source<B>(request: &http::Request<B>) -> Option<IpAddr> {
+    let noted = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>()?;
+    Some(noted.get_ref().remote_addr()?.ip())
 }
 
 fn bearer(headers: &HeaderMap) -> Result<&str, Status> {

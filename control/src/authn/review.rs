@@ -6,6 +6,9 @@
 //! kept for [`KEPT_S`] at most: so long after its pod went, a token is still believed. Without an answer nobody passes.
 
 use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -27,6 +30,9 @@ const KEPT_S: i64 = 60;
 const REFUSED_S: i64 = 3;
 /// Questions at a time. A cluster of 1000 nodes that come back at once is asked about in some seconds.
 pub const MAX_REVIEWS: usize = 32;
+/// The same for one address: anybody in the cluster can send tokens that prove nothing, and must not take the turns of
+/// nodes. A node asks about one token at a time.
+const REVIEWS_OF_ONE: usize = 4;
 /// How long one question may take, waiting for its turn included.
 const TIME: Duration = Duration::from_secs(5);
 /// Answers that are kept: a node has one token, and another one each hour.
@@ -92,6 +98,8 @@ pub struct Reviews {
     pods: FindPod,
     audience: String,
     turns: Semaphore,
+    // Addresses with questions under way. Held for single map operations only.
+    sources: Mutex<HashMap<IpAddr, Arc<Semaphore>>>,
     // By the SHA-256 of the token, so that no token lies in memory. Held for single map operations only.
     kept: Mutex<BTreeMap<[u8; 32], Kept>>,
 }
@@ -100,16 +108,24 @@ impl Reviews {
     /// Tokens must be for `audience`.
     pub fn new(audience: String, ask: Ask, pods: FindPod) -> Arc<Self> {
         let (turns, kept) = (Semaphore::new(MAX_REVIEWS), Mutex::default());
-        Arc::new(Self { ask, pods, audience, turns, kept })
+        Arc::new(Self { ask, pods, audience, turns, sources: Mutex::default(), kept })
     }
 
-    /// The caller that a token proves at `now`, Unix seconds. `claims` are the token's own.
-    pub async fn caller(&self, token: &str, claims: &Claims, now: i64) -> Result<Caller, Refusal> {
+    /// The caller at address `from` that a token proves at `now`, Unix seconds. `claims` are the token's own.
+    pub async fn caller(
+        &self,
+        token: &str,
+        claims: &Claims,
+        from: Option<IpAddr>,
+        now: i64,
+    ) -> Result<Caller, Refusal> {
         let key: [u8; 32] = Sha256::digest(token).into();
         if let Some(verdict) = self.known(&key, now) {
             return verdict;
         }
         let asked = tokio::time::timeout(TIME, async {
+            let source = Source::new(&self.sources, from);
+            let _own = source.turns.acquire().await;
             let _turn = self.turns.acquire().await;
             match self.known(&key, now) {
                 Some(verdict) => Ok(Err(verdict)),
@@ -147,6 +163,33 @@ impl Reviews {
             }
         }
         kept.insert(key, verdict);
+    }
+}
+
+/// An address with a question under way or waiting; forgotten with its last one.
+struct Source<'a> {
+    all: &'a Mutex<HashMap<IpAddr, Arc<Semaphore>>>,
+    from: IpAddr,
+    turns: Arc<Semaphore>,
+}
+
+impl<'a> Source<'a> {
+    /// Callers without a known address count as one.
+    fn new(all: &'a Mutex<HashMap<IpAddr, Arc<Semaphore>>>, from: Option<IpAddr>) -> Self {
+        let from = from.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)).to_canonical();
+        let mut sources = all.lock().unwrap_or_else(PoisonError::into_inner);
+        let turns = sources.entry(from).or_insert_with(|| Arc::new(Semaphore::new(REVIEWS_OF_ONE)));
+        Self { all, from, turns: Arc::clone(turns) }
+    }
+}
+
+impl Drop for Source<'_> {
+    fn drop(&mut self) {
+        let mut sources = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        // The map's and this one.
+        if Arc::strong_count(&self.turns) == 2 {
+            sources.remove(&self.from);
+        }
     }
 }
 
@@ -286,27 +329,52 @@ mod tests {
         let claims = |life| Claims { issuer: "kube".into(), expiry: Some(NOW + life) };
         let count = || asked.swap(0, Ordering::Relaxed);
         for (at, wanted) in [(0, 1), (1, 0), (59, 0), (60, 1), (61, 0)] {
-            reviews.caller("long", &claims(3600), NOW + at).await.expect("passes");
+            reviews.caller("long", &claims(3600), None, NOW + at).await.expect("passes");
             assert_eq!(count(), wanted, "after {at} s");
         }
         for (at, wanted) in [(0, 1), (19, 0), (20, 1)] {
-            reviews.caller("short", &claims(20), NOW + at).await.expect("passes");
+            reviews.caller("short", &claims(20), None, NOW + at).await.expect("passes");
             assert_eq!(count(), wanted, "after {at} s of a short one");
         }
         for (at, wanted) in [(0, 1), (2, 0), (3, 1)] {
-            let refusal = reviews.caller("bad", &claims(3600), NOW + at).await.expect_err("refused");
+            let refusal = reviews.caller("bad", &claims(3600), None, NOW + at).await.expect_err("refused");
             assert!(matches!(refusal, Refusal::Refused(_)), "{refusal:?}");
             assert_eq!(count(), wanted, "after {at} s of a bad one");
         }
         for token in ["down", "down"] {
-            let refusal = reviews.caller(token, &claims(3600), NOW).await.expect_err("nobody knows");
+            let refusal = reviews.caller(token, &claims(3600), None, NOW).await.expect_err("nobody knows");
             assert!(matches!(refusal, Refusal::Unavailable(_)), "{refusal:?}");
             assert_eq!(count(), 1, "{token}: asked again");
         }
         for at in 0..KEPT + 10 {
-            reviews.caller(&at.to_string(), &claims(3600), NOW).await.expect("passes");
+            reviews.caller(&at.to_string(), &claims(3600), None, NOW).await.expect("passes");
         }
         assert!(reviews.kept.lock().expect("not poisoned").len() <= KEPT, "bounded");
+    }
+
+    #[tokio::test]
+    async fn a_flood_from_one_address_leaves_turns_to_others() {
+        let ask: Ask = Box::new(|token| {
+            Box::pin(async move {
+                if token.starts_with("slow") {
+                    std::future::pending::<()>().await;
+                }
+                Ok(good())
+            })
+        });
+        let reviews = Reviews::new("istio-ca".into(), ask, pods());
+        let claims = Claims::default();
+        let address = |text: &str| text.parse::<IpAddr>().ok();
+        let (flooding, node) = (address("10.0.0.66"), address("10.0.0.1"));
+        let tokens: Vec<String> = (0..2 * MAX_REVIEWS).map(|n| format!("slow-{n}")).collect();
+        let flood = futures_util::future::join_all(tokens.iter().map(|t| reviews.caller(t, &claims, flooding, NOW)));
+        let other = reviews.caller("node", &claims, node, NOW);
+        tokio::select! {
+            biased;
+            _ = flood => panic!("nobody answers the flood"),
+            passed = other => { passed.expect("another address has its turn"); }
+        }
+        assert!(reviews.sources.lock().expect("not poisoned").is_empty(), "nobody waits any more");
     }
 
     #[test]

@@ -82,7 +82,8 @@ impl Server {
 
     async fn create(&self, request: &Request<IstioCertificateRequest>) -> Result<IstioCertificateResponse, Status> {
         let now = base::unix_now();
-        let caller = self.authn.caller(request.metadata().as_ref(), now).await.inspect_err(|status| {
+        let from = request.remote_addr().map(|address| address.ip());
+        let caller = self.authn.caller(request.metadata().as_ref(), from, now).await.inspect_err(|status| {
             tracing::warn!(reason = status.message(), "certificate refused: caller unknown");
         })?;
         let message = request.get_ref();

@@ -231,7 +231,8 @@ impl tower::Service<http::Request<Body>> for Server {
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         let server = self.clone();
         Box::pin(async move {
-            let caller = match server.authn.caller(request.headers(), base::unix_now()).await {
+            let from = authn::source(&request);
+            let caller = match server.authn.caller(request.headers(), from, base::unix_now()).await {
                 Ok(caller) => caller,
                 Err(status) => return Ok(status.into_http()),
             };

@@ -17,8 +17,9 @@ pub mod probes;
 pub mod rules;
 pub mod zds;
 
-use std::io::{self, Write as _};
+use std::io::{self, Read, Write as _};
 use std::process::{Command, Stdio};
+use std::thread;
 
 use crate::base::netns::{Netns, run_blocking};
 use rules::Rules;
@@ -88,6 +89,10 @@ fn nft(script: &str) -> io::Result<()> {
     run("nft", &["-f", "-"], Some(script)).map(drop)
 }
 
+/// Most that a tool may say, bytes. Our own tables take some kilobytes; a pod that may change its namespace's rules could
+/// make `nft` list any number of them into our memory.
+const OUTPUT: usize = 16 << 20;
+
 /// Runs a system tool in the current namespace and gives its output.
 fn run(tool: &str, args: &[&str], input: Option<&str>) -> io::Result<String> {
     let mut child = Command::new(tool)
@@ -106,11 +111,33 @@ fn run(tool: &str, args: &[&str], input: Option<&str>) -> io::Result<String> {
     if let (Some(input), Some(mut stdin)) = (input, child.stdin.take()) {
         stdin.write_all(input.as_bytes())?;
     }
-    let output = child.wait_with_output()?;
-    if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    let (output, said) = thread::scope(|scope| {
+        let said = scope.spawn(|| bounded(stderr));
+        (bounded(stdout), said.join().unwrap_or_default())
+    });
+    // A tool that was cut off finds its pipe closed, and ends.
+    let status = child.wait()?;
+    if output.len() > OUTPUT {
+        return Err(io::Error::other(format!(
+            "`{tool} {}` says more than {OUTPUT} bytes: somebody has filled this namespace's rules",
+            args.join(" ")
+        )));
     }
-    let said = String::from_utf8_lossy(&output.stderr);
+    if status.success() {
+        return Ok(String::from_utf8_lossy(&output).into_owned());
+    }
+    let said = String::from_utf8_lossy(&said);
     let first = said.lines().next().unwrap_or("no message").trim();
     Err(io::Error::other(format!("`{tool} {}` failed: {first}", args.join(" "))))
+}
+
+/// What a tool says, and one byte more if it says too much.
+fn bounded(pipe: Option<impl Read>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    if let Some(pipe) = pipe {
+        // What came before an error is judged by the tool's status.
+        let _ = pipe.take(OUTPUT as u64 + 1).read_to_end(&mut bytes);
+    }
+    bytes
 }
