@@ -39,6 +39,7 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
             br#"{"keys":[{"kty":"EC","crv":"P-256","kid":"a","x":"AA","y":"AQ","d":"Ag"}],"more":null}"#.to_vec(),
             br#"{"issuer":"https://a","jwks_uri":"https://a/keys"}"#.to_vec(),
         ],
+        "plugged" => vec![intermediate()],
         other => panic!("{other} has no seed; add one"),
     }
 }
@@ -48,6 +49,13 @@ fn files(folder: &str) -> Vec<Vec<u8>> {
     let mut paths: Vec<PathBuf> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     paths.sort();
     paths.into_iter().map(|path| fs::read(path).unwrap()).collect()
+}
+
+/// A whole authority, as another CA would hand it over.
+fn intermediate() -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    tulle_certs::ca::Authority::open(dir.path(), 1_800_000_000).unwrap();
+    ["root-cert.pem", "ca-cert.pem", "ca-key.pem"].map(|name| fs::read(dir.path().join(name)).unwrap()).join(&0)
 }
 
 /// The beginning of a stream: both types, then an acknowledgement.

@@ -2,6 +2,8 @@
 //!
 //! The same rules as for the node's: bytes in, a panic when a promise is broken.
 
+use std::collections::BTreeMap;
+
 use control::authn::Verifier;
 use control::resource::Kind;
 use control::source::files;
@@ -16,8 +18,14 @@ use tulle_proto::discovery::DeltaDiscoveryRequest;
 pub type Target = fn(&[u8]);
 
 /// Every target of this file, by name.
-pub const TARGETS: &[(&str, Target)] =
-    &[("manifest", manifest), ("cluster", cluster), ("token", token), ("discovery", discovery), ("keys", keys)];
+pub const TARGETS: &[(&str, Target)] = &[
+    ("manifest", manifest),
+    ("cluster", cluster),
+    ("token", token),
+    ("discovery", discovery),
+    ("keys", keys),
+    ("plugged", plugged),
+];
 
 /// A file of objects, from a user.
 pub fn manifest(data: &[u8]) {
@@ -81,6 +89,20 @@ pub fn keys(data: &[u8]) {
         Err(reason) => assert!(!reason.is_empty()),
     }
     let _ = control::keys::keys_of_issuer(data);
+}
+
+/// The Secret of another CA, from whoever plugged it in: its bundle, its certificate and its key, each after a zero byte.
+pub fn plugged(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let names = ["root-cert.pem", "ca-cert.pem", "ca-key.pem"].map(str::to_owned);
+    let secret: BTreeMap<String, String> = names.into_iter().zip(text.split('\0').map(str::to_owned)).collect();
+    if let Err(error) = tulle_certs::ca::plugged::Given::read(&secret) {
+        let said = error.to_string();
+        assert!(!said.is_empty());
+        let key = secret.get("ca-key.pem").map_or("", String::as_str);
+        let quoted = key.lines().map(str::trim).find(|line| line.len() >= 16 && said.contains(line));
+        assert_eq!(quoted, None, "the error quotes the key");
+    }
 }
 
 /// A request on a discovery stream, from a node.

@@ -249,11 +249,10 @@ pub(super) fn read_key(path: &Path) -> Result<Option<KeyPair>, CaError> {
     let Some(text) = read(path)? else {
         return Ok(None);
     };
-    KeyPair::from_pem(&text).map(Some).map_err(|error| CaError::Content {
+    // What the parser says could quote the key.
+    KeyPair::from_pem(&text).map(Some).map_err(|_| CaError::Content {
         path: path.to_owned(),
-        reason: format!(
-            "it is not a PKCS#8 private key in PEM ({error}); restore it, or remove it to have a new one made"
-        ),
+        reason: "it is not a PKCS#8 private key in PEM; restore it, or remove it to have a new one made".to_owned(),
     })
 }
 

@@ -173,7 +173,9 @@ fn config(access: &Access) -> Result<ClientConfig, String> {
     let unusable = |error: String| format!("the client certificate of the plugin's kubeconfig cannot be used: {error}");
     let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(certificate.as_bytes()).collect();
     let chain = chain.map_err(|error| unusable(error.to_string()))?;
-    let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(|error| unusable(error.to_string()))?;
+    // What the parser says could quote the key.
+    let key = PrivateKeyDer::from_pem_slice(key.as_bytes());
+    let key = key.map_err(|_| unusable("its key is not a private key in PEM".to_owned()))?;
     builder.with_client_auth_cert(chain, key).map_err(|error| unusable(error.to_string()))
 }
 
