@@ -2,9 +2,9 @@
 # Builds the Kubernetes programs that tests run, from e2e/kube/go.mod, once for each version of it, and prints the folder
 # that holds them. Called by .ci/test-kube.sh and by whoever needs more of them.
 #
-#   .ci/kube.sh                  kube-apiserver, which is all that `make test-kube` needs
+#   .ci/kube.sh                  kube-apiserver and kubectl, which is all that `make test-kube` needs
 #   .ci/kube.sh all              the six programs of a whole cluster
-#   .ci/kube.sh kubectl …        these
+#   .ci/kube.sh kubelet …        these
 #
 # With KUBEBUILDER_ASSETS set, programs of that folder are taken as they are. Otherwise the folder is
 # ~/.cache/tulle/kube/<first 16 digits of the SHA-256 of go.sum>. It takes Go 1.26: of 1.27 the API server would serve a
@@ -14,7 +14,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../e2e/kube"
 
 everything=(kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
-wanted=("${@:-kube-apiserver}")
+[ $# -gt 0 ] || set -- kube-apiserver kubectl
+wanted=("$@")
 [ "${wanted[0]}" != all ] || wanted=("${everything[@]}")
 folder=${XDG_CACHE_HOME:-$HOME/.cache}/tulle/kube/$(sha256sum go.sum | cut -c1-16)
 

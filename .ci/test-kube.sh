@@ -57,7 +57,7 @@ finish() {
 
 echo "building…"
 # Beside the Rust build, and behind it: the tests need both.
-nice -n 5 ./.ci/kube.sh kube-apiserver >"$logs/kube-folder" 2>"$logs/kube.log" &
+nice -n 5 ./.ci/kube.sh >"$logs/kube-folder" 2>"$logs/kube.log" &
 kube=$!
 # Without it the tests of the chart say what is missing.
 nice -n 10 ./.ci/helm.sh >"$logs/helm.log" 2>&1 &
@@ -69,7 +69,7 @@ cargo test --workspace --locked --no-run --test 'kube_*' --message-format=json 2
 echo "programs built in $((SECONDS - began)) s"
 if ! wait $kube; then
     tail -5 "$logs/kube.log"
-    skip "there is no kube-apiserver: $(tail -1 "$logs/kube.log")"
+    skip "the programs of Kubernetes cannot be built: $(tail -1 "$logs/kube.log")"
 fi
 wait $helm || tail -5 "$logs/helm.log"
 echo "API server: $(tail -1 "$logs/kube-folder"), after $((SECONDS - began)) s"

@@ -46,6 +46,8 @@ pub mod scenario;
 
 pub mod oracle;
 
+pub mod pages;
+
 pub mod bench;
 
 pub mod soak;

@@ -6,14 +6,8 @@ use std::path::Path;
 use std::process::Command;
 
 use e2e::lab::programs_dir;
+use e2e::pages;
 use e2e::scenario;
-
-/// A command and the lines that it must print, where `…` stands for anything: a line of its own for any lines.
-#[derive(Debug, Default, PartialEq)]
-struct Step {
-    command: String,
-    expected: Vec<String>,
-}
 
 #[test]
 fn the_commands_of_the_opt_in_page_do_what_it_says() -> anyhow::Result<()> {
@@ -75,10 +69,7 @@ fn follow(page: &str, least: usize) -> anyhow::Result<()> {
         return Ok(());
     }
     let top = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or_else(|| Path::new("/"));
-    let page = fs::read_to_string(top.join(page))?;
-    let steps = steps(&page);
-    assert!(steps.len() >= least, "the page has only {} commands", steps.len());
-
+    let steps = pages::read(page, least)?;
     // A `lab` that keeps its state out of the way of a lab that somebody is using.
     let dir = tempfile::tempdir()?;
     let programs = programs_dir()?;
@@ -88,90 +79,11 @@ fn follow(page: &str, least: usize) -> anyhow::Result<()> {
     fs::write(&wrapper, format!("#!/bin/sh\nsub=$1; shift\nexec {} $sub --state {state} \"$@\"\n", real.display()))?;
     fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755))?;
     let path = format!("{}:{}:{}", dir.path().display(), programs.display(), std::env::var("PATH")?);
-    let run = |command: &str| {
-        let output = Command::new("sh").args(["-c", command]).current_dir(top).env("PATH", &path).output()?;
-        anyhow::Ok((
-            output.status,
-            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr),
-        ))
-    };
-    let result = steps.iter().try_for_each(|step| {
-        let (status, printed) = run(&step.command)?;
-        anyhow::ensure!(status.success(), "`{}` ended with {status}:\n{printed}", step.command);
-        let lines: Vec<&str> = printed.lines().collect();
-        anyhow::ensure!(
-            matches(&step.expected, &lines),
-            "`{}` printed:\n{printed}\ninstead of {:?}",
-            step.command,
-            step.expected
-        );
-        Ok(())
-    });
+    let run =
+        |command: &str| Ok(Command::new("sh").args(["-c", command]).current_dir(top).env("PATH", &path).output()?);
+    let result = pages::follow(&steps, run);
     if result.is_err() {
         run("lab down")?;
     }
     result
-}
-
-/// The commands of the `console` blocks: lines after `$ `, with a here-document if one begins.
-fn steps(page: &str) -> Vec<Step> {
-    let mut steps: Vec<Step> = Vec::new();
-    let (mut inside, mut document) = (false, false);
-    for line in page.lines() {
-        if line.starts_with("```") {
-            inside = line == "```console";
-        } else if !inside {
-        } else if let Some(command) = line.strip_prefix("$ ") {
-            document = command.contains("<<END");
-            steps.push(Step { command: command.to_owned(), expected: Vec::new() });
-        } else if let Some(step) = steps.last_mut() {
-            if document {
-                step.command = format!("{}\n{line}", step.command);
-                document = line != "END";
-            } else {
-                step.expected.push(line.to_owned());
-            }
-        }
-    }
-    steps
-}
-
-fn matches(expected: &[String], lines: &[&str]) -> bool {
-    match expected.split_first() {
-        None => lines.is_empty(),
-        Some((first, rest)) if first == "…" => (0..=lines.len()).any(|skipped| matches(rest, &lines[skipped..])),
-        Some((first, rest)) => {
-            lines.split_first().is_some_and(|(line, lines)| line_matches(first, line) && matches(rest, lines))
-        }
-    }
-}
-
-/// The parts between `…` appear in this order, the first one at the beginning.
-fn line_matches(expected: &str, line: &str) -> bool {
-    let mut rest = line;
-    for (index, part) in expected.split('…').enumerate() {
-        match rest.find(part.trim()) {
-            Some(at) if index > 0 || at == 0 || part.starts_with(' ') => rest = &rest[at + part.trim().len()..],
-            _ => return false,
-        }
-    }
-    rest.is_empty() || expected.ends_with('…')
-}
-
-#[test]
-fn a_page_that_is_wrong_is_found_out() {
-    let page = "```console\n$ a <<END\nx\nEND\nout …\n$ b\n```\n```sh\n$ c\n```";
-    let found = steps(page);
-    assert_eq!(found.len(), 2);
-    assert_eq!(found[0], Step { command: "a <<END\nx\nEND".into(), expected: vec!["out …".into()] });
-    let page = |lines: &[&str]| lines.iter().map(|line| (*line).to_owned()).collect::<Vec<_>>();
-    for (expected, lines, good) in [
-        (page(&["a", "…", "c …"]), vec!["a", "b", "b", "c d"], true),
-        (page(&["a", "…", "c"]), vec!["a", "b", "c d"], false),
-        (page(&["200 …"]), vec!["failed: 200"], false),
-        (page(&[]), vec!["noise"], false),
-        (page(&["x … z"]), vec!["x y z"], true),
-    ] {
-        assert_eq!(matches(&expected, &lines), good, "{expected:?} {lines:?}");
-    }
 }

@@ -234,43 +234,6 @@ fn what_enrolment_and_strict_mean_for_a_namespace_is_told_from_its_objects() -> 
     has(&found, &["note api-server Pod shop/guard port 9443"])
 }
 
-/// The here-documents of a page, which people paste.
-fn pasted(page: &str) -> Vec<String> {
-    let mut found = Vec::new();
-    let mut open: Option<String> = None;
-    for line in page.lines() {
-        match &mut open {
-            None if line.ends_with("<<END") => open = Some(String::new()),
-            None => {}
-            Some(_) if line == "END" => found.extend(open.take()),
-            Some(text) => {
-                text.push_str(line);
-                text.push('\n');
-            }
-        }
-    }
-    found
-}
-
-#[test]
-fn what_the_first_page_says_to_apply_is_accepted() -> anyhow::Result<()> {
-    let Some(api) = kube::start(Options::default()) else { return Ok(()) };
-    foreign_kinds(&api)?;
-    api.apply("apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n")?;
-    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/getting-started.md");
-    let manifests = pasted(&fs::read_to_string(page)?);
-    ensure!(manifests.len() >= 3, "only {manifests:?}");
-    for text in manifests {
-        api.dry_run(&text).with_context(|| text.clone())?;
-        api.apply(&text)?;
-    }
-    // Its labels, as kubectl sets them.
-    api.label("Namespace", "shop", "tulle.dev/mesh", Some("enabled"))?;
-    api.label("Namespace", "shop", "tulle.dev/egress", Some("audit"))?;
-    let (_, found) = check(&api.kubeconfig(), &["--enrol", "shop"])?;
-    has(&found, &["note namespace Namespace shop"])
-}
-
 /// A `kubectl` that forwards to where control really is, or fails as the real one does.
 fn kubectl(dir: &Path, script: &str) -> anyhow::Result<PathBuf> {
     let path = dir.join("bin");

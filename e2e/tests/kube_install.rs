@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use e2e::eventually::eventually;
 use e2e::kube::cluster::{Cluster, code};
-use e2e::kube::{self, ApiServer, Options};
+use e2e::kube::{self, ApiServer, Options, controllers};
 use e2e::lab::programs_dir;
 use http::Method;
 use serde_json::{Value, json};
@@ -72,12 +72,7 @@ fn play_controllers(api: &Cluster) -> anyhow::Result<()> {
     for (kind, name) in [("Deployment", "control"), ("DaemonSet", "ztunnel")] {
         let name = format!("{SPACE}/{name}");
         let object = api.wait(kind, &name, "it is there", |object| !object.is_null())?;
-        let status = json!({"status": {"observedGeneration": object["metadata"]["generation"],
-            "replicas": 2, "updatedReplicas": 2, "readyReplicas": 2, "availableReplicas": 2}});
-        let daemons = json!({"status": {"observedGeneration": object["metadata"]["generation"],
-            "desiredNumberScheduled": 1, "currentNumberScheduled": 1, "updatedNumberScheduled": 1, "numberMisscheduled": 0,
-            "numberAvailable": 1, "numberReady": 1}});
-        api.patch_status(kind, &name, if kind == "Deployment" { &status } else { &daemons })?;
+        controllers::serve(api, kind, &object, 1)?;
     }
     Ok(())
 }
@@ -305,18 +300,15 @@ fn uninstalling_releases_pods_first_and_leaves_what_is_not_its_own() -> anyhow::
     // The agent does, and whoever plays kubelet says that nodes are clean.
     let uninstall = start(&api, &["uninstall", "--timeout", "120s", "--purge"])?;
     api.patch_status("Pod", "ours/a", &json!({"metadata": {"annotations": {"ambient.istio.io/redirection": null}}}))?;
-    finish_deletion(&api, "DaemonSet", "ztunnel")?;
-    let freed = |object: &Value| {
-        let place = &object["spec"]["template"]["spec"]["nodeSelector"];
-        place.is_object() && place["tulle.dev/uninstall"].is_null()
-    };
-    let cleaners = api.wait("DaemonSet", "tulle-system/tulle-uninstall", "it may run", freed)?;
+    controllers::finish_deletion(&api, "DaemonSet", "ztunnel")?;
+    let cleaners = api.wait("DaemonSet", "tulle-system/tulle-uninstall", "it may run", controllers::is_let_go)?;
     let template = &cleaners["spec"]["template"]["spec"];
     assert_eq!(template["nodeSelector"], json!({"kubernetes.io/os": "linux"}));
     assert_eq!(template["initContainers"][0]["command"], json!(["/usr/local/bin/ztunnel", "cni", "uninstall"]));
-    clean(&api, &cleaners)?;
+    controllers::clean(&api, "node-1")?;
+    controllers::serve(&api, "DaemonSet", &cleaners, 1)?;
     for (kind, name) in [("DaemonSet", "tulle-uninstall"), ("Deployment", "control")] {
-        finish_deletion(&api, kind, name)?;
+        controllers::finish_deletion(&api, kind, name)?;
     }
     let text = succeeded(uninstall.wait_with_output()?)?;
     assert!(text.contains("1 nodes are clean"), "{text}");
@@ -335,29 +327,4 @@ fn uninstalling_releases_pods_first_and_leaves_what_is_not_its_own() -> anyhow::
     assert_eq!(types, ["Ready"], "the proxies' condition stays behind");
     assert!(api.get("Pod", "ours/a")?.is_some_and(|pod| pod["metadata"]["deletionTimestamp"].is_null()));
     Ok(())
-}
-
-/// What the garbage collector does when an object is deleted with all that it owns.
-fn finish_deletion(api: &Cluster, kind: &str, name: &str) -> anyhow::Result<()> {
-    let name = format!("{SPACE}/{name}");
-    let going = |object: &Value| object.is_null() || !object["metadata"]["deletionTimestamp"].is_null();
-    if !api.wait(kind, &name, "it is to go", going)?.is_null() {
-        api.patch(kind, &name, &json!({"metadata": {"finalizers": null}}))?;
-    }
-    Ok(())
-}
-
-/// The pod of the cleaners on the only node has done its work.
-fn clean(api: &Cluster, cleaners: &Value) -> anyhow::Result<()> {
-    api.apply(&format!(
-        "apiVersion: v1\nkind: Pod\nmetadata: {{name: cleaner, namespace: {SPACE}, labels: \
-         {{app.kubernetes.io/name: tulle-uninstall, app.kubernetes.io/part-of: tulle}}}}\n\
-         spec: {{nodeName: node-1, initContainers: [{{name: clean, image: a}}], containers: [{{name: done, image: a}}]}}\n"
-    ))?;
-    let ended = json!({"name": "clean", "image": "a", "imageID": "", "ready": true, "restartCount": 0,
-        "state": {"terminated": {"exitCode": 0}}});
-    api.patch_status("Pod", &format!("{SPACE}/cleaner"), &json!({"status": {"initContainerStatuses": [ended]}}))?;
-    let status = json!({"status": {"observedGeneration": cleaners["metadata"]["generation"], "desiredNumberScheduled": 1,
-        "currentNumberScheduled": 1, "numberMisscheduled": 0, "numberReady": 1}});
-    api.patch_status("DaemonSet", &format!("{SPACE}/tulle-uninstall"), &status).map(drop)
 }

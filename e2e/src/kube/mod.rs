@@ -10,6 +10,7 @@
 pub mod audit;
 pub mod cluster;
 pub mod control;
+pub mod controllers;
 pub mod crds;
 pub mod programs;
 
