@@ -11,7 +11,8 @@ use crate::state::{
     EgressRule, HostPattern, Origination, SERVICE_ENTRY, ServiceName,
 };
 use crate::xds::decode::field;
-use crate::xds::wire::{Schema, unknown_fields};
+use crate::xds::decode::schemas::whole;
+use crate::xds::wire::Schema;
 
 const CIDR: Schema = Schema { scalars: &[1, 2], messages: &[] };
 const PORT: Schema = Schema { scalars: &[1, 2, 3], messages: &[] };
@@ -43,11 +44,7 @@ fn read(from: wire::EgressPolicy, bytes: &[u8], id: &str, version: &str) -> Resu
     if ![EGRESS_POLICY, SERVICE_ENTRY].iter().any(|kind| id.strip_prefix(kind) == Some(&path)) {
         return Err("its content has another name than the resource".to_owned());
     }
-    let unknown =
-        unknown_fields(bytes, &POLICY).ok_or("its bytes cannot be walked, or have too many unknown fields")?;
-    if !unknown.is_empty() {
-        return Err("it has a field that this proxy does not know and must not ignore".to_owned());
-    }
+    whole(bytes, &POLICY)?;
     if !from.rules.is_empty() && !from.unreadable.is_empty() {
         return Err("it has rules, and says that it could not be read".to_owned());
     }

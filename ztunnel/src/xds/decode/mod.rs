@@ -12,6 +12,7 @@ mod http_rules;
 mod network;
 mod policy;
 mod route;
+mod schemas;
 mod service;
 mod traffic;
 mod trust;
@@ -242,5 +243,7 @@ fn shorten(text: &str) -> &str {
     text.char_indices().nth(200).map_or(text, |(end, _)| &text[..end])
 }
 
+#[cfg(test)]
+mod skew;
 #[cfg(test)]
 mod tests;

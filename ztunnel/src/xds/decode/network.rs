@@ -9,7 +9,8 @@ use tulle_proto::mesh::network_peer::Peer;
 
 use crate::state::{IpBlock, NETWORK_POLICY, NetworkPeers, NetworkPolicy, NetworkPort, NetworkRule, Transport};
 use crate::xds::decode::field;
-use crate::xds::wire::{Schema, unknown_fields};
+use crate::xds::decode::schemas::whole;
+use crate::xds::wire::Schema;
 
 const CIDR: Schema = Schema { scalars: &[1, 2], messages: &[] };
 const BLOCK: Schema = Schema { scalars: &[], messages: &[(1, &CIDR), (2, &CIDR)] };
@@ -24,11 +25,7 @@ pub(super) fn policy(bytes: &[u8], id: &str, version: &str) -> Result<NetworkPol
     if format!("{NETWORK_POLICY}{}/{}", from.namespace, from.name) != id {
         return Err("its content has another name than the resource".to_owned());
     }
-    let unknown =
-        unknown_fields(bytes, &POLICY).ok_or("its bytes cannot be walked, or have too many unknown fields")?;
-    if !unknown.is_empty() {
-        return Err("it has a field that this proxy does not know and must not ignore".to_owned());
-    }
+    whole(bytes, &POLICY)?;
     let rules = |isolates: bool, rules: &[wire::NetworkRule]| -> Result<Option<Vec<NetworkRule>>, String> {
         isolates.then(|| rules.iter().map(rule).collect()).transpose()
     };

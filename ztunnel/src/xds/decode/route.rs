@@ -1,8 +1,9 @@
 //! Decodes `tulle.mesh.v1alpha1.Route`.
 //!
 //! What is not understood in a rule makes that rule a broken one, which answers 500: leaving a match or a filter out would
-//! send requests where nobody meant them to go. What is not understood of a backend makes its share invalid. Only a route
-//! that cannot be read at all, or says that it is another one, is rejected; then its last good version stays.
+//! send requests where nobody meant them to go. What is not understood of a backend makes its share invalid. A field of
+//! a later version is such a thing. Only a route that cannot be read at all, says that it is another one, or has such a field
+//! outside its rules is rejected; then its last good version stays.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +21,8 @@ use crate::state::{
     SessionRule, Turns, Wanted,
 };
 use crate::xds::decode::field::{self, Strings};
+use crate::xds::decode::schemas;
+use crate::xds::wire::unknown_fields;
 
 /// More than the API allows; each match is one step of a walk that every request makes.
 const MAX_MATCHES: usize = 1024;
@@ -47,6 +50,10 @@ pub(super) fn route(bytes: &[u8], id: &str, version: &str, node: &str, strings: 
         });
     }
     let mut rules: Vec<RouteRule> = from.rules.iter().map(|one| rule(one, strings)).collect();
+    let unknown = unknown_fields(bytes, &schemas::ROUTE).ok_or("its bytes cannot be walked")?;
+    for path in &unknown {
+        mark_unknown(&mut rules, path)?;
+    }
     for (index, rule) in rules.iter_mut().enumerate() {
         rule.turns = Arc::new(Turns::of(node, id, &rule.key(index)));
     }
@@ -59,6 +66,19 @@ pub(super) fn route(bytes: &[u8], id: &str, version: &str, node: &str, strings: 
         parents,
         rules,
     })
+}
+
+/// Counts a field of a later version against the share of the backend, or the rule, that it is in.
+fn mark_unknown(rules: &mut [RouteRule], path: &[(u32, usize)]) -> Result<(), String> {
+    let Some((schemas::ROUTE_RULES, index)) = path.first() else { return Err(schemas::NOT_KNOWN.to_owned()) };
+    let rule = rules.get_mut(*index).ok_or(schemas::NOT_KNOWN)?;
+    let of_backend = match path.get(1) {
+        Some((schemas::RULE_BACKENDS, index)) => rule.backends.get_mut(*index),
+        _ => None,
+    };
+    let why = of_backend.map_or(&mut rule.broken, |backend| &mut backend.invalid);
+    why.get_or_insert_with(|| schemas::NOT_KNOWN.into());
+    Ok(())
 }
 
 pub(super) fn service(from: Option<&wire::ServiceRef>, strings: &mut Strings) -> Result<ServiceName, String> {

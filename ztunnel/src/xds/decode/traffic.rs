@@ -1,7 +1,8 @@
 //! Decodes `tulle.mesh.v1alpha1.TrafficPolicy` and `RequestAuth`.
 //!
 //! A traffic policy that cannot be read is rejected and its last good version stays: without it a Service is used as it was
-//! before there was one. A RequestAuth that cannot be read has a stand-in that refuses every token.
+//! before there was one. A RequestAuth that cannot be read has a stand-in that refuses every token. A field of a later version counts
+//! as what cannot be read.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use crate::state::{
 };
 use crate::xds::decode::field::{self, Strings};
 use crate::xds::decode::route::{header_name, service};
+use crate::xds::decode::schemas::{self, whole};
 
 /// Rows of a Maglev table of which no size is given: Envoy's.
 const ROWS: u32 = 65_537;
@@ -35,6 +37,7 @@ pub(super) fn policy(bytes: &[u8], id: &str, version: &str, strings: &mut String
     if format!("{DESTINATION_RULE}{}/{}", from.namespace, from.name) != id {
         return Err("its content has another name than the resource".to_owned());
     }
+    whole(bytes, &schemas::TRAFFIC)?;
     let mut ports = BTreeMap::new();
     for (port, of_port) in &from.ports {
         ports.insert(field::port("ports", *port)?, settings(of_port)?);
@@ -148,6 +151,7 @@ pub(super) fn request_auth(bytes: &[u8], id: &str, version: &str) -> Result<Requ
     if format!("{REQUEST_AUTHENTICATION}{}/{}", from.namespace, from.name) != id {
         return Err("its content has another name than the resource".to_owned());
     }
+    whole(bytes, &schemas::REQUEST_AUTH)?;
     Ok(RequestAuth {
         id: id.into(),
         version: version.into(),

@@ -9,7 +9,8 @@ use tulle_proto::mesh as wire;
 use tulle_proto::names::TRUST_BUNDLE;
 
 use crate::state::TrustBundle;
-use crate::xds::wire::{Schema, unknown_fields};
+use crate::xds::decode::schemas::whole;
+use crate::xds::wire::Schema;
 
 const BUNDLE: Schema = Schema { scalars: &[1, 2], messages: &[] };
 
@@ -20,11 +21,7 @@ pub(super) fn bundle(bytes: &[u8], id: &str, version: &str) -> Result<TrustBundl
         return Err("its content has another name than the resource".to_owned());
     }
     tulle_certs::trust_domain(&from.trust_domain).map_err(|error| error.to_string())?;
-    let unknown =
-        unknown_fields(bytes, &BUNDLE).ok_or("its bytes cannot be walked, or have too many unknown fields")?;
-    if !unknown.is_empty() {
-        return Err("it has a field that this proxy does not know and must not ignore".to_owned());
-    }
+    whole(bytes, &BUNDLE)?;
     let roots = Roots::from_der(from.roots.into_iter().map(|root| CertificateDer::from(Vec::from(root))).collect());
     let roots = roots.and_then(Roots::of_authorities).map_err(|error| error.to_string())?;
     Ok(TrustBundle { id: id.into(), version: version.into(), trust_domain: from.trust_domain.into(), roots })
