@@ -47,7 +47,8 @@ fn the_commands_of_the_first_page_do_what_it_says() -> anyhow::Result<()> {
 
     // Where control is asked without a kubelet that would forward a port to it.
     let dir = tempfile::tempdir()?;
-    let folders = [kubectl.parent().unwrap_or(Path::new("/")), &programs_dir()?].map(|path| path.display().to_string());
+    let folders =
+        [kubectl.parent().unwrap_or_else(|| Path::new("/")), &programs_dir()?].map(|path| path.display().to_string());
     let setting = format!(
         "cd {}\nexport PATH={}:$PATH KUBECONFIG={} TULLE_CONTROL=http://127.0.0.1:15014\n",
         dir.path().display(),
