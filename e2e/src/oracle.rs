@@ -3,7 +3,7 @@
 //!
 //! A policy and a Service's endpoints are rewritten behind the lab's back, as fast as the caller likes. Each verdict of
 //! the flipping client must be that of a version that its node had in force between the request's start and end, by the
-//! node's own log of applied versions. Used by the churn test and by `lab soak`. Limits: the node's log holds 4096
+//! node's own log of applied versions. Used by the churn test and by `lab soak`. Limits: the node's log holds 2048
 //! changes.
 
 use std::time::Duration;

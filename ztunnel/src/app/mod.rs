@@ -72,6 +72,8 @@ use crate::xds;
 
 /// How often something is looked at that has no signal.
 const LOOK: Duration = Duration::from_millis(50);
+/// From this size on a page's garbage is worth a walk through the heaps, bytes.
+const LARGE_PAGE: usize = 256 << 10;
 /// How long a drain takes at least: without a successor, listeners still accept that long.
 const LAST_CALL: Duration = Duration::from_millis(200);
 /// How long peers may take to end tunnels that carry nothing any more: as long as streams are taken that crossed the goodbye.
@@ -524,7 +526,14 @@ fn pages(answers: &Answers, registry: Arc<Registry>, stop: Arc<Drain>, level: Le
         let answers = answers.clone();
         move |_, _| {
             let answers = answers.clone();
-            async move { Page::json(&make(&answers)) }
+            async move {
+                let page = Page::json(&make(&answers));
+                // What it was put together from is free now, in pieces that no heap gives back by itself.
+                if page.body.len() > LARGE_PAGE {
+                    memory::give_back();
+                }
+                page
+            }
         }
     };
     let admin_routes = Routes::default()

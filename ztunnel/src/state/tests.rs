@@ -452,7 +452,7 @@ fn the_version_log_is_bounded() {
         writer.apply([enforce(selector("p", &round.to_string()))], round);
     }
     let log = reader.versions();
-    assert_eq!(log.len(), 4096);
+    assert_eq!(log.len(), 2048);
     assert_eq!(log.last().unwrap().generation, 5000);
     assert_eq!(log.last().unwrap().applied_unix_us, 4999);
 }

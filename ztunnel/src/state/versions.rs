@@ -10,10 +10,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::state::Record;
 
-/// At ten changes a second, about seven minutes.
-const MAX_ENTRIES: usize = 4096;
-/// Names of all entries together: 16 bytes each, and 160 where the entry is the last that knows the version.
-const MAX_NAMES: usize = 32_768;
+/// At ten changes a second, more than three minutes.
+const MAX_ENTRIES: usize = 2048;
+/// Names of all entries together: 16 bytes each, and up to a kilobyte for a workload that is gone, of which the log is the
+/// last to know. Eight megabytes at the worst, on a node whose pods come and go.
+const MAX_NAMES: usize = 8192;
 
 /// Names a resource in the log: `<type>/<resource name>`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
