@@ -181,7 +181,7 @@ fn client(files: &Files, versions: &[String]) -> Value {
                 "name": version,
                 "type": "STATIC",
                 "load_assignment": endpoint(version, address, names::PORT_HBONE),
-                "transport_socket": tls("UpstreamTlsContext", common(files, &[server.clone()]), json!({})),
+                "transport_socket": tls("UpstreamTlsContext", common(files, std::slice::from_ref(&server)), json!({})),
             })
         })
         .collect();
