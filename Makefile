@@ -33,7 +33,7 @@ test: ## Everything, root and rootless, with one summary. ONLY=<regex> chooses.
 test-kube: ## What needs a real API server, which is built once. ONLY=<regex> chooses; results in target/test-kube.json.
 	@./.ci/test-kube.sh
 
-bench: ## Speed: direct, Tulle, and the ztunnel that PEER_ZTUNNEL names. BENCH=--quick tries it.
+bench: ## Speed: direct, Tulle, the ztunnel that PEER_ZTUNNEL names, the Envoy of PEER_ENVOY=install|PATH. BENCH=--quick tries it.
 	@$(MAKE) --no-print-directory release
 	target/release/lab bench $(BENCH)
 

@@ -1,6 +1,8 @@
 //! Promise: `tulle explain` for a request says what becomes of it: the same route and status, and for a refusal the same
 //! policy and rule, as the records of the very request that is made afterwards.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context as _, ensure};
 use e2e::issuer::Issuer;
 use e2e::lab::{Lab, LabConfig};
@@ -141,5 +143,82 @@ fn what_is_said_of_a_request_is_what_becomes_of_it() -> anyhow::Result<()> {
     let seen = cart.context("no cart")?["traffic"]["source"].clone();
     assert_eq!(seen["requests"], cases.len(), "{seen}");
     assert_eq!(seen["failed"], 1, "{seen}");
+    Ok(())
+}
+
+/// Two Services whose requests are hashed, over the pods of a third.
+const HASHED: &str = "
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: by-user, namespace: shop}
+spec: {host: by-user, trafficPolicy: {loadBalancer: {consistentHash: {httpHeaderName: x-user}}}}
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: by-cookie, namespace: shop}
+spec: {host: by-cookie, trafficPolicy: {loadBalancer: {consistentHash: {httpCookie: {name: who, ttl: 0s}, maglev: {}}}}}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: bound, namespace: shop}
+spec:
+  parentRefs: [{kind: Service, group: '', name: bound, port: 80}]
+  rules: [{sessionPersistence: {sessionName: sid}, backendRefs: [{name: bound, port: 80}, {name: cart, port: 80}]}]
+";
+
+/// Names of the pods that `explain` says may get the request, with their percentages.
+fn choices(lab: &Lab, service: &str, header: Option<&str>) -> anyhow::Result<Vec<(String, f64)>> {
+    let to = format!("shop/{service}:80");
+    let mut argv = vec!["tulle", "explain", "shop/web", &to, "-o", "json", "--path", "/"];
+    argv.extend(header.iter().flat_map(|header| ["--header", header]));
+    let output = lab.exec("control", &argv)?;
+    let value: Value = serde_json::from_slice(&output.stdout).with_context(|| format!("{argv:?}: {output:?}"))?;
+    // A pod has an entry for each address of the Service.
+    let mut found = BTreeMap::new();
+    for endpoint in value["endpoints"].as_array().into_iter().flatten() {
+        let name = endpoint["pod"].as_str().unwrap_or_default().trim_start_matches("shop/");
+        *found.entry(name.to_owned()).or_default() += endpoint["sharePercent"].as_f64().unwrap_or_default();
+    }
+    Ok(found.into_iter().collect())
+}
+
+#[test]
+fn a_request_that_is_bound_to_an_endpoint_is_explained_with_that_one() -> anyhow::Result<()> {
+    let mut objects = scenario::world(true);
+    for (name, node) in [("a", 1), ("b", 2), ("c", 2), ("d", 2)] {
+        objects.push_str(&scenario::server("shop", name, "many", node));
+    }
+    for name in ["bound", "by-user", "by-cookie"] {
+        objects.push_str(&scenario::service("shop", "many").replace("{name: many,", &format!("{{name: {name},")));
+    }
+    let Some(lab) = scenario::lab(LabConfig::of(&objects)) else { return Ok(()) };
+    lab.apply_yaml(HASHED)?;
+    let all = |count, share: f64| {
+        move |found: &[(String, f64)]| found.len() == count && found.iter().all(|(_, own)| (own - share).abs() < 0.1)
+    };
+    for service in ["by-user", "by-cookie"] {
+        let found = choices(&lab, service, None)?;
+        assert!(all(4, 25.0)(&found), "{service}: a request that carries nothing may go to each: {found:?}");
+    }
+    // What a client shows names backend and endpoint; times are in hexadecimal.
+    let session = |pod| format!("cookie: sid=1~1~1~bound.shop.svc.cluster.local:80~Kubernetes//Pod/shop/{pod}");
+    let users = (0..6).map(|user| ("by-user", format!("x-user: user-{user}")));
+    let cookies = (0..6).map(|user| ("by-cookie", format!("cookie: a=b; who=user-{user}")));
+    let sessions = ["a", "b", "c", "d"].map(|pod| ("bound", session(pod)));
+    for (number, (service, header)) in users.chain(cookies).chain(sessions).enumerate() {
+        let found = choices(&lab, service, Some(&header))?;
+        assert!(all(1, 100.0)(&found), "{service}, {header}: {found:?}");
+        let url = format!("http://{service}.shop/?bound={number}");
+        let reports = scenario::calls(&lab, "shop/web", &url, &["--header", &header])?;
+        scenario::all_well(&reports, 1)?;
+        let words = ["request complete", "direction=\"outbound\"", &format!("bound={number}\"")];
+        let line = scenario::await_log(&lab, "node-1", &words)?;
+        assert_eq!(scenario::field(&line, "dst.workload"), found[0].0, "{service}, {header}: {line}");
+    }
+    // One of an endpoint that is not there goes to any of its backend, and one of another Service to all.
+    let found = choices(&lab, "bound", Some(&session("gone")))?;
+    assert!(all(4, 25.0)(&found), "its backend keeps it: {found:?}");
+    assert_eq!(choices(&lab, "bound", None)?.len(), 5, "no session");
     Ok(())
 }

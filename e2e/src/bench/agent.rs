@@ -16,11 +16,13 @@ use std::time::Instant;
 use anyhow::Context;
 
 use crate::bench::closed;
+use crate::bench::http;
 use crate::bench::paced;
 use crate::bench::scale::attached;
 use crate::bench::scale::identity;
 use crate::bench::scale::watch;
 use crate::bench::server;
+use crate::bench::work::Asked;
 use crate::bench::work::Order;
 use crate::bench::work::PORT_REQUESTS;
 use crate::bench::work::Probed;
@@ -32,6 +34,8 @@ const WATCHDOG: Duration = Duration::from_secs(40);
 /// Between two tries of the denied client.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 
+/// For one of those tries: they are a second apart.
+const ANSWER_PATIENCE: Duration = Duration::from_millis(900);
 /// For the first request of a new pod.
 const FIRST_PATIENCE: Duration = Duration::from_secs(15);
 
@@ -43,6 +47,9 @@ pub enum Agent {
         /// Text of which answers are made.
         #[arg(long)]
         marker: String,
+        /// What it calls itself in answers of HTTP.
+        #[arg(long, default_value = "server")]
+        name: String,
     },
     /// The load generator.
     Run {
@@ -55,6 +62,18 @@ pub enum Agent {
         /// The server.
         #[arg(long)]
         to: IpAddr,
+    },
+    /// Requests of HTTP, each on a connection of its own: as many as said, or one a second until standard input ends.
+    Ask {
+        /// The server.
+        #[arg(long)]
+        to: SocketAddr,
+        /// First lines of the request.
+        #[arg(long)]
+        head: String,
+        /// How many.
+        #[arg(long)]
+        count: Option<u64>,
     },
     /// A client that says when it begins or ceases to be answered.
     Watch {
@@ -76,7 +95,7 @@ pub enum Agent {
 pub fn main(agent: &Agent) -> anyhow::Result<()> {
     raise_descriptors();
     match agent {
-        Agent::Serve { marker } => on_one_thread(server::serve(marker)),
+        Agent::Serve { marker, name } => on_one_thread(server::serve(marker, name)),
         Agent::Run { order } => {
             let order: Order = serde_json::from_str(order).context("the order is not one")?;
             if !matches!(order.work, Work::Hold { .. }) {
@@ -87,6 +106,7 @@ pub fn main(agent: &Agent) -> anyhow::Result<()> {
                 _ => on_one_thread(closed::run(order)),
             }
         }
+        Agent::Ask { to, head, count } => ask(*to, head, *count),
         Agent::Watch { to } => watch::run(*to),
         Agent::First { to } => first(*to),
         Agent::Attach(options) => attached::run(options),
@@ -117,8 +137,43 @@ fn watchdog(patience: Duration) {
 
 /// Tries once a second whether the server answers.
 fn probe(to: SocketAddr) -> anyhow::Result<()> {
-    let ended = AtomicBool::new(false);
     let mut probed = Probed::default();
+    every_second(|| {
+        probed.attempts += 1;
+        probed.passed += u64::from(answers(to));
+    });
+    println!("{}", serde_json::to_string(&probed)?);
+    Ok(())
+}
+
+/// Asks and counts what comes of it.
+fn ask(to: SocketAddr, head: &str, count: Option<u64>) -> anyhow::Result<()> {
+    let mut asked = Asked::default();
+    let mut one = || {
+        asked.attempts += 1;
+        let answer = TcpStream::connect_timeout(&to, ANSWER_PATIENCE).and_then(|mut stream| {
+            stream.set_read_timeout(Some(ANSWER_PATIENCE))?;
+            http::exchange_blocking(&mut stream, head, asked.attempts)
+        });
+        match answer {
+            Ok(answer) => {
+                http::count(&mut asked.statuses, &answer.status.to_string());
+                http::count(&mut asked.servers, &answer.server);
+            }
+            Err(error) => http::count(&mut asked.statuses, &error.to_string()),
+        }
+    };
+    match count {
+        Some(count) => (0..count).for_each(|_| one()),
+        None => every_second(one),
+    }
+    println!("{}", serde_json::to_string(&asked)?);
+    Ok(())
+}
+
+/// Does it once a second until standard input ends.
+fn every_second(mut one: impl FnMut()) {
+    let ended = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
@@ -126,8 +181,7 @@ fn probe(to: SocketAddr) -> anyhow::Result<()> {
         });
         let mut next = Instant::now();
         while !ended.load(Ordering::SeqCst) {
-            probed.attempts += 1;
-            probed.passed += u64::from(answers(to));
+            one();
             next += PROBE_INTERVAL;
             // Short naps, so that the end is noticed soon.
             while Instant::now() < next && !ended.load(Ordering::SeqCst) {
@@ -135,8 +189,6 @@ fn probe(to: SocketAddr) -> anyhow::Result<()> {
             }
         }
     });
-    println!("{}", serde_json::to_string(&probed)?);
-    Ok(())
 }
 
 /// One request, however long it takes within reason.
@@ -152,7 +204,7 @@ fn first(to: SocketAddr) -> anyhow::Result<()> {
 
 /// Whether a server answers a request on a connection of its own.
 pub(super) fn answers(to: SocketAddr) -> bool {
-    answers_within(to, Duration::from_millis(900))
+    answers_within(to, ANSWER_PATIENCE)
 }
 
 fn answers_within(to: SocketAddr, patience: Duration) -> bool {

@@ -38,11 +38,11 @@ fn judge(text: &str, hash: impl Fn(&str) -> String) -> String {
     format!("{commit}{dirty}")
 }
 
-/// The peer: where it is, what it says that it is, and its hash. Fails when it cannot be read.
-pub(super) fn peer(path: &Path) -> anyhow::Result<String> {
-    let hash = hash(path).with_context(|| format!("PEER_ZTUNNEL names {}, which cannot be read", path.display()))?;
-    let output = Command::new(path).arg("version").output();
-    let output = output.with_context(|| format!("PEER_ZTUNNEL names {}, which cannot be run", path.display()))?;
+/// A peer: what it says that it is, and its hash. Fails when it cannot be read; `variable` named it.
+pub(super) fn peer(variable: &str, path: &Path, version: &str) -> anyhow::Result<String> {
+    let hash = hash(path).with_context(|| format!("{variable} names {}, which cannot be read", path.display()))?;
+    let output = Command::new(path).arg(version).output();
+    let output = output.with_context(|| format!("{variable} names {}, which cannot be run", path.display()))?;
     let said = String::from_utf8_lossy(&output.stdout).trim().replace('\n', " ");
     Ok(format!("{said} (SHA-256 {})", hash.get(..16).unwrap_or_default()))
 }

@@ -7,6 +7,7 @@
 
 use std::cell::Cell;
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
 use std::net::SocketAddr;
@@ -22,6 +23,7 @@ use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::sync::Semaphore;
 
+use crate::bench::http;
 use crate::bench::server::CHUNK;
 use crate::bench::work::ECHO;
 use crate::bench::work::HIGHEST_NS;
@@ -61,6 +63,7 @@ struct Shared {
     /// Nanoseconds.
     latency: RefCell<Histogram<u64>>,
     sequence: Cell<u64>,
+    answered: RefCell<BTreeMap<String, u64>>,
 }
 
 impl Shared {
@@ -86,7 +89,7 @@ impl Shared {
     }
 
     async fn connect(&self, port: u16) -> io::Result<TcpStream> {
-        self.connect_to(self.order.to, port).await
+        self.connect_to(self.order.to, self.order.http.as_ref().map_or(port, |http| http.port)).await
     }
 
     async fn connect_to(&self, to: IpAddr, port: u16) -> io::Result<TcpStream> {
@@ -98,10 +101,16 @@ impl Shared {
 
     /// One request and its response.
     async fn exchange(&self, stream: &mut TcpStream, response: &mut [u8; RESPONSE]) -> io::Result<()> {
+        let sequence = self.sequence.get() + 1;
+        self.sequence.set(sequence);
+        if let Some(http) = &self.order.http {
+            let answer = http::exchange(stream, &http.head, sequence).await?;
+            http::count(&mut self.answered.borrow_mut(), &answer.server);
+            return answer.check(sequence);
+        }
         let mut request = [0; REQUEST];
         request.copy_from_slice(&self.filler[..REQUEST]);
-        self.sequence.set(self.sequence.get() + 1);
-        let tag = u128::from(self.sequence.get()).to_be_bytes();
+        let tag = u128::from(sequence).to_be_bytes();
         request[..ECHO].copy_from_slice(&tag);
         stream.write_all(&request).await?;
         stream.read_exact(response).await?;
@@ -138,6 +147,7 @@ pub(super) async fn run(order: Order) -> anyhow::Result<()> {
         opening: Semaphore::new(if is_cold { 0 } else { OPENING }),
         latency: RefCell::new(Histogram::new_with_max(HIGHEST_NS, 3)?),
         sequence: Cell::default(),
+        answered: RefCell::default(),
     });
     let mut running = tokio::task::JoinSet::new();
     for task in 0..tasks {
@@ -194,6 +204,7 @@ pub(super) async fn run(order: Order) -> anyhow::Result<()> {
         connections: shared.connections.get(),
         failed: shared.failed.get(),
         error: shared.error.borrow().clone(),
+        answered: shared.answered.take(),
     }))
 }
 

@@ -4,6 +4,8 @@
 //! Softirq work that the kernel does while a process runs is charged to that process, so a proxy's figure holds part of
 //! the network stack's work. Limits: Linux only; a process that has gone cannot be read.
 
+use std::time::Instant;
+
 use anyhow::Context;
 use nix::time::ClockId;
 use nix::unistd::Pid;
@@ -47,7 +49,7 @@ fn parse_link(text: &str, interface: &str) -> Option<u64> {
 }
 
 /// Seconds of CPU that the whole machine has used since it started, idle and stolen time excluded.
-pub(super) fn busy_seconds() -> anyhow::Result<f64> {
+fn busy_seconds() -> anyhow::Result<f64> {
     let text = std::fs::read_to_string("/proc/stat").context("/proc/stat cannot be read")?;
     parse_busy(&text).context("/proc/stat is not as expected")
 }
@@ -57,6 +59,33 @@ fn parse_busy(text: &str) -> Option<f64> {
         text.lines().next()?.split_whitespace().skip(1).filter_map(|field| field.parse().ok()).collect();
     // user nice system idle iowait irq softirq steal; guests are in user already.
     Some((fields.get(..3)?.iter().sum::<f64>() + fields.get(5..7)?.iter().sum::<f64>()) / TICKS)
+}
+
+/// CPU that was used up to a moment, seconds.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sample {
+    at: Instant,
+    proxies: [f64; 2],
+    own: f64,
+    busy: f64,
+}
+
+impl Sample {
+    /// Of the proxies on both sides, of the bench's own processes, and of the machine.
+    pub(super) fn take(proxies: [&[u32]; 2], own: &[u32]) -> anyhow::Result<Self> {
+        let sum = |pids: &[u32]| pids.iter().map(|pid| cpu_seconds(*pid)).sum::<anyhow::Result<f64>>();
+        let proxies = [sum(proxies[0])?, sum(proxies[1])?];
+        Ok(Self { at: Instant::now(), proxies, own: sum(own)?, busy: busy_seconds()? })
+    }
+
+    /// From here to a later one: what the proxies on both sides used, and which share of the processors others took.
+    pub(super) fn until(&self, later: &Self) -> ([f64; 2], f64) {
+        let used = [0, 1].map(|proxy| later.proxies[proxy] - self.proxies[proxy]);
+        let span = (later.at - self.at).as_secs_f64();
+        let ours = used.iter().sum::<f64>() + later.own - self.own;
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from) as f64;
+        (used, ((later.busy - self.busy - ours) / (span * cpus)).clamp(0.0, 1.0))
+    }
 }
 
 /// The machine, for the report.

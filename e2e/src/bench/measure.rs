@@ -18,6 +18,7 @@ use crate::bench::PEER;
 use crate::bench::TULLE;
 use crate::bench::generator::Generator;
 use crate::bench::machine;
+use crate::bench::machine::Sample;
 use crate::bench::proof;
 use crate::bench::proof::Counted;
 use crate::bench::proof::LogTail;
@@ -39,7 +40,7 @@ use crate::state::PodView;
 use crate::state::View;
 
 /// Records are written after the connection has ended, by another thread; on a busy machine that takes a while.
-const RECORDS: Duration = Duration::from_secs(5);
+pub(super) const RECORDS: Duration = Duration::from_secs(5);
 /// After opening idle connections, before memory is read: what grew for the moment may shrink.
 const SETTLE: Duration = Duration::from_millis(1500);
 /// After closing them: allocators that give memory back take their time, some seconds usually.
@@ -47,9 +48,9 @@ pub(super) const AFTER_CLOSE: Duration = Duration::from_secs(10);
 /// Workers of each proxy.
 pub(super) const WORKERS: &str = "2";
 /// Requests by the clock for a proof, milliseconds.
-const PROOF_PACED_MS: u64 = 300;
+pub(super) const PROOF_PACED_MS: u64 = 300;
 /// Bounded work for a proof ends by its limit, long before this.
-const PROOF_MS: u64 = 5000;
+pub(super) const PROOF_MS: u64 = 5000;
 
 /// The proxies finish a cold connection's books after its answer; that is part of its cost.
 const AFTERMATH: Duration = Duration::from_millis(100);
@@ -137,14 +138,6 @@ pub(super) struct Denied {
     log: LogTail,
 }
 
-#[derive(Clone, Copy)]
-struct Sample {
-    at: Instant,
-    proxies: [f64; 2],
-    own: f64,
-    busy: f64,
-}
-
 impl Bench {
     /// Starts the lab; it ends with this value. With `peer` there are two more nodes, whose proxies it is.
     pub(super) fn start(bin_dir: &Path, peer: Option<&Path>, cold_clients: usize) -> anyhow::Result<Self> {
@@ -193,7 +186,16 @@ impl Bench {
             Work::Cold { .. } => side.others.clone(),
             _ => Vec::new(),
         };
-        Order { to: side.to, others, work: work.clone(), warm_ms, run_ms, limit, marker: self.marker.clone() }
+        Order {
+            to: side.to,
+            others,
+            work: work.clone(),
+            warm_ms,
+            run_ms,
+            limit,
+            marker: self.marker.clone(),
+            http: None,
+        }
     }
 
     fn run_order(&self, side: &Side, client: &str, order: &Order) -> anyhow::Result<Outcome> {
@@ -218,11 +220,7 @@ impl Bench {
         if let Some(counters) = &mut counters {
             wrong.extend(counters.judge(self, side, &totals)?);
         }
-        let used = [0, 1].map(|proxy| after.proxies[proxy] - before.proxies[proxy]);
-        let span = (after.at - before.at).as_secs_f64();
-        let ours = used.iter().sum::<f64>() + after.own - before.own;
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from) as f64;
-        let others = ((after.busy - before.busy - ours) / (span * cpus)).clamp(0.0, 1.0);
+        let (used, others) = before.until(&after);
         Ok(Outcome { run: Run { measured, cpu: side.mesh.map(|_| used) }, wrong, others })
     }
 
@@ -405,12 +403,8 @@ fn client_of(work: &Work, round: usize) -> String {
 }
 
 fn sample(side: &Side, generator: u32) -> anyhow::Result<Sample> {
-    Ok(Sample {
-        at: Instant::now(),
-        proxies: [machine::cpu_seconds(side.proxies[0])?, machine::cpu_seconds(side.proxies[1])?],
-        own: machine::cpu_seconds(generator)? + machine::cpu_seconds(side.server)?,
-        busy: machine::busy_seconds()?,
-    })
+    let [near, far] = side.proxies;
+    Sample::take([&[near], &[far]], &[generator, side.server])
 }
 
 /// Counters of both proxies and of the link, from a moment on.

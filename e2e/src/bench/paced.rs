@@ -5,6 +5,7 @@
 //! would hide what is measured. Limits: one request at a time on a connection, as most clients do; those that wait for
 //! it wait in the schedule, and their waiting counts.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::io::Read;
 use std::io::Write;
@@ -20,6 +21,7 @@ use std::time::Instant;
 
 use hdrhistogram::Histogram;
 
+use crate::bench::http;
 use crate::bench::server::CHUNK;
 use crate::bench::work::ECHO;
 use crate::bench::work::HIGHEST_NS;
@@ -53,10 +55,12 @@ struct Shared {
     failed: AtomicU64,
     error: Mutex<Option<String>>,
     stop: AtomicBool,
+    answered: Mutex<BTreeMap<String, u64>>,
 }
 
 impl Shared {
     fn connect(&self, port: u16) -> io::Result<TcpStream> {
+        let port = self.order.http.as_ref().map_or(port, |http| http.port);
         let stream = TcpStream::connect_timeout(&SocketAddr::new(self.order.to, port), PATIENCE)?;
         self.connections.fetch_add(1, Ordering::Relaxed);
         stream.set_nodelay(true)?;
@@ -66,6 +70,14 @@ impl Shared {
     }
 
     fn exchange(&self, stream: &mut TcpStream, sequence: u64) -> io::Result<()> {
+        if let Some(http) = &self.order.http {
+            let answer = http::exchange_blocking(stream, &http.head, sequence)?;
+            if let Ok(mut answered) = self.answered.lock() {
+                http::count(&mut answered, &answer.server);
+            }
+            self.payload.fetch_add((REQUEST + RESPONSE) as u64, Ordering::Relaxed);
+            return answer.check(sequence);
+        }
         let mut request = [0; REQUEST];
         request.copy_from_slice(&self.filler[..REQUEST]);
         let tag = u128::from(sequence).to_be_bytes();
@@ -118,6 +130,7 @@ pub(super) fn run(order: Order) -> anyhow::Result<()> {
         failed: AtomicU64::new(0),
         error: Mutex::new(None),
         stop: AtomicBool::new(false),
+        answered: Mutex::default(),
     };
     let mut all = Histogram::<u64>::new_with_max(HIGHEST_NS, 3)?;
     std::thread::scope(|scope| -> anyhow::Result<()> {
@@ -154,6 +167,7 @@ pub(super) fn run(order: Order) -> anyhow::Result<()> {
         connections: shared.connections.load(Ordering::Relaxed),
         failed: shared.failed.load(Ordering::Relaxed),
         error: shared.error.into_inner().unwrap_or_default(),
+        answered: shared.answered.into_inner().unwrap_or_default(),
     }))
 }
 

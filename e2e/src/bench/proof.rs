@@ -16,6 +16,7 @@ use anyhow::Context;
 use serde_json::Value;
 use tulle_proto::names;
 
+use crate::bench::work::Asked;
 use crate::bench::work::Probed;
 use crate::bench::work::Totals;
 use crate::sniff::Sniffed;
@@ -48,6 +49,59 @@ pub(super) fn of_counts(totals: &Totals, counted: [Counted; 2], link: u64) -> Ve
     }
     if link < totals.payload {
         wrong.push(format!("{} payload bytes were carried; {link} bytes crossed the node link", totals.payload));
+    }
+    wrong
+}
+
+/// What is wrong with requests that a route was to spread: `share` of a hundred go to the second of these servers.
+pub(super) fn of_route(totals: &Totals, servers: [&str; 2], share: u32) -> Vec<String> {
+    let of = |server: &str| totals.answered.get(server).copied().unwrap_or_default();
+    let (all, second) = (totals.answered.values().sum::<u64>(), of(servers[1]));
+    let mut wrong = Vec::new();
+    if of(servers[0]) + second != all || all == 0 {
+        wrong.push(format!("answers came from others than {servers:?}: {:?}", totals.answered));
+    }
+    // One of them draws lots; five standard deviations, and a few for what is not a multiple of the share.
+    let (all, part) = (all as f64, f64::from(share) / 100.0);
+    let room = 5.0 * (all * part * (1.0 - part)).sqrt() + 4.0;
+    if (second as f64 - all * part).abs() > room {
+        wrong.push(format!("{second} of {all} requests went to {}, where {share} % should", servers[1]));
+    }
+    wrong
+}
+
+/// What is wrong with the records of requests: `records` of the client's and the server's proxy, `link` in bytes.
+pub(super) fn of_requests(totals: &Totals, records: [u64; 2], link: u64) -> Vec<String> {
+    let answered: u64 = totals.answered.values().sum();
+    let mut wrong = Vec::new();
+    for (side, records) in ["client's", "server's"].into_iter().zip(records) {
+        if records != answered {
+            wrong.push(format!(
+                "{answered} requests were answered; the {side} proxy recorded {records} with the other's identity"
+            ));
+        }
+    }
+    if link < totals.payload {
+        wrong.push(format!("{} payload bytes were carried; {link} bytes crossed the node link", totals.payload));
+    }
+    wrong
+}
+
+/// What is wrong with requests that must be refused with 403 once a second: `seconds` they went on, and the server's
+/// proxy recorded so many `refusals` with their reason.
+pub(super) fn of_refused(asked: &Asked, seconds: f64, refusals: u64) -> Vec<String> {
+    let refused = asked.statuses.get("403").copied().unwrap_or_default();
+    let mut wrong = Vec::new();
+    // A try without an answer is one on a busy machine; an answer of a server is not.
+    let passed: u64 = asked.servers.iter().filter(|(server, _)| !server.is_empty()).map(|(_, count)| count).sum();
+    if passed > 0 {
+        wrong.push(format!("{passed} of {} requests that must be refused were answered", asked.attempts));
+    }
+    if (refused as f64) < seconds / 2.0 {
+        wrong.push(format!("only {refused} refusals in {seconds:.0} s: {:?}", asked.statuses));
+    }
+    if refusals < refused {
+        wrong.push(format!("{refused} requests were refused; {refusals} records give the reason"));
     }
     wrong
 }
@@ -170,7 +224,11 @@ mod tests {
     use crate::bench::proof::of_capture;
     use crate::bench::proof::of_counts;
     use crate::bench::proof::of_denied;
+    use crate::bench::proof::of_refused;
+    use crate::bench::proof::of_requests;
+    use crate::bench::proof::of_route;
     use crate::bench::proof::of_totals;
+    use crate::bench::work::Asked;
     use crate::bench::work::Probed;
     use crate::bench::work::Totals;
     use crate::sniff::Sniffed;
@@ -192,6 +250,44 @@ mod tests {
         }
         assert!(of_totals(&totals).is_empty());
         assert_eq!(of_totals(&Totals { failed: 1, ..totals }).len(), 1);
+    }
+
+    #[test]
+    fn a_route_is_proven_by_the_servers_that_answered() {
+        let of = |v1: u64, v2: u64, v3: u64| {
+            let answered = [("v1", v1), ("v2", v2), ("v3", v3)].map(|(name, count)| (name.to_owned(), count));
+            let totals = Totals { answered: answered.into_iter().filter(|it| it.1 > 0).collect(), ..Totals::default() };
+            of_route(&totals, ["v1", "v2"], 10).len()
+        };
+        assert_eq!(of(9000, 1000, 0), 0);
+        assert_eq!(of(9100, 900, 0), 0, "lots were drawn");
+        assert_eq!(of(10_000, 0, 0), 1, "nothing was routed");
+        assert_eq!(of(5000, 5000, 0), 1, "other shares");
+        assert_eq!(of(8999, 1000, 1), 1, "another server");
+        assert_eq!(of(0, 0, 0), 1, "no answer at all");
+    }
+
+    #[test]
+    fn each_request_has_a_record_on_both_sides() {
+        let answered = [("v1".to_owned(), 9), ("v2".to_owned(), 1)].into();
+        let totals = Totals { payload: 1000, answered, ..Totals::default() };
+        assert!(of_requests(&totals, [10, 10], 1000).is_empty());
+        for (records, link) in [([9, 10], 1000), ([10, 11], 1000), ([10, 10], 999)] {
+            assert_eq!(of_requests(&totals, records, link).len(), 1, "{records:?} {link}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_counts_with_its_reason_only() {
+        let asked = |forbidden: u64, passed: u64| Asked {
+            attempts: forbidden + passed,
+            statuses: [("403".to_owned(), forbidden), ("200".to_owned(), passed)].into(),
+            servers: [(String::new(), forbidden), ("v1".to_owned(), passed)].into(),
+        };
+        assert!(of_refused(&asked(10, 0), 10.0, 10).is_empty());
+        assert_eq!(of_refused(&asked(10, 0), 10.0, 9).len(), 1, "refused by something else");
+        assert_eq!(of_refused(&asked(10, 0), 100.0, 10).len(), 1, "too few tries");
+        assert_eq!(of_refused(&asked(10, 1), 10.0, 10).len(), 1, "answered");
     }
 
     #[test]

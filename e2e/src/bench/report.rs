@@ -19,10 +19,10 @@ use crate::bench::rows::in_table;
 use crate::bench::rows::median;
 use crate::bench::rows::shape;
 
-/// Columns of the table, whether or not there is a peer.
-const COLUMNS: [&str; 3] = [super::DIRECT, super::TULLE, super::PEER];
-/// What ours is divided by.
-const RATIOS: [&str; 2] = [super::DIRECT, super::PEER];
+/// Whom the rows of a load compare ours with.
+fn other(load: &str) -> &'static str {
+    if load.starts_with(super::l7::NAMED) { super::ENVOY } else { super::PEER }
+}
 
 /// A failed proof.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -48,6 +48,8 @@ pub(super) struct Report {
     pub(super) variants: Vec<&'static str>,
     /// Which peer, or why none.
     pub(super) peer: String,
+    /// Which Envoy, or why none.
+    pub(super) envoy: String,
     /// Figures in the order of each load's.
     pub(super) order: Vec<(String, &'static str)>,
     /// Values.
@@ -95,21 +97,26 @@ impl Report {
         let ratio = ours / theirs;
         let (_, better) = shape(row.1);
         let worse = (better == Better::Higher && ratio < 1.0) || (better == Better::Lower && ratio > 1.0);
-        format!("{ratio:.2} ×{}", if worse && other == super::PEER { " (worse)" } else { "" })
+        format!("{ratio:.2} ×{}", if worse && other != super::DIRECT { " (worse)" } else { "" })
     }
 
-    /// The table.
-    pub(super) fn table(&self) -> String {
+    /// The table of what compares with `against`; empty when nothing of it ran.
+    pub(super) fn table(&self, against: &'static str) -> String {
+        // Columns, whether or not there is another one; and what ours is divided by.
+        let (columns, ratios) = ([super::DIRECT, super::TULLE, against], [super::DIRECT, against]);
+        if !self.order.iter().any(|row| other(&row.0) == against) {
+            return String::new();
+        }
         let mut rows: Vec<Vec<String>> = vec![vec!["load".into(), "figure".into()]];
-        rows[0].extend(COLUMNS.map(str::to_owned));
-        rows[0].extend(RATIOS.map(|against| format!("{} : {against}", super::TULLE)));
+        rows[0].extend(columns.map(str::to_owned));
+        rows[0].extend(ratios.map(|against| format!("{} : {against}", super::TULLE)));
         let mut last = "";
-        for row in self.order.iter().filter(|row| in_table(row.1)) {
+        for row in self.order.iter().filter(|row| in_table(row.1) && other(&row.0) == against) {
             let name = if row.0 == last { String::new() } else { row.0.clone() };
             last = &row.0;
             let mut cells = vec![name, row.1.to_owned()];
-            cells.extend(COLUMNS.map(|variant| self.cell(row, variant)));
-            cells.extend(RATIOS.map(|against| self.ratio(row, against)));
+            cells.extend(columns.map(|variant| self.cell(row, variant)));
+            cells.extend(ratios.map(|against| self.ratio(row, against)));
             rows.push(cells);
         }
         let count = rows[0].len();
@@ -147,7 +154,7 @@ impl Report {
             self.built_from,
             self.settings
         );
-        text += &format!("peer: {}\n", self.peer);
+        text += &format!("peer: {}\nenvoy: {}\n", self.peer, self.envoy);
         let others: Vec<f64> = self.others.values().flatten().copied().collect();
         let worst = others.iter().copied().fold(0.0, f64::max);
         text += &format!(
@@ -188,6 +195,7 @@ impl Report {
             "built_from": self.built_from,
             "settings": self.settings,
             "peer": self.peer,
+            "envoy": self.envoy,
             "rows": rows,
             "proven": self.proven,
             "failures": self.failures,
@@ -228,6 +236,7 @@ mod tests {
             settings: serde_json::json!({}),
             variants: vec!["direct", "tulle"],
             peer: "no peer binary".to_owned(),
+            envoy: "no Envoy".to_owned(),
             order: vec![row.clone()],
             values: BTreeMap::from([(row, values)]),
             failures: BTreeSet::new(),
@@ -238,18 +247,31 @@ mod tests {
 
     #[test]
     fn the_table_shows_medians_and_the_ratio() {
-        let table = report().table();
+        let table = report().table("peer");
         assert!(table.lines().nth(2).is_some_and(|line| line.contains("25.00") && line.contains("0.20 ×")), "{table}");
     }
 
     #[test]
     fn without_a_peer_each_row_says_so() {
-        assert!(report().table().lines().nth(2).is_some_and(|line| line.contains("no binary")));
+        assert!(report().table("peer").lines().nth(2).is_some_and(|line| line.contains("no binary")));
         let mut report = report();
         report.variants.push("peer");
         let values = report.values.values_mut().next();
         values.map(|values| values.insert("peer", vec![10.0]));
-        assert!(report.table().contains("0.50 × (worse)"), "{}", report.table());
+        assert!(report.table("peer").contains("0.50 × (worse)"), "{}", report.table("peer"));
+    }
+
+    #[test]
+    fn requests_are_in_a_table_of_their_own() {
+        let mut report = report();
+        assert_eq!(report.table("envoy"), "");
+        let row = ("HTTP, 1 connection".to_owned(), "requests/s");
+        report.values.insert(row.clone(), BTreeMap::from([("tulle", vec![5.0]), ("envoy", vec![10.0])]));
+        report.order.push(row);
+        report.variants.push("envoy");
+        let table = report.table("envoy");
+        assert!(table.contains("0.50 × (worse)") && !table.contains("upload"), "{table}");
+        assert!(!report.table("peer").contains("HTTP"));
     }
 
     #[test]
@@ -257,7 +279,7 @@ mod tests {
         let mut report = report();
         let wrong = "payload was found".to_owned();
         report.failures.insert(Failure { test: "upload, 1 stream".to_owned(), variant: "tulle", wrong });
-        assert!(report.table().contains("FAILED") && !report.table().contains(" 5.00 "));
+        assert!(report.table("peer").contains("FAILED") && !report.table("peer").contains(" 5.00 "));
         assert!(report.notes().contains("payload was found"));
         assert_eq!(report.json()["rows"][0]["variants"]["tulle"]["proven"], false);
     }

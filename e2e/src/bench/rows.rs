@@ -1,7 +1,8 @@
 //! Which loads are run, and which figures come of each: the table as data.
 //!
 //! CPU per unit of work and medians of latency are the steady figures on a small machine; rates and p99 move with
-//! whatever else it does. All are printed, and none is left out for being unfavourable. Limits: L4 only.
+//! whatever else it does. All are printed, and none is left out for being unfavourable. Limits: loads of L4 only; those
+//! of requests are beside what they are about (`l7`).
 
 use std::collections::BTreeMap;
 
@@ -116,6 +117,16 @@ pub(super) fn figures(work: &Work, run: &Run) -> Vec<(&'static str, f64)> {
     figures
 }
 
+/// Requests for each second of CPU, of both proxies.
+pub(super) const PER_CPU: &str = "requests/CPU-s, both proxies";
+/// Latency beyond that without a proxy, in the same round.
+pub(super) const ADDED: [(&str, &str); 2] = [(P50, "added p50 µs"), (P99, "added p99 µs")];
+/// The 99th of a hundred beside a flood, by that before it.
+pub(super) const BESIDE: &str = "p99 beside : p99 quiet";
+/// Both, and what the flood was.
+pub(super) const P99_QUIET: &str = "p99 µs, quiet";
+pub(super) const P99_BESIDE: &str = "p99 µs, beside";
+pub(super) const FLOODED: &str = "requests/s of the flood";
 const GBITS: &str = "Gbit/s";
 const REQUESTS: &str = "requests/s";
 const CONNECTIONS: &str = "connections/s";
@@ -124,7 +135,7 @@ const P90: &str = "p90 µs";
 const P99: &str = "p99 µs";
 /// Of both proxies, the client's, the server's.
 const CPU_GB: [&str; 3] = ["CPU-s/GB, both proxies", "CPU-s/GB, client's proxy", "CPU-s/GB, server's proxy"];
-const CPU_REQUEST: [&str; 3] =
+pub(super) const CPU_REQUEST: [&str; 3] =
     ["CPU-µs/request, both proxies", "CPU-µs/request, client's proxy", "CPU-µs/request, server's proxy"];
 const CPU_CONNECTION: [&str; 3] =
     ["CPU-µs/connection, both proxies", "CPU-µs/connection, client's proxy", "CPU-µs/connection, server's proxy"];
@@ -160,9 +171,11 @@ pub(super) fn in_table(name: &str) -> bool {
 /// How a figure is shown.
 pub(super) fn shape(name: &str) -> (usize, Better) {
     match name {
-        REQUESTS | CONNECTIONS => (0, Better::Higher),
+        REQUESTS | CONNECTIONS | PER_CPU | FLOODED => (0, Better::Higher),
+        BESIDE => (2, Better::Lower),
         GBITS => (2, Better::Higher),
-        P50 | P90 | P99 => (0, Better::Lower),
+        P50 | P90 | P99 | P99_QUIET | P99_BESIDE => (0, Better::Lower),
+        _ if ADDED.iter().any(|(_, added)| *added == name) => (0, Better::Lower),
         PER_WORKLOAD => (2, Better::Lower),
         _ if CPU_GB.contains(&name) => (3, Better::Lower),
         _ => (1, Better::Lower),

@@ -1,4 +1,5 @@
-//! The server of the bench: four ports of raw TCP, each one thing, on one thread so that it stays out of the way.
+//! The server of the bench: four ports of raw TCP, each one thing, and one of HTTP, on one thread so that it stays out
+//! of the way.
 //!
 //! It closes first on the port for single requests, so that the side with the few addresses, the client, keeps no
 //! TIME_WAIT and can go on for as long as the bench wants. Limits: it serves whoever connects and never ends by itself.
@@ -16,7 +17,9 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
 use tokio::net::TcpStream;
 
+use crate::bench::http;
 use crate::bench::work::ECHO;
+use crate::bench::work::PORT_HTTP;
 use crate::bench::work::PORT_ONCE;
 use crate::bench::work::PORT_REQUESTS;
 use crate::bench::work::PORT_SINK;
@@ -31,11 +34,12 @@ pub(super) const CHUNK: usize = 256 << 10;
 const BACKLOG: i32 = 8192;
 
 /// Serves for ever. Fails when a port cannot be bound.
-pub(super) async fn serve(marker: &str) -> anyhow::Result<()> {
+pub(super) async fn serve(marker: &str, name: &str) -> anyhow::Result<()> {
     let filler: Rc<[u8]> = super::filler(marker, CHUNK).into();
-    for port in PORTS {
+    let name: Rc<str> = name.into();
+    for port in PORTS.into_iter().chain([PORT_HTTP]) {
         let listener = bind(port)?;
-        let filler = filler.clone();
+        let (filler, name) = (filler.clone(), name.clone());
         tokio::task::spawn_local(async move {
             loop {
                 // Out of descriptors, or a client that left at once: the next may do better.
@@ -43,9 +47,9 @@ pub(super) async fn serve(marker: &str) -> anyhow::Result<()> {
                     tokio::task::yield_now().await;
                     continue;
                 };
-                let filler = filler.clone();
+                let (filler, name) = (filler.clone(), name.clone());
                 // A client that goes away is its own business; it counts what it misses.
-                tokio::task::spawn_local(async move { drop(one(port, stream, &filler).await) });
+                tokio::task::spawn_local(async move { drop(one(port, stream, &name, &filler).await) });
             }
         });
     }
@@ -61,9 +65,10 @@ fn bind(port: u16) -> anyhow::Result<TcpListener> {
     Ok(TcpListener::from_std(socket.into())?)
 }
 
-async fn one(port: u16, mut stream: TcpStream, filler: &[u8]) -> io::Result<()> {
+async fn one(port: u16, mut stream: TcpStream, name: &str, filler: &[u8]) -> io::Result<()> {
     stream.set_nodelay(true)?;
     match port {
+        PORT_HTTP => http::serve(stream, name, filler).await,
         PORT_REQUESTS => loop {
             answer(&mut stream, filler).await?;
         },

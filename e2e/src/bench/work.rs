@@ -3,8 +3,9 @@
 //!
 //! The generator says when the measured part begins and ends, so that the other side samples the proxies' CPU over
 //! exactly that part; totals come last, when every connection is closed, because the proofs count whole connections.
-//! Limits: one client pod, one server pod, raw TCP.
+//! Limits: one client pod, one server pod or one name of several; raw TCP, or HTTP/1.1.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use hdrhistogram::Histogram;
@@ -25,7 +26,9 @@ pub(super) const PORT_SINK: u16 = 9002;
 pub(super) const PORT_SOURCE: u16 = 9003;
 /// Answers one request and closes.
 pub(super) const PORT_ONCE: u16 = 9004;
-/// Every port of the server.
+/// Answers requests of HTTP/1.1 until the client closes.
+pub(super) const PORT_HTTP: u16 = 9005;
+/// Every port of the server of raw TCP.
 pub(super) const PORTS: [u16; 4] = [PORT_REQUESTS, PORT_SINK, PORT_SOURCE, PORT_ONCE];
 
 /// Histograms cover up to a minute.
@@ -77,6 +80,18 @@ pub(super) struct Order {
     pub(super) limit: Option<u64>,
     /// Text of which the payload is made.
     pub(super) marker: String,
+    /// Requests are of HTTP.
+    #[serde(default)]
+    pub(super) http: Option<Http>,
+}
+
+/// What every request of HTTP is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Http {
+    /// Where to.
+    pub(super) port: u16,
+    /// Its first lines.
+    pub(super) head: String,
 }
 
 /// The measured part.
@@ -130,6 +145,9 @@ pub(super) struct Totals {
     pub(super) failed: u64,
     /// The first thing that went wrong.
     pub(super) error: Option<String>,
+    /// Answers of HTTP by the server that gave them.
+    #[serde(default)]
+    pub(super) answered: BTreeMap<String, u64>,
 }
 
 /// A line from the generator.
@@ -150,4 +168,15 @@ pub(super) struct Probed {
     pub(super) attempts: u64,
     /// Of them, those on which the server answered.
     pub(super) passed: u64,
+}
+
+/// What came of requests that were asked one by one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Asked {
+    /// Requests.
+    pub(super) attempts: u64,
+    /// By status, or why there is none.
+    pub(super) statuses: BTreeMap<String, u64>,
+    /// By the server that answered; empty: a proxy.
+    pub(super) servers: BTreeMap<String, u64>,
 }

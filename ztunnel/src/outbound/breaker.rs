@@ -246,22 +246,26 @@ impl Toward {
         let Some(Balancer::Hash(key, _)) = self.settings().map(|settings| &settings.balancer) else {
             return (None, None);
         };
-        let of = |value: &str| lb::hash(value.as_bytes());
-        match key {
-            HashKey::SourceIp => (Some(of_address(client)), None),
-            HashKey::Header(name) => (parts.headers.get(name).map(|value| lb::hash(value.as_bytes())), None),
-            HashKey::Query(name) => (query(parts.uri.query().unwrap_or_default(), name).map(of), None),
-            HashKey::Cookie { name, path, ttl, passive, attributes } => match cookie(&parts.headers, name) {
-                Some(value) => (Some(of(value)), None),
-                None if *passive => (None, None),
-                None => {
-                    let value = format!("{:016x}", rand::rng().random::<u64>());
-                    let age = if ttl.is_zero() { String::new() } else { format!("; Max-Age={}", ttl.as_secs()) };
-                    let set = format!("{name}={value}{age}; Path={path}; HttpOnly{attributes}");
-                    (Some(of(&value)), HeaderValue::try_from(set).ok())
-                }
-            },
+        match (carried(key, parts, client), key) {
+            (None, HashKey::Cookie { name, path, ttl, passive: false, attributes }) => {
+                let value = format!("{:016x}", rand::rng().random::<u64>());
+                let age = if ttl.is_zero() { String::new() } else { format!("; Max-Age={}", ttl.as_secs()) };
+                let set = format!("{name}={value}{age}; Path={path}; HttpOnly{attributes}");
+                (Some(lb::hash(value.as_bytes())), HeaderValue::try_from(set).ok())
+            }
+            (found, _) => (found, None),
         }
+    }
+}
+
+/// The hash of what a request carries. `None`: it does not carry what is hashed.
+pub(super) fn carried(key: &HashKey, parts: &Parts, client: IpAddr) -> Option<u64> {
+    let of = |value: &str| lb::hash(value.as_bytes());
+    match key {
+        HashKey::SourceIp => Some(of_address(client)),
+        HashKey::Header(name) => parts.headers.get(name).map(|value| lb::hash(value.as_bytes())),
+        HashKey::Query(name) => query(parts.uri.query().unwrap_or_default(), name).map(of),
+        HashKey::Cookie { name, .. } => cookie(&parts.headers, name).map(of),
     }
 }
 

@@ -250,7 +250,7 @@ impl Client {
 }
 
 /// What the client shows of its session.
-fn shown(rule: &SessionRule, headers: &HeaderMap) -> Option<Session> {
+pub(super) fn shown(rule: &SessionRule, headers: &HeaderMap) -> Option<Session> {
     let text = match (&rule.cookie, &rule.header) {
         (Some(name), _) => cookie(headers, name)?,
         (None, Some(name)) => headers.get(name)?.to_str().ok()?,

@@ -1,20 +1,24 @@
 //! What becomes of a single request, for an explanation: the steps of `exchange` without the exchange.
 //!
-//! The same functions check, route and choose; what depends on whose turn it is comes as a list with shares. Pure. Limits:
+//! The same functions check, route and choose; what depends on whose turn it is comes as a list with shares, unless the
+//! request shows a session or carries what is hashed. Pure, but for the time, by which sessions and ejections end. Limits:
 //! rate limits are named and not asked, because asking is taking; what is not known here is not asked for.
 
 use std::net::SocketAddr;
+use std::time::Instant;
 
 use http::Request;
 
 use crate::http::{Framing, headers};
-use crate::lb::Chance;
+use crate::lb::{Chance, Destinations, Way};
+use crate::outbound::breaker::carried;
 use crate::outbound::decide::{Plan, to_service};
-use crate::outbound::exchange::{Refused, address_of, prepare, respond, retarget};
+use crate::outbound::exchange::{Refused, address_of, prepare, respond, retarget, shown};
 use crate::outbound::requests::wanted;
+use crate::outbound::waypoint;
 use crate::outcome::{Code, Outcome};
 use crate::route::{self, Forward, NO_ROUTE, Preflight, RoutePlan};
-use crate::state::{ServiceName, Snapshot, Workload};
+use crate::state::{Balancer, IpFamily, ServiceName, Snapshot, Workload};
 
 /// What becomes of a request.
 #[derive(Debug, Default)]
@@ -50,6 +54,8 @@ pub struct Sent {
     pub at: SocketAddr,
     /// As the endpoint gets it.
     pub request: Request<()>,
+    /// Why the plan's endpoint gets it and no other. `None`: the others get their share of such requests too.
+    pub bound: Option<&'static str>,
 }
 
 impl From<Refused> for Becomes {
@@ -62,7 +68,7 @@ impl From<Refused> for Becomes {
 pub fn explained(
     snapshot: &Snapshot,
     source: &Workload,
-    network: &str,
+    (network, destinations): (&str, &Destinations),
     destination: SocketAddr,
     mut request: Request<()>,
 ) -> Option<Explained> {
@@ -75,8 +81,8 @@ pub fn explained(
     };
     let port = destination.port();
     let send = |name: &ServiceName, port: u16, forward: Option<&Forward>| {
-        send(snapshot, source, (name, SocketAddr::new(destination.ip(), port)), &request, &path, forward)
-            .unwrap_or_else(Becomes::from)
+        let to = (name, SocketAddr::new(destination.ip(), port));
+        send(snapshot, source, destinations, to, (&request, &path), forward).unwrap_or_else(Becomes::from)
     };
     let Some(candidates) = snapshot.routes_for(service, port, &source.namespace) else {
         // Only a traffic policy speaks of it.
@@ -100,10 +106,12 @@ pub fn explained(
         RoutePlan::Respond(answer) => respond(&answer).into(),
         RoutePlan::Forward(forward) => send(&forward.backend().service, forward.backend().port, Some(&forward)),
     };
+    let session = found.rule().session.as_ref().and_then(|rule| shown(rule, request.headers()));
+    let plans = found.plans(&facts, session.as_ref());
     Some(Explained {
         route: Some(found.text()),
         limits: found.limits().iter().map(|limit| limit.name.to_string()).collect(),
-        outcomes: found.plans(&facts).into_iter().map(|(share, plan)| (share, becomes(plan))).collect(),
+        outcomes: plans.into_iter().map(|(share, plan)| (share, becomes(plan))).collect(),
     })
 }
 
@@ -111,12 +119,11 @@ pub fn explained(
 fn send(
     snapshot: &Snapshot,
     source: &Workload,
-    to: (&ServiceName, SocketAddr),
-    request: &Request<()>,
-    path: &str,
+    destinations: &Destinations,
+    (name, dialled): (&ServiceName, SocketAddr),
+    (request, path): (&Request<()>, &str),
     forward: Option<&Forward>,
 ) -> Result<Becomes, Refused> {
-    let (name, dialled) = to;
     let unknown = || format!("the route's backend {}/{} is not known here", name.namespace, name.hostname);
     let Some(service) = snapshot.service(&name.namespace, &name.hostname) else {
         let text = unknown();
@@ -131,6 +138,26 @@ fn send(
     let path = forward.and_then(|forward| forward.path.as_deref()).unwrap_or(path);
     retarget(&mut parts, Framing::One, path, authority)
         .map_err(|text| Refused::from(Outcome::new(Code::BadRequest, text)))?;
-    let plan = to_service(snapshot, source, service, at, &Chance::of(0))?;
-    Ok(Becomes::Sent(Box::new(Sent { plan, at, request: Request::from_parts(parts, ()) })))
+    let policy = snapshot.traffic_for(service, at.port(), &source.namespace).map(|(policy, _)| policy);
+    let policy = policy.filter(|_| !waypoint::decides(snapshot, source, service));
+    let hash = policy.and_then(|policy| match &policy.at(at.port()).balancer {
+        Balancer::Hash(key, layout) => Some((carried(key, &parts, source.address(IpFamily::of(at.ip()))?)?, *layout)),
+        _ => None,
+    });
+    let now = Instant::now();
+    let known = policy.zip(destinations.known(service, at.port()));
+    let ejected = |endpoint: SocketAddr| {
+        known.as_ref().is_some_and(|(policy, known)| {
+            known.outliers(&policy.id, now, |outliers| outliers.is_out(endpoint, &source.pod_uid, now))
+        })
+    };
+    let session = forward.and_then(|forward| forward.session.as_ref()).map(|session| &*session.endpoint);
+    let way = hash.map_or(Way::Usual, |(key, layout)| Way::Hash(key, layout));
+    let chance = Chance { session, way, ejected: &ejected, ..Chance::of(0) };
+    let plan = to_service(snapshot, source, service, at, &chance)?;
+    let bound = match plan.destination() {
+        Some(endpoint) if session == Some(&*endpoint.uid) => Some("its session is with this endpoint"),
+        _ => hash.map(|_| "the hash of what it carries chooses this endpoint"),
+    };
+    Ok(Becomes::Sent(Box::new(Sent { plan, at, request: Request::from_parts(parts, ()), bound })))
 }

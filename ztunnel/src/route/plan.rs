@@ -219,9 +219,9 @@ impl Found {
         }
     }
 
-    /// Everything that may become of the request, with its share of all such requests: for explanations. Delays and copies
-    /// are left out; they change nobody's answer.
-    pub fn plans(&self, facts: &RequestFacts<'_>) -> Vec<(f64, RoutePlan)> {
+    /// Everything that may become of the request, with its share of all such requests: for explanations. One of a client's
+    /// session may have its backend already. Delays and copies are left out; they change nobody's answer.
+    pub fn plans(&self, facts: &RequestFacts<'_>, session: Option<&Session>) -> Vec<(f64, RoutePlan)> {
         if let Some(decided) = self.without_backend(facts) {
             return vec![(1.0, decided)];
         }
@@ -229,14 +229,24 @@ impl Found {
         let aborted = abort.map_or(0.0, |(_, share)| (f64::from(share) / f64::from(MILLION)).min(1.0));
         let mut plans: Vec<(f64, RoutePlan)> =
             abort.filter(|_| aborted > 0.0).map(|(abort, _)| (aborted, self.abort(None, abort))).into_iter().collect();
-        let weights = self.weights();
+        let mut weights = self.weights();
+        let kept = session.and_then(|session| session.backend(self.rule()));
+        if let Some(kept) = kept {
+            weights.iter_mut().enumerate().for_each(|(index, weight)| *weight = u32::from(index == kept));
+        }
         let all: f64 = weights.iter().map(|weight| f64::from(*weight)).sum();
         let passed = 1.0 - aborted;
         if passed > 0.0 && all == 0.0 {
             plans.push((passed, self.fails(Reason::NoBackend, None)));
         }
         for (index, weight) in weights.iter().enumerate().filter(|(_, weight)| **weight > 0 && passed > 0.0) {
-            plans.push((passed * f64::from(*weight) / all, self.to_backend(facts, index, None, Vec::new())));
+            let plan = match self.to_backend(facts, index, None, Vec::new()) {
+                RoutePlan::Forward(forward) if kept.is_some() => {
+                    RoutePlan::Forward(Forward { session: session.cloned(), ..forward })
+                }
+                plan => plan,
+            };
+            plans.push((passed * f64::from(*weight) / all, plan));
         }
         plans
     }

@@ -19,7 +19,12 @@ const MOST_ROWS: u32 = 655_373;
 const MOST_POINTS: u32 = 262_144;
 
 pub(super) fn balancer(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Balancer> {
-    unknown(at, &["simple", "consistentHash", "warmup", "warmupDurationSecs"], ignored)?;
+    unknown(at, &["simple", "consistentHash", "warmup", "warmupDurationSecs", "localityLbSetting"], ignored)?;
+    let locality = at.get("localityLbSetting");
+    // Where it is off nothing is asked for: no outlierDetection brings it with it, as it would in Istio.
+    if !locality.is_absent() && locality.get("enabled").boolean()? != Some(false) {
+        ignore(&locality, "trafficDistribution of the Service says whether near endpoints are preferred", ignored);
+    }
     let (simple, hash) = (at.get("simple"), at.get("consistentHash"));
     if !hash.is_absent() {
         unknown(&hash, &HASH, ignored)?;

@@ -18,8 +18,8 @@ use crate::source::tree::{Cursor, FieldError, Read, Value};
 /// Issuers of one object; each costs a look at every token.
 const MAX_RULES: usize = 64;
 
-/// Fields of `connectionPool.tcp` that nodes carry out. Those of a DestinationRule that they do not are told.
-const TCP: [&str; 4] = ["maxConnections", "connectTimeout", "idleTimeout", "maxConnectionDuration"];
+/// Fields of `connectionPool.tcp` that are known. Those of a DestinationRule that are not carried out are told.
+const TCP: [&str; 5] = ["maxConnections", "connectTimeout", "idleTimeout", "maxConnectionDuration", "tcpKeepalive"];
 
 /// The same for `connectionPool.http`. A client's version of HTTP is the server's, whatever `useClientProtocol` says.
 const HTTP: [&str; 8] = [
@@ -134,6 +134,10 @@ fn without_effect(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<()> {
     let proxy = at.get("proxyProtocol");
     if !proxy.is_absent() {
         ignore(&proxy, "a Service of the mesh sees its client's address without it");
+    }
+    let keepalive = at.get("connectionPool").get("tcp").get("tcpKeepalive");
+    if !keepalive.is_absent() {
+        ignore(&keepalive, "a tunnel is for many connections: KEEPALIVE_TIME and others of the node count");
     }
     let upgrade = at.get("connectionPool").get("http").get("h2UpgradePolicy");
     if upgrade.text()? == Some("UPGRADE") {

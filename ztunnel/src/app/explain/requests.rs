@@ -14,6 +14,7 @@ use tulle_proto::node::{
 use crate::app::explain::{deny, eject, endpoints, rule_index};
 use crate::inbound::explained_request;
 use crate::lb::Destinations;
+use crate::outbound::decide::Plan;
 use crate::outbound::explained::{Becomes, Explained, explained};
 use crate::outbound::waypoint_decides;
 use crate::outcome::DryRun;
@@ -70,12 +71,14 @@ pub(super) fn leaving(
     answer: &mut OutboundAnswer,
 ) {
     let as_sent = head(&asked);
-    let Some(Explained { route, limits, outcomes }) = explained(snapshot, source, network, destination, asked) else {
+    let Some(Explained { route, limits, outcomes }) =
+        explained(snapshot, source, (network, destinations), destination, asked)
+    else {
         answer.endpoints.iter_mut().for_each(|endpoint| endpoint.request = Some(as_sent.clone()));
         return;
     };
     answer.endpoints.clear();
-    let mut answers = Vec::new();
+    let (mut answers, mut bound) = (Vec::new(), None);
     for (share, becomes) in outcomes {
         match becomes {
             Becomes::Answered { status, text } => {
@@ -92,6 +95,10 @@ pub(super) fn leaving(
                     sent.plan.service().filter(|service| !waypoint_decides(snapshot, source, service))
                 {
                     eject(snapshot, destinations, source, service, sent.at.port(), &mut found);
+                }
+                if let Some(why) = sent.bound {
+                    bound = Some(why);
+                    only(&sent.plan, &mut found);
                 }
                 answer.endpoints.extend(found.into_iter().map(scaled));
             }
@@ -113,8 +120,21 @@ pub(super) fn leaving(
         Some(route) => format!("the request is read here, and {route} decides"),
         None => "the request is read here, and no route decides it".to_owned(),
     };
+    if let Some(why) = bound {
+        answer.text.push_str("; ");
+        answer.text.push_str(why);
+    }
     let route = route.unwrap_or_default();
     answer.request = Some(RequestAnswer { read: true, route, limits, answers, status: 0 });
+}
+
+/// Leaves the plan's endpoint, which gets all.
+fn only(plan: &Plan, endpoints: &mut Vec<EndpointChoice>) {
+    let Some(workload) = plan.destination() else { return };
+    endpoints.retain(|endpoint| endpoint.uid == *workload.uid);
+    // By rights there is one; of several ports or addresses each is as likely.
+    let share = 100.0 / endpoints.len().max(1) as f64;
+    endpoints.iter_mut().for_each(|endpoint| endpoint.share_percent = share);
 }
 
 /// Puts what the destination says of a request in the place of what it says of its connection, which may enter. `ends` as
