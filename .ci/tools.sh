@@ -29,6 +29,7 @@ if [ "${1:-}" = all ]; then
     need openssh-server sshd
     need openssh-client ssh scp ssh-keygen
     need git git
+    need wget wget
     [ -x /usr/lib/cni/bridge ] || [ -x /opt/cni/bin/bridge ] || missing="$missing containernetworking-plugins"
     need iperf3 iperf3
     need postgresql-client psql

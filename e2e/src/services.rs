@@ -10,6 +10,7 @@ use std::net::IpAddr;
 use serde_json::Value;
 use serde_json::json;
 
+use crate::address;
 use crate::address::Pair;
 use crate::manifest::Key;
 use crate::manifest::strings;
@@ -114,6 +115,20 @@ impl Member {
     /// A ready one.
     pub fn ready(pair: Pair, port: u16, node: u16) -> Self {
         Self { pair, port, node, ready: true, leaving: false }
+    }
+}
+
+/// The Service `default/kubernetes`, which a real API server makes itself: its door into the lab, at the first address of the
+/// range. Nodes need it, and nobody applies it.
+pub fn api_server(port: u16) -> Service {
+    let endpoints = vec![Member::ready(address::CONTROL, port, 0)];
+    Service {
+        key: ("default".into(), "kubernetes".into()),
+        addresses: Some(address::service(1)),
+        ports: vec![ServicePort { name: "https".into(), port: 443, tcp: true, endpoints }],
+        pods: vec![],
+        external: None,
+        proxy: Proxy::default(),
     }
 }
 

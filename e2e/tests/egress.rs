@@ -9,7 +9,6 @@ use e2e::address;
 use e2e::eventually::eventually;
 use e2e::internet;
 use e2e::lab::Lab;
-use e2e::lab::LabConfig;
 use e2e::lab::Running;
 use e2e::scenario;
 
@@ -18,28 +17,11 @@ const POLICY: &str = "---\napiVersion: tulle.dev/v1alpha1\nkind: EgressPolicy\nm
     \x20 - hosts: ['*.wild.example']\n    ports: [{port: 443}]\n\
     \x20 - hosts: [db.example]\n    ports: [{port: 9000, protocol: TCP}]\n";
 
-/// Clients on node 1 in a closed and in an open namespace, a server in the mesh, and the Internet: one host.
+/// Clients on node 1 in a closed and in an open namespace, servers in the mesh and outside of it, and the Internet: one host.
 fn world(egress: &str) -> String {
-    let mut text = format!(
-        "---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: shop, labels: {{tulle.dev/mesh: enabled, tulle.dev/egress: {egress}}}}}\n"
-    );
-    for part in [
-        scenario::client("shop", "web", 1),
-        scenario::server("shop", "cart", "cart", 2),
-        scenario::service("shop", "cart"),
-        scenario::namespace("plain", false),
-        scenario::client("plain", "guest", 1),
-        scenario::server("plain", "desk", "desk", 2),
-        scenario::service("plain", "desk"),
-    ] {
-        text.push_str(&part);
-    }
-    text.push_str(
-        "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: out, annotations: {lab.tulle.dev/outside: 'true'}}\n\
-         ---\napiVersion: v1\nkind: Pod\nmetadata: {name: inet, namespace: out}\n\
-         spec: {containers: [{name: main, image: none}]}\n",
-    );
-    text
+    let labels = format!("tulle.dev/mesh: enabled, tulle.dev/egress: {egress}");
+    let desk = scenario::server("plain", "desk", "desk", 2) + &scenario::service("plain", "desk");
+    internet::world(&labels, &["inet"]) + &desk
 }
 
 /// The lab with an Internet, unless a tool is missing: a failure where `CI` is set, a loud skip elsewhere.
@@ -47,24 +29,16 @@ fn lab(egress: &str, policy: &str, folder: &Path) -> anyhow::Result<Option<(Lab,
     if !scenario::has_tools(&internet::TOOLS) {
         return Ok(None);
     }
-    let server = address::outside(1).v4.to_string();
-    let config = LabConfig::of(&world(egress)).env("ztunnel", "TULLE_NAME_SERVERS", &server);
-    let Some(lab) = scenario::lab(config) else { return Ok(None) };
+    let Some(lab) = internet::lab(&world(egress)) else { return Ok(None) };
     let running = internet(&lab, folder)?;
     if !policy.is_empty() {
         lab.apply_yaml(policy)?;
     }
-    eventually("the Internet is there", scenario::PATIENCE, || {
-        let answer = lab
-            .exec("plain/guest", &["dig", "+short", "+time=2", "+tries=1", &format!("@{server}"), "api.example"])
-            .map_err(|error| error.to_string())?;
-        let text = String::from_utf8_lossy(&answer.stdout).into_owned();
-        let get =
-            curl(&lab, "plain/guest", &["--resolve", &format!("api.example:443:{server}")], "https://api.example/");
-        match (text.contains(&server), get) {
-            (true, Ok(body)) if body.contains("inet") => Ok(()),
-            (_, get) => Err(format!("{text:?} {get:?}")),
-        }
+    internet::answers(&lab)?;
+    let known = format!("api.example:443:{}", address::outside(1).v4);
+    eventually("the server answers", scenario::PATIENCE, || {
+        let got = internet::curl(&lab, "plain/guest", &["-k", "--resolve", &known], "https://api.example/")?;
+        if got.contains("inet") { Ok(()) } else { Err(got) }
     })?;
     Ok(Some((lab, running)))
 }
@@ -86,23 +60,13 @@ fn internet(lab: &Lab, folder: &Path) -> anyhow::Result<Vec<Running>> {
     ])
 }
 
-/// What curl prints.
-///
-/// # Errors
-/// What it says if it fails.
-fn curl(lab: &Lab, from: &str, more: &[&str], url: &str) -> Result<String, String> {
-    let mut argv = vec!["curl", "-sS", "-k", "--max-time", "10"];
-    argv.extend(more);
-    argv.push(url);
-    let output = lab.exec(from, &argv).map_err(|error| error.to_string())?;
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+/// What curl in the closed namespace prints, or says if it fails; certificates are not checked.
+fn curl(lab: &Lab, more: &[&str], url: &str) -> Result<String, String> {
+    internet::curl(lab, "shop/web", &[&["-k"], more].concat(), url)
 }
 
 fn dig(lab: &Lab, question: &[&str]) -> anyhow::Result<String> {
-    let mut argv = vec!["dig", "+time=6", "+tries=1"];
-    argv.extend(question);
-    Ok(String::from_utf8_lossy(&lab.exec("shop/web", &argv)?.stdout).into_owned())
+    internet::dig(lab, "shop/web", question)
 }
 
 #[test]
@@ -111,13 +75,13 @@ fn what_no_rule_names_does_not_leave_whatever_a_client_claims() -> anyhow::Resul
     let Some((lab, _internet)) = lab("deny", POLICY, folder.path())? else { return Ok(()) };
     let ip = address::outside(1).v4.to_string();
     let refused = |what: &str, more: &[&str], url: &str, words: &[&str]| -> anyhow::Result<()> {
-        let got = curl(&lab, "shop/web", more, url);
+        let got = curl(&lab, more, url);
         anyhow::ensure!(got.is_err(), "{what} went through: {got:?}");
         scenario::await_log(&lab, "node-1", words).with_context(|| what.to_owned()).map(drop)
     };
     // What is allowed works, by the node's own address.
     for host in ["api.example", "a.wild.example", "b.a.wild.example"] {
-        let got = curl(&lab, "shop/web", &[], &format!("https://{host}/")).map_err(anyhow::Error::msg)?;
+        let got = curl(&lab, &[], &format!("https://{host}/")).map_err(anyhow::Error::msg)?;
         anyhow::ensure!(got.contains(&format!("inet {host}")), "{got}");
     }
     scenario::await_log(&lab, "node-1", &["egress=\"allowed\"", "api.example", "EgressPolicy/shop/out"])?;
@@ -138,7 +102,7 @@ fn what_no_rule_names_does_not_leave_whatever_a_client_claims() -> anyhow::Resul
     anyhow::ensure!(https.contains("NOERROR") && https.contains("ANSWER: 0"), "{https}");
     // Another host, an address, an allowed name at another address, another name at an allowed address.
     let denied = "EGRESS_DENIED";
-    anyhow::ensure!(curl(&lab, "shop/web", &[], "https://evil.example/").is_err());
+    anyhow::ensure!(curl(&lab, &[], "https://evil.example/").is_err());
     refused("an address", &[], &format!("https://{ip}/"), &[denied, &ip, "no rule allows it"])?;
     let spoofed = format!("api.example:443:{ip}");
     refused(
@@ -169,7 +133,7 @@ fn what_no_rule_names_does_not_leave_whatever_a_client_claims() -> anyhow::Resul
     // An edit ends what it forbids.
     lab.delete("EgressPolicy", "shop/out")?;
     eventually("without the policy nothing leaves", scenario::PATIENCE, || {
-        match curl(&lab, "shop/web", &["--resolve", &format!("api.example:443:{virtual_ip}")], "https://api.example/") {
+        match curl(&lab, &["--resolve", &format!("api.example:443:{virtual_ip}")], "https://api.example/") {
             Err(_) => Ok(()),
             Ok(got) => Err(got),
         }
@@ -183,13 +147,13 @@ fn an_audited_namespace_goes_on_as_before_and_says_what_it_did() -> anyhow::Resu
     let Some((lab, _internet)) = lab("audit", "", folder.path())? else { return Ok(()) };
     let ip = address::outside(1).v4.to_string();
     let known = format!("api.example:443:{ip}");
-    let got = curl(&lab, "shop/web", &["--resolve", &known], "https://api.example/").map_err(anyhow::Error::msg)?;
+    let got = curl(&lab, &["--resolve", &known], "https://api.example/").map_err(anyhow::Error::msg)?;
     anyhow::ensure!(got.contains("inet api.example"), "{got}");
     let spoken = lab.exec_ok("shop/web", &["shop", "tcp", &format!("{ip}:9000")])?;
     anyhow::ensure!(spoken.contains("HELLO"), "{spoken}");
     // Nobody waits long for what is only watched, so a client that is slow to say its name is seen without it.
     eventually("the name was seen", scenario::PATIENCE, || {
-        let got = curl(&lab, "shop/web", &["--resolve", &known], "https://api.example/")?;
+        let got = curl(&lab, &["--resolve", &known], "https://api.example/")?;
         let policy = lab.exec_ok("control", &["tulle", "egress", "--policy", "shop"]).map_err(|e| e.to_string())?;
         if policy.contains("api.example") { Ok(()) } else { Err(format!("{got}{policy}")) }
     })?;
@@ -201,8 +165,8 @@ fn an_audited_namespace_goes_on_as_before_and_says_what_it_did() -> anyhow::Resu
     anyhow::ensure!(policy.contains("api.example") && policy.contains(&format!("{ip}/32")), "{policy}");
     lab.apply_yaml(&format!("---\n{policy}"))?;
     lab.apply_yaml(&world("deny"))?;
-    let got = curl(&lab, "shop/web", &[], "https://api.example/").map_err(anyhow::Error::msg)?;
+    let got = curl(&lab, &[], "https://api.example/").map_err(anyhow::Error::msg)?;
     anyhow::ensure!(got.contains("inet api.example"), "{got}");
-    anyhow::ensure!(curl(&lab, "shop/web", &[], "https://evil.example/").is_err());
+    anyhow::ensure!(curl(&lab, &[], "https://evil.example/").is_err());
     Ok(())
 }

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use e2e::eventually::eventually;
+use e2e::internet;
 use e2e::lab::Lab;
 use e2e::lab::LabConfig;
 use e2e::scenario;
@@ -17,26 +18,11 @@ const PREY: &str = "out/prey";
 const DEFAULT: &str = "-all,+chown,+dac_override,+fowner,+fsetid,+kill,+setgid,+setuid,+setpcap,+net_bind_service,+net_raw,\
     +sys_chroot,+mknod,+audit_write,+setfcap";
 
+/// Besides the usual, a pod on the same node that is not in the mesh.
 fn world(egress: &str) -> String {
-    let mut text = format!(
-        "---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: shop, labels: {{tulle.dev/mesh: enabled, tulle.dev/egress: {egress}}}}}\n"
-    );
-    for part in [
-        scenario::client("shop", "web", 1),
-        scenario::server("shop", "cart", "cart", 2),
-        scenario::service("shop", "cart"),
-        scenario::namespace("plain", false),
-        scenario::server("plain", "desk", "desk", 1),
-        scenario::service("plain", "desk"),
-    ] {
-        text.push_str(&part);
-    }
-    text.push_str(
-        "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: out, annotations: {lab.tulle.dev/outside: 'true'}}\n\
-         ---\napiVersion: v1\nkind: Pod\nmetadata: {name: prey, namespace: out}\n\
-         spec: {containers: [{name: main, image: none}]}\n",
-    );
-    text
+    let labels = format!("tulle.dev/mesh: enabled, tulle.dev/egress: {egress}");
+    let desk = scenario::server("plain", "desk", "desk", 1) + &scenario::service("plain", "desk");
+    internet::world(&labels, &["prey"]) + &desk
 }
 
 /// Both addresses of a pod.

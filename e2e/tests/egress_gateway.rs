@@ -4,10 +4,10 @@
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use e2e::eventually::eventually;
+use e2e::internet;
 use e2e::lab::Lab;
 use e2e::lab::LabConfig;
 use e2e::lab::Running;
@@ -15,15 +15,6 @@ use e2e::scenario;
 
 const WEB: &str = "shop/web";
 const API: &str = "http://api.example.test:8080/";
-
-fn replica(name: &str, node: u16) -> String {
-    format!(
-        "---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  namespace: egress\n\
-         \x20 labels: {{app: out, networking.istio.io/tunnel: http}}\n  annotations: {{lab.tulle.dev/gateway: out}}\n\
-         spec:\n  nodeName: node-{node}\n  serviceAccountName: out\n  containers:\n  - name: main\n    image: ztunnel\n\
-         \x20   command: [ztunnel, gateway]\n    ports: [{{containerPort: 15008}}]\n"
-    )
-}
 
 /// A closed namespace with a client on node 1, a gateway with a replica on each node, and a host outside with two names, of
 /// which one is allowed.
@@ -36,12 +27,11 @@ fn world() -> String {
     let policy = "---\napiVersion: tulle.dev/v1alpha1\nkind: EgressPolicy\nmetadata: {name: api, namespace: shop}\nspec:\n\
          \x20 rules:\n  - hosts: [api.example.test]\n    ports: [{port: 8080, protocol: HTTP}, {port: 9000, protocol: TCP}]\n\
          \x20   via: {gateway: {namespace: egress, name: out}}\n";
-    let service = "---\napiVersion: v1\nkind: Service\nmetadata: {name: out, namespace: egress}\n\
-         spec: {selector: {app: out}, ports: [{name: hbone, port: 15008}]}\n";
     let closed = "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {tulle.dev/mesh: enabled, tulle.dev/egress: deny}}\n";
-    let namespaces = format!("{}{}", scenario::namespace("egress", false), scenario::namespace("plain", false));
-    let clients = format!("{}{}", scenario::client("shop", "web", 1), scenario::client("plain", "guest", 1));
-    format!("{closed}{namespaces}{outside}{clients}{}{}{service}{policy}", replica("out-0", 1), replica("out-1", 2))
+    let open = scenario::namespace("plain", false);
+    let clients = scenario::client("shop", "web", 1) + &scenario::client("plain", "guest", 1);
+    let gateway = internet::gateway_service() + &internet::gateway("out-0", 1) + &internet::gateway("out-1", 2);
+    format!("{closed}{open}{outside}{clients}{gateway}{policy}")
 }
 
 /// Addresses of the gateway's replicas.
@@ -128,7 +118,7 @@ fn hosts_outside_are_reached_through_the_gateway_or_not_at_all() {
     // The other one still counts as missing here.
     lab.try_delete("Pod", "egress/out-0", Duration::from_secs(60)).unwrap();
     lab.delete("Pod", "egress/out-1").unwrap();
-    lab.apply_yaml(&replica("out-0", 1)).unwrap();
+    lab.apply_yaml(&internet::gateway("out-0", 1)).unwrap();
     scenario::reaches(&lab, WEB, API).unwrap();
 }
 
@@ -137,25 +127,8 @@ fn secured(lab: &Lab, folder: &Path) -> Option<(Running, String)> {
     if !scenario::has_tools(&["nginx", "curl", "openssl"]) {
         return None;
     }
-    let at = folder.display();
-    let new = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2";
-    let script = format!(
-        "cd {at} && {new} -subj /CN=ca -keyout ca.key -out ca.pem && \
-         {new} -subj /CN=host -CA ca.pem -CAkey ca.key -keyout host.key -out host.pem \
-         -addext basicConstraints=critical,CA:FALSE \
-         -addext subjectAltName=DNS:secure.example.test,DNS:tls.example.test"
-    );
-    let made = Command::new("sh").args(["-c", &script]).output().unwrap();
-    assert!(made.status.success(), "openssl: {}", String::from_utf8_lossy(&made.stderr));
-    let nginx = format!(
-        "user root; daemon off; master_process off; pid {at}/pid; error_log stderr;\nevents {{}}\nhttp {{\n  access_log off;\n\
-         \x20 client_body_temp_path {at}/b; proxy_temp_path {at}/p; fastcgi_temp_path {at}/f; uwsgi_temp_path {at}/u;\n\
-         \x20 scgi_temp_path {at}/s;\n  server {{ listen 443 ssl; listen [::]:443 ssl; ssl_certificate {at}/host.pem;\n\
-         \x20 ssl_certificate_key {at}/host.key; ssl_protocols TLSv1.2 TLSv1.3; location / {{ return 200 \"$scheme $ssl_protocol $host $remote_addr\\n\"; }} }}\n}}\n"
-    );
-    let conf = folder.join("nginx.conf");
-    std::fs::write(&conf, nginx).unwrap();
-    let running = lab.spawn("net/api", &["nginx", "-c", &conf.display().to_string()]).unwrap();
+    let conf = internet::web_server(folder, &["secure.example.test", "tls.example.test"]).unwrap();
+    let running = lab.spawn("net/api", &["nginx", "-c", &conf]).unwrap();
     Some((running, std::fs::read_to_string(folder.join("ca.pem")).unwrap()))
 }
 
@@ -193,7 +166,10 @@ fn tls_passes_through_by_its_name_and_is_added_where_a_rule_asks_for_it() {
 
     // The client speaks in plain text, the host is spoken to in TLS.
     let open = curl(&["http://secure.example.test:443/open/x"]);
-    assert!(open.starts_with("https TLSv1.3 secure.example.test") && from_gateway(&open), "{open}");
+    assert!(
+        open.starts_with("inet secure.example.test") && open.contains("https TLSv1.3") && from_gateway(&open),
+        "{open}"
+    );
     for refused in [
         &["http://secure.example.test:443/closed"][..],
         &["http://secure.example.test:443/open/../closed", "--path-as-is"],

@@ -8,7 +8,6 @@ use anyhow::Context as _;
 use e2e::eventually::eventually;
 use e2e::internet;
 use e2e::lab::Lab;
-use e2e::lab::LabConfig;
 use e2e::lab::Running;
 use e2e::scenario;
 
@@ -36,26 +35,6 @@ const INSIDE: [(&str, &str); 9] = [
     ("nat64", "AAAA 64:ff9b::a9fe:a9fe"),
 ];
 
-fn world() -> String {
-    let mut text =
-        "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {tulle.dev/egress: deny}}\n".to_owned();
-    for part in [
-        scenario::client("shop", "web", 1),
-        scenario::server("shop", "cart", "cart", 2),
-        scenario::service("shop", "cart"),
-        scenario::namespace("plain", false),
-        scenario::client("plain", "guest", 1),
-    ] {
-        text.push_str(&part);
-    }
-    text.push_str(
-        "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: out, annotations: {lab.tulle.dev/outside: 'true'}}\n\
-         ---\napiVersion: v1\nkind: Pod\nmetadata: {name: inet, namespace: out}\nspec: {containers: [{name: main, image: none}]}\n\
-         ---\napiVersion: v1\nkind: Pod\nmetadata: {name: other, namespace: out}\nspec: {containers: [{name: main, image: none}]}\n",
-    );
-    text
-}
-
 /// A lab with an Internet of two hosts, and what runs on them.
 struct Net {
     lab: Lab,
@@ -72,12 +51,10 @@ impl Net {
         if !scenario::has_tools(&internet::TOOLS) || !scenario::has_tools(&["python3"]) {
             return Ok(None);
         }
-        // Known before there is a lab: outside hosts get their addresses in the order of their names.
-        let server = e2e::address::outside(1).v4.to_string();
-        let config = LabConfig::of(&world()).env("ztunnel", "TULLE_NAME_SERVERS", &server);
-        let Some(lab) = scenario::lab(config) else { return Ok(None) };
+        // Who is closed is in the mesh, whatever is said of that.
+        let world = internet::world("tulle.dev/egress: deny", &["inet", "other"]);
+        let Some(lab) = internet::lab(&world) else { return Ok(None) };
         let (inet, other) = (lab.pod_ip("out", "inet")?, lab.pod_ip("out", "other")?);
-        anyhow::ensure!(inet == server, "the name server is at {inet}, and {server} was expected");
         let folder = tempfile::tempdir()?;
         let conf = internet::web_server(folder.path(), &NAMES)?;
         let servers = ["out/inet", "out/other"].map(|host| {
@@ -116,13 +93,7 @@ impl Net {
         drop(self.names.take());
         let conf = internet::name_server(self.folder.path(), records)?;
         self.names = Some(self.lab.spawn("out/inet", &["unbound", "-d", "-c", &conf])?);
-        let at = format!("@{}", self.inet);
-        eventually("the name server answers", scenario::PATIENCE, || {
-            let said = self.lab.exec("plain/guest", &["dig", "+short", "+time=2", "+tries=1", &at, "api.example"]);
-            let text =
-                said.map(|said| String::from_utf8_lossy(&said.stdout).into_owned()).map_err(|e| e.to_string())?;
-            if text.contains(&self.inet) { Ok(()) } else { Err(text) }
-        })
+        internet::answers(&self.lab)
     }
 
     /// What curl prints, who checks certificates.
@@ -131,15 +102,11 @@ impl Net {
     /// What it says if it fails.
     fn curl(&self, more: &[&str], url: &str) -> Result<String, String> {
         let ca = self.folder.path().join("ca.pem").display().to_string();
-        let argv = [&["curl", "-sS", "--max-time", "20", "--cacert", &ca][..], more, &[url]].concat();
-        let output = self.lab.exec("shop/web", &argv).map_err(|error| error.to_string())?;
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+        internet::curl(&self.lab, "shop/web", &[&["--cacert", &ca], more].concat(), url)
     }
 
     fn dig(&self, question: &[&str]) -> anyhow::Result<String> {
-        let argv = [&["dig", "+time=10", "+tries=1"][..], question].concat();
-        Ok(String::from_utf8_lossy(&self.lab.exec("shop/web", &argv)?.stdout).into_owned())
+        internet::dig(&self.lab, "shop/web", question)
     }
 
     fn allow(&self, hosts: &[String]) -> anyhow::Result<()> {

@@ -19,6 +19,7 @@ use anyhow::Context;
 use crate::address;
 use crate::dns;
 use crate::eventually;
+use crate::kube::LAB_PORT;
 use crate::kubeproxy;
 use crate::manifest;
 use crate::netns::NetNs;
@@ -28,6 +29,7 @@ use crate::plan;
 use crate::plan::Allocator;
 use crate::plan::Pod;
 use crate::plan::PodKey;
+use crate::services;
 use crate::state::ComponentView;
 use crate::state::Config;
 use crate::state::Paths;
@@ -438,6 +440,7 @@ impl Engine {
                 self.allocator.rename(&key, &uid);
                 self.pods.get_mut(&key).into_iter().for_each(|pod| pod.plan.uid.clone_from(&uid));
             }
+            self.completed.services.push(services::api_server(LAB_PORT));
         }
         if let Ok(mut zone) = self.zone.write() {
             *zone = dns::zone(&self.completed.services, &pods::hosts(self.pods.values()));

@@ -27,6 +27,8 @@ const FIELD_MANAGER: &str = "tulle-lab";
 /// What the server was told.
 pub struct Mirror {
     cluster: Cluster,
+    /// What leads clients of the Service `default/kubernetes` to the server's door, until it was sent.
+    door: Option<Value>,
     /// The server's door into the lab, open as long as this lives.
     _relay: Relay,
     /// Whether an agent on each node says which pods are captured.
@@ -55,6 +57,7 @@ impl Mirror {
         let relay = Relay::start(control, address::CONTROL.both(), LAB_PORT, api.server)?;
         Ok(Self {
             cluster,
+            door: Some(door()),
             _relay: relay,
             agents: api.agent.is_some(),
             told: BTreeMap::new(),
@@ -71,6 +74,10 @@ impl Mirror {
 
     /// Makes the server's objects those given; returns the uids of pods that are new to it.
     pub fn publish(&mut self, objects: &Objects) -> anyhow::Result<Vec<(PodKey, String)>> {
+        if let Some(door) = self.door.clone() {
+            self.send(&door)?;
+            self.door = None;
+        }
         // Nothing can be made in a namespace that is not there; its labels come after the pods that they speak of.
         let is_new = |key: &&Key| key.kind == "Namespace" && !self.told.contains_key(*key);
         let new: Vec<&Key> = objects.keys().filter(is_new).collect();
@@ -163,6 +170,18 @@ impl Mirror {
     fn uri(&self, object: &Value) -> anyhow::Result<String> {
         self.cluster.uri(&kind_of(object), &name_of(&key_of(object)))
     }
+}
+
+/// The EndpointSlice of `default/kubernetes`, which a server of a real cluster writes itself.
+fn door() -> Value {
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": {
+            "name": "kubernetes", "namespace": "default", "labels": {"kubernetes.io/service-name": "kubernetes"}
+        },
+        "ports": [{"name": "https", "port": LAB_PORT, "protocol": "TCP"}],
+        "endpoints": [{"addresses": [address::CONTROL.v4.to_string()], "conditions": {"ready": true}}],
+    })
 }
 
 /// Versions of one server grow, and are numbers in every server that there is.

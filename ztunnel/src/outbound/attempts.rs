@@ -21,7 +21,7 @@ use crate::hbone::pool::Pool;
 use crate::lb::outlier::Seen;
 use crate::lb::{Chance, Failing, Kind};
 use crate::outbound::breaker::{Lasting, Toward};
-use crate::outbound::decide::{Plan, choose, permit};
+use crate::outbound::decide::{Plan, choose, is_outside, permit};
 use crate::outbound::dial;
 use crate::outbound::egress::Leave;
 use crate::outcome::{Code, Outcome};
@@ -155,7 +155,7 @@ impl Attempts<'_> {
                     }
                     Plan::Plain(plan) => {
                         record.hbone = None;
-                        let outside = plan.destination.as_ref().is_none_or(|workload| !workload.is_pod());
+                        let outside = is_outside(plan.service.as_deref(), plan.destination.as_deref());
                         dial::plain(self.pod, plan, patience, &said).await.map(|server| Next::Plain { server, outside })
                     }
                 }

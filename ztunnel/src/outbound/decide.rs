@@ -226,7 +226,14 @@ pub fn to_service(
 /// # Errors
 /// Why not.
 pub fn may_go_to(source: &Workload, service: &Service, endpoint: &Workload, at: SocketAddr) -> Result<(), Outcome> {
-    if endpoint.is_pod() || is_api_server(service) { Ok(()) } else { may_leave(source, at) }
+    if is_outside(Some(service), Some(endpoint)) { may_leave(source, at) } else { Ok(()) }
+}
+
+/// Whether what a connection goes to is outside the cluster: everything but pods, and what is behind `default/kubernetes`, which the
+/// API server itself keeps.
+pub(super) fn is_outside(service: Option<&Service>, endpoint: Option<&Workload>) -> bool {
+    let of_api_server = service.is_some_and(|it| *it.namespace == *"default" && *it.name == *"kubernetes");
+    endpoint.is_none_or(|workload| !workload.is_pod() && !of_api_server)
 }
 
 /// Where a connection goes whose endpoint is in another network.
@@ -256,11 +263,6 @@ pub(super) fn may_leave(source: &Workload, destination: SocketAddr) -> Result<()
         source.namespace
     );
     Err(Outcome::new(Code::EgressDenied, text))
-}
-
-/// `default/kubernetes`, which the API server itself keeps.
-fn is_api_server(service: &Service) -> bool {
-    *service.namespace == *"default" && *service.name == *"kubernetes"
 }
 
 fn to_workload(workload: Arc<Workload>, target: SocketAddr, service: Option<Arc<Service>>, others: bool) -> Plan {

@@ -31,7 +31,7 @@ use crate::lb::{Chance, Held, Kind, Live};
 use crate::outbound::ask::Known;
 use crate::outbound::attempts::{Failure, LONGEST, MOST, SHORT};
 use crate::outbound::breaker::{Passage, Toward};
-use crate::outbound::decide::{Plan, permit, to_service};
+use crate::outbound::decide::{Plan, is_outside, permit, to_service};
 use crate::outbound::dial;
 use crate::outbound::exchange::Refused;
 use crate::outbound::recheck::Left;
@@ -386,7 +386,7 @@ impl Job<'_> {
         let leases = self.to.known.leases.clone();
         let left = Left { pod: client.pod.clone(), target: plan.endpoint(), leases };
         let registration = client.means.live.register_decided(left, &client.shared.reader);
-        let outside = plan.destination().is_none_or(|workload| !workload.is_pod());
+        let outside = is_outside(plan.service().map(AsRef::as_ref), plan.destination().map(AsRef::as_ref));
         let (pod, shared) = (client.pod.clone(), client.shared.clone());
         let waits = Rc::<Cell<bool>>::default();
         let live = room.as_ref().map(|room| room.live().clone());
