@@ -51,7 +51,7 @@ pub(super) fn run(options: &Options, bin_dir: &Path, envoy: Option<&Path>, repor
     }
     eprintln!("lab bench: starting a lab for requests");
     let variants: Vec<&'static str> = [DIRECT, TULLE].into_iter().chain(envoy.map(|_| ENVOY)).collect();
-    let result = Place::start(bin_dir, envoy, &variants).and_then(|mut place| {
+    let result = Place::start(bin_dir, envoy, &variants).map(|mut place| {
         for variant in &variants {
             match place.begin(variant) {
                 Ok(lines) => report.proven.extend(lines),
@@ -73,7 +73,6 @@ pub(super) fn run(options: &Options, bin_dir: &Path, envoy: Option<&Path>, repor
                 Err(error) => fail(report, &tests, variant, &error),
             }
         }
-        Ok(())
     });
     if let Err(error) = result {
         fail(report, &tests, TULLE, &error);
