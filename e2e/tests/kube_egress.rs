@@ -110,5 +110,10 @@ fn an_operator_keeps_its_lease_when_its_namespace_is_closed() -> anyhow::Result<
     renewed(&api, 20)?;
     kept(&api)?;
     anyhow::ensure!(!direct()?.status.success(), "the same server by its node's address is outside");
-    scenario::await_log(&lab, "node-1", &["EGRESS_DENIED", &address::CONTROL.v4.to_string()]).map(drop)
+    scenario::await_log(&lab, "node-1", &["EGRESS_DENIED", &address::CONTROL.v4.to_string()])?;
+
+    // Also while the node's proxy is replaced.
+    lab.replace("node-1")?;
+    renewed(&api, 10)?;
+    kept(&api)
 }
