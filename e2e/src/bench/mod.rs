@@ -8,6 +8,7 @@
 mod agent;
 mod built;
 mod closed;
+mod egress;
 mod generator;
 mod http;
 mod l7;
@@ -132,6 +133,7 @@ pub fn main(options: &Options) -> anyhow::Result<ExitCode> {
         connections(options, &bin_dir, &tests, &mut report)?;
     }
     l7::run(options, &bin_dir, envoy.as_ref().map(|(path, _)| path.as_path()), &mut report);
+    egress::run(options, &bin_dir, &mut report);
     scale::run(options, &bin_dir, &mut report);
     let notes = format!("{}took: {:.0} s\n", report.notes(), began.elapsed().as_secs_f64());
     println!("{}\n{}\n{notes}", report.table(PEER), report.table(ENVOY));

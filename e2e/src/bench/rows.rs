@@ -22,7 +22,7 @@ pub(super) struct Test {
 }
 
 /// A proof's bulk: it must fit into the capture's buffer even if the capture does not run for a while.
-const PROOF_BYTES: u64 = 24 << 20;
+pub(super) const PROOF_BYTES: u64 = 24 << 20;
 
 /// Every load, in the order of the table.
 pub(super) fn tests() -> Vec<Test> {
