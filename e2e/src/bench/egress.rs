@@ -45,8 +45,10 @@ use crate::scenario;
 const CLOSED: &str = "bench";
 /// Who may leave.
 const CLIENT: &str = "spiffe://cluster.local/ns/bench/sa/client";
+/// The same as its own node knows it, also where no tunnel proves an identity.
+const CLIENT_POD: &str = "src.workload=\"client\" src.namespace=\"bench\"";
 /// Who may not.
-const DENIED: &str = "spiffe://cluster.local/ns/bench/sa/denied";
+const DENIED: &str = "src.workload=\"denied\" src.namespace=\"bench\"";
 /// The gateway as the node's record has it.
 const GATEWAY: &str = "spiffe://cluster.local/ns/egress/sa/out";
 
@@ -186,7 +188,16 @@ impl Place {
     }
 
     fn order(&self, work: &Work, to: IpAddr, (warm_ms, run_ms): (u64, u64), limit: Option<u64>) -> Order {
-        Order { to, others: Vec::new(), work: work.clone(), warm_ms, run_ms, limit, marker: self.marker.clone() }
+        Order {
+            to,
+            others: Vec::new(),
+            work: work.clone(),
+            warm_ms,
+            run_ms,
+            limit,
+            marker: self.marker.clone(),
+            http: None,
+        }
     }
 
     /// A bounded part again with the client's node link captured: to a gateway it carries TLS and nothing else, and of what leaves
@@ -224,11 +235,11 @@ struct Counters {
 impl Counters {
     fn begin(place: &Place, way: &Way) -> anyhow::Result<Self> {
         let host = format!("egress.host=\"{}\"", way.host);
-        let words = |more: &str| [CLIENT, "egress=\"allowed\"", &host, more].map(str::to_owned).to_vec();
+        let words = |who: &str, more: &str| [who, "egress=\"allowed\"", &host, more].map(str::to_owned).to_vec();
         let log = |of: &str| LogTail::at_end(place.lab.paths().log(of));
-        let mut logs = vec![(log("node-1")?, words(if way.by_gateway { GATEWAY } else { "" }), 0)];
+        let mut logs = vec![(log("node-1")?, words(CLIENT_POD, if way.by_gateway { GATEWAY } else { "" }), 0)];
         if way.by_gateway {
-            logs.push((log("egress_out-0")?, words(""), 0));
+            logs.push((log("egress_out-0")?, words(CLIENT, ""), 0));
         }
         Ok(Self { by_gateway: way.by_gateway, logs, links: links(place)? })
     }
