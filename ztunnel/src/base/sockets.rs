@@ -108,9 +108,9 @@ impl PodSockets {
             .await?;
         let socket = made.pop().ok_or_else(|| io::Error::other("no socket was made"))?;
         let mut stash = stash.lock().unwrap_or_else(PoisonError::into_inner);
-        if stash.len() < STASH {
-            stash.append(&mut made);
-        }
+        // Others may have filled it meanwhile.
+        let room = STASH.saturating_sub(stash.len());
+        stash.extend(made.into_iter().take(room));
         Ok(socket)
     }
 
