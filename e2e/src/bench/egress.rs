@@ -187,17 +187,8 @@ impl Place {
         Ok([machine::cpu_seconds(self.nodes[0])?, gateway])
     }
 
-    fn order(&self, work: &Work, to: IpAddr, (warm_ms, run_ms): (u64, u64), limit: Option<u64>) -> Order {
-        Order {
-            to,
-            others: Vec::new(),
-            work: work.clone(),
-            warm_ms,
-            run_ms,
-            limit,
-            marker: self.marker.clone(),
-            http: None,
-        }
+    fn order(&self, work: &Work, to: IpAddr, times: (u64, u64), limit: Option<u64>) -> Order {
+        Order::to(to, work, times, limit, &self.marker)
     }
 
     /// A bounded part again with the client's node link captured: to a gateway it carries TLS and nothing else, and of what leaves

@@ -186,16 +186,7 @@ impl Bench {
             Work::Cold { .. } => side.others.clone(),
             _ => Vec::new(),
         };
-        Order {
-            to: side.to,
-            others,
-            work: work.clone(),
-            warm_ms,
-            run_ms,
-            limit,
-            marker: self.marker.clone(),
-            http: None,
-        }
+        Order { others, ..Order::to(side.to, work, (warm_ms, run_ms), limit, &self.marker) }
     }
 
     fn run_order(&self, side: &Side, client: &str, order: &Order) -> anyhow::Result<Outcome> {

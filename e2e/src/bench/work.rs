@@ -85,6 +85,23 @@ pub(super) struct Order {
     pub(super) http: Option<Http>,
 }
 
+impl Order {
+    /// Raw bytes to one server; `times` are the warm-up and the measured part, milliseconds.
+    pub(super) fn to(to: IpAddr, work: &Work, times: (u64, u64), limit: Option<u64>, marker: &str) -> Self {
+        let (warm_ms, run_ms) = times;
+        Self {
+            to,
+            others: Vec::new(),
+            work: work.clone(),
+            warm_ms,
+            run_ms,
+            limit,
+            marker: marker.to_owned(),
+            http: None,
+        }
+    }
+}
+
 /// What every request of HTTP is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Http {

@@ -213,16 +213,10 @@ impl Place {
         Ok(lines)
     }
 
-    fn order(&self, side: &Side, work: &Work, (warm_ms, run_ms): (u64, u64), limit: Option<u64>) -> Order {
+    fn order(&self, side: &Side, work: &Work, times: (u64, u64), limit: Option<u64>) -> Order {
         Order {
-            to: side.to.ip(),
-            others: Vec::new(),
-            work: work.clone(),
-            warm_ms,
-            run_ms,
-            limit,
-            marker: self.marker.clone(),
             http: Some(Http { port: side.to.port(), head: self.head("GET", world::PATH, "") }),
+            ..Order::to(side.to.ip(), work, times, limit, &self.marker)
         }
     }
 
