@@ -23,7 +23,7 @@ rm -rf "$logs" && mkdir -p "$logs"
 needs_namespaces() {
     case $1 in
         */lib | */bin-* | e2e/tidy) return 1 ;;
-        e2e/* | ztunnel/churn | ztunnel/defects | ztunnel/ends | ztunnel/federation | ztunnel/flow | ztunnel/recovery | ztunnel/tunnel) return 0 ;;
+        e2e/* | ztunnel/churn | ztunnel/defects | ztunnel/ends | ztunnel/federation | ztunnel/fence | ztunnel/flow | ztunnel/recovery | ztunnel/tunnel) return 0 ;;
         *) return 1 ;;
     esac
 }

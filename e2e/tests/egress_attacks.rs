@@ -121,6 +121,8 @@ fn is_fenced(lab: &Lab) -> anyhow::Result<()> {
 /// What counts can count, and each part of the fence is needed: without the check of sources other pods answer the prey, without the
 /// mark of connections the pod itself does, without a fence all of it comes.
 fn counts_without_a_fence(lab: &Lab, attack: &Attack) -> anyhow::Result<()> {
+    // It would put up again what is taken away.
+    lab.kill("node-1", "KILL")?;
     let away = |what: &str| lab.exec_ok("node-1", &["sh", "-c", &format!("PATH=$PATH:/usr/sbin nft {what}")]);
     let count = || {
         Attack::run(lab, &attack.plainly())?;
@@ -174,9 +176,18 @@ fn the_fence_holds_against_the_pod_itself_with_and_without_a_proxy() -> anyhow::
     scenario::reaches(&lab, "shop/web", "http://desk.plain/")?;
     counts_without_a_fence(&lab, &attack)?;
     // And it comes back with the proxy, rules and all.
-    lab.kill("node-1", "KILL")?;
     lab.restart("node-1")?;
-    is_fenced(&lab)
+    is_fenced(&lab)?;
+    let nft = |what: &str| lab.exec("node-1", &["sh", "-c", &format!("PATH=$PATH:/usr/sbin:/sbin nft {what}")]);
+    let pods = || anyhow::Ok(String::from_utf8(nft("list set inet tulle_fence pods")?.stdout)?);
+    let before = pods()?;
+    anyhow::ensure!(before.contains("elements"), "{before}");
+    // Also when another program flushes the node's rules.
+    anyhow::ensure!(nft("flush ruleset")?.status.success());
+    eventually("the fence is put up again", scenario::PATIENCE, || match pods() {
+        Ok(now) if now == before => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
 }
 
 /// Puts a bridge between the pod and its node, as flannel and many others have one.

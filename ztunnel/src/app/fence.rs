@@ -3,15 +3,18 @@
 //! A pod is held before it is called captured, and the fence follows the mesh's addresses at most every [`PACE`]. What an earlier
 //! process fenced stays fenced until its pod is known again to be open, or its interface is gone; so a restart opens nothing. Nothing is
 //! installed before control has said all, since without addresses the fence would be shut.
+//!
+//! Two processes keep it during a handover, and other programs may flush the node's rules. So nobody writes the table without having
+//! looked whether it is still the own one, alone at that moment; what somebody else fenced is kept; and every [`CHECK`] a table that is
+//! not the own one any more is replaced.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Mutex;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::base::drain::Drained;
 use crate::base::netns::Netns;
@@ -22,6 +25,11 @@ use crate::state::{Protocol, Reader, Snapshot};
 const PACE: Duration = Duration::from_millis(200);
 /// Before the next try after a failure.
 const RETRY: Duration = Duration::from_secs(2);
+
+/// Before another look whether the table is still there: what a flush opens is open no longer. A look costs some milliseconds.
+const CHECK: Duration = Duration::from_secs(5);
+/// For another process to finish its transaction, which takes some tens of milliseconds.
+const OTHER: Duration = Duration::from_secs(5);
 
 /// See the module's header.
 pub struct Fence {
@@ -37,48 +45,58 @@ struct State {
     pods: BTreeMap<String, BTreeSet<String>>,
     /// Those of these pods that have other ways out, too.
     partly: BTreeSet<String>,
-    /// Interfaces that were fenced before this process, of pods that it has not looked at.
+    /// Interfaces that another process fenced, of pods that this one has not looked at.
     before: BTreeSet<String>,
+    /// Interfaces of pods that this process knows to be open, whatever another one says.
+    open: BTreeSet<String>,
     /// Those of all these that were ports of a bridge when they were looked at, and of which one.
     bridged: BTreeMap<String, String>,
     /// Addresses of pods by interface.
     own: BTreeMap<String, BTreeSet<IpAddr>>,
     /// The kernel can be asked for its routes.
     routes: bool,
-    /// What is installed.
-    installed: Option<String>,
-    /// It is known what was fenced before this process.
-    looked_back: bool,
+    /// What is installed, and as which table.
+    installed: Option<(String, u64)>,
+    /// When that was last looked at.
+    looked: Option<Instant>,
 }
 
 impl State {
-    /// Finds out what was fenced before this process, once.
-    async fn look_back(&mut self, node: &Netns) -> Result<(), String> {
-        if self.looked_back {
-            return Ok(());
-        }
+    /// Finds out what others fenced, unless the table is the own one: whether it is.
+    async fn look(&mut self, node: &Netns) -> Result<bool, String> {
         let failed = |error: std::io::Error| error.to_string();
-        let held: BTreeSet<String> = self.pods.values().flatten().cloned().collect();
+        let table = fence::table(node).await.map_err(failed)?;
+        let first = self.looked.is_none();
+        if !first && table == self.installed.as_ref().map(|(_, table)| *table) {
+            self.looked = Some(Instant::now());
+            return Ok(true);
+        }
+        if self.installed.take().is_some() && table.is_none() {
+            tracing::warn!("the fence was taken away by another program; it is put up again");
+        }
+        if first {
+            self.routes = fence::knows_routes(node).await;
+        }
         let links = fence::interfaces(node).await.map_err(failed)?;
-        let (before, own) = fence::fenced(node).await.map_err(failed)?;
-        self.routes = fence::knows_routes(node).await;
-        self.bridged.extend(fence::bridged(&before, &links));
+        let (fenced, own) = fence::fenced(node).await.map_err(failed)?;
+        let held: BTreeSet<&String> = self.pods.values().flatten().chain(&self.open).collect();
+        let others: BTreeSet<String> = fenced.into_iter().filter(|name| !held.contains(name)).collect();
+        self.bridged.extend(fence::bridged(&others, &links));
         for (name, addresses) in own {
             self.own.entry(name).or_insert(addresses);
         }
-        self.before.extend(before.difference(&held).cloned());
-        self.looked_back = true;
-        Ok(())
+        self.before.extend(others);
+        self.looked = Some(Instant::now());
+        Ok(false)
     }
 }
 
 impl Fence {
-    /// The fence of this node, with what is there of it.
-    pub async fn new(on: bool, reader: Reader) -> Arc<Self> {
-        let node = on.then(|| Netns::open(Path::new("/proc/self/ns/net")).ok()).flatten();
+    /// The fence in this network, with what is there of it; `None`: none.
+    pub async fn new(node: Option<Netns>, reader: Reader) -> Arc<Self> {
         let mut state = State::default();
         if let Some(node) = &node
-            && let Err(error) = state.look_back(node).await
+            && let Err(error) = state.look(node).await
         {
             tracing::warn!(%error, "what is fenced cannot be seen; nothing is changed before it can");
         }
@@ -107,6 +125,7 @@ impl Fence {
             return problem;
         }
         state.before.retain(|name| !ends.contains(name));
+        state.open.retain(|name| !ends.contains(name));
         state.bridged.extend(fence::bridged(&ends, &outer));
         let own: BTreeSet<IpAddr> = addresses.iter().map(IpAddr::to_canonical).collect();
         state.own.extend(ends.iter().map(|name| (name.clone(), own.clone())));
@@ -130,19 +149,18 @@ impl Fence {
     pub async fn release(&self, uid: &str, pod: &Netns) {
         let Some(node) = &self.node else { return };
         let mut state = self.state.lock().await;
-        let mut changed = state.pods.remove(uid).is_some();
+        let mut ends = state.pods.remove(uid).unwrap_or_default();
         state.partly.remove(uid);
         if !state.before.is_empty()
             && let (Ok(inner), Ok(outer)) = (fence::interfaces(pod).await, fence::interfaces(node).await)
         {
-            let (ends, _) = fence::ends(&inner, &outer);
-            let had = state.before.len();
-            state.before.retain(|name| !ends.contains(name));
-            changed |= state.before.len() != had;
+            ends.extend(fence::ends(&inner, &outer).0.into_iter().filter(|name| state.before.contains(name)));
         }
+        state.before.retain(|name| !ends.contains(name));
+        let changed = !ends.is_empty();
+        state.open.extend(ends);
         if changed && let Err(error) = self.bring(node, &mut state).await {
             tracing::warn!(%error, "the fence stays around a pod that is open; trying again");
-            state.installed = None;
         }
     }
 
@@ -172,30 +190,56 @@ impl Fence {
             }
             tokio::select! {
                 () = stop.draining() => return,
-                changed = async { sleep(pause).await; changes.changed().await } => if changed.is_err() { return },
+                changed = async { sleep(pause).await; timeout(CHECK, changes.changed()).await } => {
+                    if matches!(changed, Ok(Err(_))) { return }
+                }
             }
         }
     }
 
     /// Forgets interfaces that are gone, and brings the table up to date.
     async fn sweep(&self, node: &Netns, state: &mut State) -> Result<(), String> {
-        if !state.before.is_empty() {
+        if !state.before.is_empty() || !state.open.is_empty() {
             let there = fence::interfaces(node).await.map_err(|error| error.to_string())?;
             let names: BTreeSet<String> = there.values().map(|link| link.name().to_owned()).collect();
             state.before.retain(|name| names.contains(name));
+            state.open.retain(|name| names.contains(name));
         }
         self.bring(node, state).await
     }
 
+    /// Makes the table what it should be, if it is not.
     async fn bring(&self, node: &Netns, state: &mut State) -> Result<(), String> {
-        if state.pods.is_empty() && state.before.is_empty() && state.installed.is_none() {
+        if state.pods.is_empty() && state.before.is_empty() && state.installed.is_none() && state.looked.is_some() {
             return Ok(());
         }
-        state.look_back(node).await?;
+        let mut clear = !state.bridged.is_empty();
+        let mut text = self.text(node, state, clear).await?;
+        let due = state.looked.is_none_or(|at| at.elapsed() >= CHECK);
+        if !due && state.installed.as_ref().is_some_and(|(installed, _)| *installed == text) {
+            return Ok(());
+        }
+        let alone = timeout(OTHER, node.alone()).await;
+        let alone = alone.map_err(|_| "another process does not let go of the fence".to_owned())?;
+        let _alone = alone.map_err(|error| format!("the fence cannot be had alone: {error}"))?;
+        // What somebody else has changed meanwhile is known only now.
+        if !state.look(node).await? {
+            clear |= !state.bridged.is_empty();
+            text = self.text(node, state, clear).await?;
+        }
+        if state.installed.as_ref().is_some_and(|(installed, _)| *installed == text) {
+            return Ok(());
+        }
+        let failed = |error: std::io::Error| format!("the fence could not be installed: {error}");
+        fence::apply(node, text.clone()).await.map_err(failed)?;
+        state.installed = fence::table(node).await.map_err(failed)?.map(|table| (text, table));
+        Ok(())
+    }
+
+    /// The transaction that makes the table what it should be. `clear`: also for bridges, which go when the last port has gone.
+    async fn text(&self, node: &Netns, state: &mut State, clear: bool) -> Result<String, String> {
         let interfaces: BTreeSet<String> = state.pods.values().flatten().chain(&state.before).cloned().collect();
-        let clear = !state.bridged.is_empty();
         if clear {
-            // The bridges' table goes when the last port has gone.
             let links = fence::interfaces(node).await.map_err(|error| error.to_string())?;
             state.bridged = fence::bridged(&interfaces, &links);
         }
@@ -203,13 +247,7 @@ impl Fence {
         state.own.retain(|name, _| interfaces.contains(name) || bridges.contains(name));
         let fenced =
             Fenced { interfaces, bridged: state.bridged.clone(), own: state.own.clone(), routes: state.routes };
-        let text = fence::render(&fenced, &inside(&self.reader.load()), clear);
-        if state.installed.as_ref() == Some(&text) {
-            return Ok(());
-        }
-        fence::apply(node, text.clone()).await.map_err(|error| format!("the fence could not be installed: {error}"))?;
-        state.installed = Some(text);
-        Ok(())
+        Ok(fence::render(&fenced, &inside(&self.reader.load()), clear))
     }
 }
 

@@ -174,7 +174,9 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
         taking.known(&reader).await?;
     }
     let (pods_stop, _) = drain();
-    let fence = Fence::new(config.fence == Switch::On, reader.clone()).await;
+    let own = (config.fence == Switch::On).then(|| Netns::open(Path::new("/proc/self/ns/net")));
+    let own = own.transpose().context("the node's own network cannot be fenced (TULLE_FENCE=off does without)")?;
+    let fence = Fence::new(own, reader.clone()).await;
     tokio::spawn(fence.clone().run(stopping.clone()));
     let ends = (taken.clone(), was_replaced.clone());
     let cluster = cluster(&config, &answers).await?;

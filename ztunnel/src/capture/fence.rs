@@ -189,6 +189,17 @@ pub async fn knows_routes(node: &Netns) -> bool {
     run_blocking(node, move || run("nft", &["-c", "-f", "-"], Some(&rule))).await.is_ok()
 }
 
+/// The table that is there, by the number that the kernel gives each new one.
+///
+/// # Errors
+/// What `nft` said.
+pub async fn table(node: &Netns) -> io::Result<Option<u64>> {
+    let listed = run_blocking(node, || run("nft", &["-j", "list", "tables", "inet"], None)).await?;
+    let listed: Value = serde_json::from_str(&listed)?;
+    let mut tables = listed["nftables"].as_array().into_iter().flatten().map(|one| &one["table"]);
+    Ok(tables.find(|table| table["name"] == TABLE).and_then(|table| table["handle"].as_u64()))
+}
+
 /// Interfaces that a table from before fences, and the addresses behind them.
 ///
 /// # Errors
