@@ -98,6 +98,10 @@ impl Mesh {
     }
 
     async fn channel(&self) -> Channel {
+        self.try_channel().await.expect("connect")
+    }
+
+    async fn try_channel(&self) -> Result<Channel, tonic::transport::Error> {
         let root = std::fs::read(self.dir.path().join("ca/root-cert.pem")).expect("root");
         let port = self.running.as_ref().expect("running").grpc.port();
         let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(root)).domain_name("localhost");
@@ -107,7 +111,6 @@ impl Mesh {
             .expect("tls")
             .connect()
             .await
-            .expect("connect")
     }
 
     async fn get(&self, path: &str) -> (u16, String) {
@@ -585,4 +588,46 @@ async fn the_port_of_metrics_answers_metrics_alone_however_many_hold_it() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     drop(idle);
+}
+
+/// A connection from one of this machine's own addresses.
+async fn connect_from(from: &str, to: std::net::SocketAddr) -> tokio::net::TcpStream {
+    let socket = tokio::net::TcpSocket::new_v4().expect("socket");
+    socket.bind(format!("{from}:0").parse().expect("address")).expect("bind");
+    socket.connect(to).await.expect("connect")
+}
+
+/// Whether the other end closes it before it has said anything.
+async fn is_closed(mut stream: tokio::net::TcpStream) -> bool {
+    use tokio::io::AsyncReadExt;
+    !matches!(stream.read(&mut [0]).await, Ok(1..))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_address_cannot_take_all_places() {
+    let mesh = Mesh::start(&[("pod.yaml", POD)]).await;
+    mesh.until("/readyz", |code, _| code == 200).await;
+    let at = mesh.running.as_ref().expect("it runs").grpc;
+    // Strangers that connect and say nothing: what one of them may not have is closed at once, others are served.
+    let mut silent = Vec::new();
+    for _ in 0..64 {
+        silent.push(connect_from("127.0.0.7", at).await);
+    }
+    assert!(is_closed(connect_from("127.0.0.7", at).await).await);
+    let first = silent.first().and_then(|first| first.try_read(&mut [0]).err()).map(|error| error.kind());
+    assert_eq!(first, Some(std::io::ErrorKind::WouldBlock), "it was closed for being late, as all of them are");
+    let _others = mesh.channel().await;
+    drop(silent);
+    // Connections that are open count, too, until they end.
+    let mut open = Vec::new();
+    for _ in 1..512 {
+        open.push(mesh.channel().await);
+    }
+    assert!(mesh.try_channel().await.is_err(), "the 513th");
+    open.clear();
+    let started = tokio::time::Instant::now();
+    while mesh.try_channel().await.is_err() {
+        assert!(started.elapsed() < DEADLINE, "no place becomes free");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }

@@ -6,9 +6,7 @@
 //! kept for [`KEPT_S`] at most: so long after its pod went, a token is still believed. Without an answer nobody passes.
 
 use std::collections::BTreeMap;
-use std::collections::HashMap;
 use std::net::IpAddr;
-use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -21,6 +19,7 @@ use sha2::Sha256;
 use tokio::sync::Semaphore;
 
 use crate::authn::token::{Caller, MAX_TOKEN_BYTES, subject};
+use crate::base::sources::Sources;
 use crate::cluster::tokens::Review;
 
 /// Longest that an answer is believed, seconds.
@@ -98,8 +97,8 @@ pub struct Reviews {
     pods: FindPod,
     audience: String,
     turns: Semaphore,
-    // Addresses with questions under way. Held for single map operations only.
-    sources: Mutex<HashMap<IpAddr, Arc<Semaphore>>>,
+    // Addresses with questions under way.
+    sources: Arc<Sources>,
     // By the SHA-256 of the token, so that no token lies in memory. Held for single map operations only.
     kept: Mutex<BTreeMap<[u8; 32], Kept>>,
 }
@@ -108,7 +107,7 @@ impl Reviews {
     /// Tokens must be for `audience`.
     pub fn new(audience: String, ask: Ask, pods: FindPod) -> Arc<Self> {
         let (turns, kept) = (Semaphore::new(MAX_REVIEWS), Mutex::default());
-        Arc::new(Self { ask, pods, audience, turns, sources: Mutex::default(), kept })
+        Arc::new(Self { ask, pods, audience, turns, sources: Sources::new(REVIEWS_OF_ONE), kept })
     }
 
     /// The caller at address `from` that a token proves at `now`, Unix seconds. `claims` are the token's own.
@@ -124,7 +123,7 @@ impl Reviews {
             return verdict;
         }
         let asked = tokio::time::timeout(TIME, async {
-            let source = Source::new(&self.sources, from);
+            let source = self.sources.of(from);
             let _own = source.turns.acquire().await;
             let _turn = self.turns.acquire().await;
             match self.known(&key, now) {
@@ -163,33 +162,6 @@ impl Reviews {
             }
         }
         kept.insert(key, verdict);
-    }
-}
-
-/// An address with a question under way or waiting; forgotten with its last one.
-struct Source<'a> {
-    all: &'a Mutex<HashMap<IpAddr, Arc<Semaphore>>>,
-    from: IpAddr,
-    turns: Arc<Semaphore>,
-}
-
-impl<'a> Source<'a> {
-    /// Callers without a known address count as one.
-    fn new(all: &'a Mutex<HashMap<IpAddr, Arc<Semaphore>>>, from: Option<IpAddr>) -> Self {
-        let from = from.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)).to_canonical();
-        let mut sources = all.lock().unwrap_or_else(PoisonError::into_inner);
-        let turns = sources.entry(from).or_insert_with(|| Arc::new(Semaphore::new(REVIEWS_OF_ONE)));
-        Self { all, from, turns: Arc::clone(turns) }
-    }
-}
-
-impl Drop for Source<'_> {
-    fn drop(&mut self) {
-        let mut sources = self.all.lock().unwrap_or_else(PoisonError::into_inner);
-        // The map's and this one.
-        if Arc::strong_count(&self.turns) == 2 {
-            sources.remove(&self.from);
-        }
     }
 }
 
@@ -374,7 +346,6 @@ mod tests {
             _ = flood => panic!("nobody answers the flood"),
             passed = other => { passed.expect("another address has its turn"); }
         }
-        assert!(reviews.sources.lock().expect("not poisoned").is_empty(), "nobody waits any more");
     }
 
     #[test]

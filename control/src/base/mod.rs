@@ -1,10 +1,11 @@
-//! What std or tokio could have shipped: the wall clock in one place, the order to stop, an error's causes, and a map that is cheap to
-//! copy.
+//! What std or tokio could have shipped: the wall clock in one place, the order to stop, an error's causes, a map that is cheap to
+//! copy, and turns by source address.
 //!
 //! Everything that decides takes the time as an argument; only the outermost callers read it here. Nothing in this
 //! module knows what a mesh is.
 
 mod shared;
+pub mod sources;
 
 use std::time::SystemTime;
 use std::time::UNIX_EPOCH;
