@@ -81,10 +81,18 @@ impl Sample {
     /// From here to a later one: what the proxies on both sides used, and which share of the processors others took.
     pub(super) fn until(&self, later: &Self) -> ([f64; 2], f64) {
         let used = [0, 1].map(|proxy| later.proxies[proxy] - self.proxies[proxy]);
-        let span = (later.at - self.at).as_secs_f64();
         let ours = used.iter().sum::<f64>() + later.own - self.own;
+        (used, self.share(later, later.busy - self.busy - ours))
+    }
+
+    /// From here to a later one: which share of the processors was used, by whomever.
+    pub(super) fn load(&self, later: &Self) -> f64 {
+        self.share(later, later.busy - self.busy)
+    }
+
+    fn share(&self, later: &Self, seconds: f64) -> f64 {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from) as f64;
-        (used, ((later.busy - self.busy - ours) / (span * cpus)).clamp(0.0, 1.0))
+        (seconds / ((later.at - self.at).as_secs_f64() * cpus)).clamp(0.0, 1.0)
     }
 }
 

@@ -127,6 +127,8 @@ pub(super) const BESIDE: &str = "p99 beside : p99 quiet";
 pub(super) const P99_QUIET: &str = "p99 µs, quiet";
 pub(super) const P99_BESIDE: &str = "p99 µs, beside";
 pub(super) const FLOODED: &str = "requests/s of the flood";
+/// How much of the machine was used meanwhile.
+pub(super) const LOADED: &str = "% of the processors, beside";
 const GBITS: &str = "Gbit/s";
 const REQUESTS: &str = "requests/s";
 const CONNECTIONS: &str = "connections/s";
@@ -173,6 +175,7 @@ pub(super) fn shape(name: &str) -> (usize, Better) {
     match name {
         REQUESTS | CONNECTIONS | PER_CPU | FLOODED => (0, Better::Higher),
         BESIDE => (2, Better::Lower),
+        LOADED => (0, Better::Lower),
         GBITS => (2, Better::Higher),
         P50 | P90 | P99 | P99_QUIET | P99_BESIDE => (0, Better::Lower),
         _ if ADDED.iter().any(|(_, added)| *added == name) => (0, Better::Lower),

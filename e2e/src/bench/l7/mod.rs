@@ -15,8 +15,10 @@ use crate::bench::DIRECT;
 use crate::bench::ENVOY;
 use crate::bench::Options;
 use crate::bench::TULLE;
+use crate::bench::l7::place::ALL;
 use crate::bench::l7::place::Outcome;
 use crate::bench::l7::place::Place;
+use crate::bench::l7::place::half_of;
 use crate::bench::note;
 use crate::bench::report::Failure;
 use crate::bench::report::Report;
@@ -29,6 +31,8 @@ use crate::bench::work::Work;
 pub(super) const NAMED: &str = "HTTP";
 /// Beside which all that a neighbour can ask goes on.
 const BESIDE: &str = "HTTP, 1,000 requests/s, 4 connections, beside another pod's flood";
+/// Beside which a neighbour asks half of that.
+const AT_HALF_LOAD: &str = "HTTP, 1,000 requests/s, 4 connections, beside half of that flood";
 
 /// The loads.
 fn tests() -> Vec<Test> {
@@ -40,6 +44,7 @@ fn tests() -> Vec<Test> {
         test("HTTP, 200 requests/s, 1 connection", paced(1, 200)),
         test("HTTP, 2,000 requests/s, 16 connections", paced(16, 2000)),
         test(BESIDE, paced(4, 1000)),
+        test(AT_HALF_LOAD, paced(4, 1000)),
     ]
 }
 
@@ -95,10 +100,10 @@ fn load(
     (round, times): (usize, (u64, u64)),
 ) -> String {
     let mut wrong = Vec::new();
-    let found = if test.name == BESIDE {
+    let found = if [BESIDE, AT_HALF_LOAD].contains(&test.name) {
         beside(place, report, variant, test, times, &mut wrong)
     } else {
-        part(place, report, (variant, test), times, false, &mut wrong).map(|outcome| {
+        part(place, report, (variant, test), times, None, &mut wrong).map(|outcome| {
             let mut found = figures(&test.work, &outcome.run);
             let used = found.iter().find(|(name, _)| *name == rows::CPU_REQUEST[0]).map(|(_, used)| 1e6 / used);
             found.extend(used.map(|requests| (rows::PER_CPU, requests)));
@@ -119,7 +124,8 @@ fn load(
     said
 }
 
-/// The same load before and beside a flood. CPU is not told: it is the flood's.
+/// The same load before and beside a flood: all that there can be beside it, which is what there is room for, or half of
+/// that, at a fixed rate. CPU is not told: it is the flood's.
 fn beside(
     place: &Place,
     report: &mut Report,
@@ -128,8 +134,12 @@ fn beside(
     times: (u64, u64),
     wrong: &mut Vec<String>,
 ) -> Option<Vec<(&'static str, f64)>> {
-    let quiet = part(place, report, (variant, test), times, false, wrong)?;
-    let loud = part(place, report, (variant, test), times, true, wrong)?;
+    let mut beside = |flood: Option<&Work>| part(place, report, (variant, test), times, flood, wrong);
+    let quiet = beside(None)?;
+    let mut loud = beside(Some(&ALL))?;
+    if test.name == AT_HALF_LOAD {
+        loud = beside(Some(&half_of(loud.flooded)))?;
+    }
     let p99 = |outcome: &Outcome| outcome.run.measured.latency.as_ref().map(|latency| latency.p99);
     let (before, beside) = (p99(&quiet)?, p99(&loud)?);
     Some(vec![
@@ -137,6 +147,7 @@ fn beside(
         (rows::P99_QUIET, before),
         (rows::P99_BESIDE, beside),
         (rows::FLOODED, loud.flooded),
+        (rows::LOADED, loud.load * 100.0),
     ])
 }
 
@@ -145,7 +156,7 @@ fn part(
     report: &mut Report,
     (variant, test): (&'static str, &Test),
     times: (u64, u64),
-    flood: bool,
+    flood: Option<&Work>,
     wrong: &mut Vec<String>,
 ) -> Option<Outcome> {
     match place.run(variant, &test.work, times, flood) {

@@ -49,8 +49,10 @@ use crate::lab::Running;
 const STARTED: Duration = Duration::from_secs(30);
 /// The header must decide so many times.
 const PINNED: u64 = 50;
-/// Connections of the flood: each asks again as soon as it is answered.
+/// Connections of the flood.
 const FLOOD: usize = 64;
+/// All that it can ask: each connection asks again as soon as it is answered.
+pub(super) const ALL: Work = Work::Requests { connections: FLOOD };
 
 /// The lab and the variants in it.
 pub(super) struct Place {
@@ -95,6 +97,14 @@ pub(super) struct Outcome {
     pub(super) others: f64,
     /// Requests a second of the flood beside it.
     pub(super) flooded: f64,
+    /// Share of the processors that was used.
+    pub(super) load: f64,
+}
+
+/// A flood of half as many requests a second.
+pub(super) fn half_of(flooded: f64) -> Work {
+    let per_second = (flooded / 2.0).round().max(1.0) as u32;
+    Work::Paced { connections: FLOOD, per_second, beside_upload: false }
 }
 
 impl Place {
@@ -220,15 +230,21 @@ impl Place {
         }
     }
 
-    /// One part with its figures; with `flood` another pod asks as much as it can meanwhile.
-    pub(super) fn run(&self, variant: &str, work: &Work, times: (u64, u64), flood: bool) -> anyhow::Result<Outcome> {
+    /// One part with its figures; with `flood` another pod does that meanwhile.
+    pub(super) fn run(
+        &self,
+        variant: &str,
+        work: &Work,
+        times: (u64, u64),
+        flood: Option<&Work>,
+    ) -> anyhow::Result<Outcome> {
         let side = self.side(variant)?;
         let place = |client: &str| format!("{}/{client}", side.namespace);
         let mut records = Records::begin(side, "client", self.far)?;
         let mut flooder = None;
-        if flood {
+        if let Some(flood) = flood {
             // Longer than the part beside it, which begins once the flood is there.
-            let order = self.order(side, &Work::Requests { connections: FLOOD }, (0, times.0 + times.1 + 1000), None);
+            let order = self.order(side, flood, (0, times.0 + times.1 + 1000), None);
             let mut generator = Generator::start(&self.lab, &place("flooder"), &order)?;
             generator.expect_begin()?;
             flooder = Some(generator);
@@ -256,7 +272,7 @@ impl Place {
         wrong.extend(records.judge(side, &totals, self.far)?);
         let (used, others) = before.until(&after);
         let cpu = (variant != DIRECT).then_some(used);
-        Ok(Outcome { run: Run { measured, cpu }, wrong, others, flooded })
+        Ok(Outcome { run: Run { measured, cpu }, wrong, others, flooded, load: before.load(&after) })
     }
 
     /// A bounded part of the load again, with the node link captured.
