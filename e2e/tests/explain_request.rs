@@ -222,3 +222,41 @@ fn a_request_that_is_bound_to_an_endpoint_is_explained_with_that_one() -> anyhow
     assert_eq!(choices(&lab, "bound", None)?.len(), 5, "no session");
     Ok(())
 }
+
+#[test]
+fn too_few_that_are_left_are_explained_as_they_are_used() -> anyhow::Result<()> {
+    let mut objects = scenario::world(true);
+    for (name, node) in [("a", 1), ("b", 2), ("c", 2), ("d", 2)] {
+        objects.push_str(&scenario::server("shop", name, "many", node));
+    }
+    objects.push_str(&scenario::service("shop", "many"));
+    let Some(lab) = scenario::lab(LabConfig::of(&objects)) else { return Ok(()) };
+    let rule = |least| {
+        lab.apply_yaml(&format!(
+            "---\napiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: many, namespace: shop}}\n\
+             spec: {{host: many, trafficPolicy: {{loadBalancer: {{consistentHash: {{httpHeaderName: x-user}}}}, outlierDetection: \
+             {{consecutive5xxErrors: 1, baseEjectionTime: 300s, maxEjectionPercent: 100, minHealthPercent: {least}}}}}}}\n"
+        ))
+    };
+    rule(50)?;
+    let header = "x-user: ann";
+    let first = choices(&lab, "many", Some(header))?;
+    let url = format!("http://{}:8080/become?status=503", lab.pod_ip("shop", &first[0].0)?);
+    scenario::all_well(&scenario::calls(&lab, "shop/web", &url, &[])?, 1)?;
+    scenario::calls(&lab, "shop/web", "http://many.shop/", &["--header", header])?;
+    scenario::await_log(&lab, "node-1", &["endpoint ejected"])?;
+    // Three of four are left: enough of 50 %, too few of 80 %.
+    for (least, is_first) in [(50, false), (80, true)] {
+        rule(least)?;
+        let found = choices(&lab, "many", Some(header))?;
+        assert_eq!(found == first, is_first, "at least {least} %: {found:?}");
+        let url = format!("http://many.shop/?least={least}");
+        scenario::calls(&lab, "shop/web", &url, &["--header", header])?;
+        let words = ["request complete", "direction=\"outbound\"", &format!("least={least}\"")];
+        let line = scenario::await_log(&lab, "node-1", &words)?;
+        assert_eq!(scenario::field(&line, "dst.workload"), found[0].0, "at least {least} %: {line}");
+        let told = lab.control_get("/debug/explain?from=shop/web&to=shop/many:80")?.to_string();
+        assert_eq!(told.contains("used all the same"), is_first, "at least {least} %: {told}");
+    }
+    Ok(())
+}

@@ -218,6 +218,14 @@ fn traffic_policy() -> mesh::TrafficPolicy {
         retry_budget: Some(mesh::RetryBudget { share: 2_000, least: 3, interval_ms: 1_000 }),
         warmup: Some(mesh::Warmup { duration_ms: 1_000, least_percent: 10, aggression: 1_000 }),
         table_size: 1_009,
+        locality: Some(mesh::LocalityBalancing {
+            distribute: vec![mesh::Distribution {
+                from: "r1/z1/*".into(),
+                to: vec![mesh::LocalityShare { place: "r1".into(), weight: 100 }],
+            }],
+            scopes: vec![mesh::LocalityScope::Zone.into()],
+            failover: vec![mesh::RegionFailover { from: "r1".into(), to: "r2".into() }],
+        }),
         ..Default::default()
     };
     mesh::TrafficPolicy {

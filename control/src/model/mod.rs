@@ -38,8 +38,9 @@ pub use service::{
     TargetPort, TrafficScope, Transport,
 };
 pub use traffic::{
-    Balancer, DestinationRule, HashCookie, HashKey, JwtRule, Layout, OutlierDetection, RequestAuthentication,
-    RequestAuthenticationSpec, RetryBudget, SuccessRate, TrafficSettings, Warmup,
+    Balancer, DestinationRule, Distribution, HashCookie, HashKey, JwtRule, Layout, LocalityBalancing, LocalityScope,
+    OutlierDetection, RequestAuthentication, RequestAuthenticationSpec, RetryBudget, SuccessRate, TrafficSettings,
+    Warmup,
 };
 pub use trust::TrustBundle;
 pub use workload::{ContainerPort, Namespace, Node, Phase, Pod, ServiceAccount};

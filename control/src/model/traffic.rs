@@ -55,6 +55,48 @@ pub struct TrafficSettings {
     pub warmup: Option<Warmup>,
     /// connectionPool.http.maxConcurrentStreams.
     pub max_concurrent_streams: u32,
+    /// loadBalancer.localityLbSetting.
+    pub locality: Option<LocalityBalancing>,
+}
+
+/// loadBalancer.localityLbSetting. Places are written `region/zone/subzone`, with `*` for any.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LocalityBalancing {
+    /// distribute.
+    Distribute(Vec<Distribution>),
+    /// Nearest first.
+    Nearest {
+        /// What is compared one after the other: failoverPriority.
+        scopes: Vec<LocalityScope>,
+        /// failover: from, to.
+        failover: Vec<(String, String)>,
+    },
+}
+
+/// distribute[].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Distribution {
+    /// from.
+    pub from: String,
+    /// to: places and percent.
+    pub to: Vec<(String, u32)>,
+}
+
+/// What of two places is compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LocalityScope {
+    /// topology.kubernetes.io/region.
+    Region,
+    /// topology.kubernetes.io/zone.
+    Zone,
+    /// topology.istio.io/subzone.
+    Subzone,
+    /// kubernetes.io/hostname.
+    Node,
+    /// topology.istio.io/cluster.
+    Cluster,
+    /// topology.istio.io/network.
+    Network,
 }
 
 /// retryBudget, with its defaults filled in.

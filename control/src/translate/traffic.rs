@@ -10,8 +10,8 @@ use tulle_proto::mesh;
 use tulle_proto::mesh::hash_key::Key;
 
 use crate::model::{
-    Balancer, Condition, DestinationRule, HashKey, Layout, OutlierDetection, RetryBudget, Service, SuccessRate,
-    TrafficSettings, Warmup, World,
+    Balancer, Condition, DestinationRule, HashKey, Layout, LocalityBalancing, LocalityScope, OutlierDetection,
+    RetryBudget, Service, SuccessRate, TrafficSettings, Warmup, World,
 };
 use crate::resource::{Kind, Resource};
 use crate::translate::route::reference;
@@ -149,6 +149,39 @@ fn traffic(from: &TrafficSettings) -> mesh::TrafficSettings {
             mesh::Warmup { duration_ms, least_percent, aggression }
         }),
         max_concurrent_streams: from.max_concurrent_streams,
+        locality: from.locality.as_ref().map(locality),
+    }
+}
+
+fn locality(from: &LocalityBalancing) -> mesh::LocalityBalancing {
+    let share = |(place, weight): &(String, u32)| mesh::LocalityShare { place: place.clone(), weight: *weight };
+    match from {
+        LocalityBalancing::Distribute(list) => mesh::LocalityBalancing {
+            distribute: list
+                .iter()
+                .map(|one| mesh::Distribution { from: one.from.clone(), to: one.to.iter().map(share).collect() })
+                .collect(),
+            ..Default::default()
+        },
+        LocalityBalancing::Nearest { scopes, failover } => mesh::LocalityBalancing {
+            scopes: scopes.iter().map(|scope| self::scope(*scope).into()).collect(),
+            failover: failover
+                .iter()
+                .map(|(from, to)| mesh::RegionFailover { from: from.clone(), to: to.clone() })
+                .collect(),
+            ..Default::default()
+        },
+    }
+}
+
+fn scope(from: LocalityScope) -> mesh::LocalityScope {
+    match from {
+        LocalityScope::Region => mesh::LocalityScope::Region,
+        LocalityScope::Zone => mesh::LocalityScope::Zone,
+        LocalityScope::Subzone => mesh::LocalityScope::Subzone,
+        LocalityScope::Node => mesh::LocalityScope::Node,
+        LocalityScope::Cluster => mesh::LocalityScope::Cluster,
+        LocalityScope::Network => mesh::LocalityScope::Network,
     }
 }
 

@@ -154,9 +154,14 @@ fn eject(
     port: u16,
     endpoints: &mut [EndpointChoice],
 ) {
-    let Some((policy, _)) = snapshot.traffic_for(service, port, &source.namespace) else { return };
-    let Some(known) = destinations.known(service, port) else { return };
+    let Some((policy, settings)) = snapshot.traffic_for(service, port, &source.namespace) else { return };
+    let Some((rules, known)) = settings.outlier.as_ref().zip(destinations.known(service, port)) else { return };
     let now = std::time::Instant::now();
+    let all = service.candidates(port);
+    let unless = match known.ejects(&policy.id, rules, all, &source.pod_uid, now) {
+        true => "",
+        false => "; used all the same, since fewer than minHealthPercent are left",
+    };
     for (by, ejected) in known.ejected(now) {
         let is_its = by == policy.id && ejected.pod.as_ref().is_none_or(|pod| *pod == source.pod_uid);
         let of = endpoints.iter_mut().filter(|endpoint| {
@@ -165,7 +170,7 @@ fn eject(
                 && endpoint.port == u32::from(ejected.endpoint.port())
                 && workload.is_some_and(|workload| workload.addresses.first() == Some(&ejected.endpoint.ip()))
         });
-        of.for_each(|endpoint| endpoint.ejected = format!("{ejected}, by {by}"));
+        of.for_each(|endpoint| endpoint.ejected = format!("{ejected}, by {by}{unless}"));
     }
 }
 

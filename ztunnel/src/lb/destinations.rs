@@ -19,7 +19,7 @@ use crate::lb::load::Loads;
 use crate::lb::outlier::{Ejected, Outliers};
 use crate::lb::recent::Recent;
 use crate::lb::warmup::Arrivals;
-use crate::state::{Service, Warmup};
+use crate::state::{OutlierDetection, Service, Warmup};
 
 /// Destinations that are remembered, some 1 KB each.
 const MOST: usize = 16_384;
@@ -146,6 +146,19 @@ impl Destination {
             all.retain(|_, one| !one.is_empty());
         }
         then(all.entry(policy.clone()).or_insert_with(|| Outliers::new(now)))
+    }
+
+    /// Whether ejection counts for `pod` now: something is ejected by the policy of these rules, and not so much that what is
+    /// left would be too little (`minHealthPercent`).
+    pub fn ejects(
+        &self,
+        policy: &Arc<str>,
+        rules: &OutlierDetection,
+        all: usize,
+        pod: &Arc<str>,
+        now: Instant,
+    ) -> bool {
+        self.outliers(policy, now, |outliers| !outliers.is_empty() && !outliers.panics(rules, all, pod, now))
     }
 
     /// Everything that is ejected, with the policy that did it.

@@ -2,13 +2,16 @@
 //!
 //! The peer's rules: scopes are compared one by one and the first that differs ends the comparison, so a rank is the length
 //! of the matching prefix. NETWORK as the first scope is preferred, not required. Scopes are not hierarchical. Where a
-//! service has no preference, hints of its endpoints may narrow the choice as they do in kube-proxy.
+//! service has no preference, hints of its endpoints may narrow the choice as they do in kube-proxy. A traffic policy that
+//! speaks of places (`localityLbSetting`) takes the place of all of these; what a service requires holds all the same.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
-use crate::state::{EndpointHints, Endpoints, LocalityScope, Mode, PortTable, Record, Service, Workload};
+use crate::state::{
+    EndpointHints, Endpoints, LocalityScope, Mode, Nearness, Placed, PortTable, Record, Region, Service, Workload,
+};
 
 /// Whether client and endpoint are in the same place in this scope. Two unknown places are the same place, as for the
 /// peer: a cluster without zones behaves as one zone.
@@ -27,15 +30,18 @@ fn same(scope: LocalityScope, client: &Workload, endpoint: &Record) -> bool {
 
 /// How many scopes match, from the first.
 pub(super) fn rank(preference: &[LocalityScope], client: &Workload, endpoint: &Record) -> usize {
-    let matching = |scopes: &[LocalityScope]| scopes.iter().take_while(|scope| same(**scope, client, endpoint)).count();
     match preference {
         // Any endpoint of the same network is nearer than any other, and among the others the rest still counts.
         [LocalityScope::Network, rest @ ..] => {
             let near = same(LocalityScope::Network, client, endpoint);
-            matching(rest) + if near { preference.len() } else { 0 }
+            matching(rest, client, endpoint) + if near { preference.len() } else { 0 }
         }
-        _ => matching(preference),
+        _ => matching(preference, client, endpoint),
     }
+}
+
+fn matching(scopes: &[LocalityScope], client: &Workload, endpoint: &Record) -> usize {
+    scopes.iter().take_while(|scope| same(**scope, client, endpoint)).count()
 }
 
 /// The rows of `table` that a client may choose from, nearest first; several tables only where what is near may be left
@@ -43,22 +49,98 @@ pub(super) fn rank(preference: &[LocalityScope], client: &Workload, endpoint: &R
 pub(super) fn tiers(service: &Service, table: &PortTable, client: &Workload) -> Arc<[PortTable]> {
     let preference = &service.lb.routing_preference;
     let hints = Hinted::new(service, table, client);
-    let mut by_rank: BTreeMap<Reverse<usize>, Vec<(u32, u16, u32)>> = BTreeMap::new();
+    let groups = grouped(service, table, client, |endpoint| {
+        Some(Reverse(match service.lb.mode {
+            Mode::All | Mode::Passthrough => hints.rank(service, client, endpoint),
+            Mode::Failover => rank(preference, client, endpoint),
+            Mode::Strict => 0,
+        }))
+    });
+    groups.into_values().collect()
+}
+
+/// The rows of `table` that a client can reach and may choose from, in groups. `None`: the endpoint is in none.
+fn grouped<K: Ord>(
+    service: &Service,
+    table: &PortTable,
+    client: &Workload,
+    group: impl Fn(&Record) -> Option<K>,
+) -> BTreeMap<K, PortTable> {
+    let preference = &service.lb.routing_preference;
+    let mut groups: BTreeMap<K, Vec<(u32, u16, u32)>> = BTreeMap::new();
     for row in &table.candidates {
         let Some(endpoint) = service.endpoints.all.get(row.endpoint as usize) else { continue };
         // Another network is reached through its gateway only.
         if endpoint.place().network != client.network && endpoint.network_gateway().is_none() {
             continue;
         }
-        let rank = match service.lb.mode {
-            Mode::All | Mode::Passthrough => hints.rank(service, client, endpoint),
-            Mode::Failover => rank(preference, client, endpoint),
-            Mode::Strict if rank(preference, client, endpoint) == full_rank(preference) => 0,
-            Mode::Strict => continue,
-        };
-        by_rank.entry(Reverse(rank)).or_default().push((row.endpoint, row.target_port, row.weight));
+        if service.lb.mode == Mode::Strict && rank(preference, client, endpoint) != full_rank(preference) {
+            continue;
+        }
+        if let Some(key) = group(endpoint) {
+            groups.entry(key).or_default().push((row.endpoint, row.target_port, row.weight));
+        }
     }
-    by_rank.into_values().map(|rows| PortTable::new(rows.into_iter())).collect()
+    groups.into_iter().map(|(key, rows)| (key, PortTable::new(rows.into_iter()))).collect()
+}
+
+/// Places and policies that are kept for a table; a node is one place, and its pods have a policy or two for a Service.
+const KEPT: usize = 4;
+
+/// The rows of `table` by what a traffic policy says of places, in the place of what the service prefers. What the service
+/// requires still holds.
+pub(super) fn placed(service: &Service, table: &PortTable, client: &Workload, by: &Arc<Nearness>) -> Arc<Placed> {
+    let place = place(client);
+    let kept = table.placed.get_or_init(Box::default);
+    let kept = || kept.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(found) = kept().iter().find(|one| one.by == *by && one.place == place) {
+        return found.clone();
+    }
+    let (tables, shares) = match &**by {
+        Nearness::Order { scopes, failover } => (in_order(service, table, client, scopes, failover), Box::default()),
+        Nearness::Shares(all) => match all.iter().find(|one| one.from.holds(&client.locality)) {
+            None => (grouped(service, table, client, |_| Some(())).into_values().collect(), Box::default()),
+            Some(one) => by_shares(service, table, client, &one.to),
+        },
+    };
+    let new = Arc::new(Placed { place, by: by.clone(), tables, shares });
+    let mut kept = kept();
+    if kept.len() >= KEPT {
+        // The oldest: its policy may be gone.
+        kept.remove(0);
+    }
+    kept.push(new.clone());
+    new
+}
+
+fn in_order(
+    service: &Service,
+    table: &PortTable,
+    client: &Workload,
+    scopes: &[LocalityScope],
+    failover: &[(Arc<str>, Arc<str>)],
+) -> Box<[PortTable]> {
+    let next = failover.iter().find(|(from, _)| *from == client.locality.region).map(|(_, to)| to);
+    let groups = grouped(service, table, client, |endpoint| {
+        let near = matching(scopes, client, endpoint);
+        // Of those that have nothing in common with the client, the region that is named comes first.
+        let named = near > 0 || next.is_none_or(|next| *next == endpoint.place().locality.region);
+        Some(Reverse((near, named)))
+    });
+    groups.into_values().collect()
+}
+
+fn by_shares(
+    service: &Service,
+    table: &PortTable,
+    client: &Workload,
+    to: &[(Region, u32)],
+) -> (Box<[PortTable]>, Box<[u32]>) {
+    let groups = grouped(service, table, client, |endpoint| {
+        to.iter().position(|(place, _)| place.holds(&endpoint.place().locality))
+    });
+    let shares = groups.keys().filter_map(|index| Some(to.get(*index)?.1)).collect();
+    (groups.into_values().collect(), shares)
 }
 
 /// Which hints count for a client: those that all rows have, and of which some name its place. Nodes come before zones.

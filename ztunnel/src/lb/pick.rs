@@ -3,14 +3,16 @@
 //! [`pick`] maps 64 random bits to a row without bias that matters, and [`shares`] lists the same rows with their weights,
 //! so an explanation cannot differ from traffic. A draw that meets an endpoint which failed lately is repeated; the
 //! nearest endpoints are left for farther ones only when all of them fail. An endpoint that is ejected is never chosen, also
-//! when there is no other. What takes the place of the draw, where a policy or HTTP asks for it, is a [`Way`].
+//! when there is no other. Where a traffic policy gives places shares, chance chooses the place first. What takes the place of the draw, where a policy or HTTP asks for it, is a [`Way`].
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use crate::lb::{Bound, keys, locality, work};
-use crate::state::{Candidate, IpFamilies, IpFamily, Layout, Mode, PortTable, Record, Service, Snapshot, Workload};
+use crate::state::{
+    Candidate, IpFamilies, IpFamily, Layout, Mode, Nearness, PortTable, Record, Service, Snapshot, Workload,
+};
 
 /// Where a connection goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,6 +103,11 @@ pub enum NoChoice {
         /// How many are.
         count: usize,
     },
+    /// There are endpoints, and none where a traffic policy sends clients of this place.
+    NotPlaced {
+        /// `<namespace>/<hostname>`.
+        service: String,
+    },
     /// No endpoint can be chosen.
     NoEndpoint {
         /// `<namespace>/<hostname>`.
@@ -130,6 +137,11 @@ impl fmt::Display for NoChoice {
                 f,
                 "every endpoint of service {service} that is left ({count}) is ejected by the outlierDetection of its \
                  DestinationRule; one request will try each again"
+            ),
+            Self::NotPlaced { service } => write!(
+                f,
+                "no endpoint of service {service} can be used that is where the localityLbSetting.distribute of its \
+                 DestinationRule sends clients of this place; run one there, or name another place"
             ),
             Self::NoEndpoint { service, port, known, healthy, candidates, mode } => {
                 write!(f, "service {service} has no endpoint for port {port}: ")?;
@@ -165,15 +177,15 @@ pub fn pick(
     dialled: IpAddr,
     chance: &Chance<'_>,
 ) -> Result<Choice, NoChoice> {
-    let _ = snapshot;
     let binds = service.lb.affinity.is_some() && matches!(chance.way, Way::Usual);
     let bound = if binds { (chance.bound)(service, port) } else { None };
     let prefer = IpFamily::of(dialled);
-    with_tiers(service, port, client, dialled, |tiers| {
+    let nearness = nearness(snapshot, service, port, client);
+    with_tiers(service, port, client, (dialled, nearness), |tiers, shares| {
         let known = tiers.iter().map(|tier| tier.candidates.len()).sum::<usize>();
         let random = if binds { Bound::first(chance.pod, &service.key(), port) } else { chance.random };
         let chance = Chance { random, ..*chance };
-        let drawn = draw(service, tiers, (prefer, &client.network), &chance, bound.as_deref());
+        let drawn = draw(service, (tiers, shares), (prefer, &client.network), &chance, bound.as_deref());
         let others = known > chance.tried.len() + 1;
         let row = drawn.and_then(|(index, tier)| tier.candidates.get(index));
         row.and_then(|row| choice(service, row, (prefer, &client.network), others)).ok_or_else(|| {
@@ -181,7 +193,7 @@ pub fn pick(
             let all = tiers.iter().flat_map(|tier| first_addresses(service, tier));
             let count = all.filter(|first| (chance.ejected)(*first)).count();
             match count {
-                0 => no_endpoint(service, port),
+                0 => none(service, port, nearness),
                 count => NoChoice::Ejected { service: service.key(), count },
             }
         })
@@ -210,28 +222,39 @@ pub fn shares(
     client: &Workload,
     dialled: IpAddr,
 ) -> Result<Vec<(Choice, f64)>, NoChoice> {
-    let _ = snapshot;
     let prefer = IpFamily::of(dialled);
-    let shares: Vec<_> = with_tiers(service, port, client, dialled, |tiers| {
-        let nearest = tiers.first();
+    let nearness = nearness(snapshot, service, port, client);
+    let shares: Vec<_> = with_tiers(service, port, client, (dialled, nearness), |tiers, shares| {
         let known = tiers.iter().map(|tier| tier.candidates.len()).sum::<usize>();
-        let rows = nearest.into_iter().flat_map(|table| table.candidates.iter().map(move |row| (table, row)));
-        rows.filter_map(|(table, row)| {
-            let percent = f64::from(row.weight) * 100.0 / table.total() as f64;
+        let all: f64 = shares.iter().copied().map(f64::from).sum();
+        // Nearest first: the first alone.
+        let parts = if shares.is_empty() { vec![1.0] } else { shares.iter().map(|it| f64::from(*it) / all).collect() };
+        let rows = tiers
+            .iter()
+            .zip(parts)
+            .flat_map(|(table, part)| table.candidates.iter().map(move |row| (table, part, row)));
+        rows.filter_map(|(table, part, row)| {
+            let percent = f64::from(row.weight) * 100.0 * part / table.total() as f64;
             Some((choice(service, row, (prefer, &client.network), known > 1)?, percent))
         })
         .collect()
     })?;
-    if shares.is_empty() { Err(no_endpoint(service, port)) } else { Ok(shares) }
+    if shares.is_empty() { Err(none(service, port, nearness)) } else { Ok(shares) }
 }
 
-/// Calls `then` with the tables that `client` draws from, nearest first.
+/// What the traffic policy of a client says of places.
+fn nearness<'a>(snapshot: &'a Snapshot, service: &Service, port: u16, client: &Workload) -> Option<&'a Arc<Nearness>> {
+    snapshot.traffic_for(service, port, &client.namespace)?.1.nearness.as_ref()
+}
+
+/// Calls `then` with the tables that `client` draws from, and with their shares; without any they are used one after the
+/// other.
 fn with_tiers<T>(
     service: &Service,
     port: u16,
     client: &Workload,
-    dialled: IpAddr,
-    then: impl FnOnce(&[PortTable]) -> T,
+    (dialled, nearness): (IpAddr, Option<&Arc<Nearness>>),
+    then: impl FnOnce(&[PortTable], &[u32]) -> T,
 ) -> Result<T, NoChoice> {
     if service.lb.mode == Mode::Passthrough {
         return Err(NoChoice::Passthrough);
@@ -244,19 +267,53 @@ fn with_tiers<T>(
     let table = tables.of(IpFamily::of(dialled));
     // internalTrafficPolicy is about the cluster address alone.
     let anywhere = service.lb.mode == Mode::Strict && service.is_external(dialled) && endpoints.one_network;
+    if let Some(nearness) = nearness {
+        let placed = locality::placed(service, table, client, nearness);
+        return Ok(then(&placed.tables, &placed.shares));
+    }
     if anywhere || locality::is_the_same_for_all(service, endpoints, client) {
-        return Ok(then(std::slice::from_ref(table)));
+        return Ok(then(std::slice::from_ref(table), &[]));
     }
     let place = locality::place(client);
     let (of, kept) = &**table.tiers.get_or_init(|| Box::new((place.clone(), locality::tiers(service, table, client))));
-    if *of == place { Ok(then(kept)) } else { Ok(then(&locality::tiers(service, table, client))) }
+    if *of == place { Ok(then(kept, &[])) } else { Ok(then(&locality::tiers(service, table, client), &[])) }
+}
+
+/// What `of` finds in the first table where it finds anything: in their order, or, with shares, in one that chance chooses,
+/// then in the others by their shares. Which one chance chooses says nothing of the row.
+fn first_of<'a, T>(
+    tiers: &'a [PortTable],
+    shares: &[u32],
+    random: u64,
+    mut of: impl FnMut(&'a PortTable) -> Option<T>,
+) -> Option<T> {
+    if shares.is_empty() {
+        return tiers.iter().find_map(of);
+    }
+    let mut left: Vec<(&PortTable, u32)> = tiers.iter().zip(shares.iter().copied()).collect();
+    let mut random = mix(!random);
+    while !left.is_empty() {
+        let total: u64 = left.iter().map(|(_, share)| u64::from(*share)).sum();
+        let mut at = ((u128::from(random) * u128::from(total)) >> 64) as u64;
+        let is_it = |(_, share): &(&PortTable, u32)| {
+            let found = at < u64::from(*share);
+            at = at.saturating_sub(u64::from(*share));
+            found
+        };
+        let (table, _) = left.remove(left.iter().position(is_it)?);
+        if let Some(found) = of(table) {
+            return Some(found);
+        }
+        random = mix(random);
+    }
+    None
 }
 
 /// The row to use and the table it is in: the nearest that was not tried and does not fail; where all fail, the nearest
 /// that was not tried. A bound client keeps its endpoint as long as that one would do for others too.
 fn draw<'a>(
     service: &Service,
-    tiers: &'a [PortTable],
+    (tiers, shares): (&'a [PortTable], &[u32]),
     from: (IpFamily, &str),
     chance: &Chance<'_>,
     bound: Option<&str>,
@@ -316,8 +373,10 @@ fn draw<'a>(
         };
         Some((kept.or_else(grown).or_else(|| drawn(tier, usable))?, tier))
     };
-    let first = tiers.iter().find_map(|tier| of_tier(tier, &well));
-    first.or_else(|| tiers.iter().find_map(|tier| of_tier(tier, &untried)))
+    // The same hash is always in the same place.
+    let random = if let Way::Hash(key, _) = chance.way { key } else { chance.random };
+    let first = first_of(tiers, shares, random, |tier| of_tier(tier, &well));
+    first.or_else(|| first_of(tiers, shares, random, |tier| of_tier(tier, &untried)))
 }
 
 /// Draws that are made before all rows are looked at. With half of the weight unusable, one in 65,000 needs that.
@@ -386,6 +445,19 @@ fn address(endpoint: &Record, families: IpFamilies, (prefer, network): (IpFamily
     preferred.or_else(|| allowed.next())
 }
 
+/// No endpoint is left, or none is where a traffic policy wants it.
+fn none(service: &Service, port: u16, nearness: Option<&Arc<Nearness>>) -> NoChoice {
+    let none = no_endpoint(service, port);
+    match (&none, nearness.map(|by| &**by)) {
+        (NoChoice::NoEndpoint { service, candidates: 1.., mode, .. }, Some(Nearness::Shares(_)))
+            if *mode != Mode::Strict =>
+        {
+            NoChoice::NotPlaced { service: service.clone() }
+        }
+        _ => none,
+    }
+}
+
 fn no_endpoint(service: &Service, port: u16) -> NoChoice {
     let all = &service.endpoints.all;
     NoChoice::NoEndpoint {
@@ -393,7 +465,7 @@ fn no_endpoint(service: &Service, port: u16) -> NoChoice {
         port,
         known: all.len(),
         healthy: all.iter().filter(|endpoint| service.endpoints.admits(endpoint)).count(),
-        candidates: service.endpoints.ports.get(&port).map_or(0, |tables| tables.all.candidates.len()),
+        candidates: service.candidates(port),
         mode: service.lb.mode,
     }
 }

@@ -26,7 +26,7 @@ use crate::outbound::attempts::Attempts;
 use crate::outbound::decide::Plan;
 use crate::outbound::waypoint;
 use crate::outcome::{Code, Outcome};
-use crate::state::{Balancer, HashKey, Service, Snapshot, TrafficPolicy, TrafficSettings, Workload};
+use crate::state::{Balancer, HashKey, OutlierDetection, Service, Snapshot, TrafficPolicy, TrafficSettings, Workload};
 use crate::telemetry::breakers::BreakerLabels;
 use crate::telemetry::metrics::Metrics;
 
@@ -149,15 +149,10 @@ impl Toward {
     /// Whether any endpoint may be ejected now.
     fn watched(&self, now: Instant) -> bool {
         let Some((policy, rules)) = self.rules() else { return false };
-        self.destination.outliers(&policy.id, now, |outliers| {
-            !outliers.is_empty() && {
-                let all = self.service.endpoints.ports.get(&self.port).map_or(0, |tables| tables.all.candidates.len());
-                !outliers.panics(rules, all, &self.pod, now)
-            }
-        })
+        self.destination.ejects(&policy.id, rules, self.service.candidates(self.port), &self.pod, now)
     }
 
-    fn rules(&self) -> Option<(&Arc<TrafficPolicy>, &crate::state::OutlierDetection)> {
+    fn rules(&self) -> Option<(&Arc<TrafficPolicy>, &OutlierDetection)> {
         let policy = self.policy.as_ref()?;
         Some((policy, policy.at(self.port).outlier.as_ref()?))
     }

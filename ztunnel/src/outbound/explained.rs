@@ -145,10 +145,13 @@ fn send(
         _ => None,
     });
     let now = Instant::now();
-    let known = policy.zip(destinations.known(service, at.port()));
+    let (pod, all) = (&source.pod_uid, service.candidates(at.port()));
+    let ejecting = policy.zip(destinations.known(service, at.port())).filter(|(policy, known)| {
+        policy.at(at.port()).outlier.as_ref().is_some_and(|rules| known.ejects(&policy.id, rules, all, pod, now))
+    });
     let ejected = |endpoint: SocketAddr| {
-        known.as_ref().is_some_and(|(policy, known)| {
-            known.outliers(&policy.id, now, |outliers| outliers.is_out(endpoint, &source.pod_uid, now))
+        ejecting.as_ref().is_some_and(|(policy, known)| {
+            known.outliers(&policy.id, now, |outliers| outliers.is_out(endpoint, pod, now))
         })
     };
     let session = forward.and_then(|forward| forward.session.as_ref()).map(|session| &*session.endpoint);

@@ -10,7 +10,7 @@
 
 use std::sync::{Arc, Mutex, OnceLock};
 
-use crate::state::{HealthPolicy, IpFamily, Layout, Port, Record, ServiceSpec};
+use crate::state::{HealthPolicy, IpFamily, Layout, Nearness, Port, Record, ServiceSpec};
 
 /// One row of a [`PortTable`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +32,19 @@ struct Column {
 
 /// A place, and tables by nearness to it.
 pub type Tiers = (String, Arc<[PortTable]>);
+
+/// Tables for the clients of one place under a traffic policy that speaks of places.
+#[derive(Debug)]
+pub struct Placed {
+    /// The place.
+    pub place: String,
+    /// What the policy says.
+    pub by: Arc<Nearness>,
+    /// The rows by place, nearest first, or in the order of `shares`.
+    pub tables: Box<[PortTable]>,
+    /// The weight of each table. None: they are used one after the other.
+    pub shares: Box<[u32]>,
+}
 
 /// Which row of a [`PortTable`] a hash means.
 #[derive(Debug)]
@@ -56,6 +69,8 @@ pub struct PortTable {
     /// The rows by nearness to the first place that asked, nearest first: `lb` makes it, and says by the key which place
     /// that was.
     pub tiers: OnceLock<Box<Tiers>>,
+    /// The same under traffic policies, for the first few places and policies that asked.
+    pub placed: OnceLock<Box<Mutex<Vec<Arc<Placed>>>>>,
     /// What hashes mean: `lb` makes it for the first choice by hash.
     pub keys: OnceLock<Box<KeyTables>>,
 }
@@ -71,7 +86,7 @@ impl PortTable {
         let total = candidates.iter().map(|row| u64::from(row.weight)).sum();
         let columns =
             (!candidates.windows(2).all(|pair| pair[0].weight == pair[1].weight)).then(|| columns(&candidates, total));
-        Self { candidates, total, columns, tiers: OnceLock::new(), keys: OnceLock::new() }
+        Self { candidates, total, columns, tiers: OnceLock::new(), placed: OnceLock::new(), keys: OnceLock::new() }
     }
 
     /// Sum of all weights.

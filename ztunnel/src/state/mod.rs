@@ -48,7 +48,7 @@ pub use egress::{
     EGRESS_POLICY, EgressEndpoint, EgressHttp, EgressPath, EgressPlace, EgressPolicy, EgressPort, EgressProtocol,
     EgressRule, HostPattern, Origination, SERVICE_ENTRY,
 };
-pub use endpoints::{Candidate, Endpoints, KeyTable, KeyTables, PortTable, PortTables, Ports, Tiers};
+pub use endpoints::{Candidate, Endpoints, KeyTable, KeyTables, Placed, PortTable, PortTables, Ports, Tiers};
 pub use gateway::Gateway;
 pub use http_rules::{Element, Group, HttpMatch, HttpRule, PathPattern};
 pub use l7::RouteEntry;
@@ -68,8 +68,8 @@ pub use service::{
 pub use snapshot::Snapshot;
 pub use store::{Applied, Reader, Writer, store};
 pub use traffic::{
-    Balancer, DESTINATION_RULE, HashKey, Layout, OutlierDetection, RetryBudget, SuccessRate, TrafficPolicy,
-    TrafficScope, TrafficSettings, Warmup,
+    Balancer, DESTINATION_RULE, Distribution, HashKey, Layout, Nearness, OutlierDetection, Region, RetryBudget,
+    SuccessRate, TrafficPolicy, TrafficScope, TrafficSettings, Warmup,
 };
 pub use trust::TrustBundle;
 pub use versions::{LogEntry, LogName};

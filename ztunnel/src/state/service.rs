@@ -258,6 +258,11 @@ impl Service {
         Self { spec, endpoints: self.endpoints.clone() }
     }
 
+    /// How many endpoints a port has that may be chosen, wherever they are.
+    pub fn candidates(&self, port: u16) -> usize {
+        self.endpoints.ports.get(&port).map_or(0, |tables| tables.all.candidates.len())
+    }
+
     /// What control says, shared.
     pub fn spec(&self) -> &Arc<ServiceSpec> {
         &self.spec

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use http::HeaderName;
 
-use crate::state::ServiceName;
+use crate::state::{Locality, LocalityScope, ServiceName};
 
 /// Beginning of the resource name, before `<namespace>/<name>`.
 pub const DESTINATION_RULE: &str = "DestinationRule/";
@@ -81,6 +81,50 @@ pub struct TrafficSettings {
     pub warmup: Option<Warmup>,
     /// Requests at once on one HTTP/2 connection.
     pub max_concurrent_streams: Option<u32>,
+    /// Which places come first, or get which share; none: as the Service prefers.
+    pub nearness: Option<Arc<Nearness>>,
+}
+
+/// What the places of client and endpoint mean for a choice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Nearness {
+    /// Shares of places. The first that is about the client's place counts; without one all endpoints are alike.
+    Shares(Vec<Distribution>),
+    /// Nearest first.
+    Order {
+        /// Compared one after the other; the more are the same, the nearer.
+        scopes: Vec<LocalityScope>,
+        /// The client's region, and the one that comes first of those that are not the client's.
+        failover: Vec<(Arc<str>, Arc<str>)>,
+    },
+}
+
+/// Shares of places for the clients of one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Distribution {
+    /// Of the client.
+    pub from: Region,
+    /// Places of endpoints, and their weights; not 0.
+    pub to: Vec<(Region, u32)>,
+}
+
+/// A place as a pattern: region, zone and subzone; none: any.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Region([Option<Arc<str>>; 3]);
+
+impl Region {
+    /// From `region/zone/subzone`, where a part that is absent or `*` is any. `None`: it has more parts.
+    pub fn new(text: &str) -> Option<Self> {
+        let mut parts = text.split('/').map(|part| (part != "*").then(|| part.into()));
+        let found = Self(std::array::from_fn(|_| parts.next().flatten()));
+        parts.next().is_none().then_some(found)
+    }
+
+    /// Whether a place is in it.
+    pub fn holds(&self, place: &Locality) -> bool {
+        let Locality { region, zone, subzone } = place;
+        self.0.iter().zip([region, zone, subzone]).all(|(own, part)| own.as_ref().is_none_or(|own| own == part))
+    }
 }
 
 /// How many retries there may be beside requests.

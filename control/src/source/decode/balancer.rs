@@ -20,11 +20,6 @@ const MOST_POINTS: u32 = 262_144;
 
 pub(super) fn balancer(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Balancer> {
     unknown(at, &["simple", "consistentHash", "warmup", "warmupDurationSecs", "localityLbSetting"], ignored)?;
-    let locality = at.get("localityLbSetting");
-    // Where it is off nothing is asked for: no outlierDetection brings it with it, as it would in Istio.
-    if !locality.is_absent() && locality.get("enabled").boolean()? != Some(false) {
-        ignore(&locality, "trafficDistribution of the Service says whether near endpoints are preferred", ignored);
-    }
     let (simple, hash) = (at.get("simple"), at.get("consistentHash"));
     if !hash.is_absent() {
         unknown(&hash, &HASH, ignored)?;
@@ -43,7 +38,8 @@ pub(super) fn balancer(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Balan
     })
 }
 
-fn ignore(at: &Cursor<'_>, why: &str, ignored: &mut Vec<String>) {
+/// Notes that a field has no effect, and why.
+pub(super) fn ignore(at: &Cursor<'_>, why: &str, ignored: &mut Vec<String>) {
     ignored.push(format!("{} ({why})", at.error("").field));
 }
 

@@ -10,6 +10,7 @@ mod core;
 mod crds;
 mod egress;
 mod filter;
+mod locality;
 mod network;
 mod policy;
 mod route;

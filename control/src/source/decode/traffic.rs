@@ -10,7 +10,8 @@ use crate::model::{
     DestinationRule, JwtRule, Meta, Object, OutlierDetection, RequestAuthentication, RequestAuthenticationSpec,
     RetryBudget, SuccessRate, TrafficSettings,
 };
-use crate::source::decode::balancer;
+use crate::source::decode::balancer::{self, ignore};
+use crate::source::decode::locality::locality;
 use crate::source::decode::policy::{PolicyResult, authorization_target, or_unreadable};
 use crate::source::decode::route::is_header_name;
 use crate::source::tree::{Cursor, FieldError, Read, Value};
@@ -102,6 +103,8 @@ fn settings(at: &Cursor<'_>, besides: &[&str], ignored: &mut Vec<String>) -> Rea
     let (tcp, http) = (pool.get("tcp"), pool.get("http"));
     unknown(&tcp, &TCP, ignored)?;
     unknown(&http, &HTTP, ignored)?;
+    let outlier = outlier(&at.get("outlierDetection"), ignored)?;
+    let locality = locality(&at.get("loadBalancer").get("localityLbSetting"), outlier.is_some(), ignored)?;
     Ok(TrafficSettings {
         max_connections: count(&tcp.get("maxConnections"))?,
         connect_timeout_ms: duration(&tcp.get("connectTimeout"))?,
@@ -112,7 +115,8 @@ fn settings(at: &Cursor<'_>, besides: &[&str], ignored: &mut Vec<String>) -> Rea
         max_requests: count(&http.get("http2MaxRequests"))?,
         max_requests_per_connection: count(&http.get("maxRequestsPerConnection"))?,
         max_retries: count(&http.get("maxRetries"))?,
-        outlier: outlier(&at.get("outlierDetection"), ignored)?,
+        outlier,
+        locality,
         balancer: balancer::balancer(&at.get("loadBalancer"), ignored)?,
         retry_budget: retry_budget(&at.get("retryBudget"), ignored)?,
         warmup: balancer::warmup(&at.get("loadBalancer"), ignored)?,
@@ -122,26 +126,27 @@ fn settings(at: &Cursor<'_>, besides: &[&str], ignored: &mut Vec<String>) -> Rea
 
 /// Notes fields of which some values ask for what is done anyway, and the others have no effect.
 fn without_effect(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<()> {
-    let mut ignore = |at: &Cursor<'_>, why: &str| ignored.push(format!("{} ({why})", at.error("").field));
     let tls = at.get("tls");
     match tls.get("mode").text()? {
         // The mesh's own mutual TLS, wherever the endpoint is in the mesh.
         Some("ISTIO_MUTUAL") => {}
-        Some("DISABLE") => ignore(&tls, "between pods of the mesh there is mutual TLS always, and none to others"),
+        Some("DISABLE") => {
+            ignore(&tls, "between pods of the mesh there is mutual TLS always, and none to others", ignored)
+        }
         _ if tls.is_absent() => {}
-        _ => ignore(&tls, "the proxy adds TLS to connections out of the cluster alone; see EgressPolicy"),
+        _ => ignore(&tls, "the proxy adds TLS to connections out of the cluster alone; see EgressPolicy", ignored),
     }
     let proxy = at.get("proxyProtocol");
     if !proxy.is_absent() {
-        ignore(&proxy, "a Service of the mesh sees its client's address without it");
+        ignore(&proxy, "a Service of the mesh sees its client's address without it", ignored);
     }
     let keepalive = at.get("connectionPool").get("tcp").get("tcpKeepalive");
     if !keepalive.is_absent() {
-        ignore(&keepalive, "a tunnel is for many connections: KEEPALIVE_TIME and others of the node count");
+        ignore(&keepalive, "a tunnel is for many connections: KEEPALIVE_TIME and others of the node count", ignored);
     }
     let upgrade = at.get("connectionPool").get("http").get("h2UpgradePolicy");
     if upgrade.text()? == Some("UPGRADE") {
-        ignore(&upgrade, "a client's version of HTTP is also the server's");
+        ignore(&upgrade, "a client's version of HTTP is also the server's", ignored);
     }
     Ok(())
 }

@@ -215,6 +215,14 @@ fn settings() -> wire::TrafficSettings {
         warmup: Some(wire::Warmup { duration_ms: 1, least_percent: 1, aggression: 1 }),
         max_concurrent_streams: 1,
         table_size: 1,
+        locality: Some(wire::LocalityBalancing {
+            distribute: vec![wire::Distribution {
+                from: "a".into(),
+                to: vec![wire::LocalityShare { place: "b".into(), weight: 100 }],
+            }],
+            scopes: vec![wire::LocalityScope::Zone.into()],
+            failover: vec![wire::RegionFailover { from: "a".into(), to: "b".into() }],
+        }),
     }
 }
 

@@ -15,8 +15,9 @@ use tulle_proto::mesh as wire;
 use tulle_proto::mesh::hash_key::Key;
 
 use crate::state::{
-    Balancer, DESTINATION_RULE, HashKey, JwtRule, Layout, OutlierDetection, REQUEST_AUTHENTICATION, RequestAuth,
-    RetryBudget, SuccessRate, TrafficPolicy, TrafficScope, TrafficSettings, Warmup,
+    Balancer, DESTINATION_RULE, Distribution, HashKey, JwtRule, Layout, LocalityScope, Nearness, OutlierDetection,
+    REQUEST_AUTHENTICATION, Region, RequestAuth, RetryBudget, SuccessRate, TrafficPolicy, TrafficScope,
+    TrafficSettings, Warmup,
 };
 use crate::xds::decode::field::{self, Strings};
 use crate::xds::decode::route::{header_name, service};
@@ -27,6 +28,9 @@ const ROWS: u32 = 65_537;
 
 /// Most rows of one: 2.6 MB, made in some 50 ms.
 const MOST_ROWS: u32 = 655_373;
+
+/// Largest weight of a place: the sum of all stays far from any limit.
+const MOST_WEIGHT: u32 = 1 << 16;
 
 /// Most points of a ring that may be asked for: 4 MB.
 const MOST_POINTS: u32 = 262_144;
@@ -98,6 +102,36 @@ fn settings(from: &wire::TrafficSettings) -> Result<TrafficSettings, String> {
             })
         }),
         max_concurrent_streams: limit(from.max_concurrent_streams),
+        nearness: from.locality.as_ref().map(nearness).transpose()?.map(Arc::new),
+    })
+}
+
+fn nearness(from: &wire::LocalityBalancing) -> Result<Nearness, String> {
+    let place = |text: &str| Region::new(text).ok_or_else(|| format!("`{text}` is no place"));
+    if !from.distribute.is_empty() {
+        let shares = |list: &[wire::LocalityShare]| -> Result<Vec<_>, String> {
+            // Nobody would ever go to a place of weight 0.
+            let list = list.iter().filter(|share| share.weight > 0);
+            list.map(|share| Ok((place(&share.place)?, share.weight.min(MOST_WEIGHT)))).collect()
+        };
+        let one =
+            |one: &wire::Distribution| Ok::<_, String>(Distribution { from: place(&one.from)?, to: shares(&one.to)? });
+        return Ok(Nearness::Shares(from.distribute.iter().map(one).collect::<Result<_, _>>()?));
+    }
+    let scope = |scope: &i32| {
+        Ok::<_, String>(match field::known("locality.scopes", *scope)? {
+            wire::LocalityScope::Region => LocalityScope::Region,
+            wire::LocalityScope::Zone => LocalityScope::Zone,
+            wire::LocalityScope::Subzone => LocalityScope::Subzone,
+            wire::LocalityScope::Node => LocalityScope::Node,
+            wire::LocalityScope::Cluster => LocalityScope::Cluster,
+            wire::LocalityScope::Network => LocalityScope::Network,
+        })
+    };
+    let region = |one: &wire::RegionFailover| (one.from.as_str().into(), one.to.as_str().into());
+    Ok(Nearness::Order {
+        scopes: from.scopes.iter().map(scope).collect::<Result<_, _>>()?,
+        failover: from.failover.iter().map(region).collect(),
     })
 }
 
