@@ -128,7 +128,7 @@ pub(super) const P99_QUIET: &str = "p99 µs, quiet";
 pub(super) const P99_BESIDE: &str = "p99 µs, beside";
 pub(super) const FLOODED: &str = "requests/s of the flood";
 /// How much of the machine was used meanwhile.
-pub(super) const LOADED: &str = "% of the processors, beside";
+pub(super) const LOADED: &str = "% of the processors, all of it";
 const GBITS: &str = "Gbit/s";
 const REQUESTS: &str = "requests/s";
 const CONNECTIONS: &str = "connections/s";

@@ -23,6 +23,7 @@ use crate::inbound::decide::{decide_connection, requests_are_read};
 use crate::lb::{self, Chance, Destinations};
 use crate::outbound;
 use crate::outbound::decide::{Plan, choose, decide, may_go_to, through_gateway};
+use crate::outbound::explained::ejected;
 use crate::outcome::{Code, DryRun, Outcome};
 use crate::policy;
 use crate::policy::network::{self, Finding};
@@ -60,11 +61,11 @@ pub(super) fn outbound(
     if transport != Transport::Tcp {
         datagram(snapshot, network, source, transport, destination, &mut answer);
     } else if source.protocol != Protocol::Hbone {
-        unenrolled(snapshot, network, source, destination, &mut answer);
+        unenrolled(snapshot, network, destinations, source, destination, &mut answer);
     } else if let Some(way) = outbound::leaving(snapshot, source, network, destination) {
         leave(snapshot, way, source, &mut answer);
     } else {
-        stream(snapshot, network, source, destination, &mut answer);
+        stream(snapshot, network, destinations, source, destination, &mut answer);
         believe(snapshot, source, &mut answer, now);
         let service = snapshot.service_at(network, destination, &source.namespace);
         if let Some(service) = service.filter(|service| !outbound::waypoint_decides(snapshot, source, service)) {
@@ -89,7 +90,9 @@ fn leave(snapshot: &Snapshot, way: Result<outbound::WayOut, Outcome>, source: &W
             if let Some(through) = way.gateway {
                 answer.plan = "hbone".to_owned();
                 answer.source_identity = source.identity.to_string();
-                answer.endpoints = endpoints(snapshot, source, &through.plan, through.dialled);
+                // No gateway is ever ejected: connections to it are under no traffic policy.
+                let nothing = Destinations::default();
+                answer.endpoints = endpoints(snapshot, &nothing, source, &through.plan, through.dialled);
                 answer.gateway_target = through.target;
             }
             answer.policy = way.grant.policy.id.to_string();
@@ -100,7 +103,14 @@ fn leave(snapshot: &Snapshot, way: Result<outbound::WayOut, Outcome>, source: &W
 }
 
 /// A connection of a pod of the mesh.
-fn stream(snapshot: &Snapshot, network: &str, source: &Workload, destination: SocketAddr, answer: &mut OutboundAnswer) {
+fn stream(
+    snapshot: &Snapshot,
+    network: &str,
+    destinations: &Destinations,
+    source: &Workload,
+    destination: SocketAddr,
+    answer: &mut OutboundAnswer,
+) {
     // Endpoints have each their own verdict, so the plan is made without those that the source's policies forbid; where
     // there is no endpoint to tell it of, the plan itself is refused.
     let chosen = choose(snapshot, source, network, destination, &Chance::of(0));
@@ -114,7 +124,7 @@ fn stream(snapshot: &Snapshot, network: &str, source: &Workload, destination: So
         Err(outcome) => return refuse(answer, outcome),
     };
     answer.service = plan.service().map(|service| service.key()).unwrap_or_default();
-    answer.endpoints = endpoints(snapshot, source, &plan, destination);
+    answer.endpoints = endpoints(snapshot, destinations, source, &plan, destination);
     let routed = routed(snapshot, network, source, &plan, destination);
     match plan {
         Plan::Hbone(plan) => {
@@ -177,7 +187,7 @@ fn eject(
 /// The plan by those endpoints of a Service that the source may go to, where some are outside the cluster and some are not.
 fn inside(snapshot: &Snapshot, source: &Workload, network: &str, destination: SocketAddr) -> Option<Plan> {
     let service = snapshot.service_at(network, destination, &source.namespace)?;
-    let shares = lb::shares(snapshot, service, destination.port(), source, destination.ip()).ok()?;
+    let shares = lb::shares(snapshot, service, destination.port(), source, destination.ip(), &|_| false).ok()?;
     let at = shares.iter().map(|(choice, _)| (&choice.workload, SocketAddr::new(choice.ip, choice.port)));
     let outside: Vec<SocketAddr> =
         at.filter(|(workload, at)| may_go_to(source, service, workload, *at).is_err()).map(|(_, at)| at).collect();
@@ -287,10 +297,17 @@ fn allowing(finding: &Finding) -> (String, Option<u32>) {
     }
 }
 
-fn endpoints(snapshot: &Snapshot, source: &Workload, plan: &Plan, destination: SocketAddr) -> Vec<EndpointChoice> {
-    let shares = plan
-        .service()
-        .and_then(|service| lb::shares(snapshot, service, destination.port(), source, destination.ip()).ok());
+fn endpoints(
+    snapshot: &Snapshot,
+    destinations: &Destinations,
+    source: &Workload,
+    plan: &Plan,
+    destination: SocketAddr,
+) -> Vec<EndpointChoice> {
+    let shares = plan.service().and_then(|service| {
+        let ejected = ejected(snapshot, source, destinations, service, destination.port());
+        lb::shares(snapshot, service, destination.port(), source, destination.ip(), &ejected).ok()
+    });
     let endpoint = |workload: &Arc<Workload>, ip: IpAddr, port: u16, percent: f64| {
         let elsewhere = plan.service().filter(|_| ip.is_unspecified());
         let found = match elsewhere {
@@ -323,13 +340,14 @@ fn endpoints(snapshot: &Snapshot, source: &Workload, plan: &Plan, destination: S
 fn unenrolled(
     snapshot: &Snapshot,
     network: &str,
+    destinations: &Destinations,
     source: &Workload,
     destination: SocketAddr,
     answer: &mut OutboundAnswer,
 ) {
     let Ok(plan) = choose(snapshot, source, network, destination, &Chance::of(0)) else { return };
     answer.service = plan.service().map(|service| service.key()).unwrap_or_default();
-    answer.endpoints = endpoints(snapshot, source, &plan, destination);
+    answer.endpoints = endpoints(snapshot, destinations, source, &plan, destination);
     for endpoint in &mut answer.endpoints {
         "plain".clone_into(&mut endpoint.protocol);
         // Nothing intercepts it, so none of its policies is enforced here.

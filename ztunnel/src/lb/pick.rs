@@ -214,28 +214,37 @@ fn first_address(all: &[Arc<Record>], row: &Candidate) -> Option<SocketAddr> {
     Some(SocketAddr::new(all.get(row.endpoint as usize)?.addresses().next()?, row.target_port))
 }
 
-/// Every endpoint that [`pick`] may choose while none fails, with its share in percent.
+/// Every endpoint that [`pick`] may choose while none fails, with its share in percent, and the nearer ones that it passes over
+/// because they are `ejected`, with none. When all are, nothing is passed over: none would be chosen.
 pub fn shares(
     snapshot: &Snapshot,
     service: &Service,
     port: u16,
     client: &Workload,
     dialled: IpAddr,
+    ejected: &dyn Fn(SocketAddr) -> bool,
 ) -> Result<Vec<(Choice, f64)>, NoChoice> {
-    let prefer = IpFamily::of(dialled);
+    let from = (IpFamily::of(dialled), &*client.network);
     let nearness = nearness(snapshot, service, port, client);
     let shares: Vec<_> = with_tiers(service, port, client, (dialled, nearness), |tiers, shares| {
         let known = tiers.iter().map(|tier| tier.candidates.len()).sum::<usize>();
-        let all: f64 = shares.iter().copied().map(f64::from).sum();
-        // Nearest first: the first alone.
-        let parts = if shares.is_empty() { vec![1.0] } else { shares.iter().map(|it| f64::from(*it) / all).collect() };
-        let rows = tiers
-            .iter()
-            .zip(parts)
-            .flat_map(|(table, part)| table.candidates.iter().map(move |row| (table, part, row)));
-        rows.filter_map(|(table, part, row)| {
-            let percent = f64::from(row.weight) * 100.0 * part / table.total() as f64;
-            Some((choice(service, row, (prefer, &client.network), known > 1)?, percent))
+        let out = |row: &Candidate| first_address(&service.endpoints.all, row).is_some_and(ejected);
+        let all_out = tiers.iter().flat_map(|tier| &tier.candidates).all(out);
+        let weight = |row: &Candidate| if !all_out && out(row) { 0.0 } else { f64::from(row.weight) };
+        let totals: Vec<f64> = tiers.iter().map(|tier| tier.candidates.iter().map(weight).sum()).collect();
+        let nearest = totals.iter().position(|total| *total > 0.0);
+        let part = |tier: usize| match shares.get(tier) {
+            _ if totals[tier] == 0.0 => 0.0,
+            Some(share) => f64::from(*share),
+            None => f64::from(u8::from(Some(tier) == nearest)),
+        };
+        let parts: f64 = (0..tiers.len()).map(part).sum();
+        let shown = if shares.is_empty() { nearest.map_or(0, |nearest| nearest + 1) } else { tiers.len() };
+        let rows = (0..shown).flat_map(|tier| tiers[tier].candidates.iter().map(move |row| (tier, row)));
+        rows.filter_map(|(tier, row)| {
+            // Where nothing is left, nothing is divided by nothing.
+            let share = weight(row) * part(tier) / (totals[tier] * parts).max(f64::MIN_POSITIVE);
+            Some((choice(service, row, from, known > 1)?, share * 100.0))
         })
         .collect()
     })?;

@@ -57,7 +57,7 @@ fn client() -> Workload {
 /// Names and shares in percent, rounded.
 fn share_names(snapshot: &Snapshot, client: &Workload) -> Result<BTreeMap<String, u64>, NoChoice> {
     let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
-    let shares = shares(snapshot, service, 80, client, V4)?;
+    let shares = shares(snapshot, service, 80, client, V4, &|_| false)?;
     Ok(shares.iter().map(|(choice, percent)| (choice.workload.name.to_string(), percent.round() as u64)).collect())
 }
 
@@ -240,7 +240,7 @@ fn a_client_gets_endpoints_of_its_own_family_and_others_only_where_there_is_none
     let names = |endpoints: Vec<Workload>, prefer| {
         let snapshot = mesh(cart(), endpoints);
         let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
-        let shares = shares(&snapshot, service, 80, &client(), prefer).unwrap();
+        let shares = shares(&snapshot, service, 80, &client(), prefer, &|_| false).unwrap();
         shares.iter().map(|(choice, _)| format!("{} {}", choice.workload.name, choice.ip)).collect::<Vec<_>>()
     };
     let all = || vec![both.clone(), four.clone(), six.clone()];
@@ -317,7 +317,7 @@ fn a_policy_about_the_node_holds_at_the_cluster_address_alone() {
     );
     let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
     let chosen = |dialled: &str| {
-        let shares = shares(&snapshot, service, 80, &client(), dialled.parse().unwrap()).unwrap();
+        let shares = shares(&snapshot, service, 80, &client(), dialled.parse().unwrap(), &|_| false).unwrap();
         shares.iter().map(|(choice, _)| choice.workload.name.to_string()).collect::<Vec<_>>().join(" ")
     };
     assert_eq!(chosen("10.96.0.1"), "here");
@@ -403,6 +403,12 @@ fn a_policy_gives_places_their_shares_whatever_the_balancer() {
         assert!(!counts.contains_key("a"), "{counts:?}");
     }
     // Who cannot be used leaves the share of its place to the others of it, and then to the other places.
+    let told = told_without(&snapshot, &|endpoint| is_of(endpoint, 2));
+    assert_eq!(told, [("b", 0), ("c", 70), ("d", 30)].map(|(name, share)| (name.to_owned(), share)));
+    let told = told_without(&snapshot, &|endpoint| !is_of(endpoint, 4));
+    assert_eq!(told, [("b", 0), ("c", 0), ("d", 100)].map(|(name, share)| (name.to_owned(), share)));
+    let told = told_without(&snapshot, &|_| true);
+    assert_eq!(told, [("b", 35), ("c", 35), ("d", 30)].map(|(name, share)| (name.to_owned(), share)), "all are");
     let counts = often(&snapshot, &|_, _| false, &|endpoint| is_of(endpoint, 2));
     assert!(!counts.contains_key("b") && (6_850..=7_150).contains(&counts["c"]), "{counts:?}");
     let counts = often(&snapshot, &|_, _| false, &|endpoint| is_of(endpoint, 2) || is_of(endpoint, 3));
@@ -441,6 +447,13 @@ fn often(
         *counts.entry(choice.workload.name.to_string()).or_default() += 1;
     }
     counts
+}
+
+/// Names and shares, in percent, of all that are listed while some are ejected.
+fn told_without(snapshot: &Snapshot, ejected: &dyn Fn(SocketAddr) -> bool) -> Vec<(String, u64)> {
+    let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
+    let shares = shares(snapshot, service, 80, &client(), V4, ejected).unwrap();
+    shares.iter().map(|(choice, percent)| (choice.workload.name.to_string(), percent.round() as u64)).collect()
 }
 
 fn by_chances<'a>(snapshot: &Snapshot, chances: impl IntoIterator<Item = Chance<'a>>) -> BTreeSet<String> {
@@ -483,6 +496,10 @@ fn a_policy_orders_places_and_names_the_region_that_is_next() {
     for (ejected, expected) in [(0, "a b"), (1, "b"), (2, "c"), (3, "d"), (4, "e")] {
         let counts = often(&snapshot, &|_, _| false, &|endpoint| (1..=ejected).any(|letter| is_of(endpoint, letter)));
         assert_eq!(counts.into_keys().collect::<Vec<_>>().join(" "), expected, "{ejected} are ejected");
+        let told = told_without(&snapshot, &|endpoint| (1..=ejected).any(|letter| is_of(endpoint, letter)));
+        assert_eq!(told.len(), expected.split(' ').count() + usize::from(ejected), "those that are passed over too");
+        let used: Vec<&str> = told.iter().filter(|(_, share)| *share > 0).map(|(name, _)| name.as_str()).collect();
+        assert_eq!(used.join(" "), expected, "{ejected} are ejected: {told:?}");
     }
     // A Service that requires the node keeps requiring it.
     let strict = LoadBalancing { mode: Mode::Strict, routing_preference: vec![Node], ..LoadBalancing::default() };
@@ -557,7 +574,7 @@ proptest! {
         let snapshot = mesh(ServiceSpec { lb, ..cart() }, endpoints);
         let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
         let picked = pick(&snapshot, service, 80, &client(), V4, &Chance::of(random));
-        let shares = shares(&snapshot, service, 80, &client(), V4);
+        let shares = shares(&snapshot, service, 80, &client(), V4, &|_| false);
         match (picked, shares) {
             (Ok(choice), Ok(shares)) => {
                 prop_assert!(choice.workload.healthy && choice.workload.capacity > 0);

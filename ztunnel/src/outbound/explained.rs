@@ -18,7 +18,7 @@ use crate::outbound::requests::wanted;
 use crate::outbound::waypoint;
 use crate::outcome::{Code, Outcome};
 use crate::route::{self, Forward, NO_ROUTE, Preflight, RoutePlan};
-use crate::state::{Balancer, IpFamily, ServiceName, Snapshot, Workload};
+use crate::state::{Balancer, IpFamily, Service, ServiceName, Snapshot, Workload};
 
 /// What becomes of a request.
 #[derive(Debug, Default)]
@@ -115,6 +115,27 @@ pub fn explained(
     })
 }
 
+/// Who of the endpoints of a Service's port is left alone for now by the traffic policy that `source` is under.
+pub fn ejected<'a>(
+    snapshot: &'a Snapshot,
+    source: &'a Workload,
+    destinations: &Destinations,
+    service: &Service,
+    port: u16,
+) -> impl Fn(SocketAddr) -> bool + 'a {
+    let (now, pod) = (Instant::now(), &source.pod_uid);
+    let ejecting = snapshot.traffic_for(service, port, &source.namespace).and_then(|(policy, settings)| {
+        let rules = settings.outlier.as_ref().filter(|_| !waypoint::decides(snapshot, source, service))?;
+        let known = destinations.known(service, port)?;
+        known.ejects(&policy.id, rules, service.candidates(port), pod, now).then_some((policy, known))
+    });
+    move |endpoint| {
+        ejecting.as_ref().is_some_and(|(policy, known)| {
+            known.outliers(&policy.id, now, |outliers| outliers.is_out(endpoint, pod, now))
+        })
+    }
+}
+
 /// To a Service's port, as its route has it. `to`: the Service, and where the client dialled, with the port of the backend.
 fn send(
     snapshot: &Snapshot,
@@ -144,16 +165,7 @@ fn send(
         Balancer::Hash(key, layout) => Some((carried(key, &parts, source.address(IpFamily::of(at.ip()))?)?, *layout)),
         _ => None,
     });
-    let now = Instant::now();
-    let (pod, all) = (&source.pod_uid, service.candidates(at.port()));
-    let ejecting = policy.zip(destinations.known(service, at.port())).filter(|(policy, known)| {
-        policy.at(at.port()).outlier.as_ref().is_some_and(|rules| known.ejects(&policy.id, rules, all, pod, now))
-    });
-    let ejected = |endpoint: SocketAddr| {
-        ejecting.as_ref().is_some_and(|(policy, known)| {
-            known.outliers(&policy.id, now, |outliers| outliers.is_out(endpoint, pod, now))
-        })
-    };
+    let ejected = ejected(snapshot, source, destinations, service, at.port());
     let session = forward.and_then(|forward| forward.session.as_ref()).map(|session| &*session.endpoint);
     let way = hash.map_or(Way::Usual, |(key, layout)| Way::Hash(key, layout));
     let chance = Chance { session, way, ejected: &ejected, ..Chance::of(0) };

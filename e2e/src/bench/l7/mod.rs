@@ -18,7 +18,7 @@ use crate::bench::TULLE;
 use crate::bench::l7::place::ALL;
 use crate::bench::l7::place::Outcome;
 use crate::bench::l7::place::Place;
-use crate::bench::l7::place::half_of;
+use crate::bench::l7::place::flood_of;
 use crate::bench::note;
 use crate::bench::report::Failure;
 use crate::bench::report::Report;
@@ -31,8 +31,8 @@ use crate::bench::work::Work;
 pub(super) const NAMED: &str = "HTTP";
 /// Beside which all that a neighbour can ask goes on.
 const BESIDE: &str = "HTTP, 1,000 requests/s, 4 connections, beside another pod's flood";
-/// Beside which a neighbour asks half of that.
-const AT_HALF_LOAD: &str = "HTTP, 1,000 requests/s, 4 connections, beside half of that flood";
+/// Beside which a neighbour asks as much as leaves half of the processors free.
+const AT_HALF_LOAD: &str = "HTTP, 1,000 requests/s, 4 connections, beside a flood at half load";
 
 /// The loads.
 fn tests() -> Vec<Test> {
@@ -124,8 +124,8 @@ fn load(
     said
 }
 
-/// The same load before and beside a flood: all that there can be beside it, which is what there is room for, or half of
-/// that, at a fixed rate. CPU is not told: it is the flood's.
+/// The same load before and beside a flood: all that there can be beside it, or so much, at a fixed rate, that half of the
+/// processors is used. CPU is not told: it is the flood's.
 fn beside(
     place: &Place,
     report: &mut Report,
@@ -138,7 +138,8 @@ fn beside(
     let quiet = beside(None)?;
     let mut loud = beside(Some(&ALL))?;
     if test.name == AT_HALF_LOAD {
-        loud = beside(Some(&half_of(loud.flooded)))?;
+        let probe = beside(Some(&flood_of(loud.flooded / 4.0)))?;
+        loud = beside(Some(&flood_of(at_half_load(&quiet, &probe, loud.flooded))))?;
     }
     let p99 = |outcome: &Outcome| outcome.run.measured.latency.as_ref().map(|latency| latency.p99);
     let (before, beside) = (p99(&quiet)?, p99(&loud)?);
@@ -149,6 +150,14 @@ fn beside(
         (rows::FLOODED, loud.flooded),
         (rows::LOADED, loud.load * 100.0),
     ])
+}
+
+/// Requests a second of a flood that uses half of the processors with the load beside it, by what a quarter of `most` used.
+fn at_half_load(quiet: &Outcome, probe: &Outcome, most: f64) -> f64 {
+    let each = (probe.load - quiet.load) / probe.flooded.max(1.0);
+    let room = (0.5 - quiet.load) / each;
+    // Others used so much meanwhile that nothing can be told.
+    if room.is_finite() && room > 0.0 { room.min(most) } else { most / 2.0 }
 }
 
 fn part(

@@ -97,14 +97,13 @@ pub(super) struct Outcome {
     pub(super) others: f64,
     /// Requests a second of the flood beside it.
     pub(super) flooded: f64,
-    /// Share of the processors that was used.
+    /// Share of the processors that all of it used.
     pub(super) load: f64,
 }
 
-/// A flood of half as many requests a second.
-pub(super) fn half_of(flooded: f64) -> Work {
-    let per_second = (flooded / 2.0).round().max(1.0) as u32;
-    Work::Paced { connections: FLOOD, per_second, beside_upload: false }
+/// A flood by the clock.
+pub(super) fn flood_of(per_second: f64) -> Work {
+    Work::Paced { connections: FLOOD, per_second: per_second.round().max(1.0) as u32, beside_upload: false }
 }
 
 impl Place {
@@ -272,7 +271,7 @@ impl Place {
         wrong.extend(records.judge(side, &totals, self.far)?);
         let (used, others) = before.until(&after);
         let cpu = (variant != DIRECT).then_some(used);
-        Ok(Outcome { run: Run { measured, cpu }, wrong, others, flooded, load: before.load(&after) })
+        Ok(Outcome { run: Run { measured, cpu }, wrong, others, flooded, load: before.load(&after) - others })
     }
 
     /// A bounded part of the load again, with the node link captured.

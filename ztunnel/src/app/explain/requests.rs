@@ -90,7 +90,7 @@ pub(super) fn leaving(
                     request: Some(head(&sent.request)),
                     ..endpoint
                 };
-                let mut found = endpoints(snapshot, source, &sent.plan, sent.at);
+                let mut found = endpoints(snapshot, destinations, source, &sent.plan, sent.at);
                 if let Some(service) =
                     sent.plan.service().filter(|service| !waypoint_decides(snapshot, source, service))
                 {
