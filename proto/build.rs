@@ -43,6 +43,7 @@ const SHOWN: &[&str] = &[
     "RetryBudget",
     "Warmup",
     "LocalityBalancing",
+    "TcpKeepalive",
     "Distribution",
     "LocalityShare",
     "RegionFailover",

@@ -295,3 +295,42 @@ fn retries_keep_to_their_budget_new_endpoints_begin_slowly_and_sessions_stay() -
     assert_eq!(spread, [4, 4], "without a cookie");
     Ok(())
 }
+
+/// Waits until one of the client's connections to a port is to be probed in such a time, in seconds. While bytes are on their
+/// way the kernel has another timer.
+fn await_probes(lab: &Lab, port: u16, what: &str, is_it: impl Fn(f64) -> bool) -> anyhow::Result<()> {
+    eventually(what, PATIENCE, || {
+        let output = lab.exec_ok("shop/web", &["ss", "-tnoH", "dport", "=", &format!(":{port}")]);
+        let output = output.map_err(|error| error.to_string())?;
+        // `timer:(keepalive,19sec,0)`, in other units where it is longer: `timer:(keepalive,2min59sec,0)`.
+        let mut timers = output.lines().filter_map(|line| line.split_once("timer:(keepalive,")?.1.split(',').next());
+        let found = timers.any(|time| is_it(time.trim_end_matches("sec").parse().unwrap_or(f64::INFINITY)));
+        if found { Ok(()) } else { Err(output) }
+    })
+}
+
+#[test]
+fn connections_to_endpoints_are_probed_as_often_as_the_rule_says() -> anyhow::Result<()> {
+    if !scenario::has_tools(&["ss"]) {
+        return Ok(());
+    }
+    let outside = scenario::server("plain", "far", "far", 2)
+        + "---\napiVersion: v1\nkind: Service\nmetadata: {name: far, namespace: plain}\n\
+           spec: {selector: {app: far}, ports: [{name: raw, port: 9000}]}\n";
+    let Some(lab) = scenario::lab(LabConfig::of(&(carts() + &outside))) else { return Ok(()) };
+    // Each port has a Service of its own: pods of the mesh by their tunnel, others by themselves.
+    let cases = [("cart", "cart.shop:9000", 15008), ("far.plain", "far.plain:9000", 9000)];
+    for (host, target, port) in cases {
+        let before = scenario::hold_to(&lab, "shop/web", target)?;
+        await_probes(&lab, port, &format!("{host}: the node's own"), |time| time > 20.0)?;
+        let name = host.replace('.', "-");
+        lab.apply_yaml(&format!(
+            "---\napiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: {name}, namespace: shop}}\n\
+             spec: {{host: {host}, trafficPolicy: {{connectionPool: {{tcp: {{tcpKeepalive: {{time: 20s, interval: 5s}}}}}}}}}}\n"
+        ))?;
+        let held = scenario::hold_to(&lab, "shop/web", target)?;
+        await_probes(&lab, port, &format!("{host}: as the rule says"), |time| time <= 20.0)?;
+        drop((before, held));
+    }
+    Ok(())
+}

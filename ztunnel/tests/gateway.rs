@@ -185,6 +185,7 @@ async fn ask(lab: &Lab, pool: &Pool, account: &str, target: &str) -> Asked {
         expected: ["spiffe://cluster.local/ns/egress/sa/out".parse().unwrap()].into(),
         address: SocketAddr::from(([10, 99, 0, 2], PORT)),
         beyond: None,
+        keepalive: None,
     };
     let patience = Patience { connect: Duration::from_secs(30), refused: Duration::ZERO };
     let sockets = sockets(&format!("/run/netns/{}", lab.netns("a")));

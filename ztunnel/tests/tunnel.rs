@@ -79,6 +79,7 @@ fn key(expected: &str, address: SocketAddr) -> Key {
         expected: vec![expected.parse().unwrap()].into(),
         address,
         beyond: None,
+        keepalive: None,
     }
 }
 

@@ -39,8 +39,8 @@ pub use service::{
 };
 pub use traffic::{
     Balancer, DestinationRule, Distribution, HashCookie, HashKey, JwtRule, Layout, LocalityBalancing, LocalityScope,
-    OutlierDetection, RequestAuthentication, RequestAuthenticationSpec, RetryBudget, SuccessRate, TrafficSettings,
-    Warmup,
+    OutlierDetection, RequestAuthentication, RequestAuthenticationSpec, RetryBudget, SuccessRate, TcpKeepalive,
+    TrafficSettings, Warmup,
 };
 pub use trust::TrustBundle;
 pub use workload::{ContainerPort, Namespace, Node, Phase, Pod, ServiceAccount};

@@ -57,6 +57,19 @@ pub struct TrafficSettings {
     pub max_concurrent_streams: u32,
     /// loadBalancer.localityLbSetting.
     pub locality: Option<LocalityBalancing>,
+    /// connectionPool.tcp.tcpKeepalive.
+    pub keepalive: Option<TcpKeepalive>,
+}
+
+/// connectionPool.tcp.tcpKeepalive; 0: not said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TcpKeepalive {
+    /// time.
+    pub time_ms: u32,
+    /// interval.
+    pub interval_ms: u32,
+    /// probes.
+    pub probes: u32,
 }
 
 /// loadBalancer.localityLbSetting. Places are written `region/zone/subzone`, with `*` for any.

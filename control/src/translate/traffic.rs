@@ -11,7 +11,7 @@ use tulle_proto::mesh::hash_key::Key;
 
 use crate::model::{
     Balancer, Condition, DestinationRule, HashKey, Layout, LocalityBalancing, LocalityScope, OutlierDetection,
-    RetryBudget, Service, SuccessRate, TrafficSettings, Warmup, World,
+    RetryBudget, Service, SuccessRate, TcpKeepalive, TrafficSettings, Warmup, World,
 };
 use crate::resource::{Kind, Resource};
 use crate::translate::route::reference;
@@ -150,6 +150,10 @@ fn traffic(from: &TrafficSettings) -> mesh::TrafficSettings {
         }),
         max_concurrent_streams: from.max_concurrent_streams,
         locality: from.locality.as_ref().map(locality),
+        keepalive: from.keepalive.as_ref().map(|keepalive| {
+            let TcpKeepalive { time_ms, interval_ms, probes } = *keepalive;
+            mesh::TcpKeepalive { time_ms, interval_ms, probes }
+        }),
     }
 }
 

@@ -65,6 +65,37 @@ impl Options {
     }
 }
 
+/// Another TCP keepalive than what every socket gets; what is absent stays. Whole seconds, for that is what systems take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Keepalive {
+    /// Idle time before the first probe.
+    pub time: Option<Duration>,
+    /// Between probes.
+    pub interval: Option<Duration>,
+    /// Probes without an answer that end the connection.
+    pub probes: Option<u32>,
+}
+
+impl Keepalive {
+    /// Sets it on a connection.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn set(&self, tcp: &TcpStream) -> io::Result<()> {
+        let mut keepalive = TcpKeepalive::new();
+        if let Some(time) = self.time {
+            keepalive = keepalive.with_time(time);
+        }
+        if let Some(interval) = self.interval {
+            keepalive = keepalive.with_interval(interval);
+        }
+        if let Some(probes) = self.probes {
+            keepalive = keepalive.with_retries(probes);
+        }
+        SockRef::from(tcp).set_tcp_keepalive(&keepalive)
+    }
+}
+
 /// Opens the sockets of one pod.
 #[derive(Debug)]
 pub struct PodSockets {
@@ -121,6 +152,16 @@ impl PodSockets {
     pub async fn connect(&self, to: SocketAddr) -> io::Result<TcpStream> {
         let socket = self.socket(to.is_ipv6()).await?;
         finish_connect(socket, to).await
+    }
+
+    /// The same with another keepalive, where one is given.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub async fn connect_kept(&self, to: SocketAddr, keepalive: Option<Keepalive>) -> io::Result<TcpStream> {
+        let tcp = self.connect(to).await?;
+        keepalive.map_or(Ok(()), |keepalive| keepalive.set(&tcp))?;
+        Ok(tcp)
     }
 
     /// Connects to `to` with the source address `from`, which may belong to somebody else (IP_TRANSPARENT): the

@@ -25,7 +25,7 @@ use crate::base::cut::Cut;
 use crate::base::gather::Gathered;
 use crate::base::lent::Lent;
 use crate::base::pace::Paced;
-use crate::base::sockets::PodSockets;
+use crate::base::sockets::{Keepalive, PodSockets};
 use crate::base::window::{Slot, Window};
 use crate::base::workers;
 use crate::hbone::{Config, FRAME_BUDGET, HEADER_LIST, READ_BUFFER, SEND_BUFFER, TLS_BUFFER};
@@ -112,11 +112,11 @@ impl Tunnel {
 /// The step that failed.
 pub async fn connect(
     dialer: &Dialer,
-    address: SocketAddr,
+    (address, keepalive): (SocketAddr, Option<Keepalive>),
     expected: &[SpiffeId],
     config: Config,
 ) -> Result<Tunnel, Outcome> {
-    let tcp = connect_tcp(&dialer.sockets, address, dialer.patience).await?;
+    let tcp = connect_tcp(&dialer.sockets, (address, keepalive), dialer.patience).await?;
     open(tcp, dialer, address.to_string(), expected, config, pending()).await
 }
 
@@ -156,11 +156,15 @@ where
     timeout(config.handshake_timeout, handshake).await.unwrap_or_else(late)
 }
 
-async fn connect_tcp(sockets: &PodSockets, address: SocketAddr, patience: Patience) -> Result<TcpStream, Outcome> {
+async fn connect_tcp(
+    sockets: &PodSockets,
+    (address, keepalive): (SocketAddr, Option<Keepalive>),
+    patience: Patience,
+) -> Result<TcpStream, Outcome> {
     let give_up = Instant::now() + patience.refused;
     let mut pause = Duration::from_millis(20);
     loop {
-        match timeout(patience.connect, sockets.connect(address)).await {
+        match timeout(patience.connect, sockets.connect_kept(address, keepalive)).await {
             Ok(Ok(tcp)) => return Ok(tcp),
             Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused && Instant::now() + pause < give_up => {
                 sleep(pause).await;

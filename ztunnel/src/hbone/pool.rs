@@ -25,6 +25,7 @@ use tokio::time::{Duration, Instant, sleep, sleep_until, timeout};
 use tulle_certs::SpiffeId;
 
 use crate::base::cut::Cut;
+use crate::base::sockets::Keepalive;
 use crate::base::window::Slot;
 use crate::base::workers;
 use crate::hbone::client::{Dialer, Tunnel, connect, connect_over};
@@ -69,6 +70,8 @@ pub struct Key {
     pub address: SocketAddr,
     /// The tunnel is the one behind it.
     pub beyond: Option<Beyond>,
+    /// What its connection is asked to have.
+    pub keepalive: Option<Keepalive>,
 }
 
 type Attempt = watch::Receiver<Option<Result<(), Outcome>>>;
@@ -247,7 +250,7 @@ impl Pool {
         let (key, dialer, config, pool) = (key.clone(), dialer.clone(), self.config, self.this.clone());
         workers::spawn(async move {
             let result = match &key.beyond {
-                None => connect(&dialer, key.address, &key.expected, config).await,
+                None => connect(&dialer, (key.address, key.keepalive), &key.expected, config).await,
                 // Boxed: tunnels to neighbours are not to make room for it.
                 Some(beyond) => Box::pin(connect_beyond(&pool, &key, beyond, &dialer, config)).await,
             };

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use tulle_certs::SpiffeId;
 use tulle_proto::names::{PORT_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
+use crate::base::sockets::Keepalive;
 use crate::hbone::pool::Beyond;
 use crate::lb::{self, Chance, Choice, NoChoice};
 use crate::outbound::elsewhere;
@@ -47,6 +48,8 @@ pub struct Hbone {
     pub beyond: Option<Beyond>,
     /// Host and port that an egress gateway is asked for, in the place of `authority`.
     pub name: Option<Arc<str>>,
+    /// What a traffic policy says of the tunnel's connection.
+    pub keepalive: Option<Keepalive>,
 }
 
 impl Hbone {
@@ -79,6 +82,8 @@ pub struct Plain {
     pub service: Option<Arc<Service>>,
     /// The service has endpoints besides that were not tried.
     pub others: bool,
+    /// What a traffic policy says of the connection.
+    pub keepalive: Option<Keepalive>,
 }
 
 impl Plan {
@@ -177,10 +182,10 @@ pub fn choose(
             );
             return Err(Outcome::new(Code::NoNetworkGateway, text));
         }
-        return Ok(to_workload(workload.clone(), destination, None, false));
+        return Ok(to_workload(workload.clone(), destination, (None, None), false));
     }
     may_leave(source, destination)?;
-    Ok(Plan::Plain(Plain { address: destination, destination: None, service: None, others: false }))
+    Ok(Plan::Plain(Plain { address: destination, destination: None, service: None, others: false, keepalive: None }))
 }
 
 /// [`choose`] for a connection to a Service that is known, as a route names it: `destination` is one of its addresses, or of
@@ -209,12 +214,14 @@ pub fn to_service(
         }
         Ok(Choice { workload, ip, port, others }) => {
             may_go_to(source, service, &workload, SocketAddr::new(ip, port))?;
-            Ok(to_workload(workload, SocketAddr::new(ip, port), Some(service.clone()), others))
+            let settings = snapshot.traffic_for(service, destination.port(), &source.namespace);
+            let keepalive = settings.and_then(|(_, settings)| settings.keepalive);
+            Ok(to_workload(workload, SocketAddr::new(ip, port), (Some(service.clone()), keepalive), others))
         }
         Err(NoChoice::Passthrough) => {
             may_leave(source, destination)?;
             let service = Some(service.clone());
-            Ok(Plan::Plain(Plain { address: destination, destination: None, service, others: false }))
+            Ok(Plan::Plain(Plain { address: destination, destination: None, service, others: false, keepalive: None }))
         }
         Err(none @ NoChoice::Ejected { .. }) => Err(Outcome::new(Code::Ejected, none.to_string())),
         Err(none) => Err(Outcome::new(Code::NoEndpoint, none.to_string())),
@@ -265,9 +272,16 @@ pub(super) fn may_leave(source: &Workload, destination: SocketAddr) -> Result<()
     Err(Outcome::new(Code::EgressDenied, text))
 }
 
-fn to_workload(workload: Arc<Workload>, target: SocketAddr, service: Option<Arc<Service>>, others: bool) -> Plan {
+fn to_workload(
+    workload: Arc<Workload>,
+    target: SocketAddr,
+    (service, keepalive): (Option<Arc<Service>>, Option<Keepalive>),
+    others: bool,
+) -> Plan {
     match workload.protocol {
-        Protocol::Plain => Plan::Plain(Plain { address: target, destination: Some(workload), service, others }),
+        Protocol::Plain => {
+            Plan::Plain(Plain { address: target, destination: Some(workload), service, others, keepalive })
+        }
         Protocol::Hbone => {
             let mut expected = vec![workload.identity.clone()];
             if let Some(service) = &service {
@@ -283,6 +297,7 @@ fn to_workload(workload: Arc<Workload>, target: SocketAddr, service: Option<Arc<
                 through: false,
                 beyond: None,
                 name: None,
+                keepalive,
             })
         }
     }

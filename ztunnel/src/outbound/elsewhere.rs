@@ -84,6 +84,7 @@ pub(super) fn plan(
         through: true,
         beyond: Some(beyond),
         name: None,
+        keepalive: None,
     }))
 }
 

@@ -61,6 +61,7 @@ pub(super) fn plan(
         through: true,
         beyond: None,
         name: Some(name.clone()),
+        keepalive: None,
     }))
 }
 

@@ -112,6 +112,7 @@ pub(super) fn plan(asked: &Asked<'_>, gateway: &GatewayAddress) -> Result<Option
         through: true,
         beyond: None,
         name: None,
+        keepalive: None,
     })))
 }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use http::HeaderName;
 
+use crate::base::sockets::Keepalive;
 use crate::state::{Locality, LocalityScope, ServiceName};
 
 /// Beginning of the resource name, before `<namespace>/<name>`.
@@ -83,6 +84,8 @@ pub struct TrafficSettings {
     pub max_concurrent_streams: Option<u32>,
     /// Which places come first, or get which share; none: as the Service prefers.
     pub nearness: Option<Arc<Nearness>>,
+    /// Of the connections to endpoints.
+    pub keepalive: Option<Keepalive>,
 }
 
 /// What the places of client and endpoint mean for a choice.

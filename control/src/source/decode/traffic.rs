@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::model::{
     DestinationRule, JwtRule, Meta, Object, OutlierDetection, RequestAuthentication, RequestAuthenticationSpec,
-    RetryBudget, SuccessRate, TrafficSettings,
+    RetryBudget, SuccessRate, TcpKeepalive, TrafficSettings,
 };
 use crate::source::decode::balancer::{self, ignore};
 use crate::source::decode::locality::locality;
@@ -117,6 +117,7 @@ fn settings(at: &Cursor<'_>, besides: &[&str], ignored: &mut Vec<String>) -> Rea
         max_retries: count(&http.get("maxRetries"))?,
         outlier,
         locality,
+        keepalive: keepalive(&tcp.get("tcpKeepalive"), ignored)?,
         balancer: balancer::balancer(&at.get("loadBalancer"), ignored)?,
         retry_budget: retry_budget(&at.get("retryBudget"), ignored)?,
         warmup: balancer::warmup(&at.get("loadBalancer"), ignored)?,
@@ -140,15 +141,20 @@ fn without_effect(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<()> {
     if !proxy.is_absent() {
         ignore(&proxy, "a Service of the mesh sees its client's address without it", ignored);
     }
-    let keepalive = at.get("connectionPool").get("tcp").get("tcpKeepalive");
-    if !keepalive.is_absent() {
-        ignore(&keepalive, "a tunnel is for many connections: KEEPALIVE_TIME and others of the node count", ignored);
-    }
     let upgrade = at.get("connectionPool").get("http").get("h2UpgradePolicy");
     if upgrade.text()? == Some("UPGRADE") {
         ignore(&upgrade, "a client's version of HTTP is also the server's", ignored);
     }
     Ok(())
+}
+
+fn keepalive(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Option<TcpKeepalive>> {
+    unknown(at, &["time", "interval", "probes"], ignored)?;
+    if at.is_absent() {
+        return Ok(None);
+    }
+    let (time_ms, interval_ms) = (duration(&at.get("time"))?, duration(&at.get("interval"))?);
+    Ok(Some(TcpKeepalive { time_ms, interval_ms, probes: count(&at.get("probes"))? }))
 }
 
 fn retry_budget(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Option<RetryBudget>> {

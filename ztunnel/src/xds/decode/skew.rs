@@ -223,6 +223,7 @@ fn settings() -> wire::TrafficSettings {
             scopes: vec![wire::LocalityScope::Zone.into()],
             failover: vec![wire::RegionFailover { from: "a".into(), to: "b".into() }],
         }),
+        keepalive: Some(wire::TcpKeepalive { time_ms: 1, interval_ms: 1, probes: 1 }),
     }
 }
 

@@ -14,6 +14,7 @@ use serde_json::Value;
 use tulle_proto::mesh as wire;
 use tulle_proto::mesh::hash_key::Key;
 
+use crate::base::sockets::Keepalive;
 use crate::state::{
     Balancer, DESTINATION_RULE, Distribution, HashKey, JwtRule, Layout, LocalityScope, Nearness, OutlierDetection,
     REQUEST_AUTHENTICATION, Region, RequestAuth, RetryBudget, SuccessRate, TrafficPolicy, TrafficScope,
@@ -31,6 +32,10 @@ const MOST_ROWS: u32 = 655_373;
 
 /// Largest weight of a place: the sum of all stays far from any limit.
 const MOST_WEIGHT: u32 = 1 << 16;
+
+/// The kernel's limits of TCP keepalive (`MAX_TCP_KEEPIDLE`, `MAX_TCP_KEEPCNT`).
+const MOST_SECONDS: u32 = 32_767;
+const MOST_PROBES: u32 = 127;
 
 /// Most points of a ring that may be asked for: 4 MB.
 const MOST_POINTS: u32 = 262_144;
@@ -102,8 +107,18 @@ fn settings(from: &wire::TrafficSettings) -> Result<TrafficSettings, String> {
             })
         }),
         max_concurrent_streams: limit(from.max_concurrent_streams),
+        keepalive: from.keepalive.as_ref().map(|from| Keepalive {
+            time: seconds(from.time_ms),
+            interval: seconds(from.interval_ms),
+            probes: limit(from.probes).map(|probes| probes.min(MOST_PROBES)),
+        }),
         nearness: from.locality.as_ref().map(nearness).transpose()?.map(Arc::new),
     })
+}
+
+/// Whole seconds as the system takes them, not less than was said.
+fn seconds(millis: u32) -> Option<Duration> {
+    (millis > 0).then(|| Duration::from_secs(millis.div_ceil(1_000).min(MOST_SECONDS).into()))
 }
 
 fn nearness(from: &wire::LocalityBalancing) -> Result<Nearness, String> {
