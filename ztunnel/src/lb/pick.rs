@@ -276,7 +276,7 @@ fn with_tiers<T>(
     let table = tables.of(IpFamily::of(dialled));
     // internalTrafficPolicy is about the cluster address alone.
     let anywhere = service.lb.mode == Mode::Strict && service.is_external(dialled) && endpoints.one_network;
-    if let Some(nearness) = nearness {
+    if let Some(nearness) = nearness.filter(|_| !anywhere) {
         let placed = locality::placed(service, table, client, nearness);
         return Ok(then(&placed.tables, &placed.shares));
     }
