@@ -249,14 +249,28 @@ fn retries_keep_to_their_budget_new_endpoints_begin_slowly_and_sessions_stay() -
     let all = |counts: [usize; 2]| counts[0] + counts[1];
     let (reports, counts) = made(&lab, 10, &[])?;
     assert_eq!((with_status(&reports, 503), all(counts)), (10, 20), "each is tried again");
+    for pod in ["cart", "cart-b"] {
+        become_(&lab, pod, "status=503&ms=2000")?;
+    }
+    let before = served(&lab, "cart") + served(&lab, "cart-b");
+    let reports = together(&lab, "shop/web", 16, "/work")?;
+    let retried = served(&lab, "cart") + served(&lab, "cart-b") - before - 16;
+    // Without a policy three at once, for two seconds each; a slow machine has time for three more, and again.
+    assert_eq!(with_status(&reports, 503), 16, "{reports:?}");
+    assert!((1..=9).contains(&retried), "{retried} of 16 were tried again");
+    for pod in ["cart", "cart-b"] {
+        become_(&lab, pod, "status=503")?;
+    }
     // Ten minutes are longer than this test: what was spent stays spent.
     lab.apply_yaml(&rule("{retryBudget: {percent: 0, minRetryConcurrency: 2, budgetInterval: 600s}}"))?;
     let (reports, counts) = made(&lab, 10, &[])?;
     assert_eq!((with_status(&reports, 503), all(counts)), (10, 12), "two are, and the others' answers stand");
     let (_, metrics) = lab.get("node-1", 15020, "/metrics")?;
-    let counted =
-        "tulle_upstream_overflow_total{destination_service=\"cart.shop.svc.cluster.local\",kind=\"rq_retry\"} 8";
-    assert!(metrics.contains(counted), "{metrics}");
+    let counted = format!(
+        "tulle_upstream_overflow_total{{destination_service=\"cart.shop.svc.cluster.local\",kind=\"rq_retry\"}} {}\n",
+        16 - retried + 8
+    );
+    assert!(metrics.contains(&counted), "{metrics}");
 
     for pod in ["cart", "cart-b"] {
         become_(&lab, pod, "")?;
