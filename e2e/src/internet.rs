@@ -41,11 +41,10 @@ pub fn world(labels: &str, hosts: &[&str]) -> String {
     text
 }
 
-/// A lab of `objects`, whose nodes and gateways ask the first host outside what names mean. Its address is known before there
+/// The lab of `config`, whose nodes and gateways ask the first host outside what names mean. Its address is known before there
 /// is a lab, since these hosts get theirs in the order of their names. `None`: this machine has no lab.
-pub fn lab(objects: &str) -> Option<Lab> {
+pub fn lab(config: LabConfig) -> Option<Lab> {
     let server = address::outside(1).v4.to_string();
-    let config = LabConfig::of(objects);
     scenario::lab(
         ["ztunnel", "gateway"].iter().fold(config, |config, of| config.env(of, "TULLE_NAME_SERVERS", &server)),
     )
@@ -126,20 +125,39 @@ pub fn name_server(folder: &Path, records: &str) -> anyhow::Result<String> {
 /// # Errors
 /// What openssl said.
 pub fn certificate<S: AsRef<str>>(folder: &Path, names: &[S]) -> anyhow::Result<()> {
-    let new = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2";
     let names: Vec<String> = names.iter().map(|name| format!("DNS:{}", name.as_ref())).collect();
     let script = format!(
-        "{new} -subj /CN=ca -keyout ca.key -out ca.pem && {new} -subj /CN=host -CA ca.pem -CAkey ca.key \
+        "{NEW} -subj /CN=ca -keyout ca.key -out ca.pem && {NEW} -subj /CN=host -CA ca.pem -CAkey ca.key \
          -keyout host.key -out host.pem -addext basicConstraints=critical,CA:FALSE -addext 'subjectAltName={}'",
         names.join(",")
     );
-    let made = Command::new("sh").args(["-c", &script]).current_dir(folder).output()?;
+    openssl(folder, &script)
+}
+
+/// Begins a call of openssl that makes a certificate with its key.
+const NEW: &str = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2";
+
+fn openssl(folder: &Path, script: &str) -> anyhow::Result<()> {
+    let made = Command::new("sh").args(["-c", script]).current_dir(folder).output()?;
     anyhow::ensure!(made.status.success(), "openssl: {}", String::from_utf8_lossy(&made.stderr));
     Ok(())
 }
 
+/// Makes a certificate for `name` that the CA in the folder `authority` signed, and puts it with its key into `folder` as a Secret has
+/// them: `tls.crt`, `tls.key`.
+///
+/// # Errors
+/// What openssl said, or a file cannot be written.
+pub fn client_certificate(authority: &Path, folder: &Path, name: &str) -> anyhow::Result<()> {
+    std::fs::create_dir_all(folder)?;
+    let to = folder.display();
+    let files = format!("-keyout {to}/tls.key -out {to}/tls.crt -CA ca.pem -CAkey ca.key");
+    openssl(authority, &format!("{NEW} -subj /CN={name} {files} -addext basicConstraints=critical,CA:FALSE"))
+}
+
 /// Makes a [`certificate`] for `names`, and puts a configuration of nginx into `folder` that serves HTTP at 80 and TLS at 443 and
-/// 8443: `inet`, the Host, the client's address, the scheme and the version of TLS; and the files of `files/`. Its path.
+/// 8443: `inet`, the Host, the client's address, the scheme and the version of TLS; and the files of `files/`. At 8444 it serves those
+/// alone who show a certificate that the same CA signed, and says whose. Its path.
 ///
 /// # Errors
 /// What openssl said, or a file cannot be written.
@@ -153,7 +171,10 @@ pub fn web_server<S: AsRef<str>>(folder: &Path, names: &[S]) -> anyhow::Result<S
          \x20 server {{ listen 80; listen [::]:80; listen 443 ssl; listen [::]:443 ssl; listen 8443 ssl;\n\
          \x20   ssl_certificate {at}/host.pem; ssl_certificate_key {at}/host.key; ssl_protocols TLSv1.2 TLSv1.3;\n\
          \x20   location / {{ return 200 \"inet $host $remote_addr $scheme $ssl_protocol\\n\"; }}\n\
-         \x20   location /files/ {{ alias {at}/files/; }} }}\n}}\n"
+         \x20   location /files/ {{ alias {at}/files/; }} }}\n\
+         \x20 server {{ listen 8444 ssl; ssl_certificate {at}/host.pem; ssl_certificate_key {at}/host.key;\n\
+         \x20   ssl_client_certificate {at}/ca.pem; ssl_verify_client on;\n\
+         \x20   location / {{ return 200 \"inet $ssl_client_s_dn\\n\"; }} }}\n}}\n"
     );
     let path = folder.join("nginx.conf");
     std::fs::write(&path, conf)?;

@@ -9,6 +9,7 @@ use e2e::address;
 use e2e::eventually::eventually;
 use e2e::internet;
 use e2e::lab::Lab;
+use e2e::lab::LabConfig;
 use e2e::lab::Running;
 use e2e::scenario;
 
@@ -29,7 +30,7 @@ fn lab(egress: &str, policy: &str, folder: &Path) -> anyhow::Result<Option<(Lab,
     if !scenario::has_tools(&internet::TOOLS) {
         return Ok(None);
     }
-    let Some(lab) = internet::lab(&world(egress)) else { return Ok(None) };
+    let Some(lab) = internet::lab(LabConfig::of(&world(egress))) else { return Ok(None) };
     let running = internet(&lab, folder)?;
     if !policy.is_empty() {
         lab.apply_yaml(policy)?;

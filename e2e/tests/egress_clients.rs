@@ -12,6 +12,7 @@ use e2e::installed::AS_USER;
 use e2e::installed::prepared;
 use e2e::internet;
 use e2e::lab::Lab;
+use e2e::lab::LabConfig;
 use e2e::lab::Running;
 use e2e::scenario;
 
@@ -142,7 +143,8 @@ fn programs_that_people_use_get_out_by_name_and_not_otherwise() -> anyhow::Resul
     }
     let labels = "tulle.dev/mesh: enabled, tulle.dev/egress: deny";
     let gateway = internet::gateway_service() + &internet::gateway("out-0", 2);
-    let Some(lab) = internet::lab(&(internet::world(labels, &["inet"]) + &gateway)) else { return Ok(()) };
+    let objects = internet::world(labels, &["inet"]) + &gateway;
+    let Some(lab) = internet::lab(LabConfig::of(&objects)) else { return Ok(()) };
     let folder = tempfile::tempdir()?;
     let _servers = servers(&lab, folder.path())?;
     lab.apply_yaml(&policy(""))?;

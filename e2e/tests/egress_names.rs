@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use e2e::eventually::eventually;
 use e2e::internet;
 use e2e::lab::Lab;
+use e2e::lab::LabConfig;
 use e2e::lab::Running;
 use e2e::scenario;
 
@@ -53,7 +54,7 @@ impl Net {
         }
         // Who is closed is in the mesh, whatever is said of that.
         let world = internet::world("tulle.dev/egress: deny", &["inet", "other"]);
-        let Some(lab) = internet::lab(&world) else { return Ok(None) };
+        let Some(lab) = internet::lab(LabConfig::of(&world)) else { return Ok(None) };
         let (inet, other) = (lab.pod_ip("out", "inet")?, lab.pod_ip("out", "other")?);
         let folder = tempfile::tempdir()?;
         let conf = internet::web_server(folder.path(), &NAMES)?;

@@ -59,7 +59,7 @@ pub enum Code {
     TunnelFailed,
     /// The destination's proxy answered CONNECT with an error.
     TunnelRefused,
-    /// There is no certificate for the local identity yet.
+    /// There is no certificate for the local identity yet, or none that a rule wants shown to a host outside.
     NoCertificate,
     /// The pod is not known to the mesh yet.
     UnknownWorkload,

@@ -250,7 +250,11 @@ fn egress_policy() -> mesh::EgressPolicy {
                 hostname: "out.egress.svc.cluster.local".into(),
             }),
         }),
-        originate: Some(mesh::EgressOrigination { server_name: "a.example".into(), roots: vec![vec![48, 0].into()] }),
+        originate: Some(mesh::EgressOrigination {
+            server_name: "a.example".into(),
+            roots: vec![vec![48, 0].into()],
+            client_certificate: "bank".into(),
+        }),
         endpoints: vec![mesh::EgressEndpoint {
             at: Some(mesh::egress_endpoint::At::Host("b.example".into())),
             ports: [(443, 8443)].into(),

@@ -25,6 +25,7 @@ use ztunnel::base::netns::{Netns, NetnsThread};
 use ztunnel::base::sockets::{Options, PodSockets};
 use ztunnel::dns::own::OwnResolver;
 use ztunnel::flow::{Limits, LocalPod, PodName, Shared};
+use ztunnel::gateway::clients::ClientCertificates;
 use ztunnel::gateway::limits::{HostLimits, Hosts};
 use ztunnel::gateway::originate::Originator;
 use ztunnel::gateway::{Gateway, recheck};
@@ -153,7 +154,7 @@ fn start(lab: &Lab, reader: ztunnel::state::Reader) {
                 from: Vec::new(),
                 names,
                 hosts: Hosts::new(HostLimits { connections: 1, rate: 0 }),
-                tls: Originator::new(RootCa::System),
+                tls: Originator::new(RootCa::System, ClientCertificates::new(None)),
             });
             let live = recheck::live();
             live.watch(reader);

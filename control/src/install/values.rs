@@ -193,6 +193,8 @@ pub struct EgressGateway {
     pub replicas: u32,
     /// How many stay.
     pub min_available: u32,
+    /// What it may show to hosts outside.
+    pub client_certificates: Vec<ClientCertificate>,
     /// Further settings.
     pub env: BTreeMap<String, String>,
     /// Requests and limits.
@@ -203,6 +205,18 @@ pub struct EgressGateway {
     pub node_selector: BTreeMap<String, String>,
     /// Of its pods.
     pub tolerations: Vec<Value>,
+}
+
+/// A certificate that policies of a namespace may have shown to hosts outside.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ClientCertificate {
+    /// Of the policies.
+    pub namespace: String,
+    /// As they name it.
+    pub name: String,
+    /// Secret of the gateway's namespace.
+    pub secret: String,
 }
 
 /// Whether node proxies are held to their own node.
@@ -289,6 +303,13 @@ impl Values {
         }
         if matches!(gateway.as_str(), "control" | "ztunnel" | "tulle-uninstall") {
             return Err(format!("egressGateway.name: `{gateway}` is the name of another part"));
+        }
+        for one in &self.egress_gateway.client_certificates {
+            let wrong =
+                [&one.namespace, &one.name].into_iter().find(|part| part.is_empty() || !part.bytes().all(label));
+            if let Some(wrong) = wrong {
+                return Err(format!("egressGateway.clientCertificates: `{wrong}` is no name, such as bank-client"));
+            }
         }
         Ok(())
     }
@@ -436,6 +457,8 @@ mod tests {
             ("ztunnel.update.maxSurge=0", "maxUnavailable"),
             ("egressGateway.name=Not A Name", "egressGateway.name"),
             ("egressGateway.name=control", "another part"),
+            ("egressGateway.clientCertificates=[{namespace: a, name: ../b, secret: c}]", "clientCertificates"),
+            ("egressGateway.clientCertificates=[{namespace: a, name: b}]", "secret"),
             ("control.tlsSan=[", "--set control.tlsSan"),
             ("control=null", "control"),
         ] {

@@ -133,6 +133,8 @@ pub struct Origination {
     pub server_name: String,
     /// Roots, DER; empty: those of the system.
     pub roots: Vec<Vec<u8>>,
+    /// Name of the certificate that the gateway shows, among those that it has for the policy's namespace; empty: none.
+    pub client_certificate: String,
 }
 
 /// Where a host is.

@@ -334,7 +334,9 @@ fn egress(policy: &mesh::EgressPolicy) -> Value {
             "ports": rule.ports.iter().map(port).collect::<Vec<_>>(),
             "http": rule.http.as_ref().map(|http| json!({"methods": http.methods, "paths": http.paths})),
             "gateway": rule.gateway.as_ref().and_then(gateway),
-            "originate": rule.originate.as_ref().map(|tls| json!({"serverName": tls.server_name, "roots": tls.roots.len()})),
+            "originate": rule.originate.as_ref().map(|tls| pruned(json!({
+                "serverName": tls.server_name, "roots": tls.roots.len(), "clientCertificate": tls.client_certificate,
+            }))),
             "endpoints": rule.endpoints.iter().map(endpoint).collect::<Vec<_>>(),
             "standsFor": rule.stands_for.iter().map(cidr).collect::<Vec<_>>(),
         }))

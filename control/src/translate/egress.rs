@@ -131,12 +131,17 @@ fn rule(rule: &EgressRule, settings: &Settings) -> mesh::EgressRule {
                 hostname: format!("{name}.{namespace}.svc.{}", settings.cluster_domain),
             }),
         }),
-        originate: rule.originate.as_ref().map(|Origination { server_name, roots }| mesh::EgressOrigination {
-            server_name: server_name.clone(),
-            roots: roots.iter().map(|root| root.clone().into()).collect(),
-        }),
+        originate: rule.originate.as_ref().map(origination),
         endpoints: rule.endpoints.iter().map(endpoint).collect(),
         stands_for: rule.stands_for.iter().map(cidr).collect(),
+    }
+}
+
+fn origination(tls: &Origination) -> mesh::EgressOrigination {
+    mesh::EgressOrigination {
+        server_name: tls.server_name.clone(),
+        roots: tls.roots.iter().map(|root| root.clone().into()).collect(),
+        client_certificate: tls.client_certificate.clone(),
     }
 }
 

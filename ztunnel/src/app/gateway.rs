@@ -31,6 +31,7 @@ use crate::base::workers::{Accepted, Workers, spawn};
 use crate::config::Node;
 use crate::config::gateway::Gateway as Config;
 use crate::flow::{LocalPod, PodName, Shared};
+use crate::gateway::clients::ClientCertificates;
 use crate::gateway::limits::{HostLimits, Hosts};
 use crate::gateway::originate::Originator;
 use crate::gateway::recheck::{Live, live};
@@ -160,7 +161,10 @@ fn make(config: &Config, shared: Shared, drained: Drained) -> anyhow::Result<Arc
         from: config.gateway_source.clone(),
         names: outside(node)?,
         hosts: Hosts::new(HostLimits { connections: config.host_max_connections, rate: config.host_max_rate }),
-        tls: Originator::new(RootCa::parse(&config.gateway_root_ca)),
+        tls: Originator::new(
+            RootCa::parse(&config.gateway_root_ca),
+            ClientCertificates::new(config.gateway_client_certificates.clone()),
+        ),
     }))
 }
 

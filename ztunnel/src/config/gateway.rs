@@ -2,6 +2,7 @@
 //! whole, so that one name means one thing in both.
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use clap::Args;
 
@@ -26,6 +27,10 @@ pub struct Gateway {
     /// or a file.
     #[arg(long, env = "TULLE_GATEWAY_ROOT_CA", default_value = "SYSTEM")]
     pub gateway_root_ca: String,
+    /// Folder of the certificates that rules may have shown to hosts outside: `<namespace of the policy>/<name>/tls.crt` and
+    /// `tls.key`, which are read again when they change. Unset: there are none.
+    #[arg(long, env = "TULLE_GATEWAY_CLIENT_CERTIFICATES")]
+    pub gateway_client_certificates: Option<PathBuf>,
     /// Open connections to one host outside.
     #[arg(long, env = "TULLE_GATEWAY_HOST_MAX_CONNECTIONS", default_value_t = 4096)]
     pub host_max_connections: usize,

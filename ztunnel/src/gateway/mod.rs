@@ -7,6 +7,7 @@
 //! asks for what it may not ask gets nothing. The name is resolved here, whatever anybody was told elsewhere. Limits: a
 //! gateway has no policies of its own, keeps no state besides connections, and reaches nothing inside the cluster.
 
+pub mod clients;
 pub mod decide;
 pub mod limits;
 pub mod originate;

@@ -15,6 +15,7 @@ use crate::dns::own::{OwnResolver, Unresolved};
 use crate::gateway::Gateway;
 use crate::gateway::decide::{Asked, To, targets};
 use crate::gateway::limits::Place;
+use crate::gateway::originate::Originator;
 use crate::http::{BoxIo, Framing};
 use crate::outcome::{Code, Outcome};
 use crate::policy::egress::{Grant, may_dial};
@@ -87,6 +88,11 @@ impl Gateway {
     ) -> Result<(Server, SocketAddr), Failed> {
         let beyond = |outcome| Failed { outcome, beyond: true };
         let hbone = &self.shared.hbone;
+        // What this gateway lacks is said before anybody is asked anything.
+        let sealed = match &grant.rule().originate {
+            None => None,
+            Some(tls) => Some((tls, self.tls.prepare(tls, framing).await?)),
+        };
         let mut found = Vec::new();
         for to in targets(asked, grant) {
             match to {
@@ -101,10 +107,10 @@ impl Gateway {
         let addresses = outside(&self.shared.reader.load(), &self.shared.network, &name, found, grant)?;
         let reached = connect(&self.pod.sockets, &addresses, &self.from, hbone.connect_timeout).await;
         let (tcp, at) = reached.map_err(beyond)?;
-        let Some(tls) = &grant.rule().originate else { return Ok((Server::Plain(tcp), at)) };
+        let Some((tls, config)) = sealed else { return Ok((Server::Plain(tcp), at)) };
         let name = tls.server_name.as_deref().unwrap_or(&name);
         let late = |_| beyond(Outcome::new(Code::TlsFailed, format!("TLS with {name} was not finished in time")));
-        let shaken = timeout(hbone.handshake_timeout, self.tls.handshake(tcp, name, &tls.roots, framing)).await;
+        let shaken = timeout(hbone.handshake_timeout, Originator::handshake(config, tcp, name, framing)).await;
         let stream = shaken.map_err(late)?.map_err(beyond)?;
         Ok((Server::Sealed(Box::new(stream)), at))
     }

@@ -291,7 +291,11 @@ fn tcp_keepalive() -> TcpKeepalive {
     TcpKeepalive::new().with_time(Duration::from_secs(300)).with_interval(Duration::from_secs(75)).with_retries(9)
 }
 
-async fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+/// A small file; one of more than 1 MiB is refused without being read.
+///
+/// # Errors
+/// It cannot be read.
+pub async fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     let size = tokio::fs::metadata(path).await?.len();
     if size > MAX_FILE_BYTES {
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("it has {size} bytes, more than 1 MiB")));

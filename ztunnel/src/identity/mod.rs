@@ -19,7 +19,7 @@ use std::time::Duration;
 pub use cache::{CertStatus, Clock, Fetch, Identities, IdentityError};
 pub(crate) use client::text as status_text;
 pub use client::{Client, FetchError};
-pub use control::{Control, ControlError, RootCa, TokenSource, backoff};
+pub use control::{Control, ControlError, RootCa, TokenSource, backoff, read_file};
 pub use link::{Connected, Link, breaks};
 
 use crate::base::unix_now_us;

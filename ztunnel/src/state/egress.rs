@@ -128,6 +128,8 @@ pub struct Origination {
     pub server_name: Option<Arc<str>>,
     /// Roots, DER. None: those of the system.
     pub roots: Vec<Arc<[u8]>>,
+    /// The certificate that is shown to the host: `<namespace of the policy>/<name>`. `None`: none.
+    pub client_certificate: Option<Arc<str>>,
 }
 
 /// Where a host is.

@@ -8,6 +8,10 @@ use super::{
     Input, add_spread, confined, confined_pod, deployment, disruption_budget, env, map, proxy_mounts, proxy_volumes,
     selector, template,
 };
+use crate::install::values::ClientCertificate;
+
+/// Where its certificates for hosts outside are.
+const CLIENTS: &str = "/var/run/secrets/tulle-clients";
 
 pub(super) fn objects(input: &Input<'_>) -> Vec<Value> {
     let chosen = &input.values.egress_gateway;
@@ -32,7 +36,14 @@ pub(super) fn objects(input: &Input<'_>) -> Vec<Value> {
 fn pod(input: &Input<'_>) -> Value {
     let chosen = &input.values.egress_gateway;
     let port = |name: &str, port: u16| json!({"name": name, "containerPort": port, "protocol": "TCP"});
-    let own = map(&[("TULLE_GATEWAY_NAME", &chosen.name)]);
+    let mut own = map(&[("TULLE_GATEWAY_NAME", &chosen.name)]);
+    let (mut mounts, mut volumes) = (proxy_mounts().to_vec(), proxy_volumes().to_vec());
+    if !chosen.client_certificates.is_empty() {
+        own.extend(map(&[("TULLE_GATEWAY_CLIENT_CERTIFICATES", CLIENTS)]));
+        mounts.push(json!({"name": "client-certificates", "mountPath": CLIENTS, "readOnly": true}));
+        let sources: Vec<Value> = chosen.client_certificates.iter().map(client_certificate).collect();
+        volumes.push(json!({"name": "client-certificates", "projected": {"sources": sources}}));
+    }
     let container = json!({
         "name": "gateway",
         "image": input.image(&input.values.image.ztunnel),
@@ -46,7 +57,7 @@ fn pod(input: &Input<'_>) -> Value {
         },
         "resources": chosen.resources,
         "securityContext": confined(),
-        "volumeMounts": proxy_mounts(),
+        "volumeMounts": mounts,
     });
     let mut pod = json!({
         "serviceAccountName": chosen.name,
@@ -56,9 +67,15 @@ fn pod(input: &Input<'_>) -> Value {
         "nodeSelector": chosen.node_selector,
         "tolerations": chosen.tolerations,
         "containers": [container],
-        "volumes": proxy_volumes(),
+        "volumes": volumes,
     });
     input.add_pull_secrets(&mut pod);
     add_spread(&mut pod, &chosen.name);
     pod
+}
+
+/// One that is not there yet does not keep the gateway from starting.
+fn client_certificate(of: &ClientCertificate) -> Value {
+    let item = |file: &str| json!({"key": file, "path": format!("{}/{}/{file}", of.namespace, of.name)});
+    json!({"secret": {"name": of.secret, "optional": true, "items": [item("tls.crt"), item("tls.key")]}})
 }

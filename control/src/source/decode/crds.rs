@@ -131,6 +131,12 @@ fn specs_that_cannot_be_meant_are_refused_by_the_schema_or_by_a_rule_and_always_
         ("EgressPolicy", "{rules: [{hosts: [a.example], originate: {}}]}", "", "originate needs tls: originate"),
         (
             "EgressPolicy",
+            "{rules: [{hosts: [a.example], tls: originate, originate: {clientCertificate: ../ca}}]}",
+            "spec.rules[0].originate.clientCertificate",
+            "",
+        ),
+        (
+            "EgressPolicy",
             "{rules: [{hosts: [a.example], ports: [{port: 443, protocol: TLS}], http: {methods: [GET]}}]}",
             "",
             "http cannot be seen inside TLS",

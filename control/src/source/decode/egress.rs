@@ -206,7 +206,7 @@ fn origination(at: &Cursor<'_>) -> Read<Option<Origination>> {
         Some("originate") => {}
         Some(other) => return Err(tls.error(format!("`{other}` is neither passthrough nor originate"))),
     }
-    more.only(&["serverName", "caBundle"])?;
+    more.only(&["serverName", "caBundle", "clientCertificate"])?;
     let name = more.get("serverName");
     let server_name = if name.is_absent() { String::new() } else { host(&name, false)? };
     let bundle = more.get("caBundle");
@@ -218,7 +218,13 @@ fn origination(at: &Cursor<'_>) -> Read<Option<Origination>> {
             roots.certificates().iter().map(|root| root.to_vec()).collect()
         }
     };
-    Ok(Some(Origination { server_name, roots }))
+    let shown = more.get("clientCertificate");
+    let client_certificate = match shown.text()? {
+        None => String::new(),
+        Some(name) if is_dns_name(name) && !name.contains('.') => name.to_owned(),
+        Some(other) => return Err(shown.error(format!("`{other}` is no name of a certificate, such as bank-client"))),
+    };
+    Ok(Some(Origination { server_name, roots, client_certificate }))
 }
 
 /// Fields of a ServiceEntry that are read.

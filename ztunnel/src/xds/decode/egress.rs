@@ -19,7 +19,7 @@ const PORT: Schema = Schema { scalars: &[1, 2, 3], messages: &[] };
 const HTTP: Schema = Schema { scalars: &[1, 2], messages: &[] };
 const SERVICE: Schema = Schema { scalars: &[1, 2], messages: &[] };
 const GATEWAY: Schema = Schema { scalars: &[], messages: &[(1, &SERVICE)] };
-const ORIGINATION: Schema = Schema { scalars: &[1, 2], messages: &[] };
+const ORIGINATION: Schema = Schema { scalars: &[1, 2, 3], messages: &[] };
 const MAP: Schema = Schema { scalars: &[1, 2], messages: &[] };
 const ENDPOINT: Schema = Schema { scalars: &[1, 2], messages: &[(3, &MAP)] };
 const RULE: Schema = Schema {
@@ -56,12 +56,12 @@ fn read(from: wire::EgressPolicy, bytes: &[u8], id: &str, version: &str) -> Resu
             wire::EgressAction::Record => true,
         },
         ceiling: from.ceiling,
-        rules: from.rules.iter().map(rule).collect::<Result<_, _>>()?,
+        rules: from.rules.iter().map(|one| rule(one, &from.namespace)).collect::<Result<_, _>>()?,
         unreadable: Some(from.unreadable).filter(|reason| !reason.is_empty()).map(Into::into),
     })
 }
 
-fn rule(from: &wire::EgressRule) -> Result<EgressRule, String> {
+fn rule(from: &wire::EgressRule, namespace: &str) -> Result<EgressRule, String> {
     let net = |name: &str, cidr: &wire::Cidr| field::net(name, &cidr.address, Some(cidr.length));
     let nets = |name: &str, list: &[wire::Cidr]| list.iter().map(|cidr| net(name, cidr)).collect::<Result<_, _>>();
     Ok(EgressRule {
@@ -70,7 +70,7 @@ fn rule(from: &wire::EgressRule) -> Result<EgressRule, String> {
         ports: from.ports.iter().map(port).collect::<Result<_, _>>()?,
         http: from.http.as_ref().map(http).transpose()?,
         gateway: from.gateway.as_ref().map(gateway).transpose()?,
-        originate: from.originate.as_ref().map(origination).transpose()?,
+        originate: from.originate.as_ref().map(|tls| origination(tls, namespace)).transpose()?,
         endpoints: from.endpoints.iter().map(endpoint).collect::<Result<_, _>>()?,
         stands_for: nets("stands_for", &from.stands_for)?,
     })
@@ -136,11 +136,17 @@ fn gateway(from: &wire::EgressGateway) -> Result<ServiceName, String> {
     }
 }
 
-fn origination(from: &wire::EgressOrigination) -> Result<Origination, String> {
+fn origination(from: &wire::EgressOrigination, namespace: &str) -> Result<Origination, String> {
+    // Both become a part of a path of the gateway, so they have to be names.
+    let shown = match from.client_certificate.as_str() {
+        "" => None,
+        text => Some(format!("{}/{}", name(namespace)?, name(text)?).into()),
+    };
     let server_name = Some(from.server_name.as_str()).filter(|text| !text.is_empty());
     Ok(Origination {
         server_name: server_name.map(name).transpose()?.map(Into::into),
         roots: from.roots.iter().map(|root| root.as_ref().into()).collect(),
+        client_certificate: shown,
     })
 }
 

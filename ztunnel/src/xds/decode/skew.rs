@@ -291,7 +291,11 @@ fn no_part_of_an_egress_policy_is_skipped() {
         ports: vec![wire::EgressPort { number: 443, protocol: wire::EgressProtocol::Https.into(), target: 8443 }],
         http: Some(wire::EgressHttp { methods: vec!["GET".into()], paths: vec!["/a".into()] }),
         gateway: Some(wire::EgressGateway { service: service() }),
-        originate: Some(wire::EgressOrigination { server_name: "a.example".into(), roots: Vec::new() }),
+        originate: Some(wire::EgressOrigination {
+            server_name: "a.example".into(),
+            roots: Vec::new(),
+            client_certificate: "bank".into(),
+        }),
         endpoints: vec![wire::EgressEndpoint {
             at: Some(egress_endpoint::At::Address(vec![10, 0, 0, 1].into())),
             ports: BTreeMap::from([(443, 8443)]),
