@@ -1,5 +1,5 @@
 """A controller that holds a Lease as client-go's leader election does: every second it renews or, when the holder has let it run out
-(by the controller's own clock), takes it. `leader.py HOST CA TOKEN-FILE NAMESPACE/LEASE HOLDER`; a connection that breaks is made
+(by the controller's own clock), takes it. `leader.py HOST[:PORT] CA TOKEN-FILE NAMESPACE/LEASE HOLDER`; a connection that breaks is made
 anew, and whoever held the lease and lost it ends."""
 import datetime
 import http.client
@@ -19,7 +19,7 @@ connection, seen, since, held = None, None, 0.0, False
 def ask(method, path, body=None):
     global connection
     if connection is None:
-        connection = http.client.HTTPSConnection(host, 443, timeout=5, context=checks)
+        connection = http.client.HTTPSConnection(host, timeout=5, context=checks)
     with open(token, encoding="ascii") as file:
         headers = {"authorization": f"Bearer {file.read()}", "content-type": "application/json"}
     try:

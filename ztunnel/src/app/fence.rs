@@ -9,7 +9,7 @@
 //! not the own one any more is replaced.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -262,16 +262,8 @@ fn inside(snapshot: &Snapshot) -> Inside {
             Protocol::Plain => {}
         }
     }
-    let mut services = snapshot.services();
-    let api = services.find(|service| *service.namespace == *"default" && *service.name == *"kubernetes");
-    if let Some(service) = api {
-        for endpoint in &service.endpoints.all {
-            let ports = endpoint.services().get(&service.key());
-            for port in ports.into_iter().flatten().chain(&service.ports) {
-                let number = if port.target_port == 0 { port.service_port } else { port.target_port };
-                found.api.extend(endpoint.addresses().map(|ip| SocketAddr::new(ip, number)));
-            }
-        }
+    if let Some(service) = snapshot.api_server() {
+        found.api.extend(service.endpoints.all.iter().flat_map(|endpoint| service.sockets(endpoint)));
     }
     found
 }

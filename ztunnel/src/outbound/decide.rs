@@ -164,6 +164,10 @@ pub fn choose(
     if let Some(service) = snapshot.service_at(network, destination, &source.namespace) {
         return to_service(snapshot, source, service, destination, chance);
     }
+    if let Some((service, workload)) = snapshot.api_server_at(destination).filter(|(_, workload)| !workload.is_pod()) {
+        // As if its Service had led there.
+        return Ok(to_workload(workload.clone(), destination, (Some(service.clone()), None), false));
+    }
     if let Some(workload) = snapshot.workload_by_ip(network, destination.ip()) {
         if let Some(gateway) = &workload.waypoint {
             let asked = Asked { snapshot, source, destination, service: None, chance };
@@ -239,8 +243,7 @@ pub fn may_go_to(source: &Workload, service: &Service, endpoint: &Workload, at: 
 /// Whether what a connection goes to is outside the cluster: everything but pods, and what is behind `default/kubernetes`, which the
 /// API server itself keeps.
 pub(super) fn is_outside(service: Option<&Service>, endpoint: Option<&Workload>) -> bool {
-    let of_api_server = service.is_some_and(|it| *it.namespace == *"default" && *it.name == *"kubernetes");
-    endpoint.is_none_or(|workload| !workload.is_pod() && !of_api_server)
+    endpoint.is_none_or(|workload| !workload.is_pod() && !service.is_some_and(|service| service.is_api_server()))
 }
 
 /// Where a connection goes whose endpoint is in another network.
@@ -316,8 +319,8 @@ mod tests {
 
     use super::{Plan, decide};
     use crate::lb::Chance;
-    use crate::state::fixtures::{behind, service, snapshot, workload};
-    use crate::state::{Change, Protocol, ServiceInfo, ServiceSpec, Workload};
+    use crate::state::fixtures::{behind, key, port, service, snapshot, workload};
+    use crate::state::{Change, EgressMode, Protocol, ServiceInfo, ServiceSpec, Workload};
 
     fn change(workload: Workload) -> Change {
         Change::Workload(workload.into())
@@ -336,6 +339,39 @@ mod tests {
                 format!("{} plain, known {}, others {}", plan.address, plan.destination.is_some(), plan.others)
             }
         }
+    }
+
+    #[test]
+    fn of_the_api_servers_node_exactly_its_own_port_is_inside() {
+        let outsider = |namespace: &str, of: Workload| Workload {
+            uid: format!("Kubernetes/discovery.k8s.io/EndpointSlice/{namespace}/x/192.0.2.10").into(),
+            protocol: Protocol::Plain,
+            ..of
+        };
+        let own = Workload {
+            services: [(key("default", "kubernetes"), vec![port(443, 6443)])].into_iter().collect(),
+            ..outsider("default", workload("default", "kubernetes", "192.0.2.10"))
+        };
+        // Others have Services that lead to the same node.
+        let other = outsider("backup", behind(workload("backup", "x", "192.0.2.10"), "backup", "x"));
+        let spec = ServiceSpec { ports: vec![port(443, 6443)], ..service("default", "kubernetes", "10.96.0.1") };
+        let client = Workload { egress: EgressMode::Deny, ..workload("shop", "client", "10.0.0.99") };
+        let at = |changes: Vec<Change>, to: &str| {
+            let plan = decide(&snapshot(changes), &client, "", to.parse().unwrap(), &Chance::of(1));
+            plan.map(|plan| plan.endpoint().to_string()).map_err(|outcome| outcome.code.name())
+        };
+        let all = || vec![change(other.clone()), change(own.clone()), Change::Service(spec.clone().into())];
+        for (to, expected) in [
+            ("10.96.0.1:443", Ok("192.0.2.10:6443")),
+            ("192.0.2.10:6443", Ok("192.0.2.10:6443")),
+            ("[::ffff:192.0.2.10]:6443", Ok("[::ffff:192.0.2.10]:6443")),
+            ("192.0.2.10:443", Err("EGRESS_DENIED")),
+            ("192.0.2.10:22", Err("EGRESS_DENIED")),
+            ("192.0.2.11:6443", Err("EGRESS_DENIED")),
+        ] {
+            assert_eq!(at(all(), to), expected.map(str::to_owned), "{to}");
+        }
+        assert_eq!(at(vec![change(other.clone()), change(own.clone())], "192.0.2.10:6443"), Err("EGRESS_DENIED"));
     }
 
     #[test]

@@ -136,7 +136,8 @@ pub(super) fn meant(
     if asked == Asked::Nothing || ip.is_loopback() {
         return None;
     }
-    if snapshot.service_at(network, destination, &source.namespace).is_some() {
+    let is_service = snapshot.service_at(network, destination, &source.namespace).is_some();
+    if is_service || snapshot.api_server_at(destination).is_some() {
         return None;
     }
     let of_name = |host: Arc<str>| Some(Ok(Bound { host: Some(host), address: None, port }));

@@ -11,7 +11,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use tulle_certs::SpiffeId;
 
-use crate::state::{Endpoints, GatewayAddress, Port};
+use crate::state::{Endpoints, GatewayAddress, Port, Record};
 
 /// IPv4 or IPv6.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -218,6 +218,11 @@ impl ServiceSpec {
         format!("{}/{}", self.namespace, self.hostname)
     }
 
+    /// Whether it is the API server's, which keeps it itself.
+    pub fn is_api_server(&self) -> bool {
+        *self.namespace == *"default" && *self.name == *"kubernetes"
+    }
+
     /// Whether clients of `namespace` find it.
     pub fn visible_to(&self, namespace: &str) -> bool {
         self.visibility == Visibility::Public || *self.namespace == *namespace
@@ -261,6 +266,15 @@ impl Service {
     /// How many endpoints a port has that may be chosen, wherever they are.
     pub fn candidates(&self, port: u16) -> usize {
         self.endpoints.ports.get(&port).map_or(0, |tables| tables.all.candidates.len())
+    }
+
+    /// Addresses and ports of one of its endpoints.
+    pub fn sockets(&self, endpoint: &Record) -> Vec<SocketAddr> {
+        let memberships = endpoint.services();
+        let own = memberships.get(&self.key()).filter(|ports| !ports.is_empty());
+        let ports = own.unwrap_or(&self.ports);
+        let number = |port: &Port| if port.target_port == 0 { port.service_port } else { port.target_port };
+        endpoint.addresses().flat_map(|ip| ports.iter().map(move |port| SocketAddr::new(ip, number(port)))).collect()
     }
 
     /// What control says, shared.

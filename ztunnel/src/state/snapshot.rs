@@ -27,6 +27,8 @@ pub struct Snapshot {
     /// By host name; groups hold the namespaces.
     pub(super) services: Groups<Arc<str>, Service>,
     pub(super) service_count: usize,
+    /// `default/kubernetes`.
+    pub(super) api_server: Option<Arc<Service>>,
     pub(super) vips: Groups<IpAddr, Service>,
     /// Virtual address ranges are rare, and scanned.
     pub(super) ranges: Arc<Vec<Range>>,
@@ -63,6 +65,7 @@ impl Snapshot {
             workloads: Workloads::new(),
             services: CowMap::new(),
             service_count: 0,
+            api_server: None,
             vips: CowMap::new(),
             ranges: Arc::default(),
             policies: CowMap::new(),
@@ -179,6 +182,20 @@ impl Snapshot {
     /// A service by its resource name's halves.
     pub fn service(&self, namespace: &str, hostname: &str) -> Option<&Arc<Service>> {
         self.services.group(hostname).iter().find(|service| *service.namespace == *namespace)
+    }
+
+    /// The Service of the API server, which keeps it itself.
+    pub fn api_server(&self) -> Option<&Arc<Service>> {
+        self.api_server.as_ref()
+    }
+
+    /// The endpoint of the API server's Service that is at exactly this address and port: it is inside the cluster, whatever else
+    /// is at the address.
+    pub fn api_server_at(&self, at: SocketAddr) -> Option<(&Arc<Service>, &Arc<Workload>)> {
+        let service = self.api_server()?;
+        let at = SocketAddr::new(at.ip().to_canonical(), at.port());
+        let endpoint = service.endpoints.all.iter().find(|endpoint| service.sockets(endpoint).contains(&at))?;
+        Some((service, endpoint.workload()))
     }
 
     /// The service that a host name means to a client of `client_namespace`.

@@ -509,6 +509,9 @@ impl Writer {
             ranges.sort_by_cached_key(|(network, range, service)| (network.clone(), *range, order(service)));
         }
         self.next.services.regroup(&any.hostname, is_old, new, order);
+        if any.is_api_server() {
+            self.next.api_server = new.cloned();
+        }
         self.next.service_count += usize::from(new.is_some());
         self.next.service_count -= usize::from(old.is_some());
     }
