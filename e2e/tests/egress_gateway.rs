@@ -199,6 +199,55 @@ fn one_replica_is_enough() {
     assert!(failed.len() <= 5, "{} of {} failed: {:?}", failed.len(), reports.len(), failed.first());
 }
 
+/// Zone and region of each node.
+fn places() -> String {
+    let node = |(number, zone, region): (u16, &str, &str)| {
+        format!(
+            "---\napiVersion: v1\nkind: Node\nmetadata: {{name: node-{number}, labels: {{topology.kubernetes.io/zone: {zone}, \
+             topology.kubernetes.io/region: {region}}}}}\n"
+        )
+    };
+    [(1, "a", "near"), (2, "b", "near"), (3, "c", "far")].map(node).concat()
+}
+
+#[test]
+fn the_gateway_of_the_own_zone_is_used_then_of_the_region_then_any() {
+    let near =
+        world().replace("spec: {selector: {app: out}", "spec: {trafficDistribution: PreferClose, selector: {app: out}");
+    let objects = near + &internet::gateway("out-2", 3) + &places();
+    let Some(lab) = scenario::lab(LabConfig { nodes: 3, ..LabConfig::of(&objects) }) else { return };
+    // Whom the host outside sees, and whom `explain` names.
+    let seen = || -> Result<String, String> {
+        let report = scenario::call(&lab, WEB, API).map_err(|error| error.to_string())?;
+        report["answer"]["source"].as_str().map(str::to_owned).ok_or_else(|| report.to_string())
+    };
+    let told = || -> Vec<String> {
+        let explained = lab.control_get(&format!("/debug/explain?from={WEB}&to=api.example.test:8080")).unwrap();
+        let replicas = explained["endpoints"].as_array().cloned().unwrap_or_default();
+        replicas.iter().map(|replica| replica["name"].as_str().unwrap_or_default().to_owned()).collect()
+    };
+    let only = |name: &str| {
+        let own = lab.pod_ip("egress", name).unwrap();
+        let patience = Duration::from_secs(60);
+        eventually(&format!("{name} is the nearest"), patience, || match (seen(), told()) {
+            (Ok(source), names) if source == own && names == [name] => Ok(()),
+            other => Err(format!("{other:?}, and {name} is {own}")),
+        })
+        .unwrap();
+        for _ in 0..10 {
+            assert_eq!(seen(), Ok(own.clone()), "a gateway that is farther was used");
+        }
+    };
+    only("out-0");
+    kill(&lab, "out-0");
+    only("out-1");
+    kill(&lab, "out-1");
+    only("out-2");
+    lab.try_delete("Pod", "egress/out-0", Duration::from_secs(60)).unwrap();
+    lab.try_apply("the test", &internet::gateway("out-0", 1), Duration::from_secs(60)).unwrap();
+    only("out-0");
+}
+
 #[test]
 fn a_peer_gets_no_more_than_its_own_policies_say() {
     let Some(lab) = scenario::lab(LabConfig::of(&world())) else { return };

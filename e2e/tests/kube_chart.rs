@@ -17,7 +17,7 @@ const TABLE: &[(&str, &str)] = &[
         "image: {registry: registry.example/mesh, control: c, ztunnel: z, tag: 'v1', pullPolicy: Never, pullSecrets: [a, b]}\n\
          trustDomain: example.org\nclusterDomain: cluster.example\nclusterId: west\nlog: {level: 'info,xds=debug', format: json}\n\
          egressGateway: {enabled: true, name: way-out, replicas: 3, minAvailable: 2, env: {TULLE_GATEWAY_PORT: '15008'},\n\
-           clientCertificates: [{namespace: shop, name: bank, secret: shop-bank}],\n\
+           trafficDistribution: '', clientCertificates: [{namespace: shop, name: bank, secret: shop-bank}],\n\
            nodeSelector: {pool: edge}, tolerations: [{key: edge, operator: Exists}], podAnnotations: {a: b},\n\
            resources: {requests: {cpu: 1}}}\n",
     ),

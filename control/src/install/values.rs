@@ -193,6 +193,8 @@ pub struct EgressGateway {
     pub replicas: u32,
     /// How many stay.
     pub min_available: u32,
+    /// Which replicas are preferred; empty: all alike.
+    pub traffic_distribution: String,
     /// What it may show to hosts outside.
     pub client_certificates: Vec<ClientCertificate>,
     /// Further settings.
@@ -303,6 +305,11 @@ impl Values {
         }
         if matches!(gateway.as_str(), "control" | "ztunnel" | "tulle-uninstall") {
             return Err(format!("egressGateway.name: `{gateway}` is the name of another part"));
+        }
+        let near = &self.egress_gateway.traffic_distribution;
+        if !["", "PreferClose", "PreferSameZone", "PreferSameNode"].contains(&near.as_str()) {
+            let text = "is none of PreferClose, PreferSameZone, PreferSameNode";
+            return Err(format!("egressGateway.trafficDistribution: `{near}` {text}"));
         }
         for one in &self.egress_gateway.client_certificates {
             let wrong =
@@ -459,6 +466,7 @@ mod tests {
             ("egressGateway.name=control", "another part"),
             ("egressGateway.clientCertificates=[{namespace: a, name: ../b, secret: c}]", "clientCertificates"),
             ("egressGateway.clientCertificates=[{namespace: a, name: b}]", "secret"),
+            ("egressGateway.trafficDistribution=Far", "trafficDistribution"),
             ("control.tlsSan=[", "--set control.tlsSan"),
             ("control=null", "control"),
         ] {

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use tulle_proto::names::PORT_HBONE;
 use tulle_proto::tulle_workload::DatagramPort;
 use tulle_proto::workload;
 use tulle_proto::workload::AppProtocol;
@@ -98,7 +99,7 @@ pub(super) fn translate(
             .map(|ip| workload::NetworkAddress { network: String::new(), address: octets(ip).into(), length: None })
             .collect(),
         ports: service.ports.iter().map(port).collect(),
-        load_balancing: balancing(how),
+        load_balancing: balancing(how, service),
         ip_families: families(service).into(),
         canonical: true,
         extensions: dns::extension(&dns::service_info(service, &addresses, datagrams)),
@@ -145,15 +146,16 @@ fn families(service: &Service) -> workload::IpFamilies {
     }
 }
 
-fn balancing(Balancing { all, scope }: Balancing) -> Option<workload::LoadBalancing> {
-    // No region in between: hints know zones and nodes only.
-    let zone = [Scope::Network, Scope::Zone];
-    let node = [Scope::Network, Scope::Zone, Scope::Node];
-    let (mode, scopes): (Mode, &[Scope]) = match scope {
-        TrafficScope::Cluster => (Mode::UnspecifiedMode, &[]),
-        TrafficScope::NodeOnly => (Mode::Strict, &[Scope::Node]),
-        TrafficScope::PreferZone => (Mode::Failover, &zone),
-        TrafficScope::PreferNode => (Mode::Failover, &node),
+fn balancing(Balancing { all, scope }: Balancing, service: &Service) -> Option<workload::LoadBalancing> {
+    // No region in between: hints know zones and nodes only. Gateways are nobody's but ours to choose, and a region apart is dear.
+    let takes_tunnels = service.ports.iter().any(|port| port.port == PORT_HBONE);
+    let near = if takes_tunnels { vec![Scope::Network, Scope::Region] } else { vec![Scope::Network] };
+    let and = |more: &[Scope]| [&near[..], more].concat();
+    let (mode, scopes) = match scope {
+        TrafficScope::Cluster => (Mode::UnspecifiedMode, Vec::new()),
+        TrafficScope::NodeOnly => (Mode::Strict, vec![Scope::Node]),
+        TrafficScope::PreferZone => (Mode::Failover, and(&[Scope::Zone])),
+        TrafficScope::PreferNode => (Mode::Failover, and(&[Scope::Zone, Scope::Node])),
     };
     if mode == Mode::UnspecifiedMode && !all {
         return None;

@@ -20,14 +20,15 @@ pub(super) fn objects(input: &Input<'_>) -> Vec<Value> {
     let mut labels = input.labels(name);
     labels["networking.istio.io/tunnel"] = json!("http");
     let ports = json!([{"name": "hbone", "port": 15008, "targetPort": "hbone", "protocol": "TCP"}]);
+    let mut spec = json!({"selector": selector(name), "ports": ports});
+    if !chosen.traffic_distribution.is_empty() {
+        spec["trafficDistribution"] = json!(chosen.traffic_distribution);
+    }
     vec![
         json!({
             "apiVersion": "v1", "kind": "ServiceAccount", "metadata": meta(), "automountServiceAccountToken": false,
         }),
-        json!({
-            "apiVersion": "v1", "kind": "Service", "metadata": meta(),
-            "spec": {"selector": selector(name), "ports": ports},
-        }),
+        json!({"apiVersion": "v1", "kind": "Service", "metadata": meta(), "spec": spec}),
         disruption_budget(meta(), chosen.min_available, name),
         deployment(meta(), chosen.replicas, name, template(labels, &chosen.pod_annotations, pod(input))),
     ]
