@@ -156,7 +156,7 @@ pub fn client_certificate(authority: &Path, folder: &Path, name: &str) -> anyhow
 }
 
 /// Makes a [`certificate`] for `names`, and puts a configuration of nginx into `folder` that serves HTTP at 80 and TLS at 443 and
-/// 8443: `inet`, the Host, the client's address, the scheme and the version of TLS; and the files of `files/`. At 8444 it serves those
+/// 8443: `inet`, the Host, the client's address, the scheme and the version of TLS; and what a server at 8418 of its own answers to `/git/`. At 8444 it serves those
 /// alone who show a certificate that the same CA signed, and says whose. Its path.
 ///
 /// # Errors
@@ -171,7 +171,7 @@ pub fn web_server<S: AsRef<str>>(folder: &Path, names: &[S]) -> anyhow::Result<S
          \x20 server {{ listen 80; listen [::]:80; listen 443 ssl; listen [::]:443 ssl; listen 8443 ssl;\n\
          \x20   ssl_certificate {at}/host.pem; ssl_certificate_key {at}/host.key; ssl_protocols TLSv1.2 TLSv1.3;\n\
          \x20   location / {{ return 200 \"inet $host $remote_addr $scheme $ssl_protocol\\n\"; }}\n\
-         \x20   location /files/ {{ alias {at}/files/; }} }}\n\
+         \x20   location /git/ {{ proxy_pass http://127.0.0.1:8418; }} }}\n\
          \x20 server {{ listen 8444 ssl; ssl_certificate {at}/host.pem; ssl_certificate_key {at}/host.key;\n\
          \x20   ssl_client_certificate {at}/ca.pem; ssl_verify_client on;\n\
          \x20   location / {{ return 200 \"inet $ssl_client_s_dn\\n\"; }} }}\n}}\n"

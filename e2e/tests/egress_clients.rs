@@ -65,8 +65,10 @@ const CLIENTS: [Client; 6] = [
     },
     Client {
         name: "git",
-        by_name: "GIT_SSL_CAINFO=$D/ca.pem git clone -q https://$H/files/repo.git $(mktemp -d)/clone && echo inet",
-        by_address: "git -c http.sslVerify=false clone -q https://$A/files/repo.git $(mktemp -d)/clone",
+        by_name: "export GIT_SSL_CAINFO=$D/ca.pem HOME=$D; C=$(mktemp -d); git clone -q https://$H/git/repo.git $C && cd $C &&
+            git commit -q --allow-empty -m two && git push -q origin HEAD:refs/heads/${C##*.} &&
+            git ls-remote --exit-code origin refs/heads/${C##*.} && echo inet",
+        by_address: "git -c http.sslVerify=false clone -q https://$A/git/repo.git $(mktemp -d)/clone",
         port: 443,
         sees: false,
     },
@@ -112,16 +114,17 @@ fn servers(lab: &Lab, folder: &Path) -> anyhow::Result<Vec<Running>> {
         exec postgres -D $D/data -c listen_addresses=* -c unix_socket_directories=$D/run -c fsync=off \
             -c ssl=on -c ssl_cert_file=$D/host.pem -c ssl_key_file=$D/host.key'"
     );
-    // A folder of files is a repository for those who ask over HTTP.
-    let repository = "mkdir files; export HOME=$D; git init -q work; cd work
-        git -c user.name=t -c user.email=t@t commit -q --allow-empty -m one
-        git clone -q --bare . ../files/repo.git; git -C ../files/repo.git update-server-info";
+    // It is cloned from and pushed to by git's own protocol, and not as a folder of files.
+    let repository = "mkdir git; export HOME=$D; git config --global user.name t; git config --global user.email t@t
+        git init -q work; git -C work commit -q --allow-empty -m one; git clone -q --bare work git/repo.git
+        git -C git/repo.git config http.receivepack true; git -C git/repo.git config http.getanyfile false";
     lab.exec_ok("out/inet", &["sh", "-ec", &prepared(repository, folder)])?;
     Ok(vec![
         lab.spawn("out/inet", &["unbound", "-d", "-c", &names])?,
         lab.spawn("out/inet", &["nginx", "-c", &web])?,
         lab.spawn("out/inet", &["sh", "-ec", &prepared(&database, folder)])?,
         lab.spawn("out/inet", &["sh", "-ec", &prepared("exec /usr/bin/python3 outside.py serve .", folder)])?,
+        lab.spawn("out/inet", &["sh", "-ec", &prepared("HOME=$D exec /usr/bin/python3 outside.py git $D", folder)])?,
     ])
 }
 
