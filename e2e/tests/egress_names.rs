@@ -315,3 +315,41 @@ fn what_others_write_opens_nothing() -> anyhow::Result<()> {
     })?;
     Ok(())
 }
+
+#[test]
+fn a_wildcard_entry_leads_each_name_where_it_is_at_that_time() -> anyhow::Result<()> {
+    let Some(mut net) = Net::up()? else { return Ok(()) };
+    net.lab.apply_yaml(
+        "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: wild, namespace: shop}\nspec:\n\
+         \x20 hosts: ['*.wild.example']\n  location: MESH_EXTERNAL\n  resolution: DYNAMIC_DNS\n\
+         \x20 ports: [{number: 443, name: tls, protocol: TLS}]\n",
+    )?;
+    // Names that nobody knew before, of which each has a server of its own.
+    let answers = |net: &Net, name: &str, who: &str| {
+        eventually(&format!("{name} is at {who}"), scenario::PATIENCE, || {
+            let said = net.curl(&["-k"], &format!("https://{name}/"))?;
+            if said.starts_with(&format!("{who} {name} ")) { Ok(()) } else { Err(said) }
+        })
+    };
+    let zone = |net: &Net, deep: &str| {
+        net.zone(&net.inet).replace(&format!("b.a.wild A {}", net.inet), &format!("b.a.wild A {deep}"))
+    };
+    let (inet, other) = (net.inet.clone(), net.other.clone());
+    net.answer(&zone(&net, &other))?;
+    answers(&net, "a.wild.example", "inet")?;
+    answers(&net, "b.a.wild.example", "other")?;
+    scenario::await_log(&net.lab, "node-1", &["egress=\"allowed\"", "b.a.wild.example", "ServiceEntry/shop/wild"])?;
+    // Moved, it is followed.
+    net.answer(&zone(&net, &inet))?;
+    answers(&net, "b.a.wild.example", "inet")?;
+    // Not the parent, not another name behind an allowed one's address, not plain text, not another port.
+    let given = net.dig(&["+short", "a.wild.example"])?.trim().to_owned();
+    let forged = net.curl(&["-k", "--resolve", &format!("evil.example:443:{given}")], "https://evil.example/");
+    anyhow::ensure!(forged.is_err(), "{forged:?}");
+    scenario::await_log(&net.lab, "node-1", &["EGRESS_DENIED", "server name is evil.example"])?;
+    for url in ["https://wild.example/", "http://a.wild.example:443/", "https://a.wild.example:8443/"] {
+        let got = net.curl(&["-k"], url);
+        anyhow::ensure!(got.is_err(), "{url}: {got:?}");
+    }
+    Ok(())
+}

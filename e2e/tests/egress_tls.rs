@@ -1,7 +1,8 @@
 //! Promise: where an egress gateway adds TLS, it shows a host the client certificate that the rule names, and nobody else's. It has the
-//! key from files of its own, follows them when they are replaced, and lets nobody see it.
+//! key from files of its own, follows them when they are replaced, and lets nobody see it. And where TLS passes through, a rule may
+//! ask that the host proves its name first, to the node or to the gateway, whoever dials: then a lie of a name server leads nowhere.
 //!
-//! The hosts are nginx and openssl, which let in who shows a certificate of their CA.
+//! The hosts are nginx and openssl, with certificates of CAs that the tests make.
 
 use std::path::Path;
 
@@ -121,5 +122,96 @@ fn unseen(lab: &Lab, key: &str) -> anyhow::Result<()> {
     for line in key.lines().filter(|line| !line.starts_with("-----")) {
         anyhow::ensure!(!told.iter().any(|text| text.contains(line)), "somebody told the key");
     }
+    Ok(())
+}
+
+/// Hosts, and whether they are reached by the gateway, and have to prove their names.
+const HOSTS: [(&str, bool, bool); 4] =
+    [("near", false, true), ("far", true, true), ("half", false, true), ("loose", false, false)];
+
+/// A rule for each of them.
+fn rules(authority: &str) -> String {
+    let authority = authority.trim().replace('\n', "\n        ");
+    let rule = |(name, by_gateway, proven): (&str, bool, bool)| {
+        let via = if by_gateway { "    via: {gateway: {namespace: egress, name: out}}\n" } else { "" };
+        let verify =
+            if proven { format!("    verify:\n      caBundle: |\n        {authority}\n") } else { String::new() };
+        format!("  - hosts: [{name}.example]\n    ports: [{{port: 443, protocol: TLS}}]\n{via}{verify}")
+    };
+    format!(
+        "apiVersion: tulle.dev/v1alpha1\nkind: EgressPolicy\nmetadata: {{name: proven, namespace: shop}}\nspec:\n  rules:\n{}",
+        HOSTS.map(rule).concat()
+    )
+}
+
+#[test]
+fn a_host_that_does_not_prove_its_name_gets_nothing() -> anyhow::Result<()> {
+    if !scenario::has_tools(&internet::TOOLS) {
+        return Ok(());
+    }
+    let gateway = internet::gateway_service() + &internet::gateway("out-0", 2);
+    let objects = internet::world(CLOSED, &["inet", "other"]) + &gateway;
+    let Some(lab) = internet::lab(LabConfig::of(&objects)) else { return Ok(()) };
+    let (own, thief) = (lab.pod_ip("out", "inet")?, lab.pod_ip("out", "other")?);
+    let (folder, strange) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let names = HOSTS.map(|(name, ..)| format!("{name}.example"));
+    let serve = |place: &str, folder: &Path| {
+        let conf = internet::web_server(folder, &names)?;
+        if place == "out/other" {
+            let text = std::fs::read_to_string(&conf)?;
+            std::fs::write(&conf, text.replace("inet $host", "thief $host"))?;
+        }
+        lab.spawn(place, &["nginx", "-c", &conf])
+    };
+    let _servers = [serve("out/inet", folder.path())?, serve("out/other", strange.path())?];
+    // A host with two addresses has one of somebody else's.
+    let zone = |at: &str| {
+        let one = HOSTS.map(|(name, ..)| format!("{name} A {at}\n")).concat();
+        format!("api A {own}\n{one}half A {own}\n")
+    };
+    let answer = |at: &str| -> anyhow::Result<Running> {
+        let conf = internet::name_server(folder.path(), &zone(at))?;
+        let running = lab.spawn("out/inet", &["unbound", "-d", "-c", &conf])?;
+        internet::answers(&lab)?;
+        Ok(running)
+    };
+    let honest = answer(&own)?;
+    lab.apply_yaml(&rules(&std::fs::read_to_string(folder.path().join("ca.pem"))?))?;
+    // The client itself checks nothing.
+    let curl = |name: &str| internet::curl(&lab, "shop/web", &["-k"], &format!("https://{name}.example/"));
+    let reaches = |name: &str, who: &str| {
+        eventually(&format!("{name} is reached"), scenario::PATIENCE, || {
+            let said = curl(name)?;
+            if said.starts_with(who) { Ok(()) } else { Err(said) }
+        })
+    };
+    for (name, ..) in HOSTS {
+        reaches(name, "inet ")?;
+    }
+
+    // The name server begins to lie.
+    drop(honest);
+    let _lying = answer(&thief)?;
+    reaches("loose", "thief ")?;
+    for (name, seen) in [("near", "node-1"), ("far", "egress/out-0")] {
+        let refused = eventually(&format!("{name} is refused"), scenario::PATIENCE, || match curl(name) {
+            Err(error) => Ok(error),
+            // As long as the answer of before holds.
+            Ok(said) if said.starts_with("inet ") => Err(said),
+            Ok(said) => Ok(format!("went through: {said}")),
+        })?;
+        anyhow::ensure!(!refused.contains("went through"), "{name}: {refused}");
+        let words =
+            ["EGRESS_DENIED", &thief, "not proven to be", &format!("{name}.example"), "EgressPolicy/shop/proven"];
+        scenario::await_log(&lab, seen, &words)?;
+    }
+    // Of two addresses the one that proves the name is used.
+    for _ in 0..5 {
+        let said = curl("half").map_err(anyhow::Error::msg)?;
+        anyhow::ensure!(said.starts_with("inet "), "{said}");
+    }
+    // What is not TLS proves nothing.
+    let plain = internet::curl(&lab, "shop/web", &[], "http://near.example:443/");
+    anyhow::ensure!(plain.is_err(), "{plain:?}");
     Ok(())
 }

@@ -260,6 +260,7 @@ fn egress_policy() -> mesh::EgressPolicy {
             ports: [(443, 8443)].into(),
         }],
         stands_for: vec![mesh::Cidr { address: vec![240, 0, 0, 1].into(), length: 32 }],
+        proof: Some(mesh::EgressProof { roots: vec![vec![48, 0].into()] }),
     };
     mesh::EgressPolicy { namespace: "shop".into(), name: "out".into(), rules: vec![rule], ..Default::default() }
 }

@@ -24,6 +24,7 @@ use ztunnel::base::drain::drain;
 use ztunnel::base::netns::{Netns, NetnsThread};
 use ztunnel::base::sockets::{Options, PodSockets};
 use ztunnel::dns::own::OwnResolver;
+use ztunnel::flow::proof::Proofs;
 use ztunnel::flow::{Limits, LocalPod, PodName, Shared};
 use ztunnel::gateway::clients::ClientCertificates;
 use ztunnel::gateway::limits::{HostLimits, Hosts};
@@ -155,6 +156,7 @@ fn start(lab: &Lab, reader: ztunnel::state::Reader) {
                 names,
                 hosts: Hosts::new(HostLimits { connections: 1, rate: 0 }),
                 tls: Originator::new(RootCa::System, ClientCertificates::new(None)),
+                proofs: Proofs::new(RootCa::System),
             });
             let live = recheck::live();
             live.watch(reader);

@@ -89,6 +89,9 @@ pub struct EgressRule {
     pub endpoints: Vec<EgressEndpoint>,
     /// Addresses that stand for the first host.
     pub stands_for: Vec<IpNet>,
+    /// Roots, DER, by which the proxy has hosts prove their names before TLS passes through; empty: those of the system. `None`: hosts
+    /// prove nothing.
+    pub proof: Option<Vec<Vec<u8>>>,
 }
 
 /// A port.

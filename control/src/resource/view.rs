@@ -337,6 +337,7 @@ fn egress(policy: &mesh::EgressPolicy) -> Value {
             "originate": rule.originate.as_ref().map(|tls| pruned(json!({
                 "serverName": tls.server_name, "roots": tls.roots.len(), "clientCertificate": tls.client_certificate,
             }))),
+            "verify": rule.proof.as_ref().map(|proof| json!({"roots": proof.roots.len()})),
             "endpoints": rule.endpoints.iter().map(endpoint).collect::<Vec<_>>(),
             "standsFor": rule.stands_for.iter().map(cidr).collect::<Vec<_>>(),
         }))

@@ -134,15 +134,20 @@ fn rule(rule: &EgressRule, settings: &Settings) -> mesh::EgressRule {
         originate: rule.originate.as_ref().map(origination),
         endpoints: rule.endpoints.iter().map(endpoint).collect(),
         stands_for: rule.stands_for.iter().map(cidr).collect(),
+        proof: rule.proof.as_ref().map(|roots| mesh::EgressProof { roots: ders(roots) }),
     }
 }
 
 fn origination(tls: &Origination) -> mesh::EgressOrigination {
     mesh::EgressOrigination {
         server_name: tls.server_name.clone(),
-        roots: tls.roots.iter().map(|root| root.clone().into()).collect(),
+        roots: ders(&tls.roots),
         client_certificate: tls.client_certificate.clone(),
     }
+}
+
+fn ders<B: From<Vec<u8>>>(roots: &[Vec<u8>]) -> Vec<B> {
+    roots.iter().map(|root| root.clone().into()).collect()
 }
 
 fn port(port: &EgressPort) -> mesh::EgressPort {

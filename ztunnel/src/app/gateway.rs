@@ -30,6 +30,7 @@ use crate::base::sockets::{Options, PodSockets};
 use crate::base::workers::{Accepted, Workers, spawn};
 use crate::config::Node;
 use crate::config::gateway::Gateway as Config;
+use crate::flow::proof::Proofs;
 use crate::flow::{LocalPod, PodName, Shared};
 use crate::gateway::clients::ClientCertificates;
 use crate::gateway::limits::{HostLimits, Hosts};
@@ -153,6 +154,7 @@ fn make(config: &Config, shared: Shared, drained: Drained) -> anyhow::Result<Arc
     let pod = Arc::new(LocalPod::new(name, Vec::new(), sockets, drained, pod_limits(node)));
     let hostname = format!("{}.{}.svc.{}", config.gateway_name, node.pod_namespace, node.cluster_domain);
     let service = ServiceName { namespace: node.pod_namespace.as_str().into(), hostname: hostname.into() };
+    let roots = || RootCa::parse(&config.gateway_root_ca);
     Ok(Arc::new(Gateway {
         shared,
         pod,
@@ -161,10 +163,8 @@ fn make(config: &Config, shared: Shared, drained: Drained) -> anyhow::Result<Arc
         from: config.gateway_source.clone(),
         names: outside(node)?,
         hosts: Hosts::new(HostLimits { connections: config.host_max_connections, rate: config.host_max_rate }),
-        tls: Originator::new(
-            RootCa::parse(&config.gateway_root_ca),
-            ClientCertificates::new(config.gateway_client_certificates.clone()),
-        ),
+        tls: Originator::new(roots(), ClientCertificates::new(config.gateway_client_certificates.clone())),
+        proofs: Proofs::new(roots()),
     }))
 }
 

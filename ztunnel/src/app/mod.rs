@@ -60,9 +60,11 @@ use crate::base::workers::Workers;
 use crate::capture::pods::{ListFile, Pods as List, Source, watch_directory};
 use crate::config::{LogFormat, Node, Switch};
 use crate::dns::own::{OwnResolver, system_servers};
+use crate::flow::proof::Proofs;
 use crate::flow::{GateLimits, Limits, Shared};
 use crate::hbone;
-use crate::identity::{self, Control, Identities};
+use crate::identity::{self, Control, Identities, RootCa};
+use crate::outbound;
 use crate::relay;
 use crate::state;
 use crate::telemetry::lines::{Lines, Writer};
@@ -226,7 +228,8 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
 fn start_workers(config: &Node, shared: &Shared, outside: &OwnResolver) -> anyhow::Result<(Workers<Worker>, usize)> {
     let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let count = config.workers(cores).map_err(anyhow::Error::msg)?;
-    let (context, own) = (shared.clone(), outside.clone());
+    let own = outbound::Outside { names: outside.clone(), proofs: Arc::new(Proofs::new(RootCa::System)) };
+    let context = shared.clone();
     let workers = Workers::start(count, move |_| Worker::new(&context, own.clone())).context("cannot start workers")?;
     let watched = shared.reader.clone();
     workers.run_all(move |worker| {

@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use crate::base::drain::Drained;
 use crate::base::workers::{Accepted, Listening, Workers, spawn};
-use crate::dns::own::OwnResolver;
 use crate::flow::{LocalPod, Shared};
 use crate::inbound;
 use crate::outbound;
@@ -22,7 +21,7 @@ pub struct Worker {
 
 impl Worker {
     /// An idle worker.
-    pub fn new(shared: &Shared, outside: OwnResolver) -> Self {
+    pub fn new(shared: &Shared, outside: outbound::Outside) -> Self {
         Self { entered: inbound::recheck::live(), out: outbound::Means::new(shared.hbone, outside) }
     }
 }

@@ -5,7 +5,9 @@
 //! nothing is guessed before, and nobody waits for ever.
 
 mod gate;
+pub mod hosts;
 pub mod names;
+pub mod proof;
 pub mod recheck;
 pub mod tunnel;
 

@@ -26,6 +26,7 @@ use tulle_certs::SpiffeId;
 use crate::base::sockets::reset;
 use crate::base::{canonical, workers};
 use crate::dns::own::OwnResolver;
+use crate::flow::proof::Proofs;
 use crate::flow::tunnel;
 use crate::flow::{LocalPod, Shared};
 use crate::gateway::limits::Hosts;
@@ -51,6 +52,8 @@ pub struct Gateway {
     pub hosts: Hosts,
     /// Adds TLS.
     pub tls: Originator,
+    /// What hosts have proven.
+    pub proofs: Proofs,
 }
 
 /// Serves one tunnel to its end.

@@ -4,13 +4,13 @@
 //! The families are tried in turn, beginning with that of the tunnel, whose network is known to carry it. Everything is
 //! bounded: addresses tried, the time for each and for all.
 
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 
-use crate::base::sockets::PodSockets;
 use crate::dns::own::{OwnResolver, Unresolved};
 use crate::gateway::Gateway;
 use crate::gateway::decide::{Asked, To, targets};
@@ -18,7 +18,7 @@ use crate::gateway::limits::Place;
 use crate::gateway::originate::Originator;
 use crate::http::{BoxIo, Framing};
 use crate::outcome::{Code, Outcome};
-use crate::policy::egress::{Grant, may_dial};
+use crate::policy::egress::{Grant, Spoken, may_dial};
 use crate::state::Snapshot;
 
 /// Addresses of one name that are tried.
@@ -61,16 +61,18 @@ impl Server {
 }
 
 impl Gateway {
-    /// Reaches what `asked` asks for as `grant` says, and counts it in `place`. `framing`: the HTTP that will be spoken.
+    /// Reaches what `asked` asks for as `grant` says, and counts it in `place`. `framing`: the HTTP that will be spoken; `spoken`:
+    /// what else the client speaks.
     pub(super) async fn reach(
         &self,
         asked: &Asked,
         grant: &Grant,
         framing: Option<Framing>,
+        spoken: Spoken<'_>,
         prefer_v6: bool,
         place: &Place,
     ) -> Result<(Server, SocketAddr), Failed> {
-        let reached = self.try_reach(asked, grant, framing, prefer_v6).await;
+        let reached = self.try_reach(asked, grant, framing, spoken, prefer_v6).await;
         match &reached {
             Ok(_) => place.reached(true),
             Err(failed) if failed.beyond => place.reached(false),
@@ -84,6 +86,7 @@ impl Gateway {
         asked: &Asked,
         grant: &Grant,
         framing: Option<Framing>,
+        spoken: Spoken<'_>,
         prefer_v6: bool,
     ) -> Result<(Server, SocketAddr), Failed> {
         let beyond = |outcome| Failed { outcome, beyond: true };
@@ -105,7 +108,7 @@ impl Gateway {
         }
         let name = asked.name();
         let addresses = outside(&self.shared.reader.load(), &self.shared.network, &name, found, grant)?;
-        let reached = connect(&self.pod.sockets, &addresses, &self.from, hbone.connect_timeout).await;
+        let reached = self.connect(&addresses, (grant, spoken), hbone.connect_timeout).await;
         let (tcp, at) = reached.map_err(beyond)?;
         let Some((tls, config)) = sealed else { return Ok((Server::Plain(tcp), at)) };
         let name = tls.server_name.as_deref().unwrap_or(&name);
@@ -113,6 +116,48 @@ impl Gateway {
         let shaken = timeout(hbone.handshake_timeout, Originator::handshake(config, tcp, name, framing)).await;
         let stream = shaken.map_err(late)?.map_err(beyond)?;
         Ok((Server::Sealed(Box::new(stream)), at))
+    }
+
+    /// Connects to the first of `addresses` that takes it, and proves what the grant wants proven.
+    ///
+    /// # Errors
+    /// How the last one failed.
+    async fn connect(
+        &self,
+        addresses: &[SocketAddr],
+        (grant, spoken): (&Grant, Spoken<'_>),
+        patience: Duration,
+    ) -> Result<(TcpStream, SocketAddr), Outcome> {
+        let end = Instant::now() + LONGEST;
+        let mut last =
+            Outcome::new(Code::NoEndpoint, "the host has no address of a family that this gateway leaves by");
+        let from = &self.from;
+        let usable = |to: &&SocketAddr| from.is_empty() || from.iter().any(|ip| ip.is_ipv6() == to.is_ipv6());
+        let tried: Vec<&SocketAddr> = addresses.iter().filter(usable).take(TRIED).collect();
+        for (index, to) in tried.iter().enumerate() {
+            let left = || end.saturating_duration_since(Instant::now());
+            let late = || Outcome::new(Code::ConnectTimeout, format!("{to} did not answer"));
+            let proven = timeout(left(), self.proofs.check(grant, &spoken, **to, self.dial(**to))).await;
+            if let Err(outcome) = proven.unwrap_or_else(|_| Err(late())) {
+                last = outcome;
+                continue;
+            }
+            let patience = if index + 1 < tried.len() { patience.min(SHORT) } else { patience }.min(left());
+            match timeout(patience, self.dial(**to)).await {
+                Ok(Ok(tcp)) => return Ok((tcp, **to)),
+                Ok(Err(error)) => last = Outcome::new(Code::ConnectFailed, format!("{to}: {error}")),
+                Err(_) => last = late(),
+            }
+        }
+        Err(last)
+    }
+
+    /// Connects to `to` from the address that this gateway leaves by; if it has none of that family: as the system chooses.
+    async fn dial(&self, to: SocketAddr) -> io::Result<TcpStream> {
+        match self.from.iter().find(|ip| ip.is_ipv6() == to.is_ipv6()) {
+            Some(own) => self.pod.sockets.connect_as(*own, to).await,
+            None => self.pod.sockets.connect(to).await,
+        }
     }
 }
 
@@ -169,40 +214,6 @@ fn outside(
         }
         _ => Ok(left),
     }
-}
-
-/// Connects to the first of `addresses` that takes it, from `from`, of which there is at most one of a family; none: as the
-/// system chooses.
-///
-/// # Errors
-/// How the last one failed.
-async fn connect(
-    sockets: &PodSockets,
-    addresses: &[SocketAddr],
-    from: &[IpAddr],
-    patience: Duration,
-) -> Result<(TcpStream, SocketAddr), Outcome> {
-    let end = Instant::now() + LONGEST;
-    let mut last = Outcome::new(Code::NoEndpoint, "the host has no address of a family that this gateway leaves by");
-    let usable = |to: &&SocketAddr| from.is_empty() || from.iter().any(|ip| ip.is_ipv6() == to.is_ipv6());
-    let tried: Vec<&SocketAddr> = addresses.iter().filter(usable).take(TRIED).collect();
-    for (index, to) in tried.iter().enumerate() {
-        let left = end.saturating_duration_since(Instant::now());
-        let patience = if index + 1 < tried.len() { patience.min(SHORT) } else { patience }.min(left);
-        let own = from.iter().find(|ip| ip.is_ipv6() == to.is_ipv6());
-        let dial = async {
-            match own {
-                Some(own) => sockets.connect_as(*own, **to).await,
-                None => sockets.connect(**to).await,
-            }
-        };
-        match timeout(patience, dial).await {
-            Ok(Ok(tcp)) => return Ok((tcp, **to)),
-            Ok(Err(error)) => last = Outcome::new(Code::ConnectFailed, format!("{to}: {error}")),
-            Err(_) => last = Outcome::new(Code::ConnectTimeout, format!("{to} did not answer")),
-        }
-    }
-    Err(last)
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use crate::http::server::{self, Switches};
 use crate::http::solo::{Dial, Solo};
 use crate::http::{Body, BoxIo, Downstream, Framing, HeadClock, headers, recorded};
 use crate::outcome::{Code, Fault, Outcome};
-use crate::policy::egress::Grant;
+use crate::policy::egress::{Grant, Spoken};
 use crate::route::path;
 use crate::telemetry::{ConnRecord, Direction, HttpRecord, Peer};
 
@@ -88,7 +88,8 @@ impl Connection {
             Box::pin(async move {
                 let gone = || Outcome::new(Code::ClientReset, "the client went away");
                 let this = this.ok_or_else(gone)?;
-                let reached = this.gateway.reach(&this.asked, &by, Some(this.framing), this.prefer_v6, &this.place);
+                let framing = Some(this.framing);
+                let reached = this.gateway.reach(&this.asked, &by, framing, Spoken::Bytes, this.prefer_v6, &this.place);
                 let (server, _) = reached.await.map_err(|Failed { outcome, .. }| outcome)?;
                 Ok(server.into_io())
             })

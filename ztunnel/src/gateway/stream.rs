@@ -33,6 +33,7 @@ use crate::hbone::headers::{self, Authority, TraceId};
 use crate::http::client::Raw;
 use crate::http::{BoxIo, Downstream, Framing, HeadClock, Sniffed, server, sniff};
 use crate::outcome::{Code, Outcome};
+use crate::policy::egress;
 use crate::relay::{self, StreamIo, TcpSide, Terms};
 use crate::telemetry::egress::{Left, Verdict};
 use crate::telemetry::{ConnRecord, Direction};
@@ -225,7 +226,12 @@ impl Stream {
             Decision::Requests(framing) => return Ok(Open::Requests(framing, place)),
             Decision::Read => return Err(Outcome::new(Code::Internal, "what was read has to be read again").into()),
         };
-        let reached = gateway.reach(&left.asked, &grant, None, self.proven.peer.is_ipv6(), &place).await;
+        let said = left.spoken.borrow().clone();
+        let spoken = match &said {
+            Spoken::Tls(name) => egress::Spoken::Tls(name.as_deref()),
+            Spoken::Unread | Spoken::Http(_) | Spoken::Bytes => egress::Spoken::Bytes,
+        };
+        let reached = gateway.reach(&left.asked, &grant, None, spoken, self.proven.peer.is_ipv6(), &place).await;
         let (server, at) = reached?;
         record.destination.addr = Some(at);
         Ok(Open::Bytes(server, place))

@@ -14,6 +14,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Duration, sleep, timeout};
 
 use crate::dns::own::OwnResolver;
+use crate::flow::proof::Proofs;
 use crate::flow::{LocalPod, Shared, names};
 use crate::http::{Sniffed, sniff};
 use crate::outbound::attempts::{Attempts, Next};
@@ -40,6 +41,15 @@ const HEAD: usize = 16 << 10;
 const ADDRESSES: usize = 4;
 /// How long one of them is waited for.
 const CONNECT: Duration = Duration::from_secs(5);
+
+/// What a node has for what leaves from it directly.
+#[derive(Clone)]
+pub struct Outside {
+    /// Looks names up, and dials.
+    pub names: OwnResolver,
+    /// What hosts have proven.
+    pub proofs: Arc<Proofs>,
+}
 
 /// What a connection that leaves is meant for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -184,7 +194,7 @@ fn spelled_out(snapshot: &Snapshot, source: &Workload, number: u16) -> Option<Ar
 /// Why it may not leave, or how dialling failed.
 pub(super) async fn reach(
     attempts: Attempts<'_>,
-    names: &OwnResolver,
+    outside: &Outside,
     snapshot: &Snapshot,
     source: &Workload,
     bound: Result<Bound, Outcome>,
@@ -213,7 +223,7 @@ pub(super) async fn reach(
         _ => return Ok(None),
     };
     let leave = Leave { bound: bound.clone(), said };
-    go(attempts, names, snapshot, source, (&grant, leave), tcp, record).await.map(Some)
+    go(attempts, outside, snapshot, source, (&grant, leave), tcp, record).await.map(Some)
 }
 
 fn left(bound: &Bound, said: &Said, source: &Workload, decided: &Result<Grant, Outcome>) -> Left {
@@ -274,7 +284,7 @@ pub(super) fn asked_of_gateway(bound: &Bound) -> Arc<str> {
 
 async fn go(
     attempts: Attempts<'_>,
-    names: &OwnResolver,
+    outside: &Outside,
     snapshot: &Snapshot,
     source: &Workload,
     (grant, leave): (&Grant, Leave),
@@ -297,7 +307,7 @@ async fn go(
         return Err(outcome);
     }
     let refused = |why: &str| allowed_but(grant, why);
-    let targets = targets(names, grant, bound).await.map_err(|why| {
+    let targets = targets(&outside.names, grant, bound).await.map_err(|why| {
         let host = bound.host.as_deref().unwrap_or_default();
         Outcome::new(Code::NoEndpoint, format!("{host}: {why}"))
     })?;
@@ -309,7 +319,13 @@ async fn go(
         }
         network::egress(snapshot, source, Transport::Tcp, target).outcome()?;
         record.destination.addr = Some(target);
-        match timeout(CONNECT, names.sockets().connect(target)).await {
+        let connect = || outside.names.sockets().connect(target);
+        let spoken = leave.said.spoken();
+        if let Err(outcome) = outside.proofs.check(grant, &spoken, target, connect()).await {
+            last = Some(outcome);
+            continue;
+        }
+        match timeout(CONNECT, connect()).await {
             Ok(Ok(server)) => return Ok((Next::Outside { server, leave: Box::new(leave) }, target)),
             Ok(Err(error)) => last = Some(Outcome::new(Code::ConnectFailed, format!("{target}: {error}"))),
             Err(_) => last = Some(Outcome::new(Code::ConnectTimeout, format!("{target} did not answer"))),

@@ -96,7 +96,8 @@ fn way_out(
     grant: Grant,
     spoken: &Spoken<'_>,
 ) -> Result<WayOut, Outcome> {
-    let by = format!("let out by {} rules[{}]", grant.policy.id, grant.rule);
+    let proven = if grant.rule().proof.is_some() { ", once the host has proven its name" } else { "" };
+    let by = format!("let out by {} rules[{}]{proven}", grant.policy.id, grant.rule);
     let mut through = None;
     let text = match (&grant.rule().gateway, bound.address) {
         (Some(service), _) => {

@@ -34,7 +34,6 @@ use tokio::net::TcpStream;
 use crate::base::sockets::{original_destination, reset};
 use crate::base::{Counts, canonical};
 use crate::capture::probe;
-use crate::dns::own::OwnResolver;
 use crate::flow::{LocalPod, Shared};
 use crate::hbone;
 use crate::hbone::pool::Pool;
@@ -42,6 +41,7 @@ use crate::http::{Framing, pool};
 use crate::lb::Failing;
 use crate::outbound::attempts::{Attempts, Next};
 use crate::outbound::breaker::Lasting;
+pub use crate::outbound::egress::Outside;
 pub use crate::outbound::leaving::{WayOut, explained as leaving, explained_name as leaving_by_name};
 use crate::outbound::recheck::{Left, Live, Registration};
 pub use crate::outbound::requests::wanted;
@@ -61,13 +61,13 @@ pub struct Means {
     pub live: Rc<Live>,
     /// Connections for requests.
     pub connections: Rc<pool::Pool>,
-    /// Looks names up that lead out of the cluster, and has the sockets for them.
-    pub outside: OwnResolver,
+    /// What it takes to leave the cluster from the node.
+    pub outside: Outside,
 }
 
 impl Means {
     /// A new worker's.
-    pub fn new(config: hbone::Config, outside: OwnResolver) -> Self {
+    pub fn new(config: hbone::Config, outside: Outside) -> Self {
         Self {
             pool: Pool::new(config),
             failing: Rc::default(),

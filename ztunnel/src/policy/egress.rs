@@ -184,6 +184,10 @@ fn allows(rule: &EgressRule, ceiling: bool, attempt: &Attempt<'_>) -> Option<u16
 }
 
 fn speaks(protocol: EgressProtocol, rule: &EgressRule, attempt: &Attempt<'_>, by_name: bool) -> bool {
+    // What a host has to prove is the server name.
+    if rule.proof.is_some() && !matches!(attempt.spoken, Spoken::Tls(Some(_))) {
+        return false;
+    }
     // Where TLS is added, the client speaks plain text to us.
     if rule.originate.is_some() {
         return match protocol {
@@ -220,7 +224,7 @@ pub fn needs_first_bytes(snapshot: &Snapshot, workload: &Workload, attempt: &Att
                 EgressProtocol::Tls | EgressProtocol::Http | EgressProtocol::Https => true,
             };
             let mut here = rule.ports.iter().filter(|port| port.number == attempt.port);
-            rule.http.is_some() || (rule.ports.is_empty() && !policy.ceiling) || here.any(asks)
+            rule.http.is_some() || rule.proof.is_some() || (rule.ports.is_empty() && !policy.ceiling) || here.any(asks)
         })
     })
 }

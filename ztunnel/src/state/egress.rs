@@ -51,6 +51,9 @@ pub struct EgressRule {
     pub endpoints: Vec<EgressEndpoint>,
     /// Addresses that stand for the first host.
     pub stands_for: Vec<IpNet>,
+    /// Roots, DER, by which hosts have to prove their names before TLS passes through; none: those of the system. `None`: hosts prove
+    /// nothing.
+    pub proof: Option<Vec<Arc<[u8]>>>,
 }
 
 /// Names in lower case, A-labels, without final dot.

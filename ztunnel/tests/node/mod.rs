@@ -35,12 +35,13 @@ use ztunnel::base::workers::Workers;
 use ztunnel::capture::pods::{ListFile, Source, watch_directory};
 use ztunnel::config::Preexisting;
 use ztunnel::dns::own::OwnResolver;
+use ztunnel::flow::proof::Proofs;
 use ztunnel::flow::{Limits, Shared};
-use ztunnel::identity::Identities;
+use ztunnel::identity::{Identities, RootCa};
 use ztunnel::state::{Change, OwnType, Reader, TrustBundle, Writer, store};
 use ztunnel::telemetry::metrics::Metrics;
 use ztunnel::tls::{Trust, WorkloadCert};
-use ztunnel::{hbone, relay, xds};
+use ztunnel::{hbone, outbound, relay, xds};
 
 /// One node with three pods: a and b in the mesh, c not.
 pub struct Lab {
@@ -228,8 +229,8 @@ impl Node {
         let context = shared.clone();
         // Nobody answers names outside: what leaves the cluster by name has tests of its own.
         let outside = OwnResolver::new(own_sockets(), Vec::new());
-        let resolver = outside.clone();
-        let workers = Workers::start(2, move |_| Worker::new(&context, resolver.clone())).unwrap();
+        let own = outbound::Outside { names: outside.clone(), proofs: Arc::new(Proofs::new(RootCa::System)) };
+        let workers = Workers::start(2, move |_| Worker::new(&context, own.clone())).unwrap();
         let watched = shared.reader.clone();
         workers.run_all(move |worker| {
             worker.entered.watch(watched.clone());

@@ -73,8 +73,13 @@ fn policy_spec(spec: &Cursor<'_>) -> Read<(bool, Vec<EgressRule>)> {
         Some("Audit") => true,
         Some(other) => return Err(action.error(format!("`{other}` is neither Enforce nor Audit"))),
     };
-    spec.get("ceiling").boolean()?;
-    Ok((record_only, bounded(&spec.get("rules"))?.iter().map(rule).collect::<Read<_>>()?))
+    let ceiling = spec.get("ceiling").boolean()? == Some(true);
+    let rules = bounded(&spec.get("rules"))?.iter().map(rule).collect::<Read<Vec<_>>>()?;
+    if ceiling && rules.iter().any(|rule| rule.proof.is_some()) {
+        let text = "verify is for rules that allow, and a ceiling allows nothing";
+        return Err(spec.get("rules").error(text));
+    }
+    Ok((record_only, rules))
 }
 
 fn bounded<'a>(at: &Cursor<'a>) -> Read<Vec<Cursor<'a>>> {
@@ -86,7 +91,7 @@ fn bounded<'a>(at: &Cursor<'a>) -> Read<Vec<Cursor<'a>>> {
 }
 
 fn rule(at: &Cursor<'_>) -> Read<EgressRule> {
-    at.only(&["hosts", "cidrs", "ports", "http", "via", "tls", "originate"])?;
+    at.only(&["hosts", "cidrs", "ports", "http", "via", "tls", "originate", "verify"])?;
     let hosts: Vec<String> = bounded(&at.get("hosts"))?.iter().map(|item| host(item, true)).collect::<Read<_>>()?;
     let cidrs: Vec<IpNet> =
         bounded(&at.get("cidrs"))?.iter().map(|item| net(item.required_text()?, item)).collect::<Read<_>>()?;
@@ -107,7 +112,37 @@ fn rule(at: &Cursor<'_>) -> Read<EgressRule> {
             return Err(at.get("http").error("says nothing of a port with protocol TCP"));
         }
     }
-    Ok(EgressRule { hosts, cidrs, ports, http, gateway: gateway(&at.get("via"))?, originate, ..EgressRule::default() })
+    let proof = proof(&at.get("verify"))?;
+    if proof.is_some() {
+        let wrong = |why: &str| Err(at.get("verify").error(why));
+        if originate.is_some() {
+            return wrong("is of TLS that passes through; what tls: originate speaks with is checked anyway");
+        }
+        if ports.iter().any(|port| matches!(port.protocol, EgressProtocol::Tcp | EgressProtocol::Http)) {
+            return wrong("says nothing of a port with protocol TCP or HTTP");
+        }
+        if http.is_some() {
+            return wrong("allows TLS only, in which http cannot be seen");
+        }
+    }
+    let gateway = gateway(&at.get("via"))?;
+    Ok(EgressRule { hosts, cidrs, ports, http, gateway, originate, proof, ..EgressRule::default() })
+}
+
+fn proof(at: &Cursor<'_>) -> Read<Option<Vec<Vec<u8>>>> {
+    if at.is_absent() {
+        return Ok(None);
+    }
+    at.only(&["caBundle"])?;
+    authorities(&at.get("caBundle")).map(Some)
+}
+
+/// The certificates of a bundle; none if it is absent.
+fn authorities(at: &Cursor<'_>) -> Read<Vec<Vec<u8>>> {
+    let Some(pem) = at.text()? else { return Ok(Vec::new()) };
+    let roots = Roots::from_pem(pem.as_bytes()).and_then(Roots::of_authorities);
+    let roots = roots.map_err(|error| at.error(error.to_string()))?;
+    Ok(roots.certificates().iter().map(|root| root.to_vec()).collect())
 }
 
 /// A name in the form in which names are compared.
@@ -209,15 +244,7 @@ fn origination(at: &Cursor<'_>) -> Read<Option<Origination>> {
     more.only(&["serverName", "caBundle", "clientCertificate"])?;
     let name = more.get("serverName");
     let server_name = if name.is_absent() { String::new() } else { host(&name, false)? };
-    let bundle = more.get("caBundle");
-    let roots = match bundle.text()? {
-        None => Vec::new(),
-        Some(pem) => {
-            let roots = Roots::from_pem(pem.as_bytes()).and_then(Roots::of_authorities);
-            let roots = roots.map_err(|error| bundle.error(error.to_string()))?;
-            roots.certificates().iter().map(|root| root.to_vec()).collect()
-        }
-    };
+    let roots = authorities(&more.get("caBundle"))?;
     let shown = more.get("clientCertificate");
     let client_certificate = match shown.text()? {
         None => String::new(),
@@ -294,9 +321,16 @@ fn entry_spec(spec: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Vec<EgressRu
         None | Some("NONE") => true,
         Some("STATIC" | "DNS" | "DNS_ROUND_ROBIN") => false,
         Some("DYNAMIC_DNS") => {
-            ignored
-                .push("resolution DYNAMIC_DNS is taken as NONE: names are always resolved as they are dialled".into());
-            true
+            let wrong = |why: String| {
+                Err(resolution.error(format!("DYNAMIC_DNS is for names that are not known before: {why}")))
+            };
+            if let Some(host) = hosts.iter().find(|host| !host.starts_with("*.")) {
+                return wrong(format!("`{host}` is one name; give it an entry with resolution DNS"));
+            }
+            if !addresses.is_empty() || !endpoints.is_empty() {
+                return wrong("leave addresses and endpoints out".to_owned());
+            }
+            false
         }
         Some(other) => return Err(resolution.error(format!("`{other}` is no resolution"))),
     };

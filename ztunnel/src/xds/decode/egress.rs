@@ -3,6 +3,8 @@
 //! A rule only ever allows, but a part of it that is skipped may be what narrows it. So nothing is skipped: an unknown field,
 //! wherever it is, rejects the policy. Whether it is a ceiling is read on its own, since a ceiling that is not there is open.
 
+use std::sync::Arc;
+
 use prost::Message;
 use tulle_proto::mesh as wire;
 
@@ -20,11 +22,21 @@ const HTTP: Schema = Schema { scalars: &[1, 2], messages: &[] };
 const SERVICE: Schema = Schema { scalars: &[1, 2], messages: &[] };
 const GATEWAY: Schema = Schema { scalars: &[], messages: &[(1, &SERVICE)] };
 const ORIGINATION: Schema = Schema { scalars: &[1, 2, 3], messages: &[] };
+const PROOF: Schema = Schema { scalars: &[1], messages: &[] };
 const MAP: Schema = Schema { scalars: &[1, 2], messages: &[] };
 const ENDPOINT: Schema = Schema { scalars: &[1, 2], messages: &[(3, &MAP)] };
 const RULE: Schema = Schema {
     scalars: &[1],
-    messages: &[(2, &CIDR), (3, &PORT), (4, &HTTP), (5, &GATEWAY), (6, &ORIGINATION), (7, &ENDPOINT), (8, &CIDR)],
+    messages: &[
+        (2, &CIDR),
+        (3, &PORT),
+        (4, &HTTP),
+        (5, &GATEWAY),
+        (6, &ORIGINATION),
+        (7, &ENDPOINT),
+        (8, &CIDR),
+        (9, &PROOF),
+    ],
 };
 const POLICY: Schema = Schema { scalars: &[1, 2, 3, 4, 6], messages: &[(5, &RULE)] };
 
@@ -73,6 +85,7 @@ fn rule(from: &wire::EgressRule, namespace: &str) -> Result<EgressRule, String> 
         originate: from.originate.as_ref().map(|tls| origination(tls, namespace)).transpose()?,
         endpoints: from.endpoints.iter().map(endpoint).collect::<Result<_, _>>()?,
         stands_for: nets("stands_for", &from.stands_for)?,
+        proof: from.proof.as_ref().map(|proof| ders(&proof.roots)),
     })
 }
 
@@ -145,9 +158,13 @@ fn origination(from: &wire::EgressOrigination, namespace: &str) -> Result<Origin
     let server_name = Some(from.server_name.as_str()).filter(|text| !text.is_empty());
     Ok(Origination {
         server_name: server_name.map(name).transpose()?.map(Into::into),
-        roots: from.roots.iter().map(|root| root.as_ref().into()).collect(),
+        roots: ders(&from.roots),
         client_certificate: shown,
     })
+}
+
+fn ders(roots: &[bytes::Bytes]) -> Vec<Arc<[u8]>> {
+    roots.iter().map(|root| root.as_ref().into()).collect()
 }
 
 fn endpoint(from: &wire::EgressEndpoint) -> Result<EgressEndpoint, String> {

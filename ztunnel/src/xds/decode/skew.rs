@@ -296,6 +296,7 @@ fn no_part_of_an_egress_policy_is_skipped() {
             roots: Vec::new(),
             client_certificate: "bank".into(),
         }),
+        proof: Some(wire::EgressProof { roots: vec![vec![48, 0].into()] }),
         endpoints: vec![wire::EgressEndpoint {
             at: Some(egress_endpoint::At::Address(vec![10, 0, 0, 1].into())),
             ports: BTreeMap::from([(443, 8443)]),
