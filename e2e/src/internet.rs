@@ -156,8 +156,8 @@ pub fn client_certificate(authority: &Path, folder: &Path, name: &str) -> anyhow
 }
 
 /// Makes a [`certificate`] for `names`, and puts a configuration of nginx into `folder` that serves HTTP at 80 and TLS at 443 and
-/// 8443: `inet`, the Host, the client's address, the scheme and the version of TLS; and what a server at 8418 of its own answers to `/git/`. At 8444 it serves those
-/// alone who show a certificate that the same CA signed, and says whose. Its path.
+/// 8443: `inet`, the Host, the client's address, the scheme and the version of TLS; below `/git/`, what a server at 8418 of loopback
+/// answers. At 8444 it serves those alone who show a certificate that the same CA signed, and says whose. Its path.
 ///
 /// # Errors
 /// What openssl said, or a file cannot be written.

@@ -224,13 +224,13 @@ fn the_gateway_of_the_own_zone_is_used_then_of_the_region_then_any() {
     let told = || -> Vec<String> {
         let explained = lab.control_get(&format!("/debug/explain?from={WEB}&to=api.example.test:8080")).unwrap();
         let replicas = explained["endpoints"].as_array().cloned().unwrap_or_default();
-        replicas.iter().map(|replica| replica["name"].as_str().unwrap_or_default().to_owned()).collect()
+        replicas.iter().map(|replica| replica["pod"].as_str().unwrap_or_default().to_owned()).collect()
     };
     let only = |name: &str| {
         let own = lab.pod_ip("egress", name).unwrap();
         let patience = Duration::from_secs(60);
         eventually(&format!("{name} is the nearest"), patience, || match (seen(), told()) {
-            (Ok(source), names) if source == own && names == [name] => Ok(()),
+            (Ok(source), names) if source == own && names == [format!("egress/{name}")] => Ok(()),
             other => Err(format!("{other:?}, and {name} is {own}")),
         })
         .unwrap();
