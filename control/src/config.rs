@@ -70,6 +70,10 @@ pub struct Serve {
     /// with `--source kube`; empty: none.
     #[arg(long, env = "TULLE_CONTROL_CA_PLUGGED_SECRET", default_value = "")]
     pub ca_plugged_secret: String,
+    /// Whether the roots are published as a ClusterTrustBundle, too, with `--source kube` and a `--ca-secret`: `auto` (where the
+    /// cluster serves that kind) or `off`.
+    #[arg(long, env = "TULLE_CONTROL_CLUSTER_TRUST_BUNDLE", default_value = "auto")]
+    pub cluster_trust_bundle: Published,
     /// Audience of service accounts' tokens that are believed with `--source kube`.
     #[arg(long, env = "TULLE_CONTROL_TOKEN_AUDIENCE", default_value = names::TOKEN_AUDIENCE)]
     pub token_audience: String,
@@ -123,6 +127,15 @@ pub struct Serve {
         default_value = "0.0.0.0/8,127.0.0.0/8,169.254.0.0/16,::/128,::1/128,fe80::/10"
     )]
     pub jwks_blocked_cidrs: Vec<String>,
+}
+
+/// Whether something is published for others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Published {
+    /// Where the cluster can hold it.
+    Auto,
+    /// Nowhere.
+    Off,
 }
 
 /// As the label has it.

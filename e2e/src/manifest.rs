@@ -84,7 +84,7 @@ fn keyed(origin: &str, index: usize, value: Value) -> anyhow::Result<(Key, Value
     let name = value["metadata"]["name"].as_str().with_context(|| format!("{}: no `metadata.name`", place()))?;
     // Both become parts of file names.
     for (field, text) in [("kind", kind), ("metadata.name", name)] {
-        let fits = text.len() <= 253 && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b));
+        let fits = text.len() <= 253 && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._:".contains(&b));
         anyhow::ensure!(
             fits && !text.is_empty() && !text.starts_with('.'),
             "{}: `{field}` {text:?} is not a name",

@@ -23,7 +23,7 @@ const TABLE: &[(&str, &str)] = &[
     ),
     (
         "another control plane",
-        "control: {metrics: {from: [{namespaceSelector: {matchLabels: {a: b}}}, {ipBlock: {cidr: 192.0.2.0/24}}]}, replicas: 3, minAvailable: 2, caSecret: cacerts, pluggedCaSecret: mesh-issuer, egressDefault: deny, tlsSan: [a.example, 192.0.2.1],\n\
+        "control: {metrics: {from: [{namespaceSelector: {matchLabels: {a: b}}}, {ipBlock: {cidr: 192.0.2.0/24}}]}, replicas: 3, minAvailable: 2, caSecret: cacerts, clusterTrustBundle: 'off', pluggedCaSecret: mesh-issuer, egressDefault: deny, tlsSan: [a.example, 192.0.2.1],\n\
            env: {TULLE_CONTROL_JWKS_REFRESH: 1m, RUST_LOG: 'debug', EMPTY: ''}, resources: {}, podAnnotations: {x: 'true'},\n\
            nodeSelector: {kubernetes.io/os: null, pool: infra}, tolerations: [{key: infra, operator: Equal, value: 'yes', effect: NoSchedule}],\n\
            priorityClassName: ''}\n",
@@ -45,6 +45,7 @@ const MISTAKES: &[(&str, &str)] = &[
     ("control: {egressDefault: maybe}", "egressDefault"),
     ("control: {env: {A: 1}}", ""),
     ("control: {metrics: {from: monitoring}}", ""),
+    ("control: {clusterTrustBundle: yes}", "clusterTrustBundle"),
     ("ztunnel: {networkPolicy: perhaps}", "networkPolicy"),
     ("ztunnel: {cni: {binDir: opt/cni}}", "binDir"),
     ("image: {pullPolicy: Sometimes}", ""),

@@ -1,5 +1,6 @@
 //! Promise: in a cluster a caller is who the API server says, nobody passes without its word, and all replicas of control
-//! are one authority through creation, rotation and loss of files, and a step of a rotation waits for the nodes of all of them.
+//! are one authority through creation, rotation and loss of files, a step of a rotation waits for the nodes of all of them, and the roots
+//! are published where the cluster can hold them.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -493,5 +494,93 @@ fn the_ca_of_somebody_else_is_followed_and_cuts_nobody_off() -> anyhow::Result<(
     signs("the old root goes", &fourth, 1)?;
     left.stop();
     right.stop();
+    Ok(())
+}
+
+const BUNDLE: &str = "tulle.dev:mesh-ca:root-cert";
+
+/// An API server with what `tulle install` brings, and a control that has no rights but those of its account there.
+fn installed(api: &ApiServer, dir: &Path) -> anyhow::Result<Control> {
+    let mut install = std::process::Command::new(programs_dir()?.join("tulle"));
+    let output = install.args(["install", "--no-wait", "--kubeconfig"]).arg(api.kubeconfig()).output()?;
+    anyhow::ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let account = api.kubeconfig_for(&format!("{ROOT}/control"))?;
+    let control = Control::of_cluster(dir, &account, &["--ca-secret", "tulle-ca"])?;
+    control.await_ready()?;
+    Ok(control)
+}
+
+/// How often the log of a control says something.
+fn told(dir: &Path, what: &str) -> anyhow::Result<usize> {
+    Ok(std::fs::read_to_string(dir.join("control.log"))?.matches(what).count())
+}
+
+#[test]
+fn the_roots_are_published_with_no_more_than_the_installed_rights_and_follow_a_rotation() -> anyhow::Result<()> {
+    let Some(api) = kube::start(Options::default()) else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    let control = installed(&api, dir.path())?;
+    let published = |what: &str, roots: usize| {
+        api.wait("ClusterTrustBundle", BUNDLE, what, |object| {
+            let text = object["spec"]["trustBundle"].as_str().unwrap_or_default();
+            object["spec"]["signerName"] == "tulle.dev/mesh-ca"
+                && text.matches("BEGIN CERTIFICATE").count() == roots
+                && bundle(&api).is_ok_and(|map| map == text)
+        })
+    };
+    let object = published("it has the root", 1)?;
+    assert_eq!(object["metadata"]["labels"]["tulle.dev/trust-domain"], serde_json::Value::Null, "it federates nobody");
+    assert!(!object["spec"]["trustBundle"].to_string().contains("PRIVATE"), "a key is public");
+    let ca = dir.path().join("ca").display().to_string();
+    let (kube, http) = (api.kubeconfig().display().to_string(), format!("http://{}", control.http()));
+    let rotate = [
+        "rotate",
+        "root",
+        "--ca-dir",
+        &ca,
+        "--source",
+        "kube",
+        "--kubeconfig",
+        &kube,
+        "--control",
+        &http,
+        "--wait",
+        "2m",
+    ];
+    run(&rotate)?;
+    let object = published("it has both roots", 2)?;
+    run(&rotate)?;
+    run(&rotate)?;
+    let last = published("it has the new root alone", 1)?;
+    assert_ne!(last["spec"]["trustBundle"], object["spec"]["trustBundle"]);
+    // Its rights are gone: that is said, and what the mesh needs goes on.
+    let role = api.get("ClusterRole", "tulle-control")?.context("no ClusterRole")?;
+    let rules = role["rules"].as_array().context("no rules")?.iter();
+    let rules: Vec<_> = rules.filter(|rule| rule["resources"] != serde_json::json!(["signers"])).collect();
+    api.patch("ClusterRole", "tulle-control", &serde_json::json!({"rules": rules}))?;
+    run(&rotate)?;
+    eventually("the log says what is missing", PATIENCE, || {
+        let words = told(dir.path(), "user not permitted to attest")?;
+        anyhow::ensure!(words == 1 && bundle(&api)?.matches("BEGIN CERTIFICATE").count() == 2, "{words} times");
+        Ok(())
+    })?;
+    control.stop();
+    Ok(())
+}
+
+#[test]
+fn a_cluster_without_trust_bundles_lacks_nothing_else() -> anyhow::Result<()> {
+    let arguments = ["--feature-gates=ClusterTrustBundle=false", "--runtime-config=certificates.k8s.io/v1beta1=false"];
+    let arguments = arguments.map(str::to_owned).to_vec();
+    let Some(api) = kube::start(Options { arguments }) else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    let control = installed(&api, dir.path())?;
+    eventually("the log says that the kind is missing", PATIENCE, || {
+        let words = told(dir.path(), "does not serve clustertrustbundles")?;
+        anyhow::ensure!(words == 1, "{words} times");
+        Ok(())
+    })?;
+    assert!(bundle(&api)?.contains("BEGIN CERTIFICATE"));
+    control.stop();
     Ok(())
 }

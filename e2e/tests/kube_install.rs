@@ -146,6 +146,9 @@ fn rights_are_those_that_are_needed_and_no_others() -> anyhow::Result<()> {
         ("control", "delete networking.k8s.io:networkpolicies shop/tulle-mesh"),
         ("control", "create authentication.k8s.io:tokenreviews"),
         ("control", "watch apiextensions.k8s.io:customresourcedefinitions"),
+        ("control", "create certificates.k8s.io:clustertrustbundles /tulle.dev:mesh-ca:root-cert"),
+        ("control", "patch certificates.k8s.io:clustertrustbundles /tulle.dev:mesh-ca:root-cert"),
+        ("control", "attest certificates.k8s.io:signers /tulle.dev/mesh-ca"),
         ("control", "create secrets tulle-system/"),
         ("control", "update secrets tulle-system/tulle-ca"),
         ("control", "patch configmaps tulle-system/tulle-ca-root-cert"),
@@ -157,6 +160,11 @@ fn rights_are_those_that_are_needed_and_no_others() -> anyhow::Result<()> {
         ("ztunnel", "patch nodes/status /node-1"),
     ];
     let needless = [
+        ("control", "create certificates.k8s.io:clustertrustbundles"),
+        ("control", "patch certificates.k8s.io:clustertrustbundles /tulle.dev:mesh-ca:other"),
+        ("control", "delete certificates.k8s.io:clustertrustbundles /tulle.dev:mesh-ca:root-cert"),
+        ("control", "attest certificates.k8s.io:signers /other.example/ca"),
+        ("control", "sign certificates.k8s.io:signers /tulle.dev/mesh-ca"),
         ("control", "get secrets tulle-system/other"),
         ("control", "list secrets"),
         ("control", "patch secrets tulle-system/tulle-ca"),
@@ -297,6 +305,18 @@ fn uninstalling_releases_pods_first_and_leaves_what_is_not_its_own() -> anyhow::
     assert_eq!(label("both")?["tulle.dev/mesh"], "disabled");
     assert!(label("closed")?["tulle.dev/egress"].is_null());
 
+    // Roots that control published, and those of somebody else.
+    let root = std::fs::read_to_string(api.authority())?;
+    for (name, spec) in [
+        ("tulle.dev:mesh-ca:root-cert", json!({"signerName": "tulle.dev/mesh-ca", "trustBundle": root})),
+        ("other", json!({"trustBundle": root})),
+    ] {
+        let version = "certificates.k8s.io/v1beta1";
+        let object =
+            json!({"apiVersion": version, "kind": "ClusterTrustBundle", "metadata": {"name": name}, "spec": spec});
+        api.apply(&object.to_string())?;
+    }
+
     // The agent does, and whoever plays kubelet says that nodes are clean.
     let uninstall = start(&api, &["uninstall", "--timeout", "120s", "--purge"])?;
     api.patch_status("Pod", "ours/a", &json!({"metadata": {"annotations": {"ambient.istio.io/redirection": null}}}))?;
@@ -322,6 +342,8 @@ fn uninstalling_releases_pods_first_and_leaves_what_is_not_its_own() -> anyhow::
         let gone = |object: &Value| object.is_null() || !object["metadata"]["deletionTimestamp"].is_null();
         api.wait(kind, name, "it is gone", gone)?;
     }
+    assert!(api.get("ClusterTrustBundle", "tulle.dev:mesh-ca:root-cert")?.is_none(), "{text}");
+    assert!(api.get("ClusterTrustBundle", "other")?.is_some(), "roots of somebody else were deleted");
     let node = api.get("Node", "node-1")?.unwrap_or_default();
     let types: Vec<_> = node["status"]["conditions"].as_array().into_iter().flatten().map(|one| &one["type"]).collect();
     assert_eq!(types, ["Ready"], "the proxies' condition stays behind");

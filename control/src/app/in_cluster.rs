@@ -15,7 +15,7 @@ use crate::authn::{Ask, FindPod, PodPlace, Reviews};
 use crate::base::Stop;
 use crate::cluster::authority::Mirror;
 use crate::cluster::lease::{self, Leader};
-use crate::cluster::{Client, plugged, tokens};
+use crate::cluster::{Client, bundle, plugged, tokens};
 use crate::source;
 use crate::source::statuses::Statuses;
 use crate::source::{Followed, Loaded};
@@ -35,6 +35,8 @@ pub(super) struct Parts {
     pub(super) mirror: Option<Mirror>,
     /// The Secret of another CA that it follows, and where to work on that.
     pub(super) plugged: Option<(plugged::Names, PathBuf)>,
+    /// Where the roots are that are published as a ClusterTrustBundle, if they are.
+    pub(super) published: Option<PathBuf>,
 }
 
 /// Knows callers by what the API server says.
@@ -59,7 +61,7 @@ pub(super) fn start(
     followed: watch::Sender<Arc<Vec<Followed>>>,
     stop: &Stop,
 ) -> Vec<JoinHandle<()>> {
-    let Parts { client, identity, shown, mirror, plugged } = parts;
+    let Parts { client, identity, shown, mirror, plugged, published: roots } = parts;
     let State { view, published, node_states: nodes, settings, .. } = shown.clone();
     let root_namespace = settings.root_namespace.clone();
     let statuses = Arc::new(Statuses::default());
@@ -95,6 +97,9 @@ pub(super) fn start(
         tokio::spawn(status::run(client.clone(), inputs, stop.clone())),
         tokio::spawn(status::beside::run(client.clone(), settings, view, leader.clone(), stop.clone())),
     ];
+    if let Some(dir) = roots {
+        tasks.push(tokio::spawn(bundle::publish(client.clone(), dir, leader.clone(), stop.clone())));
+    }
     if let Some((names, dir)) = plugged {
         tasks.push(tokio::spawn(plugged::follow(client, names, dir, leader.clone(), stop.clone())));
     }

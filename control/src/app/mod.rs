@@ -27,7 +27,7 @@ use crate::base;
 use crate::ca;
 use crate::cluster;
 use crate::cluster::authority::Mirror;
-use crate::config::{Serve, Source, Token};
+use crate::config::{Published, Serve, Source, Token};
 use crate::keys;
 use crate::model::KeySources;
 use crate::nodes;
@@ -177,8 +177,10 @@ pub async fn start(serve: Serve) -> anyhow::Result<Running> {
         From::Files(folder) => tasks.push(tokio::spawn(source::files::watch::run(folder, loaded_sender, stop))),
         From::Kube(client, mirror) => {
             let plugged = mirror.is_some().then(|| plugged(&serve)).flatten();
+            let publishes = mirror.is_some() && serve.cluster_trust_bundle == Published::Auto;
+            let published = publishes.then(|| serve.ca_dir.clone());
             let mirror = mirror.map(|mirror| *mirror);
-            let parts = in_cluster::Parts { client, identity, shown, mirror, plugged };
+            let parts = in_cluster::Parts { client, identity, shown, mirror, plugged, published };
             tasks.extend(in_cluster::start(parts, loaded_sender, followed_sender, &stop));
         }
     }

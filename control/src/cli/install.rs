@@ -117,6 +117,9 @@ pub(super) fn install(options: &Install, at: &Where<'_>) -> Result<String, Failu
             return Ok(());
         }
         apply::prune(client, &options.namespace, &objects, &mut say).await?;
+        if values.control.cluster_trust_bundle == "off" {
+            uninstall::unpublish(client, &mut say).await;
+        }
         if !options.no_wait {
             apply::ready(client, &objects, deadline, &mut say).await?;
             say("installed. Put a namespace into the mesh: kubectl label namespace NAME tulle.dev/mesh=enabled".into());

@@ -262,6 +262,8 @@ pub(super) enum Failure {
     #[error("somebody else wrote it at the same time: {0}")]
     Conflict(String),
     #[error("{0}")]
+    Missing(String),
+    #[error("{0}")]
     Other(String),
 }
 
@@ -269,6 +271,7 @@ pub(super) async fn in_time<T>(request: impl Future<Output = Result<T, kube::Err
     match tokio::time::timeout(REQUEST, request).await {
         Err(_) => Err(Failure::Other(format!("the API server did not answer within {REQUEST:?}"))),
         Ok(Err(kube::Error::Api(status))) if status.code == 409 => Err(Failure::Conflict(status.message.clone())),
+        Ok(Err(kube::Error::Api(status))) if status.code == 404 => Err(Failure::Missing(status.message.clone())),
         Ok(Err(error)) => Err(Failure::Other(words(&error))),
         Ok(Ok(found)) => Ok(found),
     }

@@ -6,6 +6,7 @@
 //! Limits: a request without a deadline of its own ends after [`SILENCE`] without a byte.
 
 pub mod authority;
+pub mod bundle;
 pub mod lease;
 pub mod plugged;
 pub mod tokens;

@@ -105,6 +105,8 @@ pub struct Control {
     pub plugged_ca_secret: String,
     /// Metrics for collectors.
     pub metrics: Metrics,
+    /// auto or off.
+    pub cluster_trust_bundle: String,
     /// Further names of its certificate.
     pub tls_san: Vec<String>,
     /// Further settings.
@@ -272,6 +274,7 @@ impl Values {
     fn check(&self) -> Result<(), String> {
         one_of("log.format", &self.log.format, &["plain", "json"])?;
         one_of("control.egressDefault", &self.control.egress_default, &["allow", "audit", "deny"])?;
+        one_of("control.clusterTrustBundle", &self.control.cluster_trust_bundle, &["auto", "off"])?;
         one_of("ztunnel.networkPolicy", &self.ztunnel.network_policy, &["on", "off"])?;
         for (name, path) in
             [("ztunnel.cni.binDir", &self.ztunnel.cni.bin_dir), ("ztunnel.cni.confDir", &self.ztunnel.cni.conf_dir)]

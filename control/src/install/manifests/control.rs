@@ -71,6 +71,7 @@ fn container(input: &Input<'_>) -> Value {
         ("TULLE_CONTROL_CA_DIR", "/var/run/tulle/ca"),
         ("TULLE_CONTROL_CA_SECRET", &chosen.ca_secret),
         ("TULLE_CONTROL_CA_PLUGGED_SECRET", &chosen.plugged_ca_secret),
+        ("TULLE_CONTROL_CLUSTER_TRUST_BUNDLE", &chosen.cluster_trust_bundle),
         ("TULLE_CONTROL_TRUST_DOMAIN", &values.trust_domain),
         ("TULLE_CONTROL_CLUSTER_DOMAIN", &values.cluster_domain),
         ("TULLE_CONTROL_CLUSTER_ID", &values.cluster_id),

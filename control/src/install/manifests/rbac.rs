@@ -6,6 +6,7 @@
 use serde_json::{Value, json};
 
 use super::Input;
+use crate::cluster::bundle;
 
 /// A rule of a role.
 #[derive(Debug, Clone, Copy)]
@@ -55,6 +56,10 @@ const NODE: &str = "tulle-ztunnel";
 const CA_SECRET: &str = "tulle-ca";
 /// That of the Secret that `control.pluggedCaSecret` names.
 const PLUGGED_SECRET: &str = "cacerts";
+
+/// Those of the published roots, if `control.clusterTrustBundle` says so.
+const BUNDLE: &str = bundle::NAME;
+const SIGNER: &str = bundle::SIGNER;
 
 /// All rules, in the order of the roles.
 const PERMISSIONS: &[Permission] = &[
@@ -124,6 +129,26 @@ const PERMISSIONS: &[Permission] = &[
         "conditions of them",
     ),
     of_cluster(CONTROL, "certificates.k8s.io", &["clustertrustbundles"], READ, "roots of federated trust domains"),
+    Permission {
+        names: &[BUNDLE],
+        ..of_cluster(
+            CONTROL,
+            "certificates.k8s.io",
+            &["clustertrustbundles"],
+            &["create", "patch"],
+            "publishes the own roots, where the cluster serves the kind",
+        )
+    },
+    Permission {
+        names: &[SIGNER],
+        ..of_cluster(
+            CONTROL,
+            "certificates.k8s.io",
+            &["signers"],
+            &["attest"],
+            "the API server wants it for that object",
+        )
+    },
     of_cluster(
         CONTROL,
         "apiextensions.k8s.io",
@@ -212,6 +237,7 @@ fn role(input: &Input<'_>, name: &str, component: &str, namespaced: bool) -> Val
     let chosen = |name: &&'static str| match *name {
         CA_SECRET => input.values.control.ca_secret.as_str(),
         PLUGGED_SECRET => input.values.control.plugged_ca_secret.as_str(),
+        BUNDLE | SIGNER if input.values.control.cluster_trust_bundle == "off" => "",
         name => name,
     };
     let rules = PERMISSIONS.iter().filter(|one| one.role == name && one.namespaced == namespaced).filter_map(|one| {

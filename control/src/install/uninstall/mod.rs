@@ -19,6 +19,7 @@ use serde_json::Value;
 use tokio::time::Instant;
 use tulle_proto::names;
 
+use crate::cluster::bundle;
 use crate::install::MANAGER;
 use crate::install::apply::{delete, explain, passes};
 use crate::install::kinds;
@@ -58,9 +59,11 @@ pub async fn uninstall(client: &Client, options: &Options, say: &mut dyn FnMut(S
     release(client, options, told.closed, say).await?;
     nodes::clean(client, options, say).await?;
     if options.nodes_only {
+        unpublish(client, say).await;
         return Ok(());
     }
     objects(client, options, say).await?;
+    unpublish(client, say).await;
     if options.purge {
         purge(client, options, &told.ca_secret, say).await?;
     } else {
@@ -68,6 +71,15 @@ pub async fn uninstall(client: &Client, options: &Options, say: &mut dyn FnMut(S
         say(text.to_owned());
     }
     Ok(())
+}
+
+/// Deletes the published roots. Nothing rests on them, so that what keeps them is told and no more.
+pub async fn unpublish(client: &Client, say: &mut dyn FnMut(String)) {
+    match bundle::remove(client).await {
+        Ok(true) => say(format!("ClusterTrustBundle {} deleted", bundle::NAME)),
+        Ok(false) => {}
+        Err(error) => say(format!("{error:#}; delete it by hand")),
+    }
 }
 
 /// Labels so that no pod is enrolled, and waits until the proxies have let go of all.
