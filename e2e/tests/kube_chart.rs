@@ -32,7 +32,7 @@ const TABLE: &[(&str, &str)] = &[
         "other nodes",
         "ztunnel: {networkPolicy: 'off', env: {TULLE_FENCE: 'off', LOG_FORMAT: json}, resources: {limits: {memory: 2Gi}}, podAnnotations: {prometheus.io/scrape: null, prometheus.io/port: null},\n\
            nodeSelector: {}, tolerations: [], priorityClassName: high, terminationGracePeriodSeconds: 300, seLinuxType: spc_t,\n\
-           update: {maxSurge: 0, maxUnavailable: 2, minReadySeconds: 0},\n\
+           update: {maxSurge: 0, maxUnavailable: 2, minReadySeconds: 0}, canary: {tag: v3},\n\
            cni: {binDir: /var/lib/cni/bin, confDir: /etc/kubernetes/cni/net.d}}\n\
          control: {pluggedCaSecret: '', metrics: {enabled: false, from: [{podSelector: {}}]}}\nnodeRestriction: {enabled: false}\ncrds: {install: false}\n",
     ),
@@ -47,6 +47,7 @@ const MISTAKES: &[(&str, &str)] = &[
     ("control: {metrics: {from: monitoring}}", ""),
     ("control: {clusterTrustBundle: yes}", "clusterTrustBundle"),
     ("ztunnel: {networkPolicy: perhaps}", "networkPolicy"),
+    ("ztunnel: {canary: {nodes: a}}", "nodes"),
     ("ztunnel: {cni: {binDir: opt/cni}}", "binDir"),
     ("image: {pullPolicy: Sometimes}", ""),
     ("egressGateway: {name: Not A Name}", "name"),

@@ -225,13 +225,19 @@ fn what_enrolment_and_strict_mean_for_a_namespace_is_told_from_its_objects() -> 
 
     // The exceptions that it prints are objects, and leave nothing to be said.
     let output = tulle(&admin, None, &["check", "--strict", "shop", "--exceptions"])?;
+    ensure!(output.status.success(), "{output:?}");
     let exceptions = String::from_utf8(output.stdout)?;
     ensure!(exceptions.contains("'9443':\n      mode: PERMISSIVE"), "{exceptions}");
     foreign_kinds(&api)?;
     api.apply(&exceptions)?;
     let (report, found) = check(&admin, &["--strict", "shop"])?;
     ensure!(report["errors"] == 0 && report["exceptions"] == json!([]), "{report:#}");
-    has(&found, &["note api-server Pod shop/guard port 9443"])
+    has(&found, &["note api-server Pod shop/guard port 9443"])?;
+    // Now there are none: told by the exit code, since `kubectl` takes no file without objects.
+    let output = tulle(&admin, None, &["check", "--strict", "shop", "--exceptions"])?;
+    let said = String::from_utf8(output.stdout)?;
+    ensure!(output.status.code() == Some(3) && said.starts_with("# Nothing in namespace shop"), "{said}");
+    Ok(())
 }
 
 /// A `kubectl` that forwards to where control really is, or fails as the real one does.

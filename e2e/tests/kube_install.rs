@@ -69,10 +69,12 @@ fn every_object_passes_the_servers_dry_run_with_unknown_fields_as_errors() -> an
 
 /// What the controllers of a cluster would say of the workloads.
 fn play_controllers(api: &Cluster) -> anyhow::Result<()> {
-    for (kind, name) in [("Deployment", "control"), ("DaemonSet", "ztunnel")] {
+    for (kind, name, nodes) in
+        [("Deployment", "control", 1), ("DaemonSet", "ztunnel", 1), ("DaemonSet", "ztunnel-canary", 0)]
+    {
         let name = format!("{SPACE}/{name}");
         let object = api.wait(kind, &name, "it is there", |object| !object.is_null())?;
-        controllers::serve(api, kind, &object, 1)?;
+        controllers::serve(api, kind, &object, nodes)?;
     }
     Ok(())
 }
@@ -320,10 +322,13 @@ fn uninstalling_releases_pods_first_and_leaves_what_is_not_its_own() -> anyhow::
     // The agent does, and whoever plays kubelet says that nodes are clean.
     let uninstall = start(&api, &["uninstall", "--timeout", "120s", "--purge"])?;
     api.patch_status("Pod", "ours/a", &json!({"metadata": {"annotations": {"ambient.istio.io/redirection": null}}}))?;
-    controllers::finish_deletion(&api, "DaemonSet", "ztunnel")?;
+    for set in ["ztunnel", "ztunnel-canary"] {
+        controllers::finish_deletion(&api, "DaemonSet", set)?;
+    }
     let cleaners = api.wait("DaemonSet", "tulle-system/tulle-uninstall", "it may run", controllers::is_let_go)?;
     let template = &cleaners["spec"]["template"]["spec"];
     assert_eq!(template["nodeSelector"], json!({"kubernetes.io/os": "linux"}));
+    assert!(template["affinity"].is_null(), "nodes of the canary are not cleaned: {template}");
     assert_eq!(template["initContainers"][0]["command"], json!(["/usr/local/bin/ztunnel", "cni", "uninstall"]));
     controllers::clean(&api, "node-1")?;
     controllers::serve(&api, "DaemonSet", &cleaners, 1)?;

@@ -5,7 +5,7 @@
 mod node;
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use node::{Lab, Node, Setup, await_inbound, greeting, serve, sh, talk};
@@ -107,6 +107,47 @@ fn what_flows_through_a_released_pod_goes_on() {
         tcp.write_all(b"still").unwrap();
         tcp.read_exact(&mut back).unwrap_or_else(|error| panic!("{from} to {to}, after the release: {error}"));
     }
+}
+
+/// A port that asked before the release is asked from again: the kernel remembers for half a minute where its datagrams were
+/// redirected to, and who was there may be gone.
+#[test]
+fn a_look_up_after_the_release_is_nobody_elses() {
+    let lab = Lab::new("u");
+    let (seen, asked) = std::sync::mpsc::channel();
+    drop(lab.within("c", move || {
+        let server = UdpSocket::bind("[::]:53").unwrap();
+        let mut question = [0; 512];
+        while let Ok((length, from)) = server.recv_from(&mut question) {
+            question[2] |= 0x80;
+            let _ = server.send_to(&question[..length], from);
+            if seen.send(from.port()).is_err() {
+                return;
+            }
+        }
+    }));
+    let at = vec!["127.0.0.1:15053".parse().unwrap()];
+    let names = Some(Names::new("cluster.local", at, OwnResolver::new(node::own_sockets(), Vec::new())));
+    let setup = Setup { names, ..Setup::default() };
+    let mut node = Node::start_with(lab.dir.path(), lab.pods_file(&["a"]), setup);
+    node.describe(&["a"]);
+    node.wait(&[("a", "Captured")]);
+    let ask = |id: u8| {
+        let question = [&[0, id, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 7][..], b"example", &[0, 0, 1, 0, 1]].concat();
+        let answered = lab.within("a", move || {
+            let client = UdpSocket::bind("10.99.0.1:40053")?;
+            client.set_read_timeout(Some(Duration::from_secs(10)))?;
+            client.connect("10.99.0.3:53")?;
+            client.send(&question)?;
+            client.recv(&mut [0; 512])
+        });
+        answered.join().unwrap().unwrap();
+        asked.recv_timeout(Duration::from_secs(10)).unwrap()
+    };
+    assert_ne!(ask(1), 40053, "a captured pod's look-up goes by the name server in it");
+    lab.pods_file(&[]);
+    node.wait(&[("a", "Uncaptured")]);
+    assert_eq!(ask(2), 40053, "a released pod's look-up goes by a name server");
 }
 
 /// Many times what one tunnel's first window would give each of them, if the idle ones kept their part.

@@ -4,7 +4,8 @@
 //! It asks a running control plane over HTTP, of a cluster through a port-forward (`connect`), or reads a folder itself with
 //! `--files`, through the same source and translation. `explain` and `status` show what the node proxies say of themselves and
 //! therefore need a running mesh. `check` looks at the cluster's objects themselves.
-//! Exit codes: 0 done, 1 something is wrong, 2 wrong usage or not in this version; `explain` tells its verdict by more.
+//! Exit codes: 0 done, 1 something is wrong, 2 wrong usage or not in this version; `explain` tells its verdict by more, and `check
+//! --exceptions` that there are none.
 
 mod check;
 mod connect;
@@ -248,7 +249,8 @@ fn run(cli: &Cli) -> Result<(String, u8), Failure> {
             }
             let report = check::run(cli, flags)?;
             if flags.exceptions {
-                return Ok((check::exceptions(&report), 0));
+                let code = if check::all_exceptions(&report).is_empty() { check::NO_EXCEPTIONS } else { 0 };
+                return Ok((check::exceptions(&report), code));
             }
             let good = report["errors"] == 0;
             Ok((print(&report, check::table)?, u8::from(!good)))

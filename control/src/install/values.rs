@@ -157,6 +157,8 @@ pub struct Ztunnel {
     pub se_linux_type: String,
     /// How one replaces another.
     pub update: Update,
+    /// Another version for labelled nodes.
+    pub canary: Canary,
     /// Folders of the container runtime.
     pub cni: Cni,
 }
@@ -171,6 +173,14 @@ pub struct Update {
     pub max_unavailable: u32,
     /// Seconds.
     pub min_ready_seconds: u32,
+}
+
+/// The proxies of nodes labelled tulle.dev/proxy.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Canary {
+    /// Empty: as all others.
+    pub tag: String,
 }
 
 /// Folders of the container runtime on the node.
@@ -306,7 +316,7 @@ impl Values {
         if !good || gateway.starts_with('-') || gateway.ends_with('-') {
             return Err(format!("egressGateway.name: `{gateway}` is no name of a Service"));
         }
-        if matches!(gateway.as_str(), "control" | "ztunnel" | "tulle-uninstall") {
+        if matches!(gateway.as_str(), "control" | "ztunnel" | "ztunnel-canary" | "tulle-uninstall") {
             return Err(format!("egressGateway.name: `{gateway}` is the name of another part"));
         }
         let near = &self.egress_gateway.traffic_distribution;

@@ -69,8 +69,14 @@ pub(super) const STEPS: &[Step] = &[
         show: reboot,
     },
     Step {
+        name: "node-canary",
+        claim: "One node tries another version of the proxy first; a version that does not start changes nothing.",
+        rests_on: &[],
+        show: node_canary,
+    },
+    Step {
         name: "upgrade",
-        claim: "Control and proxies are replaced by another version under traffic: no request fails.",
+        claim: "Control and proxies of all nodes are replaced by that version under traffic: no request fails.",
         rests_on: &[],
         show: upgrade,
     },
@@ -142,8 +148,9 @@ fn install_arguments(world: &World, tag: &str) -> Vec<String> {
     arguments
 }
 
-fn run_install(world: &World, tag: &str) -> anyhow::Result<String> {
-    let arguments = install_arguments(world, tag);
+fn run_install(world: &World, tag: &str, more: &[&str]) -> anyhow::Result<String> {
+    let mut arguments = install_arguments(world, tag);
+    arguments.extend(more.iter().map(|text| (*text).to_owned()));
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     tulle(world, &words)
 }
@@ -159,7 +166,7 @@ fn tulle(world: &World, argv: &[&str]) -> anyhow::Result<String> {
 /// Waits until control and the proxies of all nodes are rolled out.
 fn mesh_runs(world: &World) -> anyhow::Result<()> {
     let wait = format!("--timeout={}s", PATIENCE.as_secs());
-    for what in ["deployment/control", "daemonset/ztunnel"] {
+    for what in ["deployment/control", "daemonset/ztunnel", "daemonset/ztunnel-canary"] {
         world.cluster.kubectl(&["rollout", "status", what, "-n", "tulle-system", &wait])?;
     }
     Ok(())
@@ -168,7 +175,7 @@ fn mesh_runs(world: &World) -> anyhow::Result<()> {
 fn install(world: &mut World) -> anyhow::Result<String> {
     let before = world.lives("shop")?;
     let load = world.load(&TARGETS, 10.0, &[])?;
-    run_install(world, "1")?;
+    run_install(world, "1", &[])?;
     mesh_runs(world)?;
     let reports = load.finish()?;
     scenario::all_well(&reports, 10)?;
@@ -300,12 +307,90 @@ fn reboot(world: &mut World) -> anyhow::Result<String> {
     Ok(format!("{} pods came back as the same pods and captured; {bytes} encrypted bytes", pods.len()))
 }
 
+/// The node that tries a version first.
+const CANARY_NODE: &str = "node-1";
+
+fn node_label(world: &World, change: &str) -> anyhow::Result<()> {
+    world.cluster.kubectl(&["label", "node", CANARY_NODE, "--overwrite", change]).map(drop)
+}
+
+/// Waits until a node has a ready proxy of each of these DaemonSets and no other one; returns their images.
+fn proxies_of(world: &World, node: &str, wanted: &[&str]) -> anyhow::Result<Vec<String>> {
+    eventually(&format!("{node} has proxies of {wanted:?}"), PATIENCE, || {
+        let (mut sets, mut images) = (Vec::new(), Vec::new());
+        for pod in world.pods("tulle-system")?.into_iter().filter(|pod| pod["spec"]["nodeName"] == node) {
+            let name = pod["metadata"]["labels"]["app.kubernetes.io/name"].as_str().unwrap_or_default().to_owned();
+            if !name.starts_with("ztunnel") {
+                continue;
+            }
+            let status = &pod["status"]["containerStatuses"][0];
+            ensure!(status["ready"] == true, "{name} is not ready: {status}");
+            images.push(pod["spec"]["containers"][0]["image"].as_str().unwrap_or_default().to_owned());
+            sets.push(name);
+        }
+        sets.sort();
+        ensure!(sets == wanted, "it has {sets:?}");
+        Ok::<_, anyhow::Error>(images)
+    })
+}
+
+/// How often proxies were started anew, as one would be that ends beside its successor.
+fn proxy_restarts(world: &World) -> anyhow::Result<u64> {
+    Ok(world
+        .lives("tulle-system")?
+        .iter()
+        .filter(|life| life.name.starts_with("ztunnel"))
+        .map(|life| life.restarts)
+        .sum())
+}
+
+fn node_canary(world: &mut World) -> anyhow::Result<String> {
+    let before = (world.lives("shop")?, proxy_restarts(world)?);
+    let load = world.load(&TARGETS, 20.0, &[])?;
+    // No node has an image of this tag.
+    run_install(world, "1", &["--set=ztunnel.canary.tag='3'"])?;
+    node_label(world, "tulle.dev/proxy=beside")?;
+    eventually("the canary does not start", PATIENCE, || {
+        let pods = world.pods("tulle-system")?;
+        let waits = |pod: &&serde_json::Value| {
+            pod["status"]["containerStatuses"][0]["state"]["waiting"]["reason"] == "ErrImageNeverPull"
+        };
+        ensure!(pods.iter().filter(waits).count() == 1, "no pod waits for its image");
+        Ok::<_, anyhow::Error>(())
+    })?;
+    run_install(world, "1", &["--set=ztunnel.canary.tag='2'"])?;
+    let images = proxies_of(world, CANARY_NODE, &["ztunnel", "ztunnel-canary"])?;
+    ensure!(images.len() == 2 && images[0] != images[1], "both are {images:?}");
+    // Longer than a proxy that nobody speaks to any more takes to drain, so that it would be started anew by now.
+    std::thread::sleep(Duration::from_secs(40));
+    node_label(world, "tulle.dev/proxy=canary")?;
+    let alone = proxies_of(world, CANARY_NODE, &["ztunnel-canary"])?;
+    let others = proxies_of(world, "node-2", &["ztunnel"])?;
+    ensure!(alone[0].ends_with(":2") && others[0].ends_with(":1"), "{alone:?} and {others:?}");
+    let reports = load.finish()?;
+    scenario::all_well(&reports, 60)?;
+    let after = (world.lives("shop")?, proxy_restarts(world)?);
+    ensure!(after == before, "started anew: {before:?} and {after:?}");
+    world.unreadable()?;
+    Ok(format!(
+        "{} of version 2, {} of version 1; {} requests meanwhile, none failed",
+        CANARY_NODE,
+        "node-2",
+        reports.len()
+    ))
+}
+
 fn upgrade(world: &mut World) -> anyhow::Result<String> {
     let before = world.lives("shop")?;
     let fresh = world.load(&TARGETS, 20.0, &[])?;
     let kept = world.load(&["http://catalog/"], 20.0, &["--keep-alive"])?;
-    run_install(world, "2")?;
+    run_install(world, "2", &[])?;
     mesh_runs(world)?;
+    // The canary's node goes back to the usual proxy, which is of that version now.
+    node_label(world, "tulle.dev/proxy=beside")?;
+    proxies_of(world, CANARY_NODE, &["ztunnel", "ztunnel-canary"])?;
+    node_label(world, "tulle.dev/proxy-")?;
+    proxies_of(world, CANARY_NODE, &["ztunnel"])?;
     let (fresh, kept) = (fresh.finish()?, kept.finish()?);
     scenario::all_well(&fresh, 60)?;
     scenario::all_well(&kept, 20)?;

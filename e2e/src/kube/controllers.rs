@@ -2,7 +2,7 @@
 //! the status that real controllers would write when all pods are ready, and what is deleted goes.
 //!
 //! Of their pods there are those of DaemonSets, as objects without a process: where a proxy is, and that a node was cleaned, is
-//! told by them. Limits: pods are always well; a test of what is not well writes the status by itself.
+//! told by them. Limits: no node is labelled to have a canary; pods are always well; a test of what is not well writes the status by itself.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,6 +17,8 @@ use crate::manifest::text;
 
 /// The mesh's namespace.
 const SPACE: &str = "tulle-system";
+/// The DaemonSet of proxies that has no nodes before one is labelled.
+const CANARIES: &str = "ztunnel-canary";
 /// The DaemonSet whose pods clean nodes.
 const CLEANERS: &str = "tulle-uninstall";
 
@@ -72,7 +74,7 @@ fn turn(cluster: &Cluster, nodes: &[String]) -> anyhow::Result<()> {
             if object["status"]["observedGeneration"] == object["metadata"]["generation"] {
                 continue;
             }
-            let waits = name == CLEANERS && !is_let_go(&object);
+            let waits = name == CANARIES || name == CLEANERS && !is_let_go(&object);
             let nodes = if waits { &[] } else { nodes };
             for node in nodes {
                 match (kind, name.as_str()) {

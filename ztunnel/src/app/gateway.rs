@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context as _;
 use prometheus_client::registry::Registry;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep};
 use tulle_certs::SpiffeId;
 
@@ -118,7 +119,7 @@ async fn gateway(config: Config, level: Level, dropped: Lines) -> anyhow::Result
     listens.store(true, Ordering::Relaxed);
     tracing::info!(gateway = %config.gateway_name, identity = %gateway.identity, workers = count, version = VERSION, "started");
 
-    wait_for_stop(&stopping).await?;
+    wait_for_stop(&mut signal(SignalKind::terminate())?, &stopping).await?;
     tracing::info!(deadline = ?node.termination_deadline, "draining");
     stop.advance(Phase::Draining);
     flows.advance(Phase::Draining);

@@ -17,9 +17,9 @@ use std::collections::HashSet;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -150,6 +150,30 @@ pub struct Giver {
     pub stop: Arc<Drain>,
     /// What those before us still carry.
     pub before: Arc<successor::Taken>,
+    /// Who took over, and whether anything is left here.
+    pub over: Arc<Over>,
+}
+
+/// The end of a process that was replaced.
+#[derive(Debug, Default)]
+pub struct Over {
+    /// Process id of the successor; 0: there is none, or it is not seen from here.
+    successor: AtomicI32,
+    /// Nothing is carried any more.
+    drained: AtomicBool,
+}
+
+impl Over {
+    /// Tells the successor that it is alone now, and waits until it is gone. A container that ends is started anew, and would
+    /// take the node back from the successor; when that ends, somebody has to.
+    pub async fn stay(&self) {
+        self.drained.store(true, Ordering::Relaxed);
+        let successor = self.successor.load(Ordering::Relaxed);
+        let place = PathBuf::from(format!("/proc/{successor}"));
+        while successor != 0 && place.exists() {
+            tokio::time::sleep(TELL).await;
+        }
+    }
 }
 
 impl Giver {
@@ -173,12 +197,14 @@ impl Giver {
                 }
             };
             tracing::info!("a successor serves the node; draining");
+            self.over.successor.store(channel.peer(), Ordering::Relaxed);
             self.replaced.advance(Phase::Draining);
             self.stop.advance(Phase::Draining);
             // Should the successor die, the next one finds the ports free.
             self.admin.clear();
             drop(desk);
-            while say(&channel, &Word::Draining { left: self.left() }, &[]).is_ok() {
+            let carries = || !self.over.drained.load(Ordering::Relaxed);
+            while carries() && say(&channel, &Word::Draining { left: self.left() }, &[]).is_ok() {
                 thread::sleep(TELL);
             }
         })?;

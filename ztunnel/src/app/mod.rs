@@ -31,7 +31,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use http::{Method, StatusCode};
 use prometheus_client::registry::Registry;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
@@ -45,8 +45,8 @@ use crate::admin::{self, Page, Routes};
 use crate::app::agent::Agent;
 use crate::app::answers::{Answers, VERSION};
 use crate::app::fence::Fence;
-use crate::app::handover::Giver;
 use crate::app::handover::successor::{Taken, Taking, take};
+use crate::app::handover::{Giver, Over};
 use crate::app::pods::{Environment, Pods};
 use crate::app::resolver::Names;
 use crate::app::spans::Exporter;
@@ -186,7 +186,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     let watched = cluster.map(|agent| (agent, begun));
     let (pods_drain, agent) =
         start_pods(&config, &shared, &workers, &pods, pods_stop, ends, (outside, fence), watched)?;
-    let attended = Arc::new(AtomicBool::new(false));
+    let (attended, over) = (Arc::new(AtomicBool::new(false)), Arc::new(Over::default()));
     let giver = |admin: Vec<TcpListener>| Giver {
         pods: pods.clone(),
         admin,
@@ -194,6 +194,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
         replaced: replaced.clone(),
         stop: stop.clone(),
         before: taken.clone(),
+        over: over.clone(),
     };
     match (taking, admin, &config.handover) {
         (Some(taking), ..) => take_over(&config, taking, &pods, &pages, &was_replaced, giver).await?,
@@ -210,7 +211,8 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     answer_control(&config, None, ways.xds, answers, was_replaced);
     tracing::info!(node = %config.node_name, workers = count, version = VERSION, "started");
 
-    wait_for_stop(&stopping).await?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    wait_for_stop(&mut terminate, &stopping).await?;
     wait_for_successor(&attended, &stopping, config.termination_deadline).await;
     tracing::info!(deadline = ?config.termination_deadline, "draining");
     [&stop, &pods_drain].into_iter().for_each(|drain| drain.advance(Phase::Draining));
@@ -221,6 +223,10 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     [&pods_drain, &stop].into_iter().for_each(|drain| drain.advance(Phase::Forced));
     finish_records(&pods).await;
     exporter.finish().await;
+    if config.cluster.cluster == Switch::On && replaced.watch().is_draining() {
+        tracing::info!("a successor serves; waiting to be ended, or for its end");
+        tokio::select! { () = over.stay() => {}, _ = terminate.recv() => {} }
+    }
     Ok(())
 }
 
@@ -427,8 +433,7 @@ async fn reached(drained: Drained, phase: Phase) {
 }
 
 /// SIGTERM, SIGINT, or the admin page.
-async fn wait_for_stop(stopping: &Drained) -> io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
+async fn wait_for_stop(terminate: &mut Signal, stopping: &Drained) -> io::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::select! {
         _ = terminate.recv() => {}

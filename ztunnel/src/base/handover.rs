@@ -88,6 +88,11 @@ impl Channel {
         Ok(Self(socket))
     }
 
+    /// Process id of the other side as it is seen from here, 0 if it is not.
+    pub fn peer(&self) -> i32 {
+        getsockopt(&self.0, sockopt::PeerCredentials).map_or(0, |peer| peer.pid())
+    }
+
     /// Ends the conversation for both sides, whoever else holds it here.
     pub fn close(&self) {
         // Gone already is as good.

@@ -80,6 +80,7 @@ impl Rules {
             self.filters(text);
         } else {
             text.push_str(&still_translated());
+            text.push_str(PLAIN_NAMES);
         }
         if self.dns.is_some() {
             text.push_str(&dns_zones());
@@ -231,6 +232,13 @@ fn still_translated() -> String {
         })
         .concat()
 }
+
+/// Name look-ups go by no entry of connection tracking. Entries from before the release are kept for 30 s after their last
+/// packet and lead to our name server, which may be gone: a look-up from a port that was used in that time would be refused.
+const PLAIN_NAMES: &str = "  chain plain_names_out {\n    type filter hook output priority raw; policy accept;\n    \
+                           udp dport 53 notrack\n  }\n  \
+                           chain plain_names_in {\n    type filter hook prerouting priority raw; policy accept;\n    \
+                           udp sport 53 notrack\n  }\n";
 
 /// A conntrack zone of its own for the DNS proxy's upstream queries: an application's query may have the same ports.
 fn dns_zones() -> String {

@@ -90,24 +90,28 @@ fn daemon_set(objects: &Objects, root: &str) -> Vec<Finding> {
             .fix("install again: `tulle install`"),
         ];
     };
-    let number = |key: &str| set["status"][key].as_u64().unwrap_or(0);
-    let (wanted, ready) = (number("desiredNumberScheduled"), number("numberReady"));
+    let canaries = objects.one("DaemonSet", root, "ztunnel-canary");
+    let mut found = ready_on(set, object.clone(), root);
+    let alone = |node: &&Value| label(node, "tulle.dev/proxy") == Some("canary");
+    let alone = objects.of("Node").iter().filter(alone).count() as u64;
+    if alone > 0 {
+        let object = format!("DaemonSet {root}/ztunnel-canary");
+        match canaries {
+            Some(canaries) => found.extend(ready_on(canaries, object, root)),
+            None => found.push(
+                Finding::new(
+                    Severity::Error,
+                    "proxies",
+                    object,
+                    format!("it is missing, and {alone} nodes labelled tulle.dev/proxy=canary have no other proxy"),
+                )
+                .fix("kubectl label nodes -l tulle.dev/proxy=canary tulle.dev/proxy-"),
+            ),
+        }
+    }
+    let wanted = set["status"]["desiredNumberScheduled"].as_u64().unwrap_or(0) + alone;
     let linux =
         objects.of("Node").iter().filter(|node| label(node, "kubernetes.io/os") != Some("windows")).count() as u64;
-    let logs =
-        format!("`kubectl -n {root} get pods -o wide` shows where; `kubectl -n {root} logs` of such a pod says why");
-    let mut found = Vec::new();
-    if ready < wanted {
-        let what = format!("the proxy is ready on {ready} of {wanted} nodes; enrolled pods of the others fail closed");
-        found.push(Finding::new(Severity::Error, "proxies", object.clone(), what).fix(logs));
-    } else {
-        found.push(Finding::new(
-            Severity::Note,
-            "proxies",
-            object.clone(),
-            format!("the proxy is ready on {ready} of {wanted} nodes"),
-        ));
-    }
     if wanted < linux {
         let what = format!("{} of {linux} nodes have no proxy, so their pods cannot be in the mesh", linux - wanted);
         found.push(
@@ -116,6 +120,20 @@ fn daemon_set(objects: &Objects, root: &str) -> Vec<Finding> {
         );
     }
     found
+}
+
+/// On how many of its nodes a DaemonSet of proxies is ready.
+fn ready_on(set: &Value, object: String, root: &str) -> Vec<Finding> {
+    let number = |key: &str| set["status"][key].as_u64().unwrap_or(0);
+    let (wanted, ready) = (number("desiredNumberScheduled"), number("numberReady"));
+    let what = format!("the proxy is ready on {ready} of {wanted} nodes");
+    if ready >= wanted {
+        return vec![Finding::new(Severity::Note, "proxies", object, what)];
+    }
+    let logs =
+        format!("`kubectl -n {root} get pods -o wide` shows where; `kubectl -n {root} logs` of such a pod says why");
+    let what = format!("{what}; enrolled pods of the others fail closed");
+    vec![Finding::new(Severity::Error, "proxies", object, what).fix(logs)]
 }
 
 /// What each node's agent says in its condition, and nodes that say nothing.

@@ -30,7 +30,8 @@ pub(super) struct Flags {
     /// Who still speaks plaintext to this namespace, and would be refused under PeerAuthentication STRICT.
     #[arg(long, value_name = "NAMESPACE")]
     strict: Option<String>,
-    /// Print the PeerAuthentications that keep those ports open that need it, as YAML to be reviewed and applied.
+    /// Print the PeerAuthentications that keep those ports open that need it, as YAML to be reviewed and applied. Exit code 3
+    /// where nothing needs one: `kubectl apply` refuses a file without objects.
     #[arg(long, requires = "strict")]
     pub(super) exceptions: bool,
 }
@@ -202,7 +203,7 @@ pub(super) fn table(report: &Value) -> String {
             text.push_str(&format!("         fix: {fix}\n"));
         }
     }
-    if report["exceptions"].as_array().is_some_and(|all| !all.is_empty()) {
+    if !all_exceptions(report).is_empty() {
         text.push_str("\nPorts to keep open (`--exceptions` prints this alone, to be read and applied):\n\n");
         text.push_str(&exceptions(report));
         text.push('\n');
@@ -220,13 +221,21 @@ pub(super) fn table(report: &Value) -> String {
     text
 }
 
+/// Exit code where there are no exceptions: `kubectl apply` refuses a file without an object, be it an empty list.
+pub(super) const NO_EXCEPTIONS: u8 = 3;
+
 /// The exceptions as YAML.
 pub(super) fn exceptions(report: &Value) -> String {
-    let list = report["exceptions"].as_array().map_or(&[][..], Vec::as_slice);
+    let list = all_exceptions(report);
     if list.is_empty() {
         return format!("# Nothing in namespace {} needs an exception.\n", cell(&report["namespace"]));
     }
     list.iter().map(strict::yaml).collect::<Vec<_>>().join("---\n")
+}
+
+/// The exceptions of a report.
+pub(super) fn all_exceptions(report: &Value) -> &[Value] {
+    report["exceptions"].as_array().map_or(&[][..], Vec::as_slice)
 }
 
 #[cfg(test)]

@@ -99,8 +99,13 @@ impl Input<'_> {
     }
 
     fn image(&self, name: &str) -> String {
+        self.image_of(name, "")
+    }
+
+    /// The same with a tag of its own, if that is not empty.
+    fn image_of(&self, name: &str, tag: &str) -> String {
         let image = &self.values.image;
-        let tag = if image.tag.is_empty() { VERSION } else { &image.tag };
+        let tag = [tag, &image.tag, VERSION].into_iter().find(|tag| !tag.is_empty()).unwrap_or_default();
         match image.registry.as_str() {
             "" => format!("{name}:{tag}"),
             registry => format!("{registry}/{name}:{tag}"),
@@ -295,6 +300,38 @@ mod tests {
         let env = control["spec"]["template"]["spec"]["containers"][0]["env"].as_array().unwrap();
         let set: Vec<_> = env.iter().filter(|one| one["name"] == "RUST_LOG").collect();
         assert!(set.len() == 1 && set[0]["value"] == "trace", "{set:?}");
+    }
+
+    #[test]
+    fn each_node_has_a_proxy_whatever_its_label_says() {
+        let objects = all(&["image.tag=v1", "ztunnel.canary.tag=v2"]);
+        let set = |name: &str| {
+            let found = objects.iter().find(|one| one["kind"] == "DaemonSet" && one["metadata"]["name"] == name);
+            found.unwrap()["spec"]["template"]["spec"].clone()
+        };
+        let (usual, canary) = (set("ztunnel"), set("ztunnel-canary"));
+        for (spec, image) in [(&usual, "tulle/ztunnel:v1"), (&canary, "tulle/ztunnel:v2")] {
+            assert_eq!(spec["containers"][0]["image"], image);
+        }
+        let runs = |spec: &Value, label: &str| {
+            let terms = &spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"];
+            let one = &terms["nodeSelectorTerms"][0]["matchExpressions"][0];
+            assert_eq!(one["key"], "tulle.dev/proxy");
+            let named = one["values"].as_array().unwrap().iter().any(|value| value == label);
+            named == (one["operator"] == "In")
+        };
+        for (label, expected) in
+            [("", (true, false)), ("other", (true, false)), ("beside", (true, true)), ("canary", (false, true))]
+        {
+            assert_eq!((runs(&usual, label), runs(&canary, label)), expected, "{label}");
+        }
+        // But for the image and where they run they are the same.
+        let same = |mut spec: Value| {
+            spec["containers"][0]["image"] = Value::Null;
+            spec["affinity"] = Value::Null;
+            spec
+        };
+        assert_eq!(same(usual), same(canary));
     }
 
     #[test]

@@ -1,5 +1,7 @@
-//! The DaemonSet of node proxies, and what holds each of them to its own node.
+//! The DaemonSets of node proxies: of all nodes, and of those that are labelled to try another version first.
 //!
+//! A node's label `tulle.dev/proxy` says which of the two it has: none, the usual one; `beside`, both, of which the one that
+//! started last serves; `canary`, the canary alone. Both are always there, so a labelled node never lacks a proxy.
 //! A proxy works in the node's network and among the node's processes, because there the rules, the fence and the network
 //! namespaces of pods are; beyond that it has four capabilities and a read-only image. It declares no ports: they are the
 //! node's, and the scheduler would not start a new proxy beside the old one that hands over to it.
@@ -9,30 +11,42 @@ use serde_json::{Value, json};
 use super::{Input, env, map, proxy_mounts, proxy_volumes, selector, template};
 
 const NAME: &str = "ztunnel";
+const CANARY: &str = "ztunnel-canary";
+/// The node's label, and its values.
+const LABEL: &str = "tulle.dev/proxy";
+const BESIDE: &str = "beside";
+const ALONE: &str = "canary";
 
 pub(super) fn objects(input: &Input<'_>) -> Vec<Value> {
-    let chosen = &input.values.ztunnel;
-    let update = &chosen.update;
+    let tag = input.values.ztunnel.canary.tag.as_str();
     vec![
         json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": input.meta(NAME, NAME)}),
-        json!({
-            "apiVersion": "apps/v1",
-            "kind": "DaemonSet",
-            "metadata": input.meta(NAME, NAME),
-            "spec": {
-                "minReadySeconds": update.min_ready_seconds,
-                "updateStrategy": {
-                    "type": "RollingUpdate",
-                    "rollingUpdate": {"maxSurge": update.max_surge, "maxUnavailable": update.max_unavailable},
-                },
-                "selector": {"matchLabels": selector(NAME)},
-                "template": template(input.labels(NAME), &chosen.pod_annotations, pod(input)),
-            },
-        }),
+        daemon_set(input, NAME, "", json!({"key": LABEL, "operator": "NotIn", "values": [ALONE]})),
+        daemon_set(input, CANARY, tag, json!({"key": LABEL, "operator": "In", "values": [BESIDE, ALONE]})),
     ]
 }
 
-fn pod(input: &Input<'_>) -> Value {
+/// The proxies of the nodes whose labels are `wanted`. `tag` is that of the image; empty: that of all.
+fn daemon_set(input: &Input<'_>, name: &str, tag: &str, wanted: Value) -> Value {
+    let chosen = &input.values.ztunnel;
+    let update = &chosen.update;
+    json!({
+        "apiVersion": "apps/v1",
+        "kind": "DaemonSet",
+        "metadata": input.meta(name, name),
+        "spec": {
+            "minReadySeconds": update.min_ready_seconds,
+            "updateStrategy": {
+                "type": "RollingUpdate",
+                "rollingUpdate": {"maxSurge": update.max_surge, "maxUnavailable": update.max_unavailable},
+            },
+            "selector": {"matchLabels": selector(name)},
+            "template": template(input.labels(name), &chosen.pod_annotations, pod(input, tag, wanted)),
+        },
+    })
+}
+
+fn pod(input: &Input<'_>, tag: &str, wanted: Value) -> Value {
     let chosen = &input.values.ztunnel;
     let mut security = json!({
         "runAsUser": 0,
@@ -64,15 +78,18 @@ fn pod(input: &Input<'_>) -> Value {
         "dnsPolicy": "ClusterFirstWithHostNet",
         "securityContext": security,
         "nodeSelector": chosen.node_selector,
+        "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {
+            "nodeSelectorTerms": [{"matchExpressions": [wanted]}],
+        }}},
         "tolerations": chosen.tolerations,
-        "containers": [container(input)],
+        "containers": [container(input, tag)],
         "volumes": volumes,
     });
     input.add_pull_secrets(&mut pod);
     pod
 }
 
-fn container(input: &Input<'_>) -> Value {
+fn container(input: &Input<'_>, tag: &str) -> Value {
     let chosen = &input.values.ztunnel;
     let own = map(&[
         ("TULLE_CLUSTER", "on"),
@@ -97,7 +114,7 @@ fn container(input: &Input<'_>) -> Value {
     ]);
     json!({
         "name": NAME,
-        "image": input.image(&input.values.image.ztunnel),
+        "image": input.image_of(&input.values.image.ztunnel, tag),
         "imagePullPolicy": input.pull_policy(),
         "command": ["/usr/local/bin/ztunnel", "node"],
         "env": env(&[&input.proxy_env(), &own, &chosen.env]),

@@ -17,6 +17,8 @@ use crate::install::kinds;
 use super::{INTERVAL, Options, get, pages};
 
 const PROXIES: &str = "ztunnel";
+/// Those of nodes that try another version.
+const CANARIES: &str = "ztunnel-canary";
 const CLEANERS: &str = "tulle-uninstall";
 /// Annotation of the cleaners: where the proxies were.
 const WHERE: &str = "tulle.dev/node-selector";
@@ -34,7 +36,9 @@ pub(super) async fn clean(client: &Client, options: &Options, say: &mut dyn FnMu
         if let Err(error) = api.patch(CLEANERS, &params, &Patch::Apply(&cleaners)).await {
             bail!("DaemonSet {CLEANERS}: {}", explain(&error));
         }
-        delete(client, "DaemonSet", Some(namespace), PROXIES).await?;
+        for set in [PROXIES, CANARIES] {
+            delete(client, "DaemonSet", Some(namespace), set).await?;
+        }
         say(format!("DaemonSet {PROXIES} deleted; open connections of its proxies drain"));
     }
     let Some(waiting) = get(client, "DaemonSet", namespace, CLEANERS).await? else {
@@ -72,6 +76,8 @@ fn cleaners(proxies: &Value, namespace: &str) -> Value {
     spec["initContainers"] = json!([container]);
     spec["containers"] = json!([idle]);
     spec["nodeSelector"] = json!({NOWHERE: "pending"});
+    // It keeps them from nodes where the canaries were.
+    spec["affinity"] = Value::Null;
     spec["terminationGracePeriodSeconds"] = json!(0);
     json!({
         "apiVersion": "apps/v1",
@@ -101,8 +107,8 @@ fn let_go(cleaners: &Value) -> Value {
 
 /// Waits until no proxy runs.
 async fn until_gone(client: &Client, namespace: &str, deadline: Instant) -> anyhow::Result<()> {
-    let theirs =
-        ListParams::default().labels(&format!("app.kubernetes.io/name={PROXIES},app.kubernetes.io/part-of=tulle"));
+    let theirs = format!("app.kubernetes.io/name in ({PROXIES}, {CANARIES}),app.kubernetes.io/part-of=tulle");
+    let theirs = ListParams::default().labels(&theirs);
     loop {
         let pods = kinds::api(client, "Pod", Some(namespace))?.list(&theirs).await;
         let pods = pods.map_err(|error| anyhow::anyhow!("cannot list pods: {}", explain(&error)))?;
@@ -189,13 +195,14 @@ mod tests {
     #[test]
     fn the_cleaners_are_the_proxies_with_another_command_and_run_nowhere_at_first() {
         let proxies = json!({"spec": {"template": {"spec": {
-            "hostNetwork": true, "nodeSelector": {"kubernetes.io/os": "linux"}, "tolerations": [{"operator": "Exists"}],
+            "hostNetwork": true, "nodeSelector": {"kubernetes.io/os": "linux"}, "affinity": {"nodeAffinity": {}}, "tolerations": [{"operator": "Exists"}],
             "containers": [{"name": "ztunnel", "image": "i", "readinessProbe": {}, "env": [{"name": "A", "value": "1"}],
                 "command": ["/usr/local/bin/ztunnel", "node"], "volumeMounts": [{"name": "cni-bin"}]}],
             "volumes": [{"name": "cni-bin"}]}}}});
         let made = cleaners(&proxies, "tulle-system");
         let spec = &made["spec"]["template"]["spec"];
         assert_eq!(spec["nodeSelector"], json!({"tulle.dev/uninstall": "pending"}));
+        assert!(spec["affinity"].is_null(), "nodes of the canaries are cleaned, too");
         assert_eq!(spec["initContainers"][0]["command"], json!(["/usr/local/bin/ztunnel", "cni", "uninstall"]));
         assert_eq!(spec["initContainers"][0]["env"][0]["name"], "A");
         assert_eq!(spec["initContainers"][0]["volumeMounts"][0]["name"], "cni-bin");

@@ -13,11 +13,11 @@ app.kubernetes.io/name: {{ . }}
 app.kubernetes.io/part-of: tulle
 {{- end }}
 
-{{/* Image. The argument is a list: the root, and the name. */}}
+{{/* Image. The argument is a list: the root, the name, and a tag that comes before that of all, if there is one. */}}
 {{- define "tulle.image" -}}
 {{- $root := index . 0 -}}
 {{- with $root.Values.image.registry }}{{ . }}/{{ end -}}
-{{ index . 1 }}:{{ $root.Values.image.tag | default $root.Chart.AppVersion }}
+{{ index . 1 }}:{{ coalesce (index (append . "") 2) $root.Values.image.tag $root.Chart.AppVersion }}
 {{- end }}
 
 {{/* Environment, in the order of names. The argument is a list of maps; what comes later wins. */}}

@@ -327,7 +327,7 @@ mod tests {
         let admin = vec![TcpListener::bind("127.0.0.1:0").unwrap()];
         let (stop, attended) = (Arc::new(stop), Arc::new(AtomicBool::default()));
         let before = Arc::default();
-        (Giver { pods: Pods::default(), admin, attended, replaced, stop, before }, stopping)
+        (Giver { pods: Pods::default(), admin, attended, replaced, stop, before, over: Arc::default() }, stopping)
     }
 
     #[tokio::test]
