@@ -223,11 +223,16 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     [&pods_drain, &stop].into_iter().for_each(|drain| drain.advance(Phase::Forced));
     finish_records(&pods).await;
     exporter.finish().await;
+    stay(&config, &replaced, &over, &mut terminate).await;
+    Ok(())
+}
+
+/// In a cluster, a process that was replaced waits to be ended, or for the end of its successor.
+async fn stay(config: &Node, replaced: &Drain, over: &Over, terminate: &mut Signal) {
     if config.cluster.cluster == Switch::On && replaced.watch().is_draining() {
         tracing::info!("a successor serves; waiting to be ended, or for its end");
         tokio::select! { () = over.stay() => {}, _ = terminate.recv() => {} }
     }
-    Ok(())
 }
 
 /// As many as the settings say, each watching its own connections.
