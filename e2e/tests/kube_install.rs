@@ -270,6 +270,65 @@ fn a_node_proxy_writes_about_its_own_node_alone() -> anyhow::Result<()> {
 }
 
 #[test]
+fn control_writes_network_policies_of_its_own_alone() -> anyhow::Result<()> {
+    let Some(api) = kube::start(Options::default()) else { return Ok(()) };
+    succeeded(tulle(&api, &["install", "--no-wait"])?)?;
+    api.apply("apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n")?;
+    let policy = |name: &str, by: &str| {
+        json!({"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "spec": {"podSelector": {}},
+            "metadata": {"name": name, "namespace": "shop", "labels": {"app.kubernetes.io/managed-by": by}}})
+    };
+    let others = [("web", "tulle"), ("tulle-mesh-theirs", "helm")];
+    for (name, by) in others {
+        api.apply(&policy(name, by).to_string())?;
+    }
+    let control = Cluster::connect(&api.kubeconfig_for(&format!("{SPACE}/control"))?, "a-control")?;
+    let uri = "/apis/networking.k8s.io/v1/namespaces/shop/networkpolicies";
+    let create = |name: &str, by: &str| control.ask(Method::POST, uri, "application/json", &policy(name, by)).map(drop);
+    let delete = |name: &str| control.delete("NetworkPolicy", &format!("shop/{name}"));
+    let label = json!({"metadata": {"labels": {"app.kubernetes.io/managed-by": "tulle"}}});
+    // The policy is in force some moments after it was made.
+    eventually("the policy is in force", Duration::from_secs(60), || {
+        let answer = create("web", "tulle");
+        anyhow::ensure!(answer.as_ref().is_err_and(|error| code(error) == Some(403)), "{answer:?}");
+        Ok(())
+    })?;
+    let own = "tulle-mesh-1";
+    let attempts = [
+        ("its own is made", create(own, "tulle"), true),
+        (
+            "its own is changed",
+            control
+                .patch("NetworkPolicy", &format!("shop/{own}"), &json!({"spec": {"policyTypes": ["Ingress"]}}))
+                .map(drop),
+            true,
+        ),
+        ("another name", create("web-2", "tulle"), false),
+        ("no label", create("tulle-mesh-2", "helm"), false),
+        (
+            "another one is taken over",
+            control.patch("NetworkPolicy", "shop/tulle-mesh-theirs", &label).map(drop),
+            false,
+        ),
+        ("another name is deleted", delete("web"), false),
+        ("another label is deleted", delete("tulle-mesh-theirs"), false),
+        ("its own is deleted", delete(own), true),
+    ];
+    for (what, answer, allowed) in attempts {
+        assert_eq!(answer.is_ok(), allowed, "{what}: {answer:?}");
+        if let Err(error) = answer {
+            let said = format!("{error:#}");
+            assert!(code(&error) == Some(403) && said.contains("NetworkPolicies of its own alone"), "{what}: {said}");
+        }
+    }
+    for (name, by) in others {
+        let there = api.get("NetworkPolicy", &format!("shop/{name}"))?.context(name)?;
+        assert_eq!(there["metadata"]["labels"]["app.kubernetes.io/managed-by"], by);
+    }
+    Ok(())
+}
+
+#[test]
 fn uninstalling_releases_pods_first_and_leaves_what_is_not_its_own() -> anyhow::Result<()> {
     let Some(api) = kube::start(Options::default()) else { return Ok(()) };
     succeeded(tulle(&api, &["install", "--no-wait"])?)?;
@@ -319,6 +378,14 @@ fn uninstalling_releases_pods_first_and_leaves_what_is_not_its_own() -> anyhow::
         api.apply(&object.to_string())?;
     }
 
+    // NetworkPolicies: one that control could not take away itself, and one that has the label by chance.
+    for name in ["tulle-mesh-1", "web"] {
+        api.apply(&format!(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: {name}, namespace: both, labels: \
+             {{app.kubernetes.io/managed-by: tulle}}}}\nspec: {{podSelector: {{}}}}\n"
+        ))?;
+    }
+
     // The agent does, and whoever plays kubelet says that nodes are clean.
     let uninstall = start(&api, &["uninstall", "--timeout", "120s", "--purge"])?;
     api.patch_status("Pod", "ours/a", &json!({"metadata": {"annotations": {"ambient.istio.io/redirection": null}}}))?;
@@ -348,6 +415,11 @@ fn uninstalling_releases_pods_first_and_leaves_what_is_not_its_own() -> anyhow::
         api.wait(kind, name, "it is gone", gone)?;
     }
     assert!(api.get("ClusterTrustBundle", "tulle.dev:mesh-ca:root-cert")?.is_none(), "{text}");
+    let goes = |name: &str| -> anyhow::Result<bool> {
+        Ok(api.get("NetworkPolicy", name)?.is_none_or(|it| it["metadata"]["deletionTimestamp"].is_string()))
+    };
+    assert!(goes("both/tulle-mesh-1")?, "{text}");
+    assert!(!goes("both/web")?, "a NetworkPolicy of somebody else was deleted");
     assert!(api.get("ClusterTrustBundle", "other")?.is_some(), "roots of somebody else were deleted");
     let node = api.get("Node", "node-1")?.unwrap_or_default();
     let types: Vec<_> = node["status"]["conditions"].as_array().into_iter().flatten().map(|one| &one["type"]).collect();

@@ -242,6 +242,14 @@ fn isolated_pods_of_the_mesh_get_policies_for_its_own_traffic_until_they_leave()
     crds::install(&api)?;
     api.apply(OBJECTS)?;
     api.apply("apiVersion: v1\nkind: Namespace\nmetadata: {name: lone}\n")?;
+    // By name alone and by label alone they are somebody else's.
+    let theirs = [("tulle-mesh-theirs", "helm"), ("web", "tulle")];
+    for (name, by) in theirs {
+        api.apply(&format!(
+            "apiVersion: v1\nkind: Namespace\nmetadata: {{name: theirs}}\n---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\n\
+             metadata: {{name: {name}, namespace: theirs, labels: {{app.kubernetes.io/managed-by: {by}}}}}\nspec: {{podSelector: {{}}}}\n"
+        ))?;
+    }
     let dir = tempfile::tempdir()?;
     let control = control(&api, &dir.path().join("one"))?;
     let ours = |namespace: &str| -> anyhow::Result<Vec<Value>> {
@@ -258,7 +266,7 @@ fn isolated_pods_of_the_mesh_get_policies_for_its_own_traffic_until_they_leave()
     assert_eq!(found["spec"]["ingress"][0]["ports"][0]["port"], 15008);
     assert!(ours("lone")?.is_empty(), "it is not in the mesh");
     let resources = control.json("/debug/resources")?;
-    assert!(!resources.to_string().contains("tulle-mesh"), "the mesh does not enforce it: {resources}");
+    assert!(!resources.to_string().contains("shop/tulle-mesh"), "the mesh does not enforce it: {resources}");
 
     api.label("Namespace", "lone", "tulle.dev/mesh", Some("enabled"))?;
     eventually("one for all pods of lone", PATIENCE, || match &ours("lone")?[..] {
@@ -276,6 +284,7 @@ fn isolated_pods_of_the_mesh_get_policies_for_its_own_traffic_until_they_leave()
     api.label("Namespace", "lone", "tulle.dev/mesh", None)?;
     eventually("it goes", PATIENCE, || if ours("lone")?.is_empty() { Ok(()) } else { Err(anyhow::anyhow!("there")) })?;
     assert_eq!(ours("shop")?.len(), 1);
+    assert_eq!(api.list("NetworkPolicy", "theirs")?.len(), theirs.len(), "those of somebody else were deleted");
     let all = writes(&api)?;
     assert!(all.len() - before <= 2, "{:?}", &all[before..]);
     Ok(())

@@ -130,7 +130,7 @@ impl State {
                 return;
             }
             let policy = object(key, spec);
-            match write(&self.client, key, &policy, there.is_some()).await {
+            match write(&self.client, key, policy, there.map(|there| &there.metadata)).await {
                 Ok(written) => {
                     tracing::info!(namespace = key.0, name = key.1, "wrote a NetworkPolicy for the mesh's own traffic");
                     self.there.insert(key.clone(), Arc::new(written));
@@ -169,22 +169,33 @@ impl State {
     }
 }
 
-async fn write(client: &Client, key: &Key, policy: &NetworkPolicy, there: bool) -> Result<NetworkPolicy, String> {
+/// `there`: the one that it replaces, as it was seen last; changed since, it may be somebody else's by now.
+async fn write(
+    client: &Client,
+    key: &Key,
+    mut policy: NetworkPolicy,
+    there: Option<&ObjectMeta>,
+) -> Result<NetworkPolicy, String> {
     let api: Api<NetworkPolicy> = Api::namespaced(client.clone(), &key.0);
     let (create, apply) = (
         PostParams { field_manager: Some(FIELD_MANAGER.into()), ..PostParams::default() },
         PatchParams::apply(FIELD_MANAGER).force(),
     );
+    let new = there.is_none();
+    if let Some(there) = there {
+        policy.metadata.uid.clone_from(&there.uid);
+        policy.metadata.resource_version.clone_from(&there.resource_version);
+    }
     let request = async {
-        match there {
+        match new {
             // Creating, so that one of somebody else is not overwritten.
-            false => api.create(&create, policy).await,
-            true => api.patch(&key.1, &apply, &Patch::Apply(policy)).await,
+            true => api.create(&create, &policy).await,
+            false => api.patch(&key.1, &apply, &Patch::Apply(&policy)).await,
         }
     };
     match tokio::time::timeout(REQUEST, request).await {
         Err(_) => Err(format!("no answer within {REQUEST:?}")),
-        Ok(Err(kube::Error::Api(status))) if status.code == 409 && !there => {
+        Ok(Err(kube::Error::Api(status))) if status.code == 409 && new => {
             Err(format!("there is one of this name without the label {LABEL}; rename it"))
         }
         Ok(result) => result.map_err(|error| words(&error)),
@@ -193,7 +204,9 @@ async fn write(client: &Client, key: &Key, policy: &NetworkPolicy, there: bool) 
 
 async fn delete(client: &Client, key: &Key, policy: &NetworkPolicy) -> Result<(), String> {
     let api: Api<NetworkPolicy> = Api::namespaced(client.clone(), &key.0);
-    let preconditions = Preconditions { uid: policy.metadata.uid.clone(), resource_version: None };
+    // Changed since it was seen last, it may be somebody else's by now.
+    let NetworkPolicy { metadata: ObjectMeta { uid, resource_version, .. }, .. } = policy;
+    let preconditions = Preconditions { uid: uid.clone(), resource_version: resource_version.clone() };
     let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
     match tokio::time::timeout(REQUEST, api.delete(&key.1, &params)).await {
         Err(_) => Err(format!("no answer within {REQUEST:?}")),

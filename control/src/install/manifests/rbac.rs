@@ -4,6 +4,7 @@
 //! cluster. So an admission policy compares the node in the token with the object. docs/install.md shows this table.
 
 use serde_json::{Value, json};
+use tulle_proto::names;
 
 use super::Input;
 use crate::cluster::bundle;
@@ -219,6 +220,7 @@ pub(super) fn objects(input: &Input<'_>) -> Vec<Value> {
     ];
     if input.values.node_restriction.enabled {
         objects.extend(restriction(input));
+        objects.extend(own_policies(input));
     }
     objects
 }
@@ -269,11 +271,58 @@ fn binding(input: &Input<'_>, name: &str, account: &str, namespaced: bool) -> Va
     })
 }
 
+/// An admission policy and its binding: for one account, when it does one of these operations on these resources.
+fn admission(input: &Input<'_>, name: &str, account: &str, rule: Value, more: Value) -> [Value; 2] {
+    const API: &str = "admissionregistration.k8s.io/v1";
+    let by = format!("request.userInfo.username == \"system:serviceaccount:{}:{account}\"", input.namespace);
+    let mut spec = json!({
+        "failurePolicy": "Fail",
+        "matchConstraints": {"resourceRules": [rule]},
+        "matchConditions": [{"name": format!("by-{account}"), "expression": by}],
+    });
+    if let (Value::Object(spec), Value::Object(more)) = (&mut spec, more) {
+        spec.extend(more);
+    }
+    let policy = json!({
+        "apiVersion": API, "kind": "ValidatingAdmissionPolicy", "metadata": input.cluster_meta(name, account), "spec": spec,
+    });
+    let binding = json!({
+        "apiVersion": API,
+        "kind": "ValidatingAdmissionPolicyBinding",
+        "metadata": input.cluster_meta(name, account),
+        "spec": {"policyName": name, "validationActions": ["Deny"]},
+    });
+    [policy, binding]
+}
+
+fn forbidden(expression: &str, message: &str) -> Value {
+    json!({"expression": expression, "message": message, "reason": "Forbidden"})
+}
+
+/// The admission policy that holds control to NetworkPolicies of its own: their names are those of no role.
+fn own_policies(input: &Input<'_>) -> [Value; 2] {
+    let own = |object: &str| {
+        format!(
+            "{object}.metadata.name.startsWith(\"{}\") && {object}.metadata.?labels[?\"{}\"].orValue(\"\") == \"{}\"",
+            names::BESIDE,
+            names::LABEL_MANAGED,
+            names::MANAGED
+        )
+    };
+    let message = "control of Tulle writes and deletes NetworkPolicies of its own alone";
+    let rule = json!({
+        "apiGroups": ["networking.k8s.io"], "apiVersions": ["v1"], "operations": ["CREATE", "UPDATE", "DELETE"],
+        "resources": ["networkpolicies"],
+    });
+    let validations = json!({"validations": [
+        forbidden(&format!("request.operation == \"DELETE\" || {}", own("object")), message),
+        forbidden(&format!("request.operation == \"CREATE\" || {}", own("oldObject")), message),
+    ]});
+    admission(input, "tulle-control-restriction", "control", rule, validations)
+}
+
 /// The admission policy that holds a node proxy to its own node, and to what it has to write there.
 fn restriction(input: &Input<'_>) -> [Value; 2] {
-    const NAME: &str = "tulle-node-restriction";
-    const API: &str = "admissionregistration.k8s.io/v1";
-    let proxy = format!("request.userInfo.username == \"system:serviceaccount:{}:ztunnel\"", input.namespace);
     let node = "has(request.userInfo.extra) && \"authentication.kubernetes.io/node-name\" in request.userInfo.extra \
                 ? request.userInfo.extra[\"authentication.kubernetes.io/node-name\"][0] : \"\"";
     let own = "variables.node != \"\" && (request.resource.resource == \"nodes\" \
@@ -287,33 +336,17 @@ fn restriction(input: &Input<'_>) -> [Value; 2] {
                       && oldObject.metadata.annotations[key] == object.metadata.annotations[key]) \
                       && oldObject.metadata.?annotations.orValue({}).all(key, key == \"ambient.istio.io/redirection\" \
                       || key in object.metadata.?annotations.orValue({})))";
-    let forbidden =
-        |expression: &str, message: &str| json!({"expression": expression, "message": message, "reason": "Forbidden"});
     let nothing_else = "a proxy of Tulle changes one annotation of pods and the conditions of its node, nothing else";
-    let policy = json!({
-        "apiVersion": API,
-        "kind": "ValidatingAdmissionPolicy",
-        "metadata": input.cluster_meta(NAME, "ztunnel"),
-        "spec": {
-            "failurePolicy": "Fail",
-            "matchConstraints": {"resourceRules": [{
-                "apiGroups": [""], "apiVersions": ["v1"], "operations": ["UPDATE"],
-                "resources": ["pods/status", "nodes/status"],
-            }]},
-            "matchConditions": [{"name": "by-a-node-proxy", "expression": proxy}],
-            "variables": [{"name": "node", "expression": node}],
-            "validations": [
-                forbidden(own, "a proxy of Tulle speaks of its own node and of the pods on it alone"),
-                forbidden(little, nothing_else),
-                forbidden(annotation, nothing_else),
-            ],
-        },
+    let rule = json!({
+        "apiGroups": [""], "apiVersions": ["v1"], "operations": ["UPDATE"], "resources": ["pods/status", "nodes/status"],
     });
-    let binding = json!({
-        "apiVersion": API,
-        "kind": "ValidatingAdmissionPolicyBinding",
-        "metadata": input.cluster_meta(NAME, "ztunnel"),
-        "spec": {"policyName": NAME, "validationActions": ["Deny"]},
+    let more = json!({
+        "variables": [{"name": "node", "expression": node}],
+        "validations": [
+            forbidden(own, "a proxy of Tulle speaks of its own node and of the pods on it alone"),
+            forbidden(little, nothing_else),
+            forbidden(annotation, nothing_else),
+        ],
     });
-    [policy, binding]
+    admission(input, "tulle-node-restriction", "ztunnel", rule, more)
 }

@@ -242,6 +242,10 @@ async fn objects(client: &Client, options: &Options, say: &mut dyn FnMut(String)
     for policy in pages(client, "NetworkPolicy", Some("app.kubernetes.io/managed-by=tulle")).await? {
         let (namespace, name) =
             (policy.metadata.namespace.unwrap_or_default(), policy.metadata.name.unwrap_or_default());
+        // The label alone may be on what somebody made with a tool of that name.
+        if !name.starts_with(names::BESIDE) {
+            continue;
+        }
         if delete(client, "NetworkPolicy", Some(&namespace), &name).await? {
             say(format!("NetworkPolicy {namespace}/{name} deleted"));
         }
