@@ -6,11 +6,17 @@
 mod node;
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::net::IpAddr;
 use std::path::Path;
+use std::pin::pin;
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
+use nix::fcntl::{Flock, FlockArg};
 use node::sh;
+use tokio::time::timeout;
 use ztunnel::app::fence::Fence;
 use ztunnel::base::netns::Netns;
 use ztunnel::capture::fence;
@@ -21,7 +27,8 @@ struct World(String);
 
 impl World {
     fn new() -> Self {
-        let world = Self(format!("zf{}", std::process::id()));
+        static MADE: AtomicUsize = AtomicUsize::new(0);
+        let world = Self(format!("zf{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed)));
         sh(&format!("ip netns add {0}n", world.0));
         for pod in 1..=4 {
             sh(&format!(
@@ -68,9 +75,11 @@ async fn neither_of_two_keepers_opens_what_the_other_holds() {
     let world = World::new();
     let (_old_writer, old_reader) = store();
     let (_new_writer, new_reader) = store();
-    let old = Fence::new(Some(world.open("n")), old_reader).await;
+    let dir = tempfile::tempdir().unwrap();
+    let lock = Some(dir.path().join("lock"));
+    let old = Fence::new(Some(world.open("n")), lock.clone(), old_reader).await;
     world.hold(&old, 1).await;
-    let new = Fence::new(Some(world.open("n")), new_reader).await;
+    let new = Fence::new(Some(world.open("n")), lock, new_reader).await;
 
     // Each holds a pod that the other has not heard of.
     world.hold(&old, 2).await;
@@ -95,12 +104,19 @@ async fn neither_of_two_keepers_opens_what_the_other_holds() {
     assert_eq!(world.inside().await.0, "v1 v4");
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_network_is_had_by_one_at_a_time() {
-    let world = Netns::open(Path::new("/proc/self/ns/net")).unwrap();
-    let first = world.alone().await.unwrap();
-    let mut second = tokio::spawn(async move { world.alone().await.map(drop) });
-    assert!(tokio::time::timeout(std::time::Duration::from_millis(50), &mut second).await.is_err(), "two have it");
-    drop(first);
-    second.await.unwrap().unwrap();
+#[tokio::test]
+async fn a_table_is_not_written_while_another_process_has_the_lock_and_who_keeps_it_stops_nobody() {
+    let world = World::new();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("lock");
+    let (_writer, reader) = store();
+    let keeper = Fence::new(Some(world.open("n")), Some(path.clone()), reader).await;
+    world.hold(&keeper, 1).await;
+    let other = Flock::lock(File::open(&path).unwrap(), FlockArg::LockExclusive).unwrap();
+    let mut waits = pin!(world.hold(&keeper, 2));
+    assert!(timeout(Duration::from_millis(500), &mut waits).await.is_err(), "it was written beside another process");
+    assert_eq!(world.inside().await.0, "v1");
+    waits.await;
+    assert_eq!(world.inside().await.0, "v1 v2");
+    drop(other);
 }

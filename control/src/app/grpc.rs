@@ -1,7 +1,8 @@
 //! The TLS listener and the gRPC stack: limits first, services after.
 //!
 //! Connections are bounded, in all and for each source address, because whoever reaches the port may open them. Handshakes
-//! run beside the accept loop, bounded in number and time, so that silent clients cannot keep others out.
+//! run beside the accept loop, bounded in number and time, so that a silent client cannot keep
+//! others out; many addresses together can.
 //! Unary calls have a deadline, a concurrency limit and load shedding; streams are bounded per connection.
 
 use std::io;
@@ -12,6 +13,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpListener;
 use tokio::net::TcpStream;
@@ -35,6 +37,10 @@ use crate::xds;
 const CONNECTIONS: usize = 8192;
 /// Those of one source address. Nodes have one each, but many may come from behind one translated address.
 const CONNECTIONS_OF_ONE: usize = 512;
+/// When a connection on which nothing comes is probed, how often after that, and how many probes may stay without an answer.
+const IDLE: Duration = Duration::from_secs(60);
+const PROBE: Duration = Duration::from_secs(15);
+const PROBES: u32 = 4;
 /// Between two warnings about connections that were refused.
 const WARN: Duration = Duration::from_secs(10);
 /// Handshakes at a time. One costs about a millisecond of CPU; a cluster of 1000 nodes reconnects in some seconds.
@@ -107,6 +113,9 @@ async fn accept(listener: TcpListener, tls: ServerTls, accepted: mpsc::Sender<io
         };
         let Some((place, shaking)) = places.take(peer.ip()) else { continue };
         let _ = stream.set_nodelay(true);
+        // Whose pod is gone without a word holds its place no longer, whatever it was doing.
+        let keepalive = TcpKeepalive::new().with_time(IDLE).with_interval(PROBE).with_retries(PROBES);
+        let _ = SockRef::from(&stream).set_tcp_keepalive(&keepalive);
         let acceptor = TlsAcceptor::from(tls.config());
         let accepted = accepted.clone();
         tokio::spawn(async move {
@@ -130,7 +139,7 @@ struct Places {
 
 /// One place; free again when dropped.
 struct Place {
-    // Before its source, which is forgotten with its last turn.
+    // Given back before their source is forgotten.
     _turns: Vec<OwnedSemaphorePermit>,
     _source: Source,
 }

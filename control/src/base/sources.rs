@@ -12,8 +12,8 @@ use tokio::sync::Semaphore;
 /// Addresses with something under way or waiting.
 pub struct Sources {
     each: usize,
-    // Held for single map operations only.
-    all: Mutex<HashMap<IpAddr, Arc<Semaphore>>>,
+    // With how many hold it. Locked for single map operations only.
+    all: Mutex<HashMap<IpAddr, (usize, Arc<Semaphore>)>>,
 }
 
 impl Sources {
@@ -26,7 +26,8 @@ impl Sources {
     pub fn of(self: &Arc<Self>, from: Option<IpAddr>) -> Source {
         let from = from.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)).to_canonical();
         let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
-        let turns = all.entry(from).or_insert_with(|| Arc::new(Semaphore::new(self.each)));
+        let (held, turns) = all.entry(from).or_insert_with(|| (0, Arc::new(Semaphore::new(self.each))));
+        *held += 1;
         Source { turns: Arc::clone(turns), from, sources: Arc::clone(self) }
     }
 }
@@ -42,9 +43,11 @@ pub struct Source {
 impl Drop for Source {
     fn drop(&mut self) {
         let mut all = self.sources.all.lock().unwrap_or_else(PoisonError::into_inner);
-        // The map's and this one.
-        if Arc::strong_count(&self.turns) == 2 {
-            all.remove(&self.from);
+        if let Some((held, _)) = all.get_mut(&self.from) {
+            *held -= 1;
+            if *held == 0 {
+                all.remove(&self.from);
+            }
         }
     }
 }

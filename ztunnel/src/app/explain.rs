@@ -90,7 +90,7 @@ fn leave(snapshot: &Snapshot, way: Result<outbound::WayOut, Outcome>, source: &W
             if let Some(through) = way.gateway {
                 answer.plan = "hbone".to_owned();
                 answer.source_identity = source.identity.to_string();
-                // No gateway is ever ejected: connections to it are under no traffic policy.
+                // No gateway is ever ejected. What a DestinationRule says of places counts (`lb::pick`).
                 let nothing = Destinations::default();
                 answer.endpoints = endpoints(snapshot, &nothing, source, &through.plan, through.dialled);
                 answer.gateway_target = through.target;

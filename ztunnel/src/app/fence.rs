@@ -5,14 +5,20 @@
 //! installed before control has said all, since without addresses the fence would be shut.
 //!
 //! Two processes keep it during a handover, and other programs may flush the node's rules. So nobody writes the table without having
-//! looked whether it is still the own one, alone at that moment; what somebody else fenced is kept; and every [`CHECK`] a table that is
-//! not the own one any more is replaced.
+//! looked whether it is still the own one, alone at that moment by a lock on a file beside the handover's socket, which no other user
+//! can open; what somebody else fenced is kept; and every [`CHECK`] a table that is not the own one any more is replaced.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io;
 use std::net::IpAddr;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -28,13 +34,16 @@ const RETRY: Duration = Duration::from_secs(2);
 
 /// Before another look whether the table is still there: what a flush opens is open no longer. A look costs some milliseconds.
 const CHECK: Duration = Duration::from_secs(5);
-/// For another process to finish its transaction, which takes some tens of milliseconds.
-const OTHER: Duration = Duration::from_secs(5);
+/// For another process to finish its transaction, which takes some tens of milliseconds. Who cannot have the lock writes without:
+/// at worst, what the other one wrote at that moment comes back with its next [`CHECK`].
+const OTHER: Duration = Duration::from_secs(2);
 
 /// See the module's header.
 pub struct Fence {
     /// The node's own network; `None`: switched off.
     node: Option<Netns>,
+    /// Locked while the table is written; `None`: there is never another process.
+    lock: Option<PathBuf>,
     reader: Reader,
     state: Mutex<State>,
 }
@@ -64,7 +73,7 @@ struct State {
 impl State {
     /// Finds out what others fenced, unless the table is the own one: whether it is.
     async fn look(&mut self, node: &Netns) -> Result<bool, String> {
-        let failed = |error: std::io::Error| error.to_string();
+        let failed = |error: io::Error| error.to_string();
         let table = fence::table(node).await.map_err(failed)?;
         let first = self.looked.is_none();
         if !first && table == self.installed.as_ref().map(|(_, table)| *table) {
@@ -92,15 +101,15 @@ impl State {
 }
 
 impl Fence {
-    /// The fence in this network, with what is there of it; `None`: none.
-    pub async fn new(node: Option<Netns>, reader: Reader) -> Arc<Self> {
+    /// The fence in this network, with what is there of it; `None`: none. `lock`: a file that whoever else keeps it locks, too.
+    pub async fn new(node: Option<Netns>, lock: Option<PathBuf>, reader: Reader) -> Arc<Self> {
         let mut state = State::default();
         if let Some(node) = &node
             && let Err(error) = state.look(node).await
         {
             tracing::warn!(%error, "what is fenced cannot be seen; nothing is changed before it can");
         }
-        Arc::new(Self { node, reader, state: Mutex::new(state) })
+        Arc::new(Self { node, lock, reader, state: Mutex::new(state) })
     }
 
     /// Takes a pod with these `addresses` into the fence; done when that is in force.
@@ -116,7 +125,7 @@ impl Fence {
         if state.pods.contains_key(uid) && !state.partly.contains(uid) {
             return Ok(());
         }
-        let failed = |error: std::io::Error| error.to_string();
+        let failed = |error: io::Error| error.to_string();
         let inner = fence::interfaces(pod).await.map_err(failed)?;
         let outer = fence::interfaces(node).await.map_err(failed)?;
         let (ends, problem) = fence::ends(&inner, &outer);
@@ -219,9 +228,7 @@ impl Fence {
         if !due && state.installed.as_ref().is_some_and(|(installed, _)| *installed == text) {
             return Ok(());
         }
-        let alone = timeout(OTHER, node.alone()).await;
-        let alone = alone.map_err(|_| "another process does not let go of the fence".to_owned())?;
-        let _alone = alone.map_err(|error| format!("the fence cannot be had alone: {error}"))?;
+        let _alone = self.alone().await;
         // What somebody else has changed meanwhile is known only now.
         if !state.look(node).await? {
             clear |= !state.bridged.is_empty();
@@ -230,10 +237,22 @@ impl Fence {
         if state.installed.as_ref().is_some_and(|(installed, _)| *installed == text) {
             return Ok(());
         }
-        let failed = |error: std::io::Error| format!("the fence could not be installed: {error}");
+        let failed = |error: io::Error| format!("the fence could not be installed: {error}");
         fence::apply(node, text.clone()).await.map_err(failed)?;
         state.installed = fence::table(node).await.map_err(failed)?.map(|table| (text, table));
         Ok(())
+    }
+
+    /// Waits for [`OTHER`] at most until no other process has the lock.
+    async fn alone(&self) -> Option<Flock<File>> {
+        let locked = timeout(OTHER, locked(self.lock.as_ref()?)).await;
+        let failed = match locked {
+            Ok(Ok(held)) => return Some(held),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "another process does not let go of it".to_owned(),
+        };
+        tracing::warn!(lock = %self.lock.as_ref()?.display(), error = %failed, "the fence is written without its lock");
+        None
     }
 
     /// The transaction that makes the table what it should be. `clear`: also for bridges, which go when the last port has gone.
@@ -248,6 +267,19 @@ impl Fence {
         let fenced =
             Fenced { interfaces, bridged: state.bridged.clone(), own: state.own.clone(), routes: state.routes };
         Ok(fence::render(&fenced, &inside(&self.reader.load()), clear))
+    }
+}
+
+/// The file at `path`, locked as soon as nobody else has it. The caller bounds the wait.
+async fn locked(path: &Path) -> io::Result<Flock<File>> {
+    let mut file = File::options().create(true).truncate(false).write(true).mode(0o600).open(path)?;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(held) => return Ok(held),
+            Err((back, Errno::EWOULDBLOCK)) => file = back,
+            Err((_, error)) => return Err(error.into()),
+        }
+        sleep(Duration::from_millis(5)).await;
     }
 }
 

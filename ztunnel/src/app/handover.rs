@@ -164,14 +164,17 @@ pub struct Over {
 }
 
 impl Over {
-    /// Tells the successor that it is alone now, and waits until it is gone. A container that ends is started anew, and would
-    /// take the node back from the successor; when that ends, somebody has to.
-    pub async fn stay(&self) {
+    /// Tells the successor that it is alone now, and waits until neither it nor any later one holds the `desk`. A container that
+    /// ends is started anew, and would take the node back from who serves it; when that ends, somebody has to.
+    pub async fn stay(&self, desk: &Path) {
         self.drained.store(true, Ordering::Relaxed);
-        let successor = self.successor.load(Ordering::Relaxed);
-        let place = PathBuf::from(format!("/proc/{successor}"));
-        while successor != 0 && place.exists() {
+        let mut serves = self.successor.load(Ordering::Relaxed);
+        while serves != 0 {
             tokio::time::sleep(TELL).await;
+            if !PathBuf::from(format!("/proc/{serves}")).exists() {
+                let later = Channel::connect(desk).ok().flatten();
+                serves = later.map_or(0, |later| later.peer());
+            }
         }
     }
 }
@@ -275,4 +278,49 @@ impl Giver {
 /// Nothing came, which is no failure.
 fn waits(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+    use std::sync::Arc;
+    use std::sync::atomic::Ordering;
+
+    use tokio::time::timeout;
+
+    use super::{Over, TELL};
+    use crate::base::handover::Desk;
+
+    fn process() -> Child {
+        Command::new("sleep").arg("1000").spawn().unwrap()
+    }
+
+    fn end(mut child: Child) {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[tokio::test]
+    async fn who_was_replaced_stays_while_its_successor_or_a_later_one_serves() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("desk");
+        let waiting = |successor: &Child| {
+            let (over, path) = (Arc::new(Over::default()), path.clone());
+            over.successor.store(successor.id().cast_signed(), Ordering::Relaxed);
+            tokio::spawn(async move { over.stay(&path).await })
+        };
+        // Its successor ends, and nobody has taken over from that.
+        let successor = process();
+        let mut alone = waiting(&successor);
+        assert!(timeout(TELL * 3, &mut alone).await.is_err(), "its successor serves");
+        end(successor);
+        alone.await.unwrap();
+        // Somebody has: this process holds the desk.
+        let successor = process();
+        let mut followed = waiting(&successor);
+        let _desk = Desk::open(&path).unwrap();
+        end(successor);
+        assert!(timeout(TELL * 3, &mut followed).await.is_err(), "a later one serves");
+        followed.abort();
+    }
 }

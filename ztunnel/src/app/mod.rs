@@ -178,7 +178,8 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     let (pods_stop, _) = drain();
     let own = (config.fence == Switch::On).then(|| Netns::open(Path::new("/proc/self/ns/net")));
     let own = own.transpose().context("the node's own network cannot be fenced (TULLE_FENCE=off does without)")?;
-    let fence = Fence::new(own, reader.clone()).await;
+    let lock = config.handover.as_ref().map(|path| path.with_extension("fence"));
+    let fence = Fence::new(own, lock, reader.clone()).await;
     tokio::spawn(fence.clone().run(stopping.clone()));
     let ends = (taken.clone(), was_replaced.clone());
     let cluster = cluster(&config, &answers).await?;
@@ -212,7 +213,7 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     tracing::info!(node = %config.node_name, workers = count, version = VERSION, "started");
 
     let mut terminate = signal(SignalKind::terminate())?;
-    wait_for_stop(&mut terminate, &stopping).await?;
+    let told = wait_for_stop(&mut terminate, &stopping).await?;
     wait_for_successor(&attended, &stopping, config.termination_deadline).await;
     tracing::info!(deadline = ?config.termination_deadline, "draining");
     [&stop, &pods_drain].into_iter().for_each(|drain| drain.advance(Phase::Draining));
@@ -223,15 +224,17 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     [&pods_drain, &stop].into_iter().for_each(|drain| drain.advance(Phase::Forced));
     finish_records(&pods).await;
     exporter.finish().await;
-    stay(&config, &replaced, &over, &mut terminate).await;
+    if !told && replaced.watch().is_draining() {
+        stay(&config, &over, &mut terminate).await;
+    }
     Ok(())
 }
 
-/// In a cluster, a process that was replaced waits to be ended, or for the end of its successor.
-async fn stay(config: &Node, replaced: &Drain, over: &Over, terminate: &mut Signal) {
-    if config.cluster.cluster == Switch::On && replaced.watch().is_draining() {
+/// In a cluster, a process that was replaced waits to be ended, or for the end of who serves.
+async fn stay(config: &Node, over: &Over, terminate: &mut Signal) {
+    if let (Switch::On, Some(desk)) = (config.cluster.cluster, &config.handover) {
         tracing::info!("a successor serves; waiting to be ended, or for its end");
-        tokio::select! { () = over.stay() => {}, _ = terminate.recv() => {} }
+        tokio::select! { () = over.stay(desk) => {}, _ = terminate.recv() => {} }
     }
 }
 
@@ -437,15 +440,14 @@ async fn reached(drained: Drained, phase: Phase) {
     drained.reached(phase).await;
 }
 
-/// SIGTERM, SIGINT, or the admin page.
-async fn wait_for_stop(terminate: &mut Signal, stopping: &Drained) -> io::Result<()> {
+/// A signal (true), or the admin page or a successor.
+async fn wait_for_stop(terminate: &mut Signal, stopping: &Drained) -> io::Result<bool> {
     let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-        () = stopping.draining() => {}
-    }
-    Ok(())
+    Ok(tokio::select! {
+        _ = terminate.recv() => true,
+        _ = interrupt.recv() => true,
+        () = stopping.draining() => false,
+    })
 }
 
 /// A successor that is getting ready may take half of the drain time for it: the one who asked us to stop may have

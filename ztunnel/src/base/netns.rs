@@ -8,19 +8,15 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread;
-use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use nix::sched::{CloneFlags, setns};
 use tokio::sync::oneshot;
-use tokio::time::sleep;
 
 /// Requests that may wait for the socket thread. One takes some 20 µs, so a full queue is 40 ms of work: more would
 /// only make connections time out later instead of failing now.
@@ -64,25 +60,6 @@ impl Netns {
     /// Device and inode, which identify it while it is open.
     pub fn id(&self) -> (u64, u64) {
         (self.device, self.inode)
-    }
-
-    /// Waits until no other process that asks for the same namespace has it alone; until what is returned is dropped, this one has.
-    /// The caller bounds the wait.
-    ///
-    /// # Errors
-    /// If the system cannot lock it.
-    pub async fn alone(&self) -> io::Result<Flock<File>> {
-        // A lock belongs to what was opened, so each holder opens it for itself.
-        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        let mut file = File::open(path)?;
-        loop {
-            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(held) => return Ok(held),
-                Err((back, Errno::EWOULDBLOCK)) => file = back,
-                Err((_, error)) => return Err(error.into()),
-            }
-            sleep(Duration::from_millis(5)).await;
-        }
     }
 
     fn enter(&self) -> io::Result<()> {

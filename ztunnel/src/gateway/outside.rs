@@ -108,8 +108,11 @@ impl Gateway {
         }
         let name = asked.name();
         let addresses = outside(&self.shared.reader.load(), &self.shared.network, &name, found, grant)?;
-        let reached = self.connect(&addresses, (grant, spoken), hbone.connect_timeout).await;
-        let (tcp, at) = reached.map_err(beyond)?;
+        let reached = self.connect(asked, &addresses, (grant, spoken), hbone.connect_timeout).await;
+        // What a rule wants proven says nothing of the host for others.
+        let counts =
+            |outcome: Outcome| Failed { beyond: !matches!(outcome.code, Code::EgressDenied | Code::Overflow), outcome };
+        let (tcp, at) = reached.map_err(counts)?;
         let Some((tls, config)) = sealed else { return Ok((Server::Plain(tcp), at)) };
         let name = tls.server_name.as_deref().unwrap_or(&name);
         let late = |_| beyond(Outcome::new(Code::TlsFailed, format!("TLS with {name} was not finished in time")));
@@ -124,6 +127,7 @@ impl Gateway {
     /// How the last one failed.
     async fn connect(
         &self,
+        asked: &Asked,
         addresses: &[SocketAddr],
         (grant, spoken): (&Grant, Spoken<'_>),
         patience: Duration,
@@ -137,7 +141,9 @@ impl Gateway {
         for (index, to) in tried.iter().enumerate() {
             let left = || end.saturating_duration_since(Instant::now());
             let late = || Outcome::new(Code::ConnectTimeout, format!("{to} did not answer"));
-            let proven = timeout(left(), self.proofs.check(grant, &spoken, **to, self.dial(**to))).await;
+            let proven =
+                timeout(left(), self.proofs.check(asked.identity.namespace(), (grant, &spoken), **to, self.dial(**to)))
+                    .await;
             if let Err(outcome) = proven.unwrap_or_else(|_| Err(late())) {
                 last = outcome;
                 continue;

@@ -84,8 +84,9 @@ fn grouped<K: Ord>(
     groups.into_iter().map(|(key, rows)| (key, PortTable::new(rows.into_iter()))).collect()
 }
 
-/// Places and policies that are kept for a table; a node is one place, and its pods have a policy or two for a Service.
-const KEPT: usize = 4;
+/// Places and policies that are kept for a table; a node is one place, and each namespace of its pods may have a policy of its own
+/// for a Service. Each takes some 24 bytes for an endpoint.
+const KEPT: usize = 32;
 
 /// The rows of `table` by what a traffic policy says of places, in the place of what the service prefers. What the service
 /// requires still holds.
@@ -93,8 +94,12 @@ pub(super) fn placed(service: &Service, table: &PortTable, client: &Workload, by
     let place = place(client);
     let kept = table.placed.get_or_init(Box::default);
     let kept = || kept.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(found) = kept().iter().find(|one| one.by == *by && one.place == place) {
-        return found.clone();
+    {
+        let mut kept = kept();
+        if let Some(at) = kept.iter().position(|one| one.by == *by && one.place == place) {
+            kept[at..].rotate_left(1);
+            return kept[kept.len() - 1].clone();
+        }
     }
     let (tables, shares) = match &**by {
         Nearness::Order { scopes, failover } => (in_order(service, table, client, scopes, failover), Box::default()),
@@ -106,7 +111,7 @@ pub(super) fn placed(service: &Service, table: &PortTable, client: &Workload, by
     let new = Arc::new(Placed { place, by: by.clone(), tables, shares });
     let mut kept = kept();
     if kept.len() >= KEPT {
-        // The oldest: its policy may be gone.
+        // The one that was not used for longest: its policy may be gone.
         kept.remove(0);
     }
     kept.push(new.clone());

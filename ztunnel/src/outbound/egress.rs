@@ -321,7 +321,7 @@ async fn go(
         record.destination.addr = Some(target);
         let connect = || outside.names.sockets().connect(target);
         let spoken = leave.said.spoken();
-        if let Err(outcome) = outside.proofs.check(grant, &spoken, target, connect()).await {
+        if let Err(outcome) = outside.proofs.check(&source.namespace, (grant, &spoken), target, connect()).await {
             last = Some(outcome);
             continue;
         }

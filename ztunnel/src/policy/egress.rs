@@ -223,8 +223,10 @@ pub fn needs_first_bytes(snapshot: &Snapshot, workload: &Workload, attempt: &Att
                 EgressProtocol::Detected => !policy.ceiling,
                 EgressProtocol::Tls | EgressProtocol::Http | EgressProtocol::Https => true,
             };
-            let mut here = rule.ports.iter().filter(|port| port.number == attempt.port);
-            rule.http.is_some() || rule.proof.is_some() || (rule.ports.is_empty() && !policy.ceiling) || here.any(asks)
+            let mut here = rule.ports.iter().filter(|port| port.number == attempt.port).peekable();
+            let covers = rule.ports.is_empty() || here.peek().is_some();
+            let reads = rule.http.is_some() || rule.proof.is_some();
+            (covers && reads) || (rule.ports.is_empty() && !policy.ceiling) || here.any(asks)
         })
     })
 }
