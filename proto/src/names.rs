@@ -111,6 +111,10 @@ pub const DEFAULT_CLUSTER: &str = "Kubernetes";
 pub const DEFAULT_ROOT_NAMESPACE: &str = "tulle-system";
 /// Service account of the node proxy in the root namespace.
 pub const NODE_SERVICE_ACCOUNT: &str = "ztunnel";
+/// DaemonSet of the proxies of nodes that try another version first, in the root namespace.
+pub const PROXY_CANARY: &str = "ztunnel-canary";
+/// Label of nodes, for which proxies they have: none, the usual one; `beside`, that and the canary; `canary`, the canary alone.
+pub const LABEL_PROXY: &str = "tulle.dev/proxy";
 
 /// Before the name of a node, in an on-demand subscription: everything on that node. Ours; others answer that there is no
 /// such resource (istiod sends what is on the node by itself).

@@ -90,26 +90,23 @@ fn daemon_set(objects: &Objects, root: &str) -> Vec<Finding> {
             .fix("install again: `tulle install`"),
         ];
     };
-    let canaries = objects.one("DaemonSet", root, "ztunnel-canary");
     let mut found = ready_on(set, object.clone(), root);
-    let alone = |node: &&Value| label(node, "tulle.dev/proxy") == Some("canary");
+    let alone = |node: &&Value| label(node, names::LABEL_PROXY) == Some("canary");
     let alone = objects.of("Node").iter().filter(alone).count() as u64;
-    if alone > 0 {
-        let object = format!("DaemonSet {root}/ztunnel-canary");
-        match canaries {
-            Some(canaries) => found.extend(ready_on(canaries, object, root)),
-            None => found.push(
-                Finding::new(
-                    Severity::Error,
-                    "proxies",
-                    object,
-                    format!("it is missing, and {alone} nodes labelled tulle.dev/proxy=canary have no other proxy"),
-                )
-                .fix("kubectl label nodes -l tulle.dev/proxy=canary tulle.dev/proxy-"),
-            ),
+    let canary = format!("DaemonSet {root}/{}", names::PROXY_CANARY);
+    match objects.one("DaemonSet", root, names::PROXY_CANARY) {
+        Some(canaries) if scheduled(canaries) > 0 => found.extend(ready_on(canaries, canary, root)),
+        None if alone > 0 => {
+            let key = names::LABEL_PROXY;
+            let what = format!("it is missing, and {alone} nodes labelled {key}=canary have no other proxy");
+            found.push(
+                Finding::new(Severity::Error, "proxies", canary, what)
+                    .fix(format!("kubectl label nodes -l {key}=canary {key}-")),
+            );
         }
+        _ => {}
     }
-    let wanted = set["status"]["desiredNumberScheduled"].as_u64().unwrap_or(0) + alone;
+    let wanted = scheduled(set) + alone;
     let linux =
         objects.of("Node").iter().filter(|node| label(node, "kubernetes.io/os") != Some("windows")).count() as u64;
     if wanted < linux {
@@ -122,10 +119,14 @@ fn daemon_set(objects: &Objects, root: &str) -> Vec<Finding> {
     found
 }
 
+/// How many nodes should have a pod of a DaemonSet.
+fn scheduled(set: &Value) -> u64 {
+    set["status"]["desiredNumberScheduled"].as_u64().unwrap_or(0)
+}
+
 /// On how many of its nodes a DaemonSet of proxies is ready.
 fn ready_on(set: &Value, object: String, root: &str) -> Vec<Finding> {
-    let number = |key: &str| set["status"][key].as_u64().unwrap_or(0);
-    let (wanted, ready) = (number("desiredNumberScheduled"), number("numberReady"));
+    let (wanted, ready) = (scheduled(set), set["status"]["numberReady"].as_u64().unwrap_or(0));
     let what = format!("the proxy is ready on {ready} of {wanted} nodes");
     if ready >= wanted {
         return vec![Finding::new(Severity::Note, "proxies", object, what)];
@@ -429,6 +430,27 @@ mod tests {
             assert_ne!(text, WHOLE, "{from}");
             let found = shown(&text);
             assert!(found.len() == 1 && found[0].starts_with(expected), "{expected}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn canaries_that_are_wanted_and_not_ready_are_told() {
+        let set = |wanted: u32| {
+            format!(
+                "---\n{{kind: DaemonSet, metadata: {{name: ztunnel-canary, namespace: tulle-system}}, \
+                 status: {{desiredNumberScheduled: {wanted}, numberReady: 0}}}}\n"
+            )
+        };
+        for (label, more, expected) in [
+            ("beside", set(0), None),
+            ("beside", set(1), Some("ztunnel-canary: the proxy is ready on 0 of 1 nodes")),
+            ("canary", set(1), Some("ztunnel-canary: the proxy is ready on 0 of 1 nodes")),
+            ("canary", String::new(), Some("ztunnel-canary: it is missing, and 1 nodes")),
+        ] {
+            let labels = format!("{{name: n1, labels: {{tulle.dev/proxy: {label}}}}}");
+            let found = shown(&(WHOLE.replacen("{name: n1}", &labels, 1) + &more));
+            assert_eq!(found.len(), usize::from(expected.is_some()), "{label}: {found:?}");
+            assert!(expected.is_none_or(|words| found[0].contains(words)), "{label}: {found:?}");
         }
     }
 

@@ -7,22 +7,26 @@
 //! node's, and the scheduler would not start a new proxy beside the old one that hands over to it.
 
 use serde_json::{Value, json};
+use tulle_proto::names;
 
 use super::{Input, env, map, proxy_mounts, proxy_volumes, selector, template};
 
 const NAME: &str = "ztunnel";
-const CANARY: &str = "ztunnel-canary";
-/// The node's label, and its values.
-const LABEL: &str = "tulle.dev/proxy";
-const BESIDE: &str = "beside";
+/// Values of the node's label.
+const BOTH: &str = "beside";
 const ALONE: &str = "canary";
 
 pub(super) fn objects(input: &Input<'_>) -> Vec<Value> {
     let tag = input.values.ztunnel.canary.tag.as_str();
     vec![
         json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": input.meta(NAME, NAME)}),
-        daemon_set(input, NAME, "", json!({"key": LABEL, "operator": "NotIn", "values": [ALONE]})),
-        daemon_set(input, CANARY, tag, json!({"key": LABEL, "operator": "In", "values": [BESIDE, ALONE]})),
+        daemon_set(input, NAME, "", json!({"key": names::LABEL_PROXY, "operator": "NotIn", "values": [ALONE]})),
+        daemon_set(
+            input,
+            names::PROXY_CANARY,
+            tag,
+            json!({"key": names::LABEL_PROXY, "operator": "In", "values": [BOTH, ALONE]}),
+        ),
     ]
 }
 

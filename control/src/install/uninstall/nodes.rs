@@ -9,6 +9,7 @@ use kube::Client;
 use kube::api::{ListParams, Patch, PatchParams};
 use serde_json::{Value, json};
 use tokio::time::Instant;
+use tulle_proto::names;
 
 use crate::install::MANAGER;
 use crate::install::apply::{delete, explain};
@@ -17,8 +18,6 @@ use crate::install::kinds;
 use super::{INTERVAL, Options, get, pages};
 
 const PROXIES: &str = "ztunnel";
-/// Those of nodes that try another version.
-const CANARIES: &str = "ztunnel-canary";
 const CLEANERS: &str = "tulle-uninstall";
 /// Annotation of the cleaners: where the proxies were.
 const WHERE: &str = "tulle.dev/node-selector";
@@ -36,7 +35,7 @@ pub(super) async fn clean(client: &Client, options: &Options, say: &mut dyn FnMu
         if let Err(error) = api.patch(CLEANERS, &params, &Patch::Apply(&cleaners)).await {
             bail!("DaemonSet {CLEANERS}: {}", explain(&error));
         }
-        for set in [PROXIES, CANARIES] {
+        for set in [PROXIES, names::PROXY_CANARY] {
             delete(client, "DaemonSet", Some(namespace), set).await?;
         }
         say(format!("DaemonSet {PROXIES} deleted; open connections of its proxies drain"));
@@ -107,7 +106,8 @@ fn let_go(cleaners: &Value) -> Value {
 
 /// Waits until no proxy runs.
 async fn until_gone(client: &Client, namespace: &str, deadline: Instant) -> anyhow::Result<()> {
-    let theirs = format!("app.kubernetes.io/name in ({PROXIES}, {CANARIES}),app.kubernetes.io/part-of=tulle");
+    let sets = format!("{PROXIES}, {}", names::PROXY_CANARY);
+    let theirs = format!("app.kubernetes.io/name in ({sets}),app.kubernetes.io/part-of=tulle");
     let theirs = ListParams::default().labels(&theirs);
     loop {
         let pods = kinds::api(client, "Pod", Some(namespace))?.list(&theirs).await;
