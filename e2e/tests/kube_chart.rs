@@ -51,6 +51,8 @@ const MISTAKES: &[(&str, &str)] = &[
     ("ztunnel: {cni: {binDir: opt/cni}}", "binDir"),
     ("image: {pullPolicy: Sometimes}", ""),
     ("egressGateway: {name: Not A Name}", "name"),
+    ("egressGateway: {clientCertificates: [{namespace: shop, name: bank-, secret: a}]}", "clientCertificates"),
+    ("egressGateway: {clientCertificates: [{namespace: shop, name: bank, secret: ''}]}", "secret"),
     ("extra: {a: b}", "extra"),
 ];
 

@@ -8,6 +8,9 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use tulle_proto::names;
+
+use crate::source::decode::is_dns_name;
 
 /// The chart's values.yaml: every value with its default.
 pub const DEFAULTS: &str = include_str!("../../../deploy/chart/tulle/values.yaml");
@@ -311,12 +314,11 @@ impl Values {
             return Err("replicas is 0; at least one is needed".to_owned());
         }
         let gateway = &self.egress_gateway.name;
-        let label = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-        let good = !gateway.is_empty() && gateway.len() <= 63 && gateway.bytes().all(label);
-        if !good || gateway.starts_with('-') || gateway.ends_with('-') {
+        let is_label = |name: &str| is_dns_name(name) && name.len() <= 63 && !name.contains('.');
+        if !is_label(gateway) {
             return Err(format!("egressGateway.name: `{gateway}` is no name of a Service"));
         }
-        if matches!(gateway.as_str(), "control" | "ztunnel" | "ztunnel-canary" | "tulle-uninstall") {
+        if matches!(gateway.as_str(), "control" | "ztunnel" | names::PROXY_CANARY | "tulle-uninstall") {
             return Err(format!("egressGateway.name: `{gateway}` is the name of another part"));
         }
         let near = &self.egress_gateway.traffic_distribution;
@@ -325,10 +327,12 @@ impl Values {
             return Err(format!("egressGateway.trafficDistribution: `{near}` {text}"));
         }
         for one in &self.egress_gateway.client_certificates {
-            let wrong =
-                [&one.namespace, &one.name].into_iter().find(|part| part.is_empty() || !part.bytes().all(label));
-            if let Some(wrong) = wrong {
+            if let Some(wrong) = [&one.namespace, &one.name].into_iter().find(|part| !is_label(part)) {
                 return Err(format!("egressGateway.clientCertificates: `{wrong}` is no name, such as bank-client"));
+            }
+            if one.secret.is_empty() {
+                let of = format!("{}/{}", one.namespace, one.name);
+                return Err(format!("egressGateway.clientCertificates: `secret` of {of} is empty"));
             }
         }
         Ok(())
@@ -478,7 +482,9 @@ mod tests {
             ("egressGateway.name=Not A Name", "egressGateway.name"),
             ("egressGateway.name=control", "another part"),
             ("egressGateway.clientCertificates=[{namespace: a, name: ../b, secret: c}]", "clientCertificates"),
+            ("egressGateway.clientCertificates=[{namespace: a, name: b-, secret: c}]", "`b-`"),
             ("egressGateway.clientCertificates=[{namespace: a, name: b}]", "secret"),
+            ("egressGateway.clientCertificates=[{namespace: a, name: b, secret: ''}]", "secret"),
             ("egressGateway.trafficDistribution=Far", "trafficDistribution"),
             ("control.tlsSan=[", "--set control.tlsSan"),
             ("control=null", "control"),
