@@ -171,7 +171,7 @@ fn away(conf: &Conf, why: &str) -> Refusal {
         code: TRY_AGAIN_LATER,
         message: format!("the node's agent does not answer at {} ({why})", conf.socket.display()),
         details: format!(
-            "Look at the ztunnel pod of this node: kubectl -n {} get pods -l app.kubernetes.io/name=ztunnel -o wide. The runtime tries again by itself.",
+            "Look at the ztunnel pod of this node: kubectl -n {} get pods -l 'app.kubernetes.io/name in (ztunnel, ztunnel-canary)' -o wide. The runtime tries again by itself.",
             conf.root_namespace
         ),
     }
