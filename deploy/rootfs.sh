@@ -30,7 +30,7 @@ echo 'root:x:0:
 tulle:x:65532:' >"$folder/etc/group"
 echo 'hosts: files dns' >"$folder/etc/nsswitch.conf"
 
-# Roots of the system: control fetches key sets by HTTPS, the egress gateway checks hosts outside.
+# Roots of the system: control fetches key sets by HTTPS, the egress gateway and, by `verify`, the node check hosts outside.
 roots=/etc/ssl/certs/ca-certificates.crt
 if [ -r $roots ]; then add $roots; else echo "rootfs.sh: there is no $roots (package ca-certificates); going on without" >&2; fi
 

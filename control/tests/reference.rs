@@ -30,8 +30,12 @@ fn rights_of_the_install_page_are_those_of_the_roles() {
     let mut table = "| Who | May | Of | Why |\n|---|---|---|---|\n".to_owned();
     for one in control::install::manifests::permissions() {
         let group = if one.group.is_empty() { String::new() } else { format!(" ({})", one.group) };
-        let names = if one.names.is_empty() { String::new() } else { format!(" `{}` alone,", one.names.join("`, `")) };
-        let place = if one.namespaced { " in the own namespace" } else { "" };
+        let names = if one.names.is_empty() { String::new() } else { format!(" `{}` alone", one.names.join("`, `")) };
+        let place = match (one.namespaced, one.names.is_empty()) {
+            (false, _) => "",
+            (true, true) => " in the own namespace",
+            (true, false) => ", in the own namespace",
+        };
         let _ = writeln!(
             table,
             "| {} | {} | {}{group}{names}{place} | {} |",
