@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use e2e::bench::resident_bytes as resident;
+use e2e::bench::{peak_bytes as peak, resident_bytes as resident};
 use e2e::eventually::eventually;
 use e2e::kube::cluster::{Cluster, PATIENCE};
 use e2e::kube::control::Control;
@@ -76,16 +76,6 @@ fn applied(lab: &Lab, index: usize) -> anyhow::Result<u64> {
     entry["applied_unix_us"].as_u64().context("an entry without a time")
 }
 
-/// Resident and largest resident memory of a process, MB.
-fn resident_and_peak(pid: u32) -> anyhow::Result<(u64, u64)> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let of = |key: &str| -> anyhow::Result<u64> {
-        let line = status.lines().find(|line| line.starts_with(key)).with_context(|| format!("no {key}"))?;
-        Ok(line.split_whitespace().nth(1).unwrap_or_default().parse::<u64>()? / 1000)
-    };
-    Ok((of("VmRSS:")?, of("VmHWM:")?))
-}
-
 /// Control alone, with pods of the mesh that it reads, translates and publishes, and no node that asks for them.
 #[test]
 fn control_at_a_hundred_thousand_pods() -> anyhow::Result<()> {
@@ -95,7 +85,7 @@ fn control_at_a_hundred_thousand_pods() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let control = Control::of_cluster(&dir.path().join("empty"), &api.kubeconfig(), &[])?;
     control.await_ready()?;
-    let (before, _) = resident_and_peak(control.pid().context("control does not run")?)?;
+    let before = resident(control.pid().context("control does not run")?)?;
     control.stop();
     let count = pods() * 10;
     let stored = (0..count).map(|index| {
@@ -120,10 +110,11 @@ fn control_at_a_hundred_thousand_pods() -> anyhow::Result<()> {
         Ok(())
     })?;
     let started_ms = (now_us() - began) / 1000;
-    let (resident, peak) = resident_and_peak(control.pid().context("control does not run")?)?;
-    let each = resident.saturating_sub(before) * 1_000_000 / count as u64;
+    let pid = control.pid().context("control does not run")?;
+    let (after, most) = (resident(pid)?, peak(pid)?);
+    let each = after.saturating_sub(before) / count as u64;
     let measured = json!({"pods": count, "started_ms": started_ms, "bytes_each": each,
-        "control_mb": {"empty": before, "resident": resident, "peak": peak}});
+        "control_bytes": {"empty": before, "resident": after, "peak": most}});
     eprintln!("MEASURED {measured}");
     assert!(each < MOST_EACH, "{measured}");
     control.stop();

@@ -24,9 +24,18 @@ pub(super) fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
 
 /// Resident memory of a process, bytes.
 pub fn resident(pid: u32) -> anyhow::Result<u64> {
+    status_bytes(pid, "VmRSS:")
+}
+
+/// The most that it was, bytes.
+pub fn peak(pid: u32) -> anyhow::Result<u64> {
+    status_bytes(pid, "VmHWM:")
+}
+
+fn status_bytes(pid: u32, key: &str) -> anyhow::Result<u64> {
     let path = format!("/proc/{pid}/status");
     let text = std::fs::read_to_string(&path).with_context(|| format!("{path}: has the process ended?"))?;
-    parse_kib(&text, "VmRSS:").map(|kib| kib * 1024).with_context(|| format!("{path} has no VmRSS"))
+    parse_kib(&text, key).map(|kib| kib * 1024).with_context(|| format!("{path} has no {key}"))
 }
 
 fn parse_kib(text: &str, key: &str) -> Option<u64> {

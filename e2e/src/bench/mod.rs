@@ -37,6 +37,7 @@ use serde_json::json;
 pub use agent::Agent;
 pub use agent::main as agent;
 pub(crate) use built::from as built_from;
+pub use machine::peak as peak_bytes;
 pub use machine::resident as resident_bytes;
 
 use crate::bench::measure::Bench;
