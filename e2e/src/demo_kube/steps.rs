@@ -344,6 +344,20 @@ fn proxy_restarts(world: &World) -> anyhow::Result<u64> {
         .sum())
 }
 
+/// Waits until the usual proxy of a node has drained and waits for its end beside the canary.
+fn await_waiting(world: &World, node: &str) -> anyhow::Result<()> {
+    eventually(&format!("the replaced proxy of {node} waits to be ended"), PATIENCE, || {
+        let pods = world.pods("tulle-system")?;
+        let replaced = |pod: &&serde_json::Value| {
+            pod["spec"]["nodeName"] == node && pod["metadata"]["labels"]["app.kubernetes.io/name"] == "ztunnel"
+        };
+        let pod = pods.iter().find(replaced).and_then(|pod| pod["metadata"]["name"].as_str());
+        let log = world.cluster.kubectl(&["logs", "-n", "tulle-system", pod.context("it has no such pod")?])?;
+        ensure!(log.contains("a successor serves; waiting to be ended"), "its log does not say so");
+        Ok::<_, anyhow::Error>(())
+    })
+}
+
 fn node_canary(world: &mut World) -> anyhow::Result<String> {
     let before = (world.lives("shop")?, proxy_restarts(world)?);
     let load = world.load(&TARGETS, 20.0, &[])?;
@@ -361,8 +375,8 @@ fn node_canary(world: &mut World) -> anyhow::Result<String> {
     run_install(world, "1", &["--set=ztunnel.canary.tag='2'"])?;
     let images = proxies_of(world, CANARY_NODE, &["ztunnel", "ztunnel-canary"])?;
     ensure!(images.len() == 2 && images[0] != images[1], "both are {images:?}");
-    // Longer than a proxy that nobody speaks to any more takes to drain, so that it would be started anew by now.
-    std::thread::sleep(Duration::from_secs(40));
+    // Drained, it stays: if it ended now, it would be started anew.
+    await_waiting(world, CANARY_NODE)?;
     node_label(world, "tulle.dev/proxy=canary")?;
     let alone = proxies_of(world, CANARY_NODE, &["ztunnel-canary"])?;
     let others = proxies_of(world, "node-2", &["ztunnel"])?;
@@ -372,12 +386,7 @@ fn node_canary(world: &mut World) -> anyhow::Result<String> {
     let after = (world.lives("shop")?, proxy_restarts(world)?);
     ensure!(after == before, "started anew: {before:?} and {after:?}");
     world.unreadable()?;
-    Ok(format!(
-        "{} of version 2, {} of version 1; {} requests meanwhile, none failed",
-        CANARY_NODE,
-        "node-2",
-        reports.len()
-    ))
+    Ok(format!("{CANARY_NODE} of version 2, node-2 of version 1; {} requests meanwhile, none failed", reports.len()))
 }
 
 fn upgrade(world: &mut World) -> anyhow::Result<String> {
