@@ -73,6 +73,11 @@ pub fn namespace(name: &str, mesh: bool) -> String {
     format!("---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: '{name}'{labels}}}\n")
 }
 
+/// A Node; `labels` is YAML in flow style, without braces.
+pub fn node(number: u16, labels: &str) -> String {
+    format!("---\napiVersion: v1\nkind: Node\nmetadata: {{name: node-{number}, labels: {{{labels}}}}}\n")
+}
+
 /// A pod with an own service account that serves HTTP on 8080 and raw TCP on 9000; `app` is its only label.
 pub fn server(namespace: &str, name: &str, app: &str, node: u16) -> String {
     format!(

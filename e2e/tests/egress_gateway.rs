@@ -202,10 +202,8 @@ fn one_replica_is_enough() {
 /// Zone and region of each node.
 fn places() -> String {
     let node = |(number, zone, region): (u16, &str, &str)| {
-        format!(
-            "---\napiVersion: v1\nkind: Node\nmetadata: {{name: node-{number}, labels: {{topology.kubernetes.io/zone: {zone}, \
-             topology.kubernetes.io/region: {region}}}}}\n"
-        )
+        let labels = format!("topology.kubernetes.io/zone: {zone}, topology.kubernetes.io/region: {region}");
+        scenario::node(number, &labels)
     };
     [(1, "a", "near"), (2, "b", "near"), (3, "c", "far")].map(node).concat()
 }
@@ -228,8 +226,7 @@ fn the_gateway_of_the_own_zone_is_used_then_of_the_region_then_any() {
     };
     let only = |name: &str| {
         let own = lab.pod_ip("egress", name).unwrap();
-        let patience = Duration::from_secs(60);
-        eventually(&format!("{name} is the nearest"), patience, || match (seen(), told()) {
+        eventually(&format!("{name} is the nearest"), scenario::PATIENCE, || match (seen(), told()) {
             (Ok(source), names) if source == own && names == [format!("egress/{name}")] => Ok(()),
             other => Err(format!("{other:?}, and {name} is {own}")),
         })
@@ -243,8 +240,8 @@ fn the_gateway_of_the_own_zone_is_used_then_of_the_region_then_any() {
     only("out-1");
     kill(&lab, "out-1");
     only("out-2");
-    lab.try_delete("Pod", "egress/out-0", Duration::from_secs(60)).unwrap();
-    lab.try_apply("the test", &internet::gateway("out-0", 1), Duration::from_secs(60)).unwrap();
+    lab.try_delete("Pod", "egress/out-0", scenario::PATIENCE).unwrap();
+    lab.try_apply("the test", &internet::gateway("out-0", 1), scenario::PATIENCE).unwrap();
     only("out-0");
 }
 

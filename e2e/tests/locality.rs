@@ -2,15 +2,11 @@
 //! endpoints are ejected; the servers' own answers count, and `tulle explain` says the same.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use e2e::eventually::eventually;
 use e2e::lab::{Lab, LabConfig};
 use e2e::scenario;
 use serde_json::Value;
-
-/// Generous: a slow and busy machine must not fail a promise.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Pods of one Service, each on a node in another place: the client's, its region, the region that is named, another one.
 const PLACES: [(&str, u16, &str, &str); 4] =
@@ -20,10 +16,8 @@ fn world() -> String {
     let mut objects = scenario::namespace("shop", true) + &scenario::client("shop", "web", 1);
     for (name, node, region, zone) in PLACES {
         objects += &scenario::server("shop", name, "cart", node);
-        objects += &format!(
-            "---\napiVersion: v1\nkind: Node\nmetadata: {{name: node-{node}, labels: \
-             {{topology.kubernetes.io/region: {region}, topology.kubernetes.io/zone: {zone}}}}}\n"
-        );
+        let labels = format!("topology.kubernetes.io/region: {region}, topology.kubernetes.io/zone: {zone}");
+        objects += &scenario::node(node, &labels);
     }
     // The same pods, by connections whose requests are not read.
     let bytes = "---\napiVersion: v1\nkind: Service\nmetadata: {name: bytes, namespace: shop}\n\
@@ -106,7 +100,7 @@ fn places_are_left_in_the_order_that_is_named() -> anyhow::Result<()> {
         let url = format!("http://{}:8080/become?status=503", lab.pod_ip("shop", name)?);
         scenario::all_well(&scenario::calls(&lab, "shop/web", &url, &[])?, 1)?;
         scenario::call(&lab, "shop/web", "http://cart.shop/")?;
-        eventually("it is ejected", PATIENCE, || {
+        eventually("it is ejected", scenario::PATIENCE, || {
             match scenario::log_lines(&lab, "node-1", &["endpoint ejected"]).len() {
                 ejected if ejected == step + 1 => Ok(()),
                 ejected => Err(format!("{ejected} are")),

@@ -97,9 +97,7 @@ fn world() -> String {
         objects.push_str(&service(name, fields, port));
     }
     for (node, zone) in [(1, "z1"), (2, "z1"), (3, "z2")] {
-        objects.push_str(&format!(
-            "---\napiVersion: v1\nkind: Node\nmetadata: {{name: node-{node}, labels: {{topology.kubernetes.io/zone: {zone}}}}}\n"
-        ));
+        objects.push_str(&scenario::node(node, &format!("topology.kubernetes.io/zone: {zone}")));
     }
     objects
 }
