@@ -134,6 +134,10 @@ fn a_status_is_written_once_beside_others_and_then_left_alone() -> anyhow::Resul
         condition(it, "Accepted")["reason"] == "HostNotFound"
     })?;
 
+    // Control's last word of its own: a new Lease holder waits before it publishes the roots.
+    api.wait("ClusterTrustBundle", "tulle.dev:mesh-ca:root-cert", "the roots are published", |it| {
+        it["metadata"]["uid"].is_string()
+    })?;
     // Nothing happens: nothing is written, by either replica.
     let before = settled(&api)?;
     let quiet = Duration::from_secs(if std::env::var_os("TULLE_SLOW").is_some() { 300 } else { 45 });

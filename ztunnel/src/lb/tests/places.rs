@@ -181,15 +181,19 @@ fn places_and_policies_are_kept_apart_and_are_few() {
     let snapshot = mesh_by(by("*/z1"), cart(), [at("a", "r1", "z1", "n1"), at("b", "r1", "z2", "n1")]);
     let service = snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap();
     let table = &service.endpoints.ports.get(&80).unwrap().all;
+    let (often, policy) = (at("client", "r1", "z3", "n0"), Arc::new(by("*/z1")));
+    let first = locality::placed(service, table, &often, &policy);
     for round in 0..3 {
-        for number in 0..10 {
+        for number in 0..40 {
             let client = at("client", "r1", "z1", &format!("n{number}"));
             for (zone, expected) in [("*/z1", 0), ("*/z2", 1)] {
                 let placed = locality::placed(service, table, &client, &Arc::new(by(zone)));
                 assert_eq!(placed.tables[0].candidates[0].endpoint, expected, "{zone} in round {round}");
             }
+            let again = locality::placed(service, table, &often, &policy);
+            assert!(Arc::ptr_eq(&first, &again), "what is used is kept");
         }
     }
-    assert!(table.placed.get().unwrap().lock().unwrap().len() <= 4);
+    assert!(table.placed.get().unwrap().lock().unwrap().len() <= 32);
     assert!(Region::new("a/b/c/d").is_none());
 }
