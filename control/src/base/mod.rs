@@ -35,6 +35,18 @@ pub fn causes(error: &(dyn std::error::Error + 'static)) -> String {
     text
 }
 
+/// True for a DNS-1123 subdomain.
+pub fn is_dns_name(text: &str) -> bool {
+    !text.is_empty()
+        && text.len() <= 253
+        && text.split('.').all(|label| {
+            !label.is_empty()
+                && !label.starts_with('-')
+                && !label.ends_with('-')
+                && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        })
+}
+
 /// How long a new stream may stay silent before its first message.
 pub const FIRST_MESSAGE: std::time::Duration = std::time::Duration::from_secs(10);
 

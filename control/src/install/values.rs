@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use tulle_proto::names;
 
-use crate::source::decode::is_dns_name;
+use crate::base::is_dns_name;
 
 /// The chart's values.yaml: every value with its default.
 pub const DEFAULTS: &str = include_str!("../../../deploy/chart/tulle/values.yaml");

@@ -167,19 +167,12 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     discover(&config, None, ways.xds.clone(), writer, monitor, stopping.clone());
     tokio::spawn(federation::watch(reader.clone(), trust.federated));
     tokio::spawn(watch_node_addresses(reader.clone()));
-    let counted = pods.clone();
-    tokio::spawn(memory::give_back_after_peaks(move || {
-        let (inbound, outbound) = counted.connections();
-        inbound + outbound
-    }));
+    tokio::spawn(give_back_memory(pods.clone()));
     if let Some(taking) = &taking {
         taking.known(&reader).await?;
     }
     let (pods_stop, _) = drain();
-    let own = (config.fence == Switch::On).then(|| Netns::open(Path::new("/proc/self/ns/net")));
-    let own = own.transpose().context("the node's own network cannot be fenced (TULLE_FENCE=off does without)")?;
-    let lock = config.handover.as_ref().map(|path| path.with_extension("fence"));
-    let fence = Fence::new(own, lock, reader.clone()).await;
+    let fence = fence(&config, reader.clone()).await?;
     tokio::spawn(fence.clone().run(stopping.clone()));
     let ends = (taken.clone(), was_replaced.clone());
     let cluster = cluster(&config, &answers).await?;
@@ -228,6 +221,22 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
         stay(&config, &over, &mut terminate).await;
     }
     Ok(())
+}
+
+async fn give_back_memory(pods: Pods) {
+    let connections = move || {
+        let (inbound, outbound) = pods.connections();
+        inbound + outbound
+    };
+    memory::give_back_after_peaks(connections).await;
+}
+
+/// The fence of the node, if there is to be one.
+async fn fence(config: &Node, reader: state::Reader) -> anyhow::Result<Arc<Fence>> {
+    let own = (config.fence == Switch::On).then(|| Netns::open(Path::new("/proc/self/ns/net")));
+    let own = own.transpose().context("the node's own network cannot be fenced (TULLE_FENCE=off does without)")?;
+    let lock = config.handover.as_ref().map(|path| path.with_extension("fence"));
+    Ok(Fence::new(own, lock, reader).await)
 }
 
 /// In a cluster, a process that was replaced waits to be ended, or for the end of who serves.

@@ -12,11 +12,11 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use tulle_certs::Roots;
 
+use crate::base::is_dns_name;
 use crate::model::{
     EgressEndpoint, EgressHttp, EgressKind, EgressPods, EgressPolicy, EgressPort, EgressProtocol, EgressRule, Meta,
     Object, Origination,
 };
-use crate::source::decode::is_dns_name;
 use crate::source::decode::network::{net, selector};
 use crate::source::decode::policy::PolicyResult;
 use crate::source::tree::{Cursor, FieldError, Read};

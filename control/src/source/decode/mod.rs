@@ -21,6 +21,7 @@ mod trust;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::base::is_dns_name;
 use crate::model::{Meta, Object, Owner, RouteKind, Unenforced};
 use crate::source::tree::{Cursor, FieldError, Node, Read};
 
@@ -190,18 +191,6 @@ fn name_of(at: &Cursor<'_>, namespaced: bool) -> Read<(String, String)> {
         return Err(namespace.error(format!("`{space}` is not a namespace name")));
     }
     Ok((space.to_owned(), text.to_owned()))
-}
-
-/// True for a DNS-1123 subdomain.
-pub(crate) fn is_dns_name(text: &str) -> bool {
-    !text.is_empty()
-        && text.len() <= 253
-        && text.split('.').all(|label| {
-            !label.is_empty()
-                && !label.starts_with('-')
-                && !label.ends_with('-')
-                && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
-        })
 }
 
 fn meta(at: &Cursor<'_>, namespace: String, name: String) -> Read<Meta> {
