@@ -1,5 +1,5 @@
 //! What std or tokio could have shipped: the wall clock in one place, the order to stop, an error's causes, a map that is cheap to
-//! copy, and turns by source address.
+//! copy, turns by source address, and what a DNS name is.
 //!
 //! Everything that decides takes the time as an argument; only the outermost callers read it here. Nothing in this
 //! module knows what a mesh is.
