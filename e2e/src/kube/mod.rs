@@ -143,18 +143,6 @@ impl ApiServer {
         Ok(path)
     }
 
-    /// The kubeconfig of a user with a certificate, such as `system:node:node-1` of `system:nodes`.
-    pub fn kubeconfig_of_user(&self, user: &str, group: &str) -> anyhow::Result<PathBuf> {
-        let name = user.replace([':', '/'], "_");
-        let groups: Vec<&str> = [group].into_iter().filter(|group| !group.is_empty()).collect();
-        self.pki.user(&name, user, &groups)?;
-        let path = self.dir.join(format!("{name}.kubeconfig"));
-        let files = json!({"client-certificate": self.pki.file(&format!("{name}.crt")),
-            "client-key": self.pki.file(&format!("{name}.key"))});
-        write_kubeconfig(&path, &self.url(), &self.authority(), &files)?;
-        Ok(path)
-    }
-
     /// A copy of a kubeconfig made here, for use inside a lab.
     pub fn in_lab(&self, kubeconfig: &Path) -> anyhow::Result<PathBuf> {
         let text = std::fs::read_to_string(kubeconfig)?.replace(&self.url(), &self.url_in_lab());

@@ -21,17 +21,12 @@ pub mod window;
 pub mod workers;
 
 use std::cell::Cell;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The address with an IPv4-mapped IPv6 address turned into plain IPv4, as every look-up expects it.
 pub fn canonical(addr: SocketAddr) -> SocketAddr {
     SocketAddr::new(addr.ip().to_canonical(), addr.port())
-}
-
-/// The same for an address without port.
-pub fn canonical_ip(ip: IpAddr) -> IpAddr {
-    ip.to_canonical()
 }
 
 /// Wall clock, seconds since the Unix epoch.

@@ -30,8 +30,6 @@ const TEXT_MAX: usize = 4096;
 
 /// CNI: the version of the configuration is not supported.
 pub const INCOMPATIBLE_VERSION: u32 = 1;
-/// CNI: there is no such container.
-pub const UNKNOWN_CONTAINER: u32 = 3;
 /// CNI: an environment variable is wrong.
 pub const INVALID_ENVIRONMENT: u32 = 4;
 /// CNI: a read or write failed.

@@ -283,15 +283,6 @@ impl Pool {
         self.entries.borrow_mut().retain(|key, _| &*key.pod != pod);
     }
 
-    /// Drops every idle tunnel and lets no new stream on the others.
-    pub fn retire_all(&self) {
-        let mut entries = self.entries.borrow_mut();
-        for entry in entries.values() {
-            entry.tunnels.iter().for_each(|tunnel| tunnel.retire());
-        }
-        entries.clear();
-    }
-
     /// Open tunnels.
     pub fn tunnels(&self) -> usize {
         self.entries.borrow().values().map(|entry| entry.tunnels.iter().filter(|tunnel| tunnel.is_open()).count()).sum()

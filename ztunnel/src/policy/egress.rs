@@ -127,12 +127,6 @@ pub fn decide(snapshot: &Snapshot, workload: &Workload, attempt: &Attempt<'_>) -
     }
 }
 
-/// The record-only policy whose rule would allow it, for records.
-pub fn would_allow(snapshot: &Snapshot, workload: &Workload, attempt: &Attempt<'_>) -> Option<Grant> {
-    let policies = workload.egress_policies.iter().filter_map(|id| snapshot.egress_policy(id));
-    policies.filter(|policy| policy.record_only && !policy.ceiling).find_map(|policy| grant(policy, attempt))
-}
-
 /// What the client's bytes say against the name that the attempt is bound to.
 fn contradiction(attempt: &Attempt<'_>) -> Option<String> {
     let bound = attempt.host?;
