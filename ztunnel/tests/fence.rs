@@ -11,7 +11,8 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::pin::pin;
 use std::process::Command;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
@@ -77,9 +78,9 @@ async fn neither_of_two_keepers_opens_what_the_other_holds() {
     let (_new_writer, new_reader) = store();
     let dir = tempfile::tempdir().unwrap();
     let lock = Some(dir.path().join("lock"));
-    let old = Fence::new(Some(world.open("n")), lock.clone(), old_reader).await;
+    let old = Fence::new(Some(world.open("n")), lock.clone(), Arc::default(), old_reader).await;
     world.hold(&old, 1).await;
-    let new = Fence::new(Some(world.open("n")), lock, new_reader).await;
+    let new = Fence::new(Some(world.open("n")), lock, Arc::default(), new_reader).await;
 
     // Each holds a pod that the other has not heard of.
     world.hold(&old, 2).await;
@@ -105,12 +106,50 @@ async fn neither_of_two_keepers_opens_what_the_other_holds() {
 }
 
 #[tokio::test]
+async fn a_process_whose_successor_is_there_only_adds() {
+    let world = World::new();
+    let (_old_writer, old_reader) = store();
+    let (_new_writer, new_reader) = store();
+    let dir = tempfile::tempdir().unwrap();
+    let (lock, attended) = (Some(dir.path().join("lock")), Arc::new(AtomicBool::new(false)));
+    let old = Fence::new(Some(world.open("n")), lock.clone(), attended.clone(), old_reader).await;
+    world.hold(&old, 1).await;
+    world.hold(&old, 2).await;
+    world.release(&old, 1).await;
+    assert_eq!(world.inside().await.0, "v2");
+
+    // The successor hears that pod 1 is closed again, and the old process does not.
+    attended.store(true, Ordering::Relaxed);
+    let new = Fence::new(Some(world.open("n")), lock, Arc::default(), new_reader).await;
+    world.hold(&new, 1).await;
+    world.hold(&old, 3).await;
+    assert_eq!(world.inside().await.0, "v1 v2 v3", "the old process opened what its successor closed");
+    world.release(&old, 2).await;
+    assert_eq!(world.inside().await.0, "v1 v2 v3", "the old process opened a pod");
+
+    // The successor opens, also what it has never held and what the old process adds afterwards.
+    world.release(&new, 2).await;
+    world.release(&new, 4).await;
+    assert_eq!(world.inside().await.0, "v1 v3");
+    world.hold(&old, 4).await;
+    assert_eq!(world.inside().await.0, "v1 v3 v4");
+    world.hold(&new, 2).await;
+    assert_eq!(world.inside().await.0, "v1 v2 v3");
+
+    // It ends before it is ready: what the old process knows counts again.
+    drop(new);
+    attended.store(false, Ordering::Relaxed);
+    world.release(&old, 4).await;
+    assert_eq!(world.inside().await.0, "v3");
+}
+
+#[tokio::test]
 async fn a_table_is_not_written_while_another_process_has_the_lock_and_who_keeps_it_stops_nobody() {
     let world = World::new();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("lock");
     let (_writer, reader) = store();
-    let keeper = Fence::new(Some(world.open("n")), Some(path.clone()), reader).await;
+    let keeper = Fence::new(Some(world.open("n")), Some(path.clone()), Arc::default(), reader).await;
     world.hold(&keeper, 1).await;
     let other = Flock::lock(File::open(&path).unwrap(), FlockArg::LockExclusive).unwrap();
     let mut waits = pin!(world.hold(&keeper, 2));

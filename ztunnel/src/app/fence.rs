@@ -6,7 +6,9 @@
 //!
 //! Two processes keep it during a handover, and other programs may flush the node's rules. So nobody writes the table without having
 //! looked whether it is still the own one, alone at that moment by a lock on a file beside the handover's socket, which no other user
-//! can open; what somebody else fenced is kept; and every [`CHECK`] a table that is not the own one any more is replaced.
+//! can open; what somebody else fenced is kept; and every [`CHECK`] a table that is not the own one any more is replaced. A process
+//! whose successor is getting ready, or serves, opens nothing: the older one may have stopped hearing of control, and the successor
+//! was told everything when it began. If that one ends before it is ready, the older one's word counts again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -15,6 +17,7 @@ use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -44,6 +47,8 @@ pub struct Fence {
     node: Option<Netns>,
     /// Locked while the table is written; `None`: there is never another process.
     lock: Option<PathBuf>,
+    /// A successor is getting ready, or serves.
+    attended: Arc<AtomicBool>,
     reader: Reader,
     state: Mutex<State>,
 }
@@ -54,10 +59,10 @@ struct State {
     pods: BTreeMap<String, BTreeSet<String>>,
     /// Those of these pods that have other ways out, too.
     partly: BTreeSet<String>,
-    /// Interfaces that another process fenced, of pods that this one has not looked at.
+    /// Interfaces that another process fenced and this one does not.
     before: BTreeSet<String>,
-    /// Interfaces of pods that this process knows to be open, whatever another one says.
-    open: BTreeSet<String>,
+    /// Interfaces of pods that this process knows to be open, by pod uid: whatever another one says, unless that is its successor.
+    open: BTreeMap<String, BTreeSet<String>>,
     /// Those of all these that were ports of a bridge when they were looked at, and of which one.
     bridged: BTreeMap<String, String>,
     /// Addresses of pods by interface.
@@ -88,28 +93,42 @@ impl State {
         }
         let links = fence::interfaces(node).await.map_err(failed)?;
         let (fenced, own) = fence::fenced(node).await.map_err(failed)?;
-        let held: BTreeSet<&String> = self.pods.values().flatten().chain(&self.open).collect();
+        let held: BTreeSet<&String> = self.pods.values().flatten().collect();
         let others: BTreeSet<String> = fenced.into_iter().filter(|name| !held.contains(name)).collect();
         self.bridged.extend(fence::bridged(&others, &links));
         for (name, addresses) in own {
             self.own.entry(name).or_insert(addresses);
         }
-        self.before.extend(others);
+        // What is in nobody's table any more was opened by whoever wrote it; a flush opens nothing.
+        if table.is_some() {
+            self.before = others;
+        }
         self.looked = Some(Instant::now());
         Ok(false)
+    }
+
+    /// Interfaces that others fenced and that this process does not know to be open.
+    fn unknown(&self) -> impl Iterator<Item = &String> {
+        self.before.iter().filter(|name| !self.open.values().any(|ends| ends.contains(*name)))
     }
 }
 
 impl Fence {
     /// The fence in this network, with what is there of it; `None`: none. `lock`: a file that whoever else keeps it locks, too.
-    pub async fn new(node: Option<Netns>, lock: Option<PathBuf>, reader: Reader) -> Arc<Self> {
+    /// `attended`: a successor is getting ready, or serves.
+    pub async fn new(
+        node: Option<Netns>,
+        lock: Option<PathBuf>,
+        attended: Arc<AtomicBool>,
+        reader: Reader,
+    ) -> Arc<Self> {
         let mut state = State::default();
         if let Some(node) = &node
             && let Err(error) = state.look(node).await
         {
             tracing::warn!(%error, "what is fenced cannot be seen; nothing is changed before it can");
         }
-        Arc::new(Self { node, lock, reader, state: Mutex::new(state) })
+        Arc::new(Self { node, lock, attended, reader, state: Mutex::new(state) })
     }
 
     /// Takes a pod with these `addresses` into the fence; done when that is in force.
@@ -134,7 +153,7 @@ impl Fence {
             return problem;
         }
         state.before.retain(|name| !ends.contains(name));
-        state.open.retain(|name| !ends.contains(name));
+        state.open.remove(uid);
         state.bridged.extend(fence::bridged(&ends, &outer));
         let own: BTreeSet<IpAddr> = addresses.iter().map(IpAddr::to_canonical).collect();
         state.own.extend(ends.iter().map(|name| (name.clone(), own.clone())));
@@ -154,20 +173,30 @@ impl Fence {
         problem
     }
 
+    /// Whether a pod may be inside: it is, or somebody is of whom this process knows nothing.
+    pub async fn may_hold(&self, uid: &str) -> bool {
+        let state = self.state.lock().await;
+        state.pods.contains_key(uid) || state.unknown().next().is_some()
+    }
+
     /// Lets a pod out of the fence, which control says is open.
     pub async fn release(&self, uid: &str, pod: &Netns) {
         let Some(node) = &self.node else { return };
         let mut state = self.state.lock().await;
-        let mut ends = state.pods.remove(uid).unwrap_or_default();
+        let held = state.pods.remove(uid).unwrap_or_default();
         state.partly.remove(uid);
-        if !state.before.is_empty()
+        let mut ends = held.clone();
+        // Where there may be another process, it may hold the pod later, too.
+        let unseen = self.lock.is_some() && !state.open.contains_key(uid);
+        if (unseen || state.unknown().next().is_some())
             && let (Ok(inner), Ok(outer)) = (fence::interfaces(pod).await, fence::interfaces(node).await)
         {
-            ends.extend(fence::ends(&inner, &outer).0.into_iter().filter(|name| state.before.contains(name)));
+            ends.extend(fence::ends(&inner, &outer).0);
         }
-        state.before.retain(|name| !ends.contains(name));
-        let changed = !ends.is_empty();
-        state.open.extend(ends);
+        let changed = !held.is_empty() || state.unknown().any(|name| ends.contains(name));
+        // Whether it is opened now is decided when the table is written.
+        state.before.extend(held);
+        state.open.entry(uid.to_owned()).or_default().extend(ends);
         if changed && let Err(error) = self.bring(node, &mut state).await {
             tracing::warn!(%error, "the fence stays around a pod that is open; trying again");
         }
@@ -177,6 +206,7 @@ impl Fence {
     pub async fn gone(&self, uid: &str) {
         let mut state = self.state.lock().await;
         state.partly.remove(uid);
+        state.open.remove(uid);
         if let Some(ends) = state.pods.remove(uid) {
             state.before.extend(ends);
         }
@@ -208,11 +238,10 @@ impl Fence {
 
     /// Forgets interfaces that are gone, and brings the table up to date.
     async fn sweep(&self, node: &Netns, state: &mut State) -> Result<(), String> {
-        if !state.before.is_empty() || !state.open.is_empty() {
+        if !state.before.is_empty() {
             let there = fence::interfaces(node).await.map_err(|error| error.to_string())?;
             let names: BTreeSet<String> = there.values().map(|link| link.name().to_owned()).collect();
             state.before.retain(|name| names.contains(name));
-            state.open.retain(|name| names.contains(name));
         }
         self.bring(node, state).await
     }
@@ -240,6 +269,11 @@ impl Fence {
         let failed = |error: io::Error| format!("the fence could not be installed: {error}");
         fence::apply(node, text.clone()).await.map_err(failed)?;
         state.installed = fence::table(node).await.map_err(failed)?.map(|table| (text, table));
+        if !self.attended.load(Ordering::Relaxed) {
+            // They are out now, and stay so when their pods are gone.
+            let State { before, open, .. } = state;
+            before.retain(|name| !open.values().any(|ends| ends.contains(name)));
+        }
         Ok(())
     }
 
@@ -257,7 +291,11 @@ impl Fence {
 
     /// The transaction that makes the table what it should be. `clear`: also for bridges, which go when the last port has gone.
     async fn text(&self, node: &Netns, state: &mut State, clear: bool) -> Result<String, String> {
-        let interfaces: BTreeSet<String> = state.pods.values().flatten().chain(&state.before).cloned().collect();
+        let mut interfaces: BTreeSet<String> = state.pods.values().flatten().cloned().collect();
+        match self.attended.load(Ordering::Relaxed) {
+            true => interfaces.extend(state.before.iter().cloned()),
+            false => interfaces.extend(state.unknown().cloned()),
+        }
         if clear {
             let links = fence::interfaces(node).await.map_err(|error| error.to_string())?;
             state.bridged = fence::bridged(&interfaces, &links);

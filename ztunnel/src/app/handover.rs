@@ -142,7 +142,7 @@ pub struct Giver {
     pub pods: Pods,
     /// Listeners of admin, metrics and readiness.
     pub admin: Vec<TcpListener>,
-    /// A successor is getting ready.
+    /// A successor is getting ready, or serves.
     pub attended: Arc<AtomicBool>,
     /// Ends our own admin pages and name servers.
     pub replaced: Arc<Drain>,
@@ -188,9 +188,7 @@ impl Giver {
         let desk = Desk::open(path)?;
         thread::Builder::new().name("handover".into()).spawn(move || {
             let channel = loop {
-                let served = desk.accept().and_then(|channel| Ok(self.serve(&channel)?.then_some(channel)));
-                self.attended.store(false, Ordering::Relaxed);
-                match served {
+                match desk.accept().and_then(|channel| Ok(self.serve(&channel)?.then_some(channel))) {
                     Ok(Some(channel)) => break channel,
                     Ok(None) => tracing::warn!("a successor left before it was ready; this process goes on"),
                     Err(error) => {
@@ -198,6 +196,7 @@ impl Giver {
                         thread::sleep(PAUSE);
                     }
                 }
+                self.attended.store(false, Ordering::Relaxed);
             };
             tracing::info!("a successor serves the node; draining");
             self.over.successor.store(channel.peer(), Ordering::Relaxed);
@@ -231,12 +230,13 @@ impl Giver {
             Some(_) => return Err(odd("the successor did not say hello")),
             None => return Ok(false),
         }
+        // Before it knows anything that it could act on.
+        self.attended.store(true, Ordering::Relaxed);
         let mut given = HashSet::new();
         let admin = self.admin.iter().map(|one| one.as_fd().try_clone_to_owned()).collect::<io::Result<Vec<_>>>()?;
         say(channel, &Word::Admin, &admin)?;
         drop(admin);
         self.give(channel, &mut given)?;
-        self.attended.store(true, Ordering::Relaxed);
         let deadline = Instant::now() + READY;
         loop {
             match hear(channel) {

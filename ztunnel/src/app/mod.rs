@@ -172,7 +172,8 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
         taking.known(&reader).await?;
     }
     let (pods_stop, _) = drain();
-    let fence = fence(&config, reader.clone()).await?;
+    let (attended, over) = (Arc::new(AtomicBool::new(false)), Arc::new(Over::default()));
+    let fence = fence(&config, attended.clone(), reader.clone()).await?;
     tokio::spawn(fence.clone().run(stopping.clone()));
     let ends = (taken.clone(), was_replaced.clone());
     let cluster = cluster(&config, &answers).await?;
@@ -180,7 +181,6 @@ async fn node(config: Node, level: Level, dropped: Lines) -> anyhow::Result<()> 
     let watched = cluster.map(|agent| (agent, begun));
     let (pods_drain, agent) =
         start_pods(&config, &shared, &workers, &pods, pods_stop, ends, (outside, fence), watched)?;
-    let (attended, over) = (Arc::new(AtomicBool::new(false)), Arc::new(Over::default()));
     let giver = |admin: Vec<TcpListener>| Giver {
         pods: pods.clone(),
         admin,
@@ -232,11 +232,11 @@ async fn give_back_memory(pods: Pods) {
 }
 
 /// The fence of the node, if there is to be one.
-async fn fence(config: &Node, reader: state::Reader) -> anyhow::Result<Arc<Fence>> {
+async fn fence(config: &Node, attended: Arc<AtomicBool>, reader: state::Reader) -> anyhow::Result<Arc<Fence>> {
     let own = (config.fence == Switch::On).then(|| Netns::open(Path::new("/proc/self/ns/net")));
     let own = own.transpose().context("the node's own network cannot be fenced (TULLE_FENCE=off does without)")?;
     let lock = config.handover.as_ref().map(|path| path.with_extension("fence"));
-    Ok(Fence::new(own, lock, reader).await)
+    Ok(Fence::new(own, lock, attended, reader).await)
 }
 
 /// In a cluster, a process that was replaced waits to be ended, or for the end of who serves.

@@ -236,7 +236,7 @@ impl Node {
             worker.entered.watch(watched.clone());
             worker.out.live.watch(watched.clone());
         });
-        let fence = runtime.block_on(Fence::new(None, None, shared.reader.clone()));
+        let fence = runtime.block_on(Fence::new(None, None, Arc::default(), shared.reader.clone()));
         let environment = Environment {
             fence,
             shared,

@@ -76,7 +76,7 @@ impl PodTask {
                     }
                     Err(reason) => Err(reason),
                 },
-                (Some(released), false) => self.release(released).await,
+                (Some(released), false) => self.release(released, &wanted).await,
                 (Some(mut running), true) => {
                     self.serve_more(&mut running).await;
                     let adjusted = self.adjust(&mut running, &wanted).await;
@@ -132,7 +132,18 @@ impl PodTask {
             self.cleaned = true;
         }
         self.state("Uncaptured", String::new());
+        self.let_out(wanted).await;
         Ok(())
+    }
+
+    /// A pod that is not captured leaves the fence, too, as soon as control has said that it is open.
+    async fn let_out(&self, wanted: &Wanted) {
+        if wanted.tcp_only == Some(false)
+            && self.environment.fence.may_hold(&self.pod.uid).await
+            && let Ok(netns) = self.pod.open()
+        {
+            self.fence(&netns, Some(false)).await;
+        }
     }
 
     pub(super) fn name(&self) -> String {
@@ -243,10 +254,11 @@ impl PodTask {
     }
 
     /// Back to plain networking. What flows goes on; tunnels that peers still open are served for a while.
-    async fn release(&mut self, serving: Serving) -> Result<(), String> {
+    async fn release(&mut self, serving: Serving, wanted: &Wanted) -> Result<(), String> {
         let rules = Rules { released: true, v6: self.pod.ips.iter().any(IpAddr::is_ipv6), ..Rules::default() };
         // A failure is told and tried again by `stay_out`, which finds the table.
         let released = self.install(&serving.netns, rules, Some(None)).await;
+        self.let_out(wanted).await;
         serving.captured.advance(Phase::Draining);
         tracing::info!(pod = %self.name(), "released");
         let (again, watch) = drain();
