@@ -88,6 +88,16 @@ fn kept(api: &ApiServer) -> anyhow::Result<()> {
 
 #[test]
 fn an_operator_keeps_its_lease_when_its_namespace_is_closed() -> anyhow::Result<()> {
+    keeps_its_lease("false")
+}
+
+/// Nobody on the node has asked for the API server before.
+#[test]
+fn an_operator_keeps_its_lease_on_a_node_that_learns_what_its_pods_use() -> anyhow::Result<()> {
+    keeps_its_lease("true")
+}
+
+fn keeps_its_lease(on_demand: &str) -> anyhow::Result<()> {
     if !scenario::has_tools(&["python3", "curl"]) {
         return Ok(());
     }
@@ -95,7 +105,7 @@ fn an_operator_keeps_its_lease_when_its_namespace_is_closed() -> anyhow::Result<
     crds::install(&api)?;
     let mut objects = scenario::namespace("shop", false) + &scenario::namespace("plain", false);
     objects += &(scenario::client("shop", "operator", 1) + &scenario::client("plain", "rival", 2));
-    let mut config = LabConfig::of(&objects).in_cluster(&api, true)?;
+    let mut config = LabConfig::of(&objects).env("ztunnel", "XDS_ON_DEMAND", on_demand).in_cluster(&api, true)?;
     config.timeout = PATIENCE;
     let Some(lab) = scenario::lab(config) else { return Ok(()) };
     api.apply(RIGHTS)?;
@@ -110,6 +120,10 @@ fn an_operator_keeps_its_lease_when_its_namespace_is_closed() -> anyhow::Result<
         Ok(output) if output.status.success() => Ok(()),
         other => Err(format!("{other:?}")),
     })?;
+
+    // The node knows the API server before anybody is closed.
+    let dump = lab.node_admin("node-1", "/config_dump")?["services"].to_string();
+    anyhow::ensure!(dump.contains("kubernetes.default.svc.cluster.local"), "{dump}");
 
     // The very first label: the namespace was not in the mesh, either.
     api.label("Namespace", "shop", "tulle.dev/egress", Some("deny"))?;
@@ -126,5 +140,16 @@ fn an_operator_keeps_its_lease_when_its_namespace_is_closed() -> anyhow::Result<
     // Also while the node's proxy is replaced.
     lab.replace("node-1")?;
     renewed(&api, 10)?;
+    kept(&api)?;
+    let server = format!("{}:{LAB_PORT}", address::CONTROL.v4);
+    let denied = scenario::log_lines(&lab, "node-1", &["EGRESS_DENIED", &server]);
+    anyhow::ensure!(denied.is_empty(), "the API server was taken for outside: {denied:?}");
+
+    // Without the label it is neither in the mesh nor in the fence.
+    api.label("Namespace", "shop", "tulle.dev/egress", None)?;
+    eventually("what was closed is open again", PATIENCE, || match direct() {
+        Ok(output) if output.status.success() => Ok(()),
+        other => Err(format!("{other:?}")),
+    })?;
     kept(&api)
 }

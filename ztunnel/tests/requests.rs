@@ -269,7 +269,7 @@ fn what_a_route_leads_to_and_a_waypoint_are_asked_for_before_anything_is_decided
     drop(lab.within("b", serve("b")));
     let mut node = Node::start(&lab, lab.pods_file(&["a", "b", "c"]));
     let demands = node.reader.demands().clone();
-    demands.enable("node-1");
+    demands.enable("node-1", "cluster.local");
     node.describe_services(&[("a", &[]), ("b", &[]), ("c", &[])], &[("web", "10.96.0.1", AppProtocol::Http11)]);
     node.wait(&[("a", "Captured"), ("b", "Captured"), ("c", "Captured")]);
     let mirror = Mirror { service: name("copy"), port: 80, share: (1, 1) };

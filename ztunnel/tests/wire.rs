@@ -39,6 +39,7 @@ fn the_node_is_told_as_istiod_parses_it() {
         ]),
         network_policy: true,
         on_demand: false,
+        cluster_domain: "cluster.local".into(),
     };
     let node = config.node();
     assert_eq!(node.id, "ztunnel~10.0.0.9~ztunnel-x.istio-system~istio-system.svc.cluster.local");

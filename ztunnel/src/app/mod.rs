@@ -532,6 +532,7 @@ fn xds_config(config: &Node, gateway: Option<&str>, control: Control) -> xds::Co
         metadata,
         network_policy: config.network_policy == Switch::On,
         on_demand: config.xds_on_demand,
+        cluster_domain: config.cluster_domain.clone(),
     }
 }
 

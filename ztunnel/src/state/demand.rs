@@ -163,10 +163,12 @@ impl Demands {
         Self { inner: Arc::new(Inner { node, table, work, answers: watch::channel(0).0 }) }
     }
 
-    /// From now on only what is asked for is known, and everything on the node of this name.
-    pub fn enable(&self, node: &str) {
+    /// From now on only what is asked for is known, everything on the node of this name, and the API server: its addresses are
+    /// inside for closed pods, whose connections to it must not wait for somebody to ask for its Service. `cluster_domain`: names of
+    /// Services end in it.
+    pub fn enable(&self, node: &str, cluster_domain: &str) {
         if self.inner.node.set(node.to_owned()).is_ok() {
-            self.pin([format!("{ALL_OF_NODE}{node}")]);
+            self.pin([format!("{ALL_OF_NODE}{node}"), format!("default/kubernetes.default.svc.{cluster_domain}")]);
         }
     }
 
@@ -309,9 +311,11 @@ mod tests {
         names
     }
 
+    const API_SERVER: &str = "default/kubernetes.default.svc.cluster.local";
+
     fn enabled() -> Demands {
         let demands = Demands::new();
-        demands.enable("node-1");
+        demands.enable("node-1", "cluster.local");
         demands.changes();
         demands
     }
@@ -335,7 +339,8 @@ mod tests {
         assert!(!demands.is_answered(&again), "what was given up has to be answered again");
         let (subscribe, unsubscribe) = demands.changes();
         assert_eq!((names(subscribe), unsubscribe.len()), (vec!["/10.0.0.1".to_owned()], 0));
-        assert_eq!(names(demands.all()), ["/10.0.0.1", "node/node-1"], "what the node needs stays");
+        let stays = ["/10.0.0.1", API_SERVER, "node/node-1"];
+        assert_eq!(names(demands.all()), stays, "what the node needs stays");
     }
 
     #[test]
@@ -361,6 +366,8 @@ mod tests {
             put(far("web-0", "10.0.0.3")),
             put(Workload { groups: [7].into(), ..far("grouped", "10.0.0.4") }),
             Change::Service(service("shop", "cart", "10.96.0.1").into()),
+            put(behind(far("api-0", "192.0.2.1"), "default", "kubernetes")),
+            Change::Service(service("default", "kubernetes", "10.96.0.2").into()),
         ]);
         let cart = "shop/cart.shop.svc.cluster.local";
         let pod = |name: &str| format!("Kubernetes//Pod/shop/{name}");

@@ -67,6 +67,8 @@ pub struct Config {
     pub network_policy: bool,
     /// Workloads and services only as they are asked for, besides those of the node.
     pub on_demand: bool,
+    /// What names of Services end in.
+    pub cluster_domain: String,
 }
 
 impl Config {
@@ -119,7 +121,7 @@ struct Ended {
 pub async fn run(config: Config, mut writer: Writer, monitor: Monitor, shutdown: impl Future<Output = ()>) {
     tokio::pin!(shutdown);
     if config.on_demand {
-        writer.demands().enable(&config.node_name);
+        writer.demands().enable(&config.node_name, &config.cluster_domain);
     }
     let mut session = Session::new(config.node(), config.on_demand, config.network_policy);
     let mut failures = 0u32;

@@ -42,6 +42,7 @@ fn config(control: Control) -> Config {
         metadata: BTreeMap::from([("TULLE_VERSION".to_owned(), "0".into())]),
         network_policy: true,
         on_demand: false,
+        cluster_domain: "cluster.local".into(),
     }
 }
 
