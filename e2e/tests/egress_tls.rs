@@ -125,6 +125,49 @@ fn unseen(lab: &Lab, key: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_rule_that_cannot_be_right_keeps_nobody_else_from_the_host() -> anyhow::Result<()> {
+    if !scenario::has_tools(&internet::TOOLS) {
+        return Ok(());
+    }
+    let (folder, strangers) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let rival = format!("---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: rival, labels: {{{CLOSED}}}}}\n");
+    let gateway = internet::gateway_service() + &internet::gateway("out-0", 2);
+    let objects = internet::world(CLOSED, &["inet"]) + &rival + &scenario::client("rival", "web", 1) + &gateway;
+    let Some(lab) = internet::lab(LabConfig::of(&objects)) else { return Ok(()) };
+    let _servers = servers(&lab, folder.path())?;
+    internet::certificate(strangers.path(), &["stranger.example"])?;
+    let roots = |of: &Path| std::fs::read_to_string(of.join("ca.pem"));
+    let wrong = policy("rival", &roots(strangers.path())?, "");
+    lab.apply_yaml(&(policy("shop", &roots(folder.path())?, "") + &wrong))?;
+    internet::answers(&lab)?;
+
+    // Nobody shows a certificate, so this is what the host says to whoever reaches it.
+    let served = |from: &str| {
+        let said = said(&lab, from, NGINX).map_err(anyhow::Error::msg)?;
+        anyhow::ensure!(said.contains("No required SSL certificate"), "{from}: {said}");
+        anyhow::Ok(())
+    };
+    answers(&lab, "shop/web", NGINX, &["400"])?;
+    // Rules of one namespace that get nowhere: the wrong roots, and another name.
+    let named = policy("rival", &roots(folder.path())?, "      serverName: other.example\n");
+    for (objects, word) in [(wrong, "TLS with bank.example"), (named, "TLS with other.example")] {
+        lab.apply_yaml(&objects)?;
+        for _ in 0..2 {
+            for _ in 0..8 {
+                answers(&lab, "rival/web", NGINX, &["503"])?;
+            }
+            served("shop/web")?;
+        }
+        scenario::await_log(&lab, "egress/out-0", &["rival", word, "invalid peer certificate"])?;
+        let alone = ["rival", "by this rule's own settings", "left alone"];
+        scenario::await_log(&lab, "egress/out-0", &alone)?;
+    }
+    // Mended, it counts at once.
+    lab.apply_yaml(&policy("rival", &roots(folder.path())?, ""))?;
+    answers(&lab, "rival/web", NGINX, &["400"])
+}
+
 /// Hosts, and whether they are reached by the gateway, and have to prove their names.
 const HOSTS: [(&str, bool, bool); 4] =
     [("near", false, true), ("far", true, true), ("half", false, true), ("loose", false, false)];

@@ -4,6 +4,7 @@
 //! The families are tried in turn, beginning with that of the tunnel, whose network is known to carry it. Everything is
 //! bounded: addresses tried, the time for each and for all.
 
+use std::hash::Hash;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -63,6 +64,8 @@ impl Server {
 impl Gateway {
     /// Reaches what `asked` asks for as `grant` says, and counts it in `place`. `framing`: the HTTP that will be spoken; `spoken`:
     /// what else the client speaks.
+    ///
+    /// A failure that settings of the rule may explain counts for these alone: others go to the host in another way.
     pub(super) async fn reach(
         &self,
         asked: &Asked,
@@ -72,53 +75,62 @@ impl Gateway {
         prefer_v6: bool,
         place: &Place,
     ) -> Result<(Server, SocketAddr), Failed> {
-        let reached = self.try_reach(asked, grant, framing, spoken, prefer_v6).await;
-        match &reached {
-            Ok(_) => place.reached(true),
-            Err(failed) if failed.beyond => place.reached(false),
-            Err(_) => {}
-        }
-        reached
-    }
-
-    async fn try_reach(
-        &self,
-        asked: &Asked,
-        grant: &Grant,
-        framing: Option<Framing>,
-        spoken: Spoken<'_>,
-        prefer_v6: bool,
-    ) -> Result<(Server, SocketAddr), Failed> {
         let beyond = |outcome| Failed { outcome, beyond: true };
-        let hbone = &self.shared.hbone;
+        let rule = grant.rule();
+        let way = place.way(asked.identity.namespace(), settings(grant));
+        way.enter().map_err(|outcome| Outcome {
+            policy: Some(grant.policy.id.clone()),
+            rule: Some(grant.rule),
+            ..outcome
+        })?;
         // What this gateway lacks is said before anybody is asked anything.
-        let sealed = match &grant.rule().originate {
+        let sealed = match &rule.originate {
             None => None,
             Some(tls) => Some((tls, self.tls.prepare(tls, framing).await?)),
         };
+        let reached = self.dialled(asked, grant, spoken, prefer_v6).await;
+        match &reached {
+            Err(failed) if !failed.beyond => {}
+            reached if !own_choice(asked, grant) => place.reached(reached.is_ok()),
+            // Not at the end of the way yet.
+            Ok(_) if sealed.is_some() => {}
+            reached => way.reached(reached.is_ok()),
+        }
+        let (tcp, at) = reached?;
+        let Some((tls, config)) = sealed else { return Ok((Server::Plain(tcp), at)) };
+        let host = asked.name();
+        let name = tls.server_name.as_deref().unwrap_or(&host);
+        let late = |_| Outcome::new(Code::TlsFailed, format!("TLS with {name} was not finished in time"));
+        let shaken = timeout(self.shared.hbone.handshake_timeout, Originator::handshake(config, tcp, name, framing));
+        let shaken = shaken.await.map_err(late).flatten();
+        way.reached(shaken.is_ok());
+        Ok((Server::Sealed(Box::new(shaken.map_err(beyond)?)), at))
+    }
+
+    /// Resolves what `asked` asks for as `grant` says, and connects to it.
+    async fn dialled(
+        &self,
+        asked: &Asked,
+        grant: &Grant,
+        spoken: Spoken<'_>,
+        prefer_v6: bool,
+    ) -> Result<(TcpStream, SocketAddr), Failed> {
         let mut found = Vec::new();
         for to in targets(asked, grant) {
             match to {
                 To::Address(at) => found.push(at),
                 To::Name(host, port) => {
-                    let ips = resolve(&self.names, &host, prefer_v6).await.map_err(beyond)?;
+                    let ips = resolve(&self.names, &host, prefer_v6).await;
+                    let ips = ips.map_err(|outcome| Failed { outcome, beyond: true })?;
                     found.extend(ips.into_iter().map(|ip| SocketAddr::new(ip, port)));
                 }
             }
         }
-        let name = asked.name();
-        let addresses = outside(&self.shared.reader.load(), &self.shared.network, &name, found, grant)?;
-        let reached = self.connect(asked, &addresses, (grant, spoken), hbone.connect_timeout).await;
+        let addresses = outside(&self.shared.reader.load(), &self.shared.network, &asked.name(), found, grant)?;
+        let reached = self.connect(asked, &addresses, (grant, spoken), self.shared.hbone.connect_timeout).await;
         // What a rule wants proven says nothing of the host for others.
-        let counts =
-            |outcome: Outcome| Failed { beyond: !matches!(outcome.code, Code::EgressDenied | Code::Overflow), outcome };
-        let (tcp, at) = reached.map_err(counts)?;
-        let Some((tls, config)) = sealed else { return Ok((Server::Plain(tcp), at)) };
-        let name = tls.server_name.as_deref().unwrap_or(&name);
-        let late = |_| beyond(Outcome::new(Code::TlsFailed, format!("TLS with {name} was not finished in time")));
-        let shaken = timeout(hbone.handshake_timeout, Originator::handshake(config, tcp, name, framing)).await;
-        let stream = shaken.map_err(late)?.map_err(beyond)?;
-        Ok((Server::Sealed(Box::new(stream)), at))
+        reached
+            .map_err(|outcome| Failed { beyond: !matches!(outcome.code, Code::EgressDenied | Code::Overflow), outcome })
     }
 
     /// Connects to the first of `addresses` that takes it, and proves what the grant wants proven.
@@ -165,6 +177,19 @@ impl Gateway {
             None => self.pod.sockets.connect(to).await,
         }
     }
+}
+
+/// What of a rule may decide whether a host is reached.
+fn settings(grant: &Grant) -> impl Hash {
+    let rule = grant.rule();
+    (&rule.originate, &rule.proof, &rule.endpoints, grant.target)
+}
+
+/// Whether the rule says where the host is, or what it has to prove before it counts as connected: others who ask for the host
+/// may find it where this rule does not.
+fn own_choice(asked: &Asked, grant: &Grant) -> bool {
+    let rule = grant.rule();
+    !rule.endpoints.is_empty() || rule.proof.is_some() || grant.target != asked.port
 }
 
 /// Looks `host` up.

@@ -125,7 +125,7 @@ pub enum EgressPath {
 }
 
 /// TLS that is added.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Origination {
     /// Server name. `None`: the host that was asked for.
     pub server_name: Option<Arc<str>>,
@@ -136,7 +136,7 @@ pub struct Origination {
 }
 
 /// Where a host is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct EgressEndpoint {
     /// An address or a name.
     pub at: EgressPlace,
@@ -145,7 +145,7 @@ pub struct EgressEndpoint {
 }
 
 /// An address or a name.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum EgressPlace {
     /// An address.
     Address(IpAddr),
