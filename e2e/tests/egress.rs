@@ -171,3 +171,30 @@ fn an_audited_namespace_goes_on_as_before_and_says_what_it_did() -> anyhow::Resu
     anyhow::ensure!(curl(&lab, &[], "https://evil.example/").is_err());
     Ok(())
 }
+
+#[test]
+fn a_namespace_that_is_opened_again_is_as_it_was_before_the_mesh() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let Some((lab, _internet)) = lab("deny", "", folder.path())? else { return Ok(()) };
+    let ip = address::outside(1).v4.to_string();
+    let page = format!("http://{ip}/");
+    anyhow::ensure!(curl(&lab, &[], &page).is_err(), "a closed namespace");
+    let held = scenario::hold(&lab, "shop/web")?;
+    // All labels at once: out of the mesh, and open.
+    lab.apply_yaml(&internet::world("", &["inet"]))?;
+    eventually("an address outside is reached directly", scenario::PATIENCE, || {
+        let got = curl(&lab, &["--max-time", "2"], &page)?;
+        if got.contains("inet") { Ok(()) } else { Err(got) }
+    })?;
+    // Names are what their server says, also while a connection of before goes on.
+    for _ in 0..5 {
+        for more in [&["+notcp"][..], &["+tcp"]] {
+            let said = dig(&lab, &[more, &["+short", &format!("@{ip}"), "evil.example"]].concat())?;
+            anyhow::ensure!(said.trim() == ip, "{more:?}: {said}");
+        }
+        lab.exec_ok("shop/web", &["getent", "hosts", "cart.shop.svc.cluster.local"])?;
+    }
+    let end = held.finish()?;
+    anyhow::ensure!(end["ok"] == true, "what went on has ended: {end}");
+    Ok(())
+}
