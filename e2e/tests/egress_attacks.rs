@@ -190,7 +190,8 @@ fn the_fence_holds_against_the_pod_itself_with_and_without_a_proxy() -> anyhow::
     })
 }
 
-/// Puts a bridge between the pod and its node, as flannel and many others have one.
+/// Puts a bridge between the pod and its node, as flannel and many others have one. `FILTER`: whether what it passes on goes through
+/// the rules of the network layer, too (br_netfilter), as kube-proxy's documents ask for.
 const BRIDGE: &str = r"
 set -e
 via=$(ip -o route get $V4); dev=$(echo $via | sed 's/.* dev \([^ ]*\).*/\1/'); from=$(echo $via | sed 's/.* src \([^ ]*\).*/\1/')
@@ -205,17 +206,38 @@ ip route replace $V4/32 dev br9 src $from
 ip -6 route del $V6 dev $dev
 ip -6 route add $V6/128 dev br9
 for ip in $V4 $V6; do ip neigh replace $ip lladdr $its dev br9 nud permanent; done
+for layer in ip ip6; do
+  switch=/proc/sys/net/bridge/bridge-nf-call-${layer}tables
+  [ $FILTER = 0 -a ! -e $switch ] || echo $FILTER >$switch
+done
 ";
 
 #[test]
 fn a_pod_behind_a_bridge_is_fenced_too() -> anyhow::Result<()> {
+    behind_a_bridge("0")
+}
+
+#[test]
+fn a_pod_behind_a_bridge_that_asks_the_network_layer_is_fenced_too() -> anyhow::Result<()> {
+    if !Path::new("/proc/sys/net/bridge/bridge-nf-call-iptables").exists() {
+        assert!(std::env::var_os("CI").is_none(), "br_netfilter is not loaded");
+        eprintln!("SKIPPED: br_netfilter is not loaded");
+        return Ok(());
+    }
+    behind_a_bridge("1")
+}
+
+fn behind_a_bridge(filter: &str) -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     if !scenario::has_tools(&["curl", "setpriv", "python3"]) {
         return Ok(());
     }
     let Some(lab) = scenario::lab(LabConfig::of(&world("allow"))) else { return Ok(()) };
     let (v4, v6) = pair(&lab, "shop", "web")?;
-    lab.exec_ok("node-1", &["sh", "-c", &format!("V4={v4} V6={v6} PATH=$PATH:/usr/sbin:/sbin; {BRIDGE}")])?;
+    lab.exec_ok(
+        "node-1",
+        &["sh", "-c", &format!("V4={v4} V6={v6} FILTER={filter} PATH=$PATH:/usr/sbin:/sbin; {BRIDGE}")],
+    )?;
     scenario::reaches(&lab, "shop/web", "http://desk.plain/")?;
     lab.apply_yaml(&world("deny"))?;
     is_fenced(&lab)?;
