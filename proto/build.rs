@@ -44,6 +44,7 @@ const SHOWN: &[&str] = &[
     "Warmup",
     "LocalityBalancing",
     "TcpKeepalive",
+    "Pings",
     "Distribution",
     "LocalityShare",
     "RegionFailover",

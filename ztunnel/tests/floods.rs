@@ -11,6 +11,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use node::frames::{
+    CONTINUATION, END_HEADERS, END_STREAM, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, frame, get, stream,
+};
 use node::messages::{Client, allow_paths, backend, prefix, route, rule};
 use node::{Lab, Node};
 use tulle_proto::workload::AppProtocol;
@@ -24,37 +27,6 @@ const MANY: usize = 200_000;
 
 /// What all attacks together may leave behind at most, bytes: 64 MiB is what the pod may buffer, and allocators keep some.
 const MEMORY: usize = 160 << 20;
-
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-
-const HEADERS: u8 = 1;
-const RST_STREAM: u8 = 3;
-const SETTINGS: u8 = 4;
-const PING: u8 = 6;
-const CONTINUATION: u8 = 9;
-const END_STREAM: u8 = 1;
-const END_HEADERS: u8 = 4;
-
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let mut frame = u32::try_from(payload.len()).unwrap().to_be_bytes()[1..].to_vec();
-    frame.extend([kind, flags]);
-    frame.extend(stream.to_be_bytes());
-    frame.extend(payload);
-    frame
-}
-
-/// A GET for `path`, as HPACK spells it without any table of its own.
-fn get(path: &str) -> Vec<u8> {
-    let mut block = vec![0x82, 0x86, 0x04, u8::try_from(path.len()).unwrap()];
-    block.extend(path.as_bytes());
-    block.extend(b"\x41\x03web");
-    block
-}
-
-/// The `number`th stream of a client.
-fn stream(number: usize) -> u32 {
-    u32::try_from(2 * number + 1).unwrap()
-}
 
 fn connect() -> TcpStream {
     let tcp = TcpStream::connect("10.96.0.1:80").unwrap();

@@ -39,7 +39,7 @@ pub use service::{
 };
 pub use traffic::{
     Balancer, DestinationRule, Distribution, HashCookie, HashKey, JwtRule, Layout, LocalityBalancing, LocalityScope,
-    OutlierDetection, RequestAuthentication, RequestAuthenticationSpec, RetryBudget, SuccessRate, TcpKeepalive,
+    OutlierDetection, Pings, RequestAuthentication, RequestAuthenticationSpec, RetryBudget, SuccessRate, TcpKeepalive,
     TrafficSettings, Warmup,
 };
 pub use trust::TrustBundle;

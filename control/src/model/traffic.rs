@@ -59,6 +59,17 @@ pub struct TrafficSettings {
     pub locality: Option<LocalityBalancing>,
     /// connectionPool.tcp.tcpKeepalive.
     pub keepalive: Option<TcpKeepalive>,
+    /// connectionPool.http.http2KeepAlive.
+    pub pings: Option<Pings>,
+}
+
+/// connectionPool.http.http2KeepAlive.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pings {
+    /// interval.
+    pub interval_ms: u32,
+    /// timeout.
+    pub timeout_ms: u32,
 }
 
 /// connectionPool.tcp.tcpKeepalive; 0: not said.

@@ -10,7 +10,7 @@ use tulle_proto::mesh;
 use tulle_proto::mesh::hash_key::Key;
 
 use crate::model::{
-    Balancer, Condition, DestinationRule, HashKey, Layout, LocalityBalancing, LocalityScope, OutlierDetection,
+    Balancer, Condition, DestinationRule, HashKey, Layout, LocalityBalancing, LocalityScope, OutlierDetection, Pings,
     RetryBudget, Service, SuccessRate, TcpKeepalive, TrafficSettings, Warmup, World,
 };
 use crate::resource::{Kind, Resource};
@@ -153,6 +153,10 @@ fn traffic(from: &TrafficSettings) -> mesh::TrafficSettings {
         keepalive: from.keepalive.as_ref().map(|keepalive| {
             let TcpKeepalive { time_ms, interval_ms, probes } = *keepalive;
             mesh::TcpKeepalive { time_ms, interval_ms, probes }
+        }),
+        pings: from.pings.as_ref().map(|pings| {
+            let Pings { interval_ms, timeout_ms } = *pings;
+            mesh::Pings { interval_ms, timeout_ms }
         }),
     }
 }

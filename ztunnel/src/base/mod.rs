@@ -22,7 +22,7 @@ pub mod workers;
 
 use std::cell::Cell;
 use std::net::SocketAddr;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The address with an IPv4-mapped IPv6 address turned into plain IPv4, as every look-up expects it.
 pub fn canonical(addr: SocketAddr) -> SocketAddr {
@@ -41,6 +41,15 @@ pub fn unix_now_us() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |elapsed| u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX))
+}
+
+/// When the server of an HTTP/2 connection is asked whether it is there, by a PING.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Pings {
+    /// Silence before it is asked.
+    pub interval: Duration,
+    /// How long its answer may take.
+    pub timeout: Duration,
 }
 
 /// Bytes moved by a connection, seen from the client.

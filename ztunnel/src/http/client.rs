@@ -21,7 +21,7 @@ use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, timeout};
 use tulle_certs::SpiffeId;
 
-use crate::base::workers;
+use crate::base::{Pings, workers};
 use crate::http::io::OnWorker;
 use crate::http::{
     Body, BoxIo, CONNECTION_WINDOW, Framing, HEAD_BYTES, HEADER_LIST, PING, PONG, SEND_BUFFER, STREAM_WINDOW, headers,
@@ -132,7 +132,8 @@ impl Two {
 }
 
 impl Conn {
-    /// Begins to speak HTTP on `io`. The connection ends by itself, or when `stop` completes.
+    /// Begins to speak HTTP on `io`. The connection ends by itself, or when `stop` completes. `pings`: how a server of HTTP/2
+    /// is asked whether it is there, with and without requests; none: while requests are under way.
     ///
     /// # Errors
     /// `ServerReset` if the other side does not take it.
@@ -140,6 +141,7 @@ impl Conn {
         io: BoxIo,
         framing: Framing,
         peer: Option<SpiffeId>,
+        pings: Option<Pings>,
         stop: impl Future<Output = ()> + 'static,
     ) -> Result<Self, Outcome> {
         let failed = |error: hyper::Error| Outcome::new(Code::ServerReset, chain(&error));
@@ -164,8 +166,9 @@ impl Conn {
                     .initial_connection_window_size(CONNECTION_WINDOW)
                     .max_header_list_size(HEADER_LIST)
                     .max_send_buf_size(SEND_BUFFER)
-                    .keep_alive_interval(PING)
-                    .keep_alive_timeout(PONG)
+                    .keep_alive_interval(pings.map_or(PING, |pings| pings.interval))
+                    .keep_alive_timeout(pings.map_or(PONG, |pings| pings.timeout))
+                    .keep_alive_while_idle(pings.is_some())
                     .handshake(TokioIo::new(io))
                     .await
                     .map_err(failed)?;

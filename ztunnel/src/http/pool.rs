@@ -16,7 +16,7 @@ use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep_until};
 use tulle_certs::SpiffeId;
 
-use crate::base::workers;
+use crate::base::{Pings, workers};
 use crate::http::Framing;
 use crate::http::client::{Conn, One, Two};
 
@@ -49,6 +49,8 @@ pub struct Key {
     pub identities: Option<(SpiffeId, Arc<[SpiffeId]>)>,
     /// What is spoken.
     pub framing: Framing,
+    /// How its server is asked whether it is there (HTTP/2); none: as the proxy does by itself.
+    pub pings: Option<Pings>,
 }
 
 #[derive(Default)]

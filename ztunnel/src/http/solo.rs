@@ -45,7 +45,7 @@ impl Solo {
     /// # Errors
     /// If the server does not take it.
     pub async fn begin(io: BoxIo, framing: Framing, budget: &Arc<Budget>, dial: Dial) -> Result<Self, Outcome> {
-        let conn = Conn::begin(io, framing, None, pending()).await?;
+        let conn = Conn::begin(io, framing, None, None, pending()).await?;
         Ok(Self { waiting: RefCell::new(Some(conn)), ..Self::new(framing, budget, dial) })
     }
 
@@ -130,7 +130,7 @@ impl Solo {
             let used = conn.was_used();
             return Ok((conn, used));
         }
-        let conn = Conn::begin((self.dial)().await?, self.framing, None, pending()).await?;
+        let conn = Conn::begin((self.dial)().await?, self.framing, None, None, pending()).await?;
         if let Conn::Two(two) = &conn {
             *self.waiting.borrow_mut() = Some(Conn::Two(two.clone()));
         }

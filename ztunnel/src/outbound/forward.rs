@@ -361,7 +361,8 @@ impl Job<'_> {
             Plan::Hbone(plan) if plan.through => Some(plan.asks_for()),
             _ => None,
         };
-        Key { pod, endpoint: plan.endpoint(), asked, identities, framing }
+        let pings = self.settings().filter(|_| framing == Framing::Two).and_then(|settings| settings.pings);
+        Key { pod, endpoint: plan.endpoint(), asked, identities, framing, pings }
     }
 
     /// A new connection, or one that somebody else has opened meanwhile (true).
@@ -401,7 +402,7 @@ impl Job<'_> {
             tracing::debug!(%outcome, "a connection for requests is cut");
             drop((held, room));
         };
-        let mut conn = Conn::begin(io, key.framing, peer, stop).await.map_err(Failure::last)?;
+        let mut conn = Conn::begin(io, key.framing, peer, key.pings, stop).await.map_err(Failure::last)?;
         match (&mut conn, live) {
             (Conn::One(one), Some(live)) => {
                 one.waits = Some(Rc::new(move |waiting| {

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use http::HeaderName;
 
+use crate::base::Pings;
 use crate::base::sockets::Keepalive;
 use crate::state::{Locality, LocalityScope, ServiceName};
 
@@ -86,6 +87,8 @@ pub struct TrafficSettings {
     pub nearness: Option<Arc<Nearness>>,
     /// Of the connections to endpoints.
     pub keepalive: Option<Keepalive>,
+    /// Of the HTTP/2 connections to endpoints.
+    pub pings: Option<Pings>,
 }
 
 /// What the places of client and endpoint mean for a choice.

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, dead_code, unreachable_pub, reason = "each test file uses a part")]
 
+pub mod frames;
 pub mod messages;
 
 use std::io::{Read, Write};

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::model::{
-    DestinationRule, JwtRule, Meta, Object, OutlierDetection, RequestAuthentication, RequestAuthenticationSpec,
+    DestinationRule, JwtRule, Meta, Object, OutlierDetection, Pings, RequestAuthentication, RequestAuthenticationSpec,
     RetryBudget, SuccessRate, TcpKeepalive, TrafficSettings,
 };
 use crate::source::decode::balancer::{self, ignore};
@@ -23,7 +23,7 @@ const MAX_RULES: usize = 64;
 const TCP: [&str; 5] = ["maxConnections", "connectTimeout", "idleTimeout", "maxConnectionDuration", "tcpKeepalive"];
 
 /// The same for `connectionPool.http`. A client's version of HTTP is the server's, whatever `useClientProtocol` says.
-const HTTP: [&str; 8] = [
+const HTTP: [&str; 9] = [
     "http1MaxPendingRequests",
     "http2MaxRequests",
     "maxRequestsPerConnection",
@@ -32,7 +32,11 @@ const HTTP: [&str; 8] = [
     "maxConcurrentStreams",
     "h2UpgradePolicy",
     "useClientProtocol",
+    "http2KeepAlive",
 ];
+
+/// The shortest interval of `http2KeepAlive`. Each PING wakes both ends, and servers of gRPC hang up on who asks too often.
+const LEAST_PING: u32 = 100;
 
 /// The same for `outlierDetection`.
 const OUTLIER: [&str; 9] = [
@@ -118,6 +122,7 @@ fn settings(at: &Cursor<'_>, besides: &[&str], ignored: &mut Vec<String>) -> Rea
         outlier,
         locality,
         keepalive: keepalive(&tcp.get("tcpKeepalive"), ignored)?,
+        pings: pings(&http.get("http2KeepAlive"), ignored)?,
         balancer: balancer::balancer(&at.get("loadBalancer"), ignored)?,
         retry_budget: retry_budget(&at.get("retryBudget"), ignored)?,
         warmup: balancer::warmup(&at.get("loadBalancer"), ignored)?,
@@ -155,6 +160,23 @@ fn keepalive(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Option<TcpKeepa
     }
     let (time_ms, interval_ms) = (duration(&at.get("time"))?, duration(&at.get("interval"))?);
     Ok(Some(TcpKeepalive { time_ms, interval_ms, probes: count(&at.get("probes"))? }))
+}
+
+fn pings(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Option<Pings>> {
+    unknown(at, &["interval", "timeout"], ignored)?;
+    if at.is_absent() {
+        return Ok(None);
+    }
+    let (interval, timeout) = (at.get("interval"), at.get("timeout"));
+    let (interval_ms, timeout_ms) = (duration(&interval)?, duration(&timeout)?);
+    if interval_ms == 0 || timeout_ms == 0 {
+        ignore(at, "it needs both an interval and a timeout", ignored);
+        return Ok(None);
+    }
+    if interval_ms < LEAST_PING {
+        ignore(&interval, "nobody is asked more often than every 100 ms, so 100 ms are used", ignored);
+    }
+    Ok(Some(Pings { interval_ms: interval_ms.max(LEAST_PING), timeout_ms }))
 }
 
 fn retry_budget(at: &Cursor<'_>, ignored: &mut Vec<String>) -> Read<Option<RetryBudget>> {

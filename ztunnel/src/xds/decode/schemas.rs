@@ -54,7 +54,15 @@ const DISTRIBUTION: Schema = Schema { scalars: &[1], messages: &[(2, &HEADER)] }
 const LOCALITY: Schema = Schema { scalars: &[2], messages: &[(1, &DISTRIBUTION), (3, &HEADER)] };
 const SETTINGS: Schema = Schema {
     scalars: &[1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 16],
-    messages: &[(9, &OUTLIER), (11, &HASH_KEY), (13, &VALUE), (14, &VALUE), (17, &LOCALITY), (18, &VALUE)],
+    messages: &[
+        (9, &OUTLIER),
+        (11, &HASH_KEY),
+        (13, &VALUE),
+        (14, &VALUE),
+        (17, &LOCALITY),
+        (18, &VALUE),
+        (19, &VALUE),
+    ],
 };
 const PORT_SETTINGS: Schema = Schema { scalars: &[1], messages: &[(2, &SETTINGS)] };
 /// `TrafficPolicy`.

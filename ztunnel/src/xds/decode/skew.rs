@@ -224,6 +224,7 @@ fn settings() -> wire::TrafficSettings {
             failover: vec![wire::RegionFailover { from: "a".into(), to: "b".into() }],
         }),
         keepalive: Some(wire::TcpKeepalive { time_ms: 1, interval_ms: 1, probes: 1 }),
+        pings: Some(wire::Pings { interval_ms: 1, timeout_ms: 1 }),
     }
 }
 

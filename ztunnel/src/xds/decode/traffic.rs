@@ -14,6 +14,7 @@ use serde_json::Value;
 use tulle_proto::mesh as wire;
 use tulle_proto::mesh::hash_key::Key;
 
+use crate::base::Pings;
 use crate::base::sockets::Keepalive;
 use crate::state::{
     Balancer, DESTINATION_RULE, Distribution, HashKey, JwtRule, Layout, LocalityScope, Nearness, OutlierDetection,
@@ -36,6 +37,9 @@ const MOST_WEIGHT: u32 = 1 << 16;
 /// The kernel's limits of TCP keepalive (`MAX_TCP_KEEPIDLE`, `MAX_TCP_KEEPCNT`).
 const MOST_SECONDS: u32 = 32_767;
 const MOST_PROBES: u32 = 127;
+
+/// The shortest interval of PINGs: a rule must not make a node flood a server, which hangs up on who asks too often.
+const LEAST_PING: Duration = Duration::from_millis(100);
 
 /// Most points of a ring that may be asked for: 4 MB.
 const MOST_POINTS: u32 = 262_144;
@@ -111,6 +115,9 @@ fn settings(from: &wire::TrafficSettings) -> Result<TrafficSettings, String> {
             time: seconds(from.time_ms),
             interval: seconds(from.interval_ms),
             probes: limit(from.probes).map(|probes| probes.min(MOST_PROBES)),
+        }),
+        pings: from.pings.as_ref().and_then(|from| {
+            Some(Pings { interval: millis(from.interval_ms)?.max(LEAST_PING), timeout: millis(from.timeout_ms)? })
         }),
         nearness: from.locality.as_ref().map(nearness).transpose()?.map(Arc::new),
     })
