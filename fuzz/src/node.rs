@@ -22,6 +22,7 @@ use ztunnel::hbone::headers::{self, Authority, Baggage, Forwarded, TraceId};
 use ztunnel::http::frames::Frames;
 use ztunnel::http::gate::Gate;
 use ztunnel::http::headers as hygiene;
+use ztunnel::http::offer::offers;
 use ztunnel::http::{Sniffed, sniff};
 use ztunnel::policy::jwt::by_rules;
 use ztunnel::route::path::normalise;
@@ -66,6 +67,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("first-words", first_words),
     ("messages", messages),
     ("frames", frames),
+    ("offers", offered),
     ("headers", sanitised),
     ("token", token),
     ("duration", duration),
@@ -454,6 +456,15 @@ pub fn frames(data: &[u8]) {
     let mut frames = Frames::default();
     let pieces = data.chunks(7).try_for_each(|piece| frames.follow(piece, std::time::Duration::ZERO));
     assert_eq!(pieces, whole);
+}
+
+/// The first bytes of a server of HTTP/2: more of them never take back what was said.
+pub fn offered(data: &[u8]) {
+    let whole = offers(data);
+    for part in 0..data.len().min(512) {
+        let said = offers(&data[..part]);
+        assert!(said.is_none() || said == whole, "{said:?}, then {whole:?}");
+    }
 }
 
 /// Headers of a request, one on a line: what goes on has one Host and nothing that belongs to one connection.

@@ -105,6 +105,7 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
             ]
             .concat(),
         ],
+        "offers" => vec![vec![0, 0, 12, 4, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 100, 0, 8, 0, 0, 0, 1, 0, 0, 0]],
         "headers" => texts(&[
             "/a?b\nhost:cart\nconnection:close, x-a\nx-a:1\nte:trailers\nx-envoy-retry-on:5xx",
             "http://u@cart/a\nhost:other\nconnection:upgrade\nupgrade:websocket\nforwarded:for=1.2.3.4",

@@ -69,7 +69,7 @@ pub(super) async fn serve(
         let connection = connection.clone();
         Box::pin(async move { connection.exchange(request, switches).await })
     });
-    server::serve(client, clock, framing, &drained, stop, service).await
+    server::serve(client, clock, (framing, false), &drained, stop, service).await
 }
 
 impl Connection {

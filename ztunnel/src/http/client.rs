@@ -4,7 +4,7 @@
 
 use std::cell::Cell;
 use std::error::Error as _;
-use std::future::{Future, poll_fn};
+use std::future::{Future, pending, poll_fn};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, EXPECT, HeaderValue, TRANSFER_ENCODING};
-use http::{Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode};
 use hyper::body::{Body as _, Incoming};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -23,8 +23,10 @@ use tulle_certs::SpiffeId;
 
 use crate::base::{Pings, workers};
 use crate::http::io::OnWorker;
+use crate::http::offer::Offer;
 use crate::http::{
     Body, BoxIo, CONNECTION_WINDOW, Framing, HEAD_BYTES, HEADER_LIST, PING, PONG, SEND_BUFFER, STREAM_WINDOW, headers,
+    offer,
 };
 use crate::outcome::{Code, Outcome, chain};
 
@@ -46,6 +48,9 @@ pub struct Raw {
     /// Completes when it may not go on.
     pub stop: Pin<Box<dyn Future<Output = ()>>>,
 }
+
+/// Comes when both sides have changed the protocol. None: the server hung up.
+pub type Below = Pin<Box<dyn Future<Output = Option<Raw>>>>;
 
 /// A connection for one request at a time.
 pub struct One {
@@ -78,6 +83,8 @@ pub struct Two {
     pub most_streams: usize,
     /// How long it may be without a request.
     pub idle: Duration,
+    /// Whether its server takes WebSockets.
+    pub offer: Offer,
     /// Since when it was seen without one.
     pub idle_since: Rc<Cell<Option<Instant>>>,
     /// Who the other side proved to be.
@@ -98,6 +105,8 @@ pub struct Failed {
     pub unsent: bool,
     /// There was an answer, which is none.
     pub malformed: bool,
+    /// It asks for another protocol, and the server does not offer that.
+    pub unoffered: bool,
     /// What happened.
     pub outcome: Outcome,
 }
@@ -111,11 +120,6 @@ impl One {
     /// Completes when the next request may be sent; false: never again.
     pub async fn ready(&mut self) -> bool {
         self.sender.ready().await.is_ok()
-    }
-
-    /// The bytes below, after the server has answered 101.
-    pub fn into_raw(self) -> oneshot::Receiver<Raw> {
-        self.raw
     }
 }
 
@@ -160,6 +164,7 @@ impl Conn {
                 Ok(Self::One(One { sender, raw, switch, peer, uses: 0, waits: None }))
             }
             Framing::Two => {
+                let (io, offer) = offer::watched(io);
                 let (sender, connection) = http2::Builder::new(OnWorker)
                     .timer(TokioTimer::new())
                     .initial_stream_window_size(STREAM_WINDOW)
@@ -189,6 +194,7 @@ impl Conn {
                     most_uses: u32::MAX,
                     most_streams: STREAMS,
                     idle: MOST_IDLE,
+                    offer,
                     idle_since: Rc::default(),
                     peer,
                 }))
@@ -219,6 +225,14 @@ impl Conn {
             }
             Self::Two(two) => {
                 let _stream = Stream::new(&two.streams);
+                if switch {
+                    if two.offer.said().await != Some(true) {
+                        let text = "the server does not offer other protocols over HTTP/2 (RFC 8441)";
+                        let outcome = Outcome::new(Code::BadRequest, text);
+                        return Err(Failed { unsent: true, malformed: false, unoffered: true, outcome });
+                    }
+                    *request.method_mut() = Method::CONNECT;
+                }
                 two.uses.set(two.uses.get().saturating_add(1));
                 two.idle_since.set(None);
                 two.sender.try_send_request(request).await
@@ -230,8 +244,44 @@ impl Conn {
             if let (Self::Two(two), true) = (&*self, unsent) {
                 two.closing.set(true);
             }
-            Failed { unsent, malformed, outcome: Outcome::new(Code::ServerReset, chain(error.error())) }
+            Failed {
+                unsent,
+                malformed,
+                unoffered: false,
+                outcome: Outcome::new(Code::ServerReset, chain(error.error())),
+            }
         })
+    }
+
+    /// Whether the answer to a request grants another protocol, for which the request has asked (`switch`).
+    pub fn grants(&self, switch: bool, answer: StatusCode) -> bool {
+        match self {
+            Self::One(_) => answer == StatusCode::SWITCHING_PROTOCOLS,
+            Self::Two(_) => switch && answer == StatusCode::OK,
+        }
+    }
+
+    /// The bytes below, after the server has granted it by this answer.
+    pub fn below(self, answer: &mut Response<Incoming>) -> Below {
+        match self {
+            Self::One(one) => {
+                let raw = one.raw;
+                Box::pin(async move { raw.await.ok() })
+            }
+            Self::Two(two) => {
+                // The connection stays as long as one of its senders.
+                let (used, upgrade) = ((Stream::new(&two.streams), two), hyper::upgrade::on(answer));
+                Box::pin(async move {
+                    let io = Box::new(TokioIo::new(upgrade.await.ok()?));
+                    // The connection's own end ends its streams.
+                    let stop = Box::pin(async move {
+                        pending::<()>().await;
+                        drop(used);
+                    });
+                    Some(Raw { io, read: Bytes::new(), stop })
+                })
+            }
+        }
     }
 
     /// Whether a request was sent on it before.

@@ -10,6 +10,7 @@ use http::header::{
 };
 use http::uri::{Authority, PathAndQuery};
 use http::{Method, Request, Uri, Version};
+use hyper::ext::Protocol;
 
 use crate::route::RequestFacts;
 
@@ -45,11 +46,31 @@ pub fn upgrade(headers: &HeaderMap, version: Version) -> Option<HeaderValue> {
         return None;
     }
     let protocol = headers.get(UPGRADE)?;
-    let hidden = protocol.to_str().ok()?.split(',').any(|one| {
+    (!hides(protocol.to_str().ok()?)).then(|| protocol.clone())
+}
+
+/// Whether one of these protocols would hide requests.
+fn hides(protocols: &str) -> bool {
+    protocols.split(',').any(|one| {
         let name = one.split('/').next().unwrap_or_default().trim();
         ["h2c", "h2", "h3", "http", "tls"].iter().any(|known| name.eq_ignore_ascii_case(known))
-    });
-    (!hidden).then(|| protocol.clone())
+    })
+}
+
+/// The same wish over HTTP/2 (extended CONNECT, RFC 8441): turned into the GET that it would be over HTTP/1.1, which is what
+/// routes and policies are asked about, as with Envoy. False: it is none, and stays what it is.
+pub fn extended<B>(request: &mut Request<B>) -> bool {
+    let wish = request.extensions().get::<Protocol>().is_some_and(|protocol| !hides(protocol.as_str()));
+    let wish = wish && request.version() == Version::HTTP_2 && request.method() == Method::CONNECT;
+    if wish {
+        *request.method_mut() = Method::GET;
+    }
+    wish
+}
+
+/// Whether a request is such a wish that was turned.
+pub fn is_extended<B>(request: &Request<B>) -> bool {
+    request.extensions().get::<Protocol>().is_some() && request.method() != Method::CONNECT
 }
 
 /// Whether `Connection` names `option`.

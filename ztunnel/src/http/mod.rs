@@ -13,6 +13,7 @@ pub mod gate;
 pub mod headers;
 mod io;
 pub mod limit;
+pub mod offer;
 pub mod pool;
 mod recorded;
 mod replay;

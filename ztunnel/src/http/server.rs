@@ -4,6 +4,7 @@
 //! A request that is under way when the proxy drains is finished, and the client is told to open another connection for the
 //! next one (`Connection: close`, GOAWAY).
 
+use std::any::Any;
 use std::cell::RefCell;
 use std::convert::Infallible;
 use std::future::{Future, poll_fn};
@@ -12,17 +13,19 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{Request, Response, Version, header};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
+use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
-use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::base::drain::Drained;
-use crate::http::io::{HeadClock, OnWorker};
+use crate::base::workers;
+use crate::http::client::Conn;
+use crate::http::io::{Duplex, HeadClock, OnWorker};
 use crate::http::{
     Body, CONNECTION_WINDOW, Downstream, Framing, HEAD_BYTES, HEAD_TIME, HEADER_LIST, LOCAL_RESETS, PENDING_RESETS,
     PING, PONG, SEND_BUFFER, STREAM_WINDOW, STREAMS, client, headers,
@@ -41,20 +44,33 @@ pub type Service = Rc<dyn Fn(Request<Incoming>, Switches) -> Answer>;
 
 /// The server's side of a connection that is to become another protocol's.
 pub struct Switch {
-    /// Comes when the answer 101 has come.
-    pub server: oneshot::Receiver<client::Raw>,
+    /// Comes when the server has granted it.
+    pub server: client::Below,
     /// Kept until the end.
-    pub held: Box<dyn std::any::Any>,
+    pub held: Box<dyn Any>,
 }
 
 /// Where the answer to a request to change the protocol leaves the server's side.
 pub type Switches = Rc<RefCell<Option<Switch>>>;
 
-/// Serves the requests of `connection` by `service` until it ends, `stop` says so, or the drain is over.
+/// An answer that grants another protocol, as the client gets it. What comes behind it is left in `switches`, and `held`
+/// until its end.
+pub fn switch_to(conn: Conn, mut answer: Response<Incoming>, held: impl Any, switches: &Switches) -> Response<Body> {
+    let server = conn.below(&mut answer);
+    switches.replace(Some(Switch { server, held: Box::new(held) }));
+    let (mut parts, _) = answer.into_parts();
+    let protocol = parts.headers.get(header::UPGRADE).cloned();
+    headers::strip_hop(&mut parts.headers, protocol.as_ref());
+    parts.version = Version::HTTP_11;
+    Response::from_parts(parts, Body::empty())
+}
+
+/// Serves the requests of `connection` by `service` until it ends, `stop` says so, or the drain is over. `offers`: clients of
+/// HTTP/2 may ask for another protocol.
 pub async fn serve(
     connection: Downstream,
     clock: Rc<HeadClock>,
-    framing: Framing,
+    (framing, offers): (Framing, bool),
     drained: &Drained,
     stop: impl Future<Output = Outcome>,
     service: Service,
@@ -62,7 +78,7 @@ pub async fn serve(
     let (connection, mut stop) = (connection.guarded(framing), pin!(stop));
     match framing {
         Framing::One => one(connection, clock, drained, stop.as_mut(), service).await,
-        Framing::Two => two(connection, &clock, drained, stop.as_mut(), service).await,
+        Framing::Two => two(connection, &clock, offers, drained, stop.as_mut(), service).await,
     }
 }
 
@@ -140,14 +156,14 @@ async fn one(
 
 /// Bytes both ways after a change of protocol.
 async fn switched(client: Downstream, said: Bytes, switch: Switch) -> Outcome {
-    let Ok(server) = switch.server.await else {
+    let Some(server) = switch.server.await else {
         return Outcome::new(Code::ServerReset, "the server hung up while it changed the protocol");
     };
     bytes(client, said, server).await
 }
 
 /// Bytes both ways: what was `said` by the client and read already comes first.
-pub async fn bytes(mut client: Downstream, said: Bytes, server: client::Raw) -> Outcome {
+pub async fn bytes(mut client: impl Duplex, said: Bytes, server: client::Raw) -> Outcome {
     let client::Raw { mut io, read, mut stop } = server;
     let begun = async {
         io.write_all(&said).await?;
@@ -169,16 +185,29 @@ pub async fn bytes(mut client: Downstream, said: Bytes, server: client::Raw) -> 
 async fn two(
     connection: Downstream,
     clock: &HeadClock,
+    offers: bool,
     drained: &Drained,
     mut stop: Pin<&mut impl Future<Output = Outcome>>,
     service: Service,
 ) -> Outcome {
-    let service = service_fn(move |request| {
-        let answer = service(request, Switches::default());
-        async move { Ok::<_, Infallible>(answer.await) }
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        let switches = Switches::default();
+        let below = headers::extended(&mut request).then(|| hyper::upgrade::on(&mut request));
+        let answer = service(request, switches.clone());
+        async move {
+            let response = answer.await;
+            if let (Some(below), Some(switch)) = (below, switches.take()) {
+                workers::spawn(joined(below, switch));
+            }
+            Ok::<_, Infallible>(response)
+        }
     });
+    let mut builder = http2::Builder::new(OnWorker);
+    if offers {
+        builder.enable_connect_protocol();
+    }
     let mut connection = pin!(
-        http2::Builder::new(OnWorker)
+        builder
             .timer(TokioTimer::new())
             .max_concurrent_streams(STREAMS)
             .initial_stream_window_size(STREAM_WINDOW)
@@ -204,6 +233,16 @@ async fn two(
             ended = &mut connection => return failed(clock, ended).map_or_else(|outcome| outcome, |()| Outcome::ok()),
         }
     }
+}
+
+/// The same for a stream of HTTP/2. It ends with its client's connection, or with its server's.
+async fn joined(client: OnUpgrade, switch: Switch) {
+    let Switch { server, held } = switch;
+    if let (Ok(client), Some(server)) = (client.await, server.await) {
+        let outcome = bytes(TokioIo::new(client), Bytes::new(), server).await;
+        tracing::debug!(%outcome, "a stream of another protocol ended");
+    }
+    drop(held);
 }
 
 /// Closes a connection. Closing with bytes unread would reset it and take the last answer back, so they are read for a

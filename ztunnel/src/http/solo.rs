@@ -10,14 +10,14 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use http::{Request, Response, StatusCode, Version, header};
+use http::{Request, Response, Version};
 use hyper::body::Incoming;
 
 use crate::base::budget::Budget;
 use crate::http::client::{Conn, Failed};
 use crate::http::reply::{self, Reply};
 use crate::http::retry::is_idempotent;
-use crate::http::server::{Switch, Switches};
+use crate::http::server::{Switches, switch_to};
 use crate::http::{Body, BoxIo, End, Framing, Original, grpc_status, headers};
 use crate::outcome::{Code, Outcome};
 use crate::telemetry::HttpRecord;
@@ -66,7 +66,7 @@ impl Solo {
         }
         let original = Original::new(body, &self.budget);
         let mut fresh = false;
-        let (response, conn) = loop {
+        let (mut response, conn) = loop {
             let (mut conn, reused) = self.connected(fresh).await.map_err(|outcome| (reply::CONNECT_FAILED, outcome))?;
             if !reused {
                 original.last();
@@ -75,7 +75,8 @@ impl Solo {
             let body = Body::from(original.attempt()).then(move |ended| count.set(ended.bytes));
             match conn.send(Request::from_parts(parts.clone(), body), switch).await {
                 Ok(response) => break (response, conn),
-                Err(Failed { unsent, malformed, outcome }) => {
+                Err(Failed { unoffered: true, outcome, .. }) => return Err((reply::NO_CONNECT, outcome)),
+                Err(Failed { unsent, malformed, outcome, .. }) => {
                     if let Some(code) = original.failed() {
                         let outcome = Outcome::new(code, "the body of the request broke off");
                         return Err((reply::BAD_REQUEST, outcome));
@@ -89,21 +90,16 @@ impl Solo {
                 }
             }
         };
-        let (mut parts, incoming) = response.into_parts();
-        headers::check_answer(&mut parts.headers).map_err(|error| {
+        headers::check_answer(response.headers_mut()).map_err(|error| {
             let text = format!("the server's answer: {}", error.0);
             (reply::PROTOCOL, Outcome::new(Code::ServerReset, text))
         })?;
-        let switched = parts.status == StatusCode::SWITCHING_PROTOCOLS;
-        let protocol = parts.headers.get(header::UPGRADE).cloned().filter(|_| switched);
-        headers::strip_hop(&mut parts.headers, protocol.as_ref());
-        parts.version = Version::HTTP_11;
-        if switched {
-            if let Conn::One(one) = conn {
-                *switches.borrow_mut() = Some(Switch { server: one.into_raw(), held: Box::new(self.clone()) });
-            }
-            return Ok(Response::from_parts(parts, Body::empty()));
+        if conn.grants(switch, response.status()) {
+            return Ok(switch_to(conn, response, self.clone(), &switches));
         }
+        let (mut parts, incoming) = response.into_parts();
+        headers::strip_hop(&mut parts.headers, None);
+        parts.version = Version::HTTP_11;
         record.grpc_status = grpc_status(&parts.headers);
         let this = self.clone();
         let body = Body::from(incoming).then(move |ended| {
@@ -112,6 +108,15 @@ impl Solo {
             }
         });
         Ok(Response::from_parts(parts, body))
+    }
+
+    /// Whether the server takes WebSockets over HTTP/2.
+    pub async fn offers(&self) -> bool {
+        let offer = match &*self.waiting.borrow() {
+            Some(Conn::Two(two)) => two.offer.clone(),
+            _ => return false,
+        };
+        offer.said().await == Some(true)
     }
 
     /// The connection to the server, or a new one; true: it was used before.

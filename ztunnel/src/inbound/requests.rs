@@ -120,12 +120,18 @@ pub(super) async fn serve(
         Ok(application) => Rc::new(application),
         Err(outcome) => return outcome,
     };
+    // Clients are offered what the application offers.
+    let offers = tokio::select! {
+        biased;
+        outcome = &mut stop => return outcome,
+        offers = application.offers() => offers,
+    };
     let client = Downstream::new(Bytes::new(), io, counts.clone(), clock.clone());
     let service: server::Service = Rc::new(move |request, switches| {
         let (connection, application) = (connection.clone(), application.clone());
         Box::pin(async move { connection.exchange(request, &application, switches).await })
     });
-    server::serve(client, clock, framing, &pod.drained, stop, service).await
+    server::serve(client, clock, (framing, offers), &pod.drained, stop, service).await
 }
 
 /// What the client speaks, and its first bytes. `None`: not HTTP, and let in as bytes.
@@ -208,10 +214,11 @@ impl Connection {
         record.grpc = headers::is_grpc(request.headers());
         let grpc = record.grpc;
         let switch = headers::upgrade(request.headers(), request.version());
+        let wish = switch.is_some() || headers::is_extended(&request);
         let response = match self.admit(&mut request, switch.as_ref(), &mut record) {
             Err(refused) => Err(refused),
             Ok(()) => application
-                .pass(request, switch.is_some(), switches, &mut record)
+                .pass(request, wish, switches, &mut record)
                 .await
                 .map_err(|(reply, outcome)| Refused::new(reply, outcome)),
         };

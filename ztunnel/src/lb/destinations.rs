@@ -27,6 +27,10 @@ const MOST: usize = 16_384;
 /// Pods of a destination, and policies about it, of which something is remembered. A node has some hundred pods.
 const MOST_EACH: usize = 1024;
 
+/// How long a server is remembered that does not take WebSockets: longer than connections to it are used (10 min), so each
+/// that is still there has said it again.
+const REMEMBERED: Duration = Duration::from_secs(1_200);
+
 /// Namespace and host name of a Service, and its port.
 type Key = (Arc<str>, Arc<str>, u16);
 
@@ -81,6 +85,14 @@ pub struct Destination {
     outliers: Mutex<HashMap<Arc<str>, Outliers>>,
     /// By the uid of the pod.
     live: Mutex<HashMap<Arc<str>, Arc<Live>>>,
+    websockets: Mutex<Websockets>,
+}
+
+/// When servers of HTTP/2 said last that they take WebSockets, and that they do not.
+#[derive(Debug, Default)]
+struct Websockets {
+    take: Option<Instant>,
+    refuse: Option<Instant>,
 }
 
 impl Destination {
@@ -95,12 +107,27 @@ impl Destination {
             arrivals: Mutex::default(),
             outliers: Mutex::default(),
             live: Mutex::default(),
+            websockets: Mutex::default(),
         }
     }
 
     /// The next turn.
     pub fn turn(&self) -> u64 {
         self.turns.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// A server that requests were sent to takes WebSockets over HTTP/2, or does not.
+    pub fn websockets(&self, take: bool, now: Instant) {
+        let mut said = lock(&self.websockets);
+        let last = if take { &mut said.take } else { &mut said.refuse };
+        *last = Some(now);
+    }
+
+    /// Whether servers take them, as far as is known: all that were spoken to in the last time.
+    pub fn takes_websockets(&self, now: Instant) -> bool {
+        let said = lock(&self.websockets);
+        let lately = |last: Option<Instant>| last.is_some_and(|at| now.saturating_duration_since(at) < REMEMBERED);
+        said.take.is_some() && !lately(said.refuse)
     }
 
     /// One more request or connection at an endpoint.
@@ -293,7 +320,7 @@ mod tests {
     use std::task::{Context, Waker};
     use std::time::{Duration, Instant};
 
-    use super::{Destinations, Kind, MOST_EACH};
+    use super::{Destinations, Kind, MOST_EACH, REMEMBERED};
     use crate::state::Service;
     use crate::state::fixtures::{service, snapshot};
 
@@ -301,6 +328,18 @@ mod tests {
         let spec = service("shop", "cart", "10.96.0.1");
         let snapshot = snapshot([crate::state::Change::Service(Arc::new(spec))]);
         snapshot.service("shop", "cart.shop.svc.cluster.local").unwrap().clone()
+    }
+
+    #[test]
+    fn websockets_are_offered_when_some_server_takes_them_and_none_refuses() {
+        let (known, now) = (Destinations::default().of(&cart(), 80), Instant::now());
+        assert!(!known.takes_websockets(now), "nobody was asked");
+        known.websockets(true, now);
+        assert!(known.takes_websockets(now));
+        known.websockets(false, now);
+        known.websockets(true, now);
+        assert!(!known.takes_websockets(now), "one does not");
+        assert!(known.takes_websockets(now + REMEMBERED), "none has said so for long");
     }
 
     #[test]

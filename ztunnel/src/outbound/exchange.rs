@@ -112,7 +112,7 @@ impl Client {
         record: &mut HttpRecord,
         granted: &mut Option<Granted>,
     ) -> Answered {
-        let (path, upgrade) = prepare(&mut request, self.destination)?;
+        let (path, switch) = prepare(&mut request, self.destination)?;
         let gone = |text| Refused::new(reply::NO_ENDPOINT, Code::UnknownWorkload, text);
         let source = self.pod.workload(snapshot).ok_or_else(|| gone("control no longer describes the pod"))?;
         let port = self.destination.port();
@@ -126,7 +126,7 @@ impl Client {
         let Some(candidates) = routes else {
             let own = ServiceName { namespace: service.namespace.clone(), hostname: service.hostname.clone() };
             let to = self.target(snapshot, source, &own, port).await?;
-            return self.forward(to, request, path, None, upgrade.is_some(), switches, record).await;
+            return self.forward(to, request, path, None, switch, switches, record).await;
         };
         let facts = headers::facts(&request, &path, port);
         let Some(found) = route::find(candidates, &facts) else { return Err(respond(&NO_ROUTE)) };
@@ -169,7 +169,7 @@ impl Client {
                 let to = self.target(snapshot, source, &backend.service, backend.port).await?;
                 record.backend = Some(format!("{}:{}", to.service.hostname, backend.port).into());
                 let forward = Some(forward);
-                self.forward(to, request, path, forward, upgrade.is_some(), switches, record).await
+                self.forward(to, request, path, forward, switch, switches, record).await
             }
         }
     }
@@ -276,15 +276,12 @@ pub(super) fn address_of(service: &Service, dialled: IpAddr) -> IpAddr {
     if own { dialled } else { vips.min_by_key(|ip| ip.is_ipv4() != dialled.is_ipv4()).unwrap_or(dialled) }
 }
 
-/// Checks a request and takes out of it what goes no further. Its path, normalised, and the protocol that it asks to go on
-/// with.
+/// Checks a request and takes out of it what goes no further. Its path, normalised, and whether it asks to go on with another
+/// protocol.
 ///
 /// # Errors
 /// The answer to what is no request for a Service.
-pub(super) fn prepare<B>(
-    request: &mut Request<B>,
-    destination: SocketAddr,
-) -> Result<(String, Option<HeaderValue>), Refused> {
+pub(super) fn prepare<B>(request: &mut Request<B>, destination: SocketAddr) -> Result<(String, bool), Refused> {
     if request.method() == Method::CONNECT {
         return Err(Refused::new(reply::NO_CONNECT, Code::BadRequest, "CONNECT to a Service with routes"));
     }
@@ -294,7 +291,7 @@ pub(super) fn prepare<B>(
     headers::strip_hop(request.headers_mut(), upgrade.as_ref());
     headers::strip_forged(request.headers_mut());
     let path = path::normalise(request.uri().path()).map_err(|error| malformed(error.to_string()))?.into_owned();
-    Ok((path, upgrade))
+    Ok((path, upgrade.is_some() || headers::is_extended(request)))
 }
 
 /// Sabotage of test builds, by `TULLE_BREAK`: with `weights` it is always the first turn, with `mirror` nobody gets a copy, with

@@ -24,7 +24,7 @@ use crate::http::headers::{self, check_answer, strip_hop};
 use crate::http::pool::{IDLE, Key};
 use crate::http::reply::{self, Reply};
 use crate::http::retry::{Tried, is_idempotent, may_repeat, pause};
-use crate::http::server::{Switch, Switches};
+use crate::http::server::{Switches, switch_to};
 use crate::http::{Body, End, Framing, Original};
 use crate::lb::outlier::Seen;
 use crate::lb::{Chance, Held, Kind, Live};
@@ -159,7 +159,7 @@ impl Job<'_> {
             sleep(pause(least, retries, rand::rng().random())).await;
         };
         drop(held);
-        let mut response = self.pass_on(got, switches, record).map(|body| body.hold(active));
+        let mut response = self.pass_on(got, active, switches, record);
         if let Some(cookie) = cookie {
             response.headers_mut().append(http::header::SET_COOKIE, cookie);
         }
@@ -244,7 +244,10 @@ impl Job<'_> {
                 }
                 Ok(Got { response, conn, key, passage, deadline })
             }
-            Err(Failed { unsent, malformed, outcome }) => {
+            Err(Failed { unoffered: true, outcome, .. }) => {
+                Err(Missed::final_(Refused { reply: reply::NO_CONNECT, outcome: Box::new(outcome) }))
+            }
+            Err(Failed { unsent, malformed, outcome, .. }) => {
                 // A connection that waited may have ended by itself, and a body may break off at the client: neither says
                 // anything of the endpoint.
                 if (!reused || malformed) && self.original.failed().is_none() {
@@ -294,7 +297,8 @@ impl Job<'_> {
             let key = self.key(&plan);
             // One that many share says of itself when it is closing; one that waits may be as dead as the one before.
             let as_dead = fresh && key.framing == Framing::One;
-            let may_reuse = !self.switch && !as_dead;
+            // Another protocol takes a connection for itself, or a stream of one that is shared.
+            let may_reuse = (!self.switch || key.framing == Framing::Two) && !as_dead;
             let (held, pending) = match self.room(&key, may_reuse).await.map_err(Missed::final_)? {
                 Room::Waited(conn) => {
                     under_way.replace(passage);
@@ -418,6 +422,7 @@ impl Job<'_> {
                 two.most_streams = streams.map_or(two.most_streams, |most| two.most_streams.min(most as usize));
                 two.idle = settings.and_then(|settings| settings.http_idle_timeout).unwrap_or(two.idle);
                 connections.share(key, two.clone());
+                client.learn(two.offer.clone());
                 if let Some(live) = live {
                     live.freed.notify_waiters();
                 }
@@ -432,19 +437,14 @@ impl Job<'_> {
     }
 
     /// The answer as the client gets it. Its connection waits for the next request once it was read.
-    fn pass_on(&self, got: Got, switches: Switches, record: &mut HttpRecord) -> Response<Body> {
+    fn pass_on(&self, got: Got, active: Option<Held>, switches: Switches, record: &mut HttpRecord) -> Response<Body> {
         let Got { response, conn, key, passage, deadline } = got;
-        let (mut parts, incoming) = response.into_parts();
-        let switched = parts.status == http::StatusCode::SWITCHING_PROTOCOLS;
-        let protocol = parts.headers.get(http::header::UPGRADE).cloned().filter(|_| switched);
-        strip_hop(&mut parts.headers, protocol.as_ref());
-        parts.version = http::Version::HTTP_11;
-        if switched {
-            if let Conn::One(one) = conn {
-                *switches.borrow_mut() = Some(Switch { server: one.into_raw(), held: Box::new(passage) });
-            }
-            return Response::from_parts(parts, Body::empty());
+        if conn.grants(self.switch, response.status()) {
+            return switch_to(conn, response, (passage, active), &switches);
         }
+        let (mut parts, incoming) = response.into_parts();
+        strip_hop(&mut parts.headers, None);
+        parts.version = http::Version::HTTP_11;
         record.grpc_status = crate::http::grpc_status(&parts.headers);
         let stream = conn.stream();
         let connections = Rc::downgrade(&self.client.means.connections);
@@ -468,7 +468,7 @@ impl Job<'_> {
                 live.freed.notify_waiters();
             }
         });
-        Response::from_parts(parts, body)
+        Response::from_parts(parts, body.hold(active))
     }
 }
 

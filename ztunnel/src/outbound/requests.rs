@@ -14,9 +14,11 @@ use bytes::Bytes;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::base::Counts;
+use crate::base::{Counts, workers};
 use crate::flow::{LocalPod, Shared};
+use crate::http::offer::Offer;
 use crate::http::{Downstream, ENOUGH, Framing, HEAD_TIME, HeadClock, Sniffed, server, sniff};
+use crate::lb::Destination;
 use crate::outbound::attempts::Attempts;
 use crate::outbound::{Means, ended, waypoint};
 use crate::outcome::{Code, Outcome};
@@ -42,6 +44,8 @@ pub(super) struct Client {
     /// Where it wanted to go.
     pub(super) destination: SocketAddr,
     pub(super) framing: Framing,
+    /// What the node knows of it, where it is a Service's port.
+    pub(super) known: Option<Arc<Destination>>,
     /// Copies for mirrors that are under way.
     pub(super) copies: Cell<usize>,
 }
@@ -49,6 +53,16 @@ pub(super) struct Client {
 impl Client {
     pub(super) fn attempts(&self) -> Attempts<'_> {
         Attempts { shared: &self.shared, pool: &self.means.pool, failing: &self.means.failing, pod: &self.pod }
+    }
+
+    /// Keeps what a server of HTTP/2 offers, for clients that come later: they are told at once or not at all.
+    pub(super) fn learn(&self, offer: Offer) {
+        let Some(known) = self.known.clone() else { return };
+        workers::spawn(async move {
+            if let Some(offers) = offer.said().await {
+                known.websockets(offers, std::time::Instant::now());
+            }
+        });
     }
 }
 
@@ -102,6 +116,14 @@ fn pause(waited: Duration) -> Duration {
     LOOK.max(waited / 4)
 }
 
+/// What the node knows of a Service's port.
+fn known(shared: &Shared, pod: &LocalPod, destination: SocketAddr) -> Option<Arc<Destination>> {
+    let snapshot = shared.reader.load();
+    let source = pod.workload(&snapshot)?;
+    let service = snapshot.service_at(&shared.network, destination, &source.namespace)?;
+    Some(shared.destinations.of(service, destination.port()))
+}
+
 /// Serves the requests of a connection to its end. `ends`: the client's address, and where it wanted to go.
 pub(super) async fn serve(
     shared: &Arc<Shared>,
@@ -114,6 +136,8 @@ pub(super) async fn serve(
 ) -> Outcome {
     let clock = Rc::<HeadClock>::default();
     let connection = Downstream::new(Bytes::new(), Box::new(tcp), counts.clone(), clock.clone());
+    let known = known(shared, pod, ends.1);
+    let offers = known.as_ref().is_some_and(|known| known.takes_websockets(std::time::Instant::now()));
     let client = Rc::new(Client {
         shared: shared.clone(),
         means: means.clone(),
@@ -121,13 +145,14 @@ pub(super) async fn serve(
         addr: ends.0,
         destination: ends.1,
         framing,
+        known,
         copies: Cell::new(0),
     });
     let service: server::Service = Rc::new(move |request, switches| {
         let client = client.clone();
         Box::pin(async move { client.exchange(request, switches).await })
     });
-    server::serve(connection, clock, framing, &pod.drained, ended(pod), service).await
+    server::serve(connection, clock, (framing, offers), &pod.drained, ended(pod), service).await
 }
 
 #[cfg(test)]
