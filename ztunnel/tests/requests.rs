@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use http::HeaderName;
 use node::messages::{Client, Message, allow_paths, backend, name, prefix, read, route, rule};
-use node::{Lab, Node};
+use node::{Lab, Node, Setup};
 use prost::Message as _;
 use tulle_proto::workload::address::Type;
 use tulle_proto::workload::gateway_address::Destination;
@@ -56,10 +56,14 @@ fn serve(name: &'static str) -> impl FnOnce() + Send + 'static {
 
 /// A node with the client a and the servers b (Services web and v1) and c (v2).
 fn world(tag: &str, protocol: AppProtocol) -> (Lab, Node) {
+    world_of(tag, protocol, Setup::default())
+}
+
+fn world_of(tag: &str, protocol: AppProtocol, setup: Setup) -> (Lab, Node) {
     let lab = Lab::new(tag);
     drop(lab.within("b", serve("b")));
     drop(lab.within("c", serve("c")));
-    let mut node = Node::start(&lab, lab.pods_file(&["a", "b", "c"]));
+    let mut node = Node::start_with(lab.dir.path(), lab.pods_file(&["a", "b", "c"]), setup);
     node.describe_services(
         &[("a", &[]), ("b", &["web", "v1"]), ("c", &["v2"])],
         &[("web", "10.96.0.1", protocol), ("v1", "10.96.0.2", protocol), ("v2", "10.96.0.3", protocol)],
@@ -96,6 +100,25 @@ fn a_live_connection_follows_weights_pins_and_edits() {
     let (before, pinned, after) = client.join().unwrap();
     let counts = |b, c| BTreeMap::from([("b".to_owned(), b), ("c".to_owned(), c)]);
     assert_eq!((before, pinned.as_str(), after), (counts(90, 10), "c", counts(50, 50)));
+}
+
+/// One sequence for all workers, whichever of them a connection is on.
+#[test]
+fn one_percent_is_ten_of_a_thousand_on_four_workers() {
+    let (lab, mut node) = world_of("i", AppProtocol::Http11, Setup { workers: Some(4), ..Setup::default() });
+    node.apply(vec![route("1", vec![rule(vec![prefix("/")], vec![backend("v1", 99), backend("v2", 1)])])]);
+    for _ in 0..3 {
+        // A hundred connections, so that each worker has some.
+        let clients = (0..4).map(|_| {
+            lab.within("a", || (0..25).flat_map(|_| Client::connect().counts(10)).collect::<Vec<(String, usize)>>())
+        });
+        let clients: Vec<_> = clients.collect();
+        let counts: Vec<_> = clients.into_iter().flat_map(|client| client.join().unwrap()).collect();
+        let of = |name: &str| counts.iter().filter(|(own, _)| own == name).map(|(_, count)| count).sum::<usize>();
+        let (stable, canary) = (of("b"), of("c"));
+        assert_eq!(stable + canary, 1_000);
+        assert!((9..=11).contains(&canary), "{canary} of a thousand");
+    }
 }
 
 #[test]

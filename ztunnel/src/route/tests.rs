@@ -93,6 +93,26 @@ proptest! {
             prop_assert!(*weight > 0 || *count == 0);
         }
     }
+
+    #[test]
+    fn a_random_split_passes_the_chi_square_test(
+        weights in prop::collection::vec(1u32..100, 2..9),
+        start in 0u64..1 << 48,
+    ) {
+        const REQUESTS: u64 = 20_000;
+        let all: u64 = weights.iter().map(|weight| u64::from(*weight)).sum();
+        let mut counts = vec![0u64; weights.len()];
+        for turn in start..start + REQUESTS {
+            counts[pick(&weights, turn).unwrap()] += 1;
+        }
+        let apart = weights.iter().zip(&counts).map(|(weight, count)| {
+            let exact = (REQUESTS * u64::from(*weight)) as f64 / all as f64;
+            (*count as f64 - exact).powi(2) / exact
+        });
+        // 5 % of one degree of freedom: of more of them, the limit is higher.
+        let apart: f64 = apart.sum();
+        prop_assert!(apart < 3.84, "{weights:?}: {counts:?}, chi-square {apart}");
+    }
 }
 
 #[test]

@@ -188,6 +188,8 @@ pub struct Setup {
     pub names: Option<Names>,
     /// Pods of other trust domains than cluster.local, and theirs.
     pub foreign: Vec<(&'static str, &'static str)>,
+    /// Workers; two.
+    pub workers: Option<usize>,
 }
 
 impl Node {
@@ -197,7 +199,7 @@ impl Node {
 
     /// The same with other settings; the CA lies in `dir`.
     pub fn start_with(dir: &Path, path: PathBuf, setup: Setup) -> Self {
-        let Setup { hbone, relay, names, foreign } = setup;
+        let Setup { hbone, relay, names, foreign, workers } = setup;
         let _ = (*ztunnel::tls::provider()).clone().install_default();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let (writer, reader) = store();
@@ -231,7 +233,7 @@ impl Node {
         // Nobody answers names outside: what leaves the cluster by name has tests of its own.
         let outside = OwnResolver::new(own_sockets(), Vec::new());
         let own = outbound::Outside { names: outside.clone(), proofs: Arc::new(Proofs::new(RootCa::System)) };
-        let workers = Workers::start(2, move |_| Worker::new(&context, own.clone())).unwrap();
+        let workers = Workers::start(workers.unwrap_or(2), move |_| Worker::new(&context, own.clone())).unwrap();
         let watched = shared.reader.clone();
         workers.run_all(move |worker| {
             worker.entered.watch(watched.clone());
