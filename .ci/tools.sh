@@ -22,7 +22,10 @@ if [ "${1:-}" = all ]; then
     need util-linux setpriv
     need nginx-light nginx
     need nghttp2-client h2load
+    need wrk wrk
     [ -d /usr/lib/python3/dist-packages/websockets ] || missing="$missing python3-websockets"
+    [ -d /usr/lib/python3/dist-packages/h2 ] || missing="$missing python3-h2"
+    [ -d /usr/lib/python3/dist-packages/wsproto ] || missing="$missing python3-wsproto"
     [ -d /usr/lib/python3/dist-packages/grpc ] || missing="$missing python3-grpcio"
     need redis-server redis-server
     need redis-tools redis-cli redis-benchmark

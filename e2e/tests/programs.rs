@@ -98,7 +98,7 @@ fn nginx_and_curl() -> anyhow::Result<()> {
 /// The same through routes: each request is read, and what a client gets is the same.
 #[test]
 fn nginx_and_curl_through_routes() -> anyhow::Result<()> {
-    let Some(world) = world("web", 8080, &["nginx", "curl", "h2load"], NGINX)? else { return Ok(()) };
+    let Some(world) = world("web", 8080, &["nginx", "curl", "h2load", "wrk"], NGINX)? else { return Ok(()) };
     world.lab.apply_yaml(
         "apiVersion: v1
 kind: Service
@@ -154,19 +154,62 @@ spec:
         let all = format!("{total} done, {total} succeeded, 0 failed, 0 errored, 0 timeout");
         assert!(said.contains(&all), "{load}: {said}");
     }
+    // As fast as it is answered, on connections that outlive those to nginx. Of errors it speaks only where there are some.
+    let said = world.run("wrk -t 2 -c 20 -d 2s http://api.shop/small")?;
+    let errors = said.contains("Socket errors") || said.contains("Non-2xx");
+    assert!(said.contains(" requests in ") && !said.contains("\n  0 requests in ") && !errors, "{said}");
     scenario::await_log(&world.lab, "node-1", &["request complete", "HTTP/2", "HTTPRoute/shop/two"])?;
     world.came_through_the_mesh(8080)
+}
+
+/// A server that `program` is, and its client.
+fn talking(port: u16, needs: &[&str], program: &str) -> anyhow::Result<Option<World>> {
+    let script = "until [ -e talk.py ]; do sleep 0.1; done; exec /usr/bin/python3 talk.py serve";
+    let Some(world) = world("talk", port, needs, script)? else { return Ok(None) };
+    let (part, whole) = (world.dir.path().join("part"), world.dir.path().join("talk.py"));
+    std::fs::write(&part, program)?;
+    std::fs::rename(part, whole)?;
+    Ok(Some(world))
+}
+
+/// A WebSocket pair over HTTP/2, read at both sides in the same way.
+#[test]
+fn websockets_over_http2_through_routes() -> anyhow::Result<()> {
+    let needs = ["python3", "python3/dist-packages/h2", "python3/dist-packages/wsproto"];
+    let Some(world) = talking(8766, &needs, include_str!("testdata/talk2.py"))? else { return Ok(()) };
+    world.lab.apply_yaml(
+        "apiVersion: v1
+kind: Service
+metadata: {name: both, namespace: shop}
+spec: {selector: {app: talk}, ports: [{name: http2-chat, port: 8766}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: chat, namespace: shop}
+spec:
+  parentRefs: [{kind: Service, group: '', name: both, port: 8766}]
+  rules: [{backendRefs: [{name: both, port: 8766}]}]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: closed, namespace: shop}
+spec:
+  action: DENY
+  rules: [{to: [{operation: {paths: [/closed], methods: [GET]}}]}]
+",
+    )?;
+    let said = world.ready("/usr/bin/python3 talk.py ask both.shop")?;
+    assert_eq!(said.trim(), "well");
+    scenario::await_log(&world.lab, "node-1", &["request complete", "HTTPRoute/shop/chat", "/chat"])?;
+    scenario::await_log(&world.lab, "node-2", &["request complete", "/closed", "policy"])?;
+    Ok(())
 }
 
 /// A WebSocket pair and a gRPC pair, read at both sides: by routes at the client's, by a policy with paths at the server's.
 #[test]
 fn websockets_and_grpc_through_routes() -> anyhow::Result<()> {
     let needs = ["python3", "python3/dist-packages/websockets", "python3/dist-packages/grpc"];
-    let script = "until [ -e talk.py ]; do sleep 0.1; done; exec /usr/bin/python3 talk.py serve";
-    let Some(world) = world("talk", 8765, &needs, script)? else { return Ok(()) };
-    let (part, whole) = (world.dir.path().join("part"), world.dir.path().join("talk.py"));
-    std::fs::write(&part, include_str!("testdata/talk.py"))?;
-    std::fs::rename(part, whole)?;
+    let Some(world) = talking(8765, &needs, include_str!("testdata/talk.py"))? else { return Ok(()) };
     world.lab.apply_yaml(
         "apiVersion: v1
 kind: Service
