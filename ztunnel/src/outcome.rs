@@ -331,7 +331,7 @@ impl Code {
                 row("WRONG_DESTINATION", "DENY", 400, F::Client, R::No, "the tunnel asked for another pod's address")
             }
             Self::BadRequest => {
-                row("BAD_REQUEST", "DENY", 400, F::Client, R::No, "a CONNECT request that is not valid")
+                row("BAD_REQUEST", "DENY", 400, F::Client, R::No, "a request that is not valid, or frames without end")
             }
             Self::NotHttp => NOT_HTTP,
             Self::RateLimited => RATE_LIMITED,

@@ -16,6 +16,8 @@ use node::frames::{
 };
 use node::messages::{Client, allow_paths, backend, prefix, route, rule};
 use node::{Lab, Node};
+use prometheus_client::encoding::text::encode;
+use prometheus_client::registry::Registry;
 use tulle_proto::workload::AppProtocol;
 use ztunnel::state::{Filters, Redirect, RouteMatch, RouteRule};
 
@@ -67,8 +69,8 @@ fn begun(settings: &[u8]) -> Vec<u8> {
     [PREFACE, &frame(SETTINGS, 0, 0, settings)].concat()
 }
 
-/// Attacks that HTTP/2 offers.
-fn frames() {
+/// Attacks that HTTP/2 offers: how many there were.
+fn frames() -> usize {
     let start = begun(&[]);
     attack("pings", &start, |_| frame(PING, 0, 0, &[0; 8]));
     attack("settings", &start, |_| frame(SETTINGS, 0, 0, &[]));
@@ -88,6 +90,7 @@ fn frames() {
     attack("headers without an end, an empty frame each", &[start, frame(HEADERS, 0, 1, &get("/"))].concat(), |_| {
         frame(CONTINUATION, 0, 1, &[])
     });
+    8
 }
 
 /// One entry of 4 KB in HPACK's table, and requests that name it ten thousand times: 40 MB each in a frame of 10 KB.
@@ -109,8 +112,8 @@ fn bomb() {
     let _ = std::io::copy(&mut tcp, &mut std::io::sink());
 }
 
-/// Heads without an end: fast ones, and hundreds that come byte by byte.
-fn heads() {
+/// Heads without an end: fast ones, and hundreds that come byte by byte. How many there were.
+fn heads() -> usize {
     for line in [format!("x-{}: 1\r\n", "a".repeat(1000)), "a: b\r\n".to_owned()] {
         attack("a header bomb", b"GET / HTTP/1.1\r\nhost: web\r\n", |_| line.clone().into_bytes());
     }
@@ -130,6 +133,7 @@ fn heads() {
             open && !matches!(read, Ok(0)) && !read.is_err_and(|error| error.kind() != ErrorKind::WouldBlock)
         });
     }
+    303
 }
 
 /// Reads and says nothing.
@@ -160,25 +164,38 @@ fn quiet(stop: &AtomicBool, path: &str, status: u16) -> usize {
     answers
 }
 
-/// Attacks by pod a while pods a and c ask for `path`.
-fn check(lab: &Lab, path: &'static str, status: u16) {
-    let before = memory();
+/// Connections that were closed for what their clients said.
+fn refused(node: &Node) -> usize {
+    let (mut registry, mut text) = (Registry::default(), String::new());
+    registry.register("closed", "", node.metrics.closed.clone());
+    encode(&mut text, &registry).unwrap();
+    let refused = text.lines().filter(|line| line.contains("response_flags=\"DENY\""));
+    refused.map(|line| line.rsplit(' ').next().unwrap().parse::<usize>().unwrap()).sum()
+}
+
+/// Attacks by pod a while pods a and c ask for `path`. Each connection of them is recorded as one that was refused.
+fn check(lab: &Lab, node: &Node, path: &'static str, status: u16) {
+    let (before, known) = (memory(), refused(node));
     let stop = Arc::new(AtomicBool::new(false));
     let others = ["a", "c"].map(|pod| {
         let stop = stop.clone();
         lab.within(pod, move || quiet(&stop, path, status))
     });
     let attacks = lab.within("a", || {
-        frames();
         bomb();
-        heads();
+        frames() + heads()
     });
     let attacked = attacks.join();
     stop.store(true, Ordering::Relaxed);
     for other in others {
         assert!(other.join().expect("others notice nothing") > 0);
     }
-    attacked.unwrap();
+    let attacks = attacked.unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while refused(node) - known < attacks {
+        assert!(Instant::now() < deadline, "{} of {attacks} are recorded as refused", refused(node) - known);
+        std::thread::sleep(Duration::from_millis(50));
+    }
     let after = memory();
     assert!(after < before + MEMORY, "{before} bytes before, {after} after");
 }
@@ -198,7 +215,7 @@ fn floods_and_slow_clients_are_cut_off_at_the_clients_side() {
         RouteRule { filters, ..rule(vec![RouteMatch::default()], Vec::new()) },
     ];
     node.apply(vec![route("1", rules)]);
-    check(&lab, "/", 302);
+    check(&lab, &node, "/", 302);
 }
 
 /// The application says nothing here, so others are answered by the policy.
@@ -211,5 +228,5 @@ fn and_at_the_servers_side() {
     node.describe_services(&[("a", &[]), ("b", &["web"]), ("c", &[])], &web);
     node.wait(&[("a", "Captured"), ("b", "Captured"), ("c", "Captured")]);
     node.apply(vec![allow_paths("1", "/sink")]);
-    check(&lab, "/denied", 403);
+    check(&lab, &node, "/denied", 403);
 }

@@ -7,6 +7,7 @@
 use std::any::Any;
 use std::cell::RefCell;
 use std::convert::Infallible;
+use std::error::Error as _;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -274,9 +275,12 @@ fn failed(clock: &HeadClock, ended: hyper::Result<()>) -> Result<(), Outcome> {
     }
 }
 
-/// What a connection's failure means: the client went away, or it said what HTTP forbids and got status 400 or 431.
+/// What a connection's failure means: the client went away, or it said what HTTP forbids and got status 400 or 431, or h2's
+/// goodbye, as floods do.
 fn refused(error: &hyper::Error) -> Outcome {
-    if error.is_parse() || error.is_parse_too_large() {
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<h2::Error>());
+    let goodbye = cause.is_some_and(|cause| cause.is_go_away() && cause.is_library());
+    if error.is_parse() || error.is_parse_too_large() || goodbye {
         return Outcome::new(Code::BadRequest, chain(error));
     }
     Outcome::new(Code::ClientReset, chain(error))
