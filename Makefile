@@ -6,7 +6,7 @@ AS_ROOT = $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user --moun
 	'mount -t tmpfs tmpfs /run; ip link set lo up; exec "$$@"' sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo demo-kube interop test test-kube bench soak release check fmt lint tidy fuzz-smoke reference
+.PHONY: help build demo demo-kube interop test test-kube test-skew bench soak release check fmt lint tidy fuzz-smoke reference
 
 help: ## This list.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -32,6 +32,10 @@ test: ## Everything, root and rootless, with one summary. ONLY=<regex> chooses.
 
 test-kube: ## What needs a real API server, which is built once. ONLY=<regex> chooses; results in target/test-kube.json.
 	@./.ci/test-kube.sh
+
+test-skew: ## This version and the one before it in one mesh: control, nodes and gateways of either. ONLY=<regex> chooses.
+	@./.ci/tools.sh
+	@./.ci/skew.sh
 
 bench: ## Speed: direct, Tulle, the ztunnel that PEER_ZTUNNEL names, the Envoy of PEER_ENVOY=install|PATH. BENCH=--quick tries it.
 	@$(MAKE) --no-print-directory release

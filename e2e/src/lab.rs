@@ -300,14 +300,24 @@ impl Lab {
 
     /// Starts the process that is to replace a node's proxy; does not wait until it does.
     pub fn begin_replacing(&self, node: &str) -> anyhow::Result<()> {
-        self.request(&Request::Replace { component: node.into() }, &mut |_| {})?;
+        self.begin_replacing_with(node, None)
+    }
+
+    fn begin_replacing_with(&self, node: &str, program: Option<&Path>) -> anyhow::Result<()> {
+        let request = Request::Replace { component: node.into(), program: program.map(Path::to_path_buf) };
+        self.request(&request, &mut |_| {})?;
         Ok(())
     }
 
     /// Replaces a node's proxy while it serves: a new process takes its listeners over, and it drains. Returns once the
     /// new one serves.
     pub fn replace(&self, node: &str) -> anyhow::Result<()> {
-        self.begin_replacing(node)?;
+        self.replace_with(node, None)
+    }
+
+    /// The same by another program.
+    pub fn replace_with(&self, node: &str, program: Option<&Path>) -> anyhow::Result<()> {
+        self.begin_replacing_with(node, program)?;
         eventually(&format!("a new process serves {node}"), Duration::from_secs(60), || {
             let view = self.view()?;
             let pid = view.nodes.iter().find(|it| it.name == node).and_then(|it| it.pid);

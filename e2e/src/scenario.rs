@@ -17,6 +17,7 @@ use serde_json::Value;
 use crate::eventually::eventually;
 use crate::lab::Lab;
 use crate::lab::LabConfig;
+use crate::lab::Load;
 use crate::lab::Running;
 use crate::lab::programs_dir;
 use crate::topology;
@@ -171,6 +172,13 @@ pub fn reaches(lab: &Lab, from: &str, url: &str) -> anyhow::Result<()> {
 /// The JSON lines of an output; others are skipped.
 pub fn json_lines(bytes: &[u8]) -> Vec<Value> {
     String::from_utf8_lossy(bytes).lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// A load in a pod whose lost questions and connections are failures. A resolver that hears nothing asks again after 5 s, and a
+/// lost question would hide in a slow request; here it asks again only after the client has given up.
+pub fn strict_load(lab: &Lab, from: &str, targets: &[&str], rate: f64, more: &[&str]) -> anyhow::Result<Load> {
+    let more = [&["--timeout-ms", "25000"], more].concat();
+    Load::start(targets, rate, &more, |argv| lab.spawn(from, &[&["env", "RES_OPTIONS=timeout:30"], argv].concat()))
 }
 
 /// Reports that are not `ok`, for a message.

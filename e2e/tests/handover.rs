@@ -11,10 +11,6 @@ use e2e::scenario;
 use serde_json::Value;
 
 const REPLACED: usize = 3;
-/// A resolver that hears nothing asks again after 5 s, and a lost question would hide in a slow request. Here it asks
-/// again only after the client has given up, so that it shows as a failure.
-const RESOLVER: &str = "RES_OPTIONS=timeout:30";
-const GIVES_UP: [&str; 2] = ["--timeout-ms", "25000"];
 
 /// The usual world under STRICT, and another pod in a namespace that takes plaintext.
 fn world() -> String {
@@ -28,12 +24,6 @@ fn world() -> String {
 
 fn config(drain: &str) -> LabConfig {
     LabConfig::of(&world()).env("ztunnel", "CONNECTION_TERMINATION_DEADLINE", drain)
-}
-
-/// A load whose lost questions and connections are failures.
-fn load(lab: &Lab, from: &str, targets: &[&str], rate: f64, more: &[&str]) -> anyhow::Result<Load> {
-    let more = [&GIVES_UP, more].concat();
-    Load::start(targets, rate, &more, |argv| lab.spawn(from, &[&["env", RESOLVER], argv].concat()))
 }
 
 /// Ends the load: nothing failed.
@@ -53,9 +43,9 @@ fn replacing_a_proxy_again_and_again_costs_no_connection() -> anyhow::Result<()>
     let held = scenario::hold(&lab, "shop/web")?;
     // A connection and a look-up for each request: through tunnels, and plaintext from outside the mesh.
     let url = format!("http://{}:8080/", lab.pod_ip("open", "desk")?);
-    let meshed = load(&lab, "shop/web", &["http://cart.shop/", "tcp://cart.shop:9000"], 100.0, &[])?;
-    let plain = load(&lab, "plain/guest", &[&url], 50.0, &[])?;
-    let kept = load(&lab, "shop/other", &["http://cart.shop/"], 20.0, &["--keep-alive"])?;
+    let meshed = scenario::strict_load(&lab, "shop/web", &["http://cart.shop/", "tcp://cart.shop:9000"], 100.0, &[])?;
+    let plain = scenario::strict_load(&lab, "plain/guest", &[&url], 50.0, &[])?;
+    let kept = scenario::strict_load(&lab, "shop/other", &["http://cart.shop/"], 20.0, &["--keep-alive"])?;
     let first = pid(&lab, "node-2")?;
     for round in 0..REPLACED {
         lab.replace("node-2")?;
@@ -99,7 +89,7 @@ fn a_successor_that_dies_before_it_is_ready_changes_nothing() -> anyhow::Result<
     // Without control it never knows the mesh, and waits.
     lab.kill("control", "KILL")?;
     let before = pid(&lab, "node-2")?;
-    let running = load(&lab, "shop/web", &["http://cart.shop/"], 50.0, &[])?;
+    let running = scenario::strict_load(&lab, "shop/web", &["http://cart.shop/"], 50.0, &[])?;
     lab.begin_replacing("node-2")?;
     scenario::await_log(&lab, "node-2", &["got the listeners of the process before this one"])?;
     assert_eq!(pid(&lab, "node-2")?, before, "it waits for control");

@@ -253,10 +253,10 @@ impl Engine {
                 self.start_component(&component)?;
                 Ok(0.0)
             }
-            Request::Replace { component } => {
+            Request::Replace { component, program } => {
                 let node = self.node(&component)?;
-                let netns = self.node_ns[usize::from(node) - 1].path();
-                self.proxies.replace(&self.config, &self.paths, node, netns)?;
+                self.config.programs.extend(program.map(|program| (component, program)));
+                self.proxies.replace(&self.config, &self.paths, node, self.node_ns[usize::from(node) - 1].path())?;
                 self.show();
                 Ok(0.0)
             }

@@ -92,6 +92,8 @@ pub enum Request {
     Replace {
         /// `node-1`.
         component: String,
+        /// Another program than before.
+        program: Option<PathBuf>,
     },
     /// End the lab.
     Down,
