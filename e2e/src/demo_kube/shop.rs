@@ -157,6 +157,12 @@ impl World {
     }
 }
 
+/// How a load went of which nothing failed: how much there was, and how long somebody waited who waited longest.
+pub(super) fn went(reports: &[Value]) -> String {
+    let slowest = reports.iter().filter_map(|report| report["ms"].as_f64()).fold(0.0, f64::max);
+    format!("{} requests meanwhile, none failed, the slowest took {slowest:.0} ms", reports.len())
+}
+
 /// How often the containers of a pod were started again.
 pub(super) fn restarts(pod: &Value) -> u64 {
     let statuses = pod["status"]["containerStatuses"].as_array().into_iter().flatten();

@@ -13,6 +13,7 @@ use crate::cluster::spec;
 use crate::demo::judge;
 use crate::demo_kube::shop::PATIENCE;
 use crate::demo_kube::shop::World;
+use crate::demo_kube::shop::went;
 use crate::eventually::eventually;
 use crate::scenario;
 
@@ -197,7 +198,7 @@ fn labelled(world: &mut World) -> anyhow::Result<String> {
     scenario::all_well(&fresh, 60)?;
     scenario::all_well(&kept, 20)?;
     ensure!(world.lives("shop")? == before, "a pod was restarted");
-    Ok(format!("{captured} pods captured, {} requests meanwhile, none failed", fresh.len() + kept.len()))
+    Ok(format!("{captured} pods captured, {}", went(&[fresh, kept].concat())))
 }
 
 fn unreadable(world: &mut World) -> anyhow::Result<String> {
@@ -386,7 +387,7 @@ fn node_canary(world: &mut World) -> anyhow::Result<String> {
     let after = (world.lives("shop")?, proxy_restarts(world)?);
     ensure!(after == before, "started anew: {before:?} and {after:?}");
     world.unreadable()?;
-    Ok(format!("{CANARY_NODE} of version 2, node-2 of version 1; {} requests meanwhile, none failed", reports.len()))
+    Ok(format!("{CANARY_NODE} of version 2, node-2 of version 1; {}", went(&reports)))
 }
 
 fn upgrade(world: &mut World) -> anyhow::Result<String> {
@@ -409,7 +410,7 @@ fn upgrade(world: &mut World) -> anyhow::Result<String> {
     }
     ensure!(world.lives("shop")? == before, "a pod of the shop was restarted");
     world.unreadable()?;
-    Ok(format!("{} requests meanwhile, none failed; the words are still not readable", fresh.len() + kept.len()))
+    Ok(format!("{}; the words are still not readable", went(&[fresh, kept].concat())))
 }
 
 fn uninstall(world: &mut World) -> anyhow::Result<String> {
