@@ -8,6 +8,7 @@
 #   .ci/skew.sh            builds what is missing, and runs the tests
 #   .ci/skew.sh build      builds what is missing of the version before, and prints the folder
 #   .ci/skew.sh has        whether that is there: prints the folder, or says what is missing
+#   .ci/skew.sh can        whether it is there or can be built; says why not
 #   ONLY=<regex>           only tests whose name matches
 #   LIMIT=<s>              seconds that one test may take (300)
 set -uo pipefail
@@ -22,13 +23,15 @@ else
 fi
 folder=${XDG_CACHE_HOME:-$HOME/.cache}/tulle/previous/$commit
 
+missing="commit $commit is not in this clone; fetch the whole history"
+known() { git cat-file -e "$commit^{commit}" 2>/dev/null; }
 has() { [ -x "$folder/control" ] && [ -x "$folder/ztunnel" ]; }
 
 # Everything is said on standard error.
 build() {
     local began=$SECONDS place=$PWD/target/previous
     has && return
-    git cat-file -e "$commit^{commit}" 2>/dev/null || { echo "commit $commit is not in this clone; fetch the whole history" >&2; return 1; }
+    known || { echo "$missing" >&2; return 1; }
     mkdir -p "$folder" target
     # Whoever comes second waits, and then finds them.
     exec 9>"$folder/.lock"
@@ -56,6 +59,10 @@ case ${1:-} in
     has)
         has || { echo "control and ztunnel of ${commit:0:10} are not built"; exit 1; }
         echo "$folder"
+        exit
+        ;;
+    can)
+        has || known || { echo "$missing"; exit 1; }
         exit
         ;;
     build)
