@@ -5,17 +5,12 @@
 # that .ci/previous names. Its `control` and `ztunnel` are built once, in a tree of their own below target/, and kept in
 # ~/.cache/tulle/previous/<commit>. With CI set, what cannot run is a failure; elsewhere it is reported as skipped.
 #
-#   .ci/skew.sh            builds what is missing, and runs the tests
-#   .ci/skew.sh build      builds what is missing of the version before, and prints the folder
-#   .ci/skew.sh has        whether that is there: prints the folder, or says what is missing
-#   .ci/skew.sh can        whether it is there or can be built; says why not
 #   ONLY=<regex>           only tests whose name matches
 #   LIMIT=<s>              seconds that one test may take (300)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PATH:/usr/sbin:/sbin
 
-commit=''
 if tag=$(git describe --tags --match 'v*' --abbrev=0 HEAD^ 2>/dev/null); then
     commit=$(git rev-parse --verify --quiet "$tag^{commit}")
 else
@@ -23,54 +18,39 @@ else
 fi
 folder=${XDG_CACHE_HOME:-$HOME/.cache}/tulle/previous/$commit
 
-missing="commit $commit is not in this clone; fetch the whole history"
-known() { git cat-file -e "$commit^{commit}" 2>/dev/null; }
 has() { [ -x "$folder/control" ] && [ -x "$folder/ztunnel" ]; }
 
 # Everything is said on standard error.
 build() {
     local began=$SECONDS place=$PWD/target/previous
     has && return
-    known || { echo "$missing" >&2; return 1; }
+    git cat-file -e "$commit^{commit}" 2>/dev/null ||
+        { echo "commit $commit is not in this clone; fetch the whole history" >&2; return 1; }
     mkdir -p "$folder" target
     # Whoever comes second waits, and then finds them.
     exec 9>"$folder/.lock"
     flock 9
     has && return
     rm -rf "$place" && mkdir -p "$place/tree" "$place/target/debug/deps"
-    git archive "$commit" | tar -x -C "$place/tree" || return 1
+    # -m: newer than what is copied below, or cargo would take this tree's own crates for those of the version before.
+    git archive "$commit" | tar -xm -C "$place/tree" || return 1
     # What both versions depend on is compiled already, if this tree was built: cargo looks whether it is the same.
     if [ -d target/debug/.fingerprint ]; then
         cp -a target/debug/.fingerprint target/debug/build "$place/target/debug/"
-        find target/debug/deps -maxdepth 1 -type f \( -name '*.rlib' -o -name '*.rmeta' -o -name '*.so' -o -name '*.d' \) \
+        find target/debug/deps -maxdepth 1 -type f \( -name '*.rlib' -o -name '*.rmeta' -o -name '*.so' \) \
             -exec cp -al -t "$place/target/debug/deps/" {} +
     fi
     (cd "$place/tree" && CARGO_TARGET_DIR=$place/target CARGO_INCREMENTAL=0 cargo build --workspace --locked --bin control --bin ztunnel) \
         >"$folder/build.log" 2>&1 || { tail -20 "$folder/build.log" >&2; return 1; }
     for program in control ztunnel; do
-        strip -o "$folder/.$program.new" "$place/target/debug/$program" 2>/dev/null || cp "$place/target/debug/$program" "$folder/.$program.new"
-        mv "$folder/.$program.new" "$folder/$program"
+        strip -o "$folder/.$program.new" "$place/target/debug/$program" 2>/dev/null ||
+            cp "$place/target/debug/$program" "$folder/.$program.new" || return 1
+        mv "$folder/.$program.new" "$folder/$program" || return 1
     done
     rm -rf "$place"
+    exec 9>&-
     echo "control and ztunnel of $commit built in $((SECONDS - began)) s" >&2
 }
-
-case ${1:-} in
-    has)
-        has || { echo "control and ztunnel of ${commit:0:10} are not built"; exit 1; }
-        echo "$folder"
-        exit
-        ;;
-    can)
-        has || known || { echo "$missing"; exit 1; }
-        exit
-        ;;
-    build)
-        build || exit 1
-        echo "$folder"
-        exit
-        ;;
-esac
 
 only=${ONLY:-.}
 limit=${LIMIT:-300}
@@ -94,7 +74,8 @@ if ! build; then
 fi
 echo "the version before is ${tag:-$commit}; built after $((SECONDS - began)) s"
 
-for name in $("$program" --list --format terse 2>/dev/null | sed -nE 's/^(.*): test$/\1/p'); do
+names=$("$program" --list --format terse 2>>"$logs/build.log" | sed -nE 's/^(.*): test$/\1/p')
+for name in $names; do
     [[ $name =~ $only ]] || continue
     log=$logs/$name.log start=$SECONDS verdict=passed
     (cd e2e && TULLE_PREVIOUS=$folder exec timeout --kill-after=30 "$limit" "$program" --exact "$name" --test-threads=1 --show-output) \
@@ -114,6 +95,7 @@ done
 echo
 for failure in "${failures[@]}"; do echo "FAILED $failure"; done
 [ "$skipped" = 0 ] || echo "SKIPPED $skipped: see the logs; with CI set they would be failures"
+[ $((passed + failed + skipped)) != 0 ] || { echo "FAILED none of the tests was run: ${names:-the program lists none}" && failed=1; }
 echo "took $((SECONDS - began)) s"
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]

@@ -145,7 +145,7 @@ if [ $root = yes ]; then
 fi
 
 echo
-echo "NOT RUN what needs an API server, or the version before this one: \`make test-kube\` and \`make test-skew\` do"
+echo "NOT RUN what needs an API server, or the version before this one: \`make test-kube\` and \`make test-skew\` run it"
 [ $root = yes ] || echo "NOT RUN the pass as root, which needs root: everything above ran once, as $(id -un)"
 for failure in "${failures[@]}"; do echo "FAILED $failure"; done
 [ "$skipped" = 0 ] || echo "SKIPPED $skipped: see above; with CI set they would be failures"

@@ -162,7 +162,7 @@ spec:
     world.came_through_the_mesh(8080)
 }
 
-/// A server that `program` is, and its client.
+/// A pod that runs `program` as its server, and a client.
 fn talking(port: u16, needs: &[&str], program: &str) -> anyhow::Result<Option<World>> {
     let script = "until [ -e talk.py ]; do sleep 0.1; done; exec /usr/bin/python3 talk.py serve";
     let Some(world) = world("talk", port, needs, script)? else { return Ok(None) };

@@ -58,7 +58,7 @@ fn lab(old: &[&str]) -> anyhow::Result<Option<Lab>> {
     Ok(scenario::lab(config.env("ztunnel", "CONNECTION_TERMINATION_DEADLINE", "300s")))
 }
 
-/// Whom a Service's first requests go to: `cart`, and a share to `next`.
+/// Shares of the requests for `cart`: what stays there, and what `next` gets.
 fn route(cart: u32, next: u32) -> String {
     format!(
         "---\napiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: cart, namespace: shop}}\nspec:\n\
@@ -178,7 +178,7 @@ fn policies(lab: &Lab) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How often each of both servers of `pay` answers ten requests, and how many failed.
+/// How often each of the two servers of `pay` answers ten requests, and how many failed.
 fn paid(lab: &Lab) -> anyhow::Result<(BTreeMap<String, usize>, usize)> {
     let reports = scenario::calls(lab, "shop/web", "http://pay.shop/work", &["--keep-alive", "--count", "10"])?;
     let mut by_pod = BTreeMap::new();
@@ -294,7 +294,7 @@ fn a_running_mesh_goes_to_the_newer_version_and_back_without_losing_a_request() 
     scenario::all_well(&fresh, 300)?;
     scenario::all_well(&kept, 100)?;
     ensure!(held["ok"] == true, "a connection from before did not live through it: {held}");
-    println!("{} requests and a connection were carried through {} replacements", fresh.len() + kept.len(), 6);
+    println!("{} requests and a connection were carried through 6 replacements", fresh.len() + kept.len());
     Ok(())
 }
 

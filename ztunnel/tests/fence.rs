@@ -51,7 +51,8 @@ impl World {
     }
 
     async fn release(&self, keeper: &Fence, pod: u8) {
-        keeper.release(&format!("uid-{pod}"), &self.open(&format!("p{pod}"))).await;
+        let ip = IpAddr::from([10, 9, 9, pod]);
+        keeper.release(&format!("uid-{pod}"), &[ip], &self.open(&format!("p{pod}"))).await;
     }
 
     /// The pods that are inside, and those whose addresses are known.

@@ -27,6 +27,9 @@ const PATIENCE: Duration = Duration::from_secs(90);
 /// Frames of an attack: more than anybody would let pass, and fewer bytes than a worker reads in seconds.
 const MANY: usize = 200_000;
 
+/// Clients that send a head byte by byte.
+const SLOW: usize = 300;
+
 /// What all attacks together may leave behind at most, bytes: 64 MiB is what the pod may buffer, and allocators keep some.
 const MEMORY: usize = 160 << 20;
 
@@ -118,7 +121,7 @@ fn heads() -> usize {
         attack("a header bomb", b"GET / HTTP/1.1\r\nhost: web\r\n", |_| line.clone().into_bytes());
     }
     attack("a target without an end", b"GET /", |_| vec![b'a'; 100]);
-    let mut slow: Vec<TcpStream> = (0..300).map(|_| connect()).collect();
+    let mut slow: Vec<TcpStream> = (0..SLOW).map(|_| connect()).collect();
     let begin = Instant::now();
     for tcp in &mut slow {
         tcp.write_all(b"GET / HTTP/1.1\r\nhost: web\r\nx: ").unwrap();
@@ -133,7 +136,7 @@ fn heads() -> usize {
             open && !matches!(read, Ok(0)) && !read.is_err_and(|error| error.kind() != ErrorKind::WouldBlock)
         });
     }
-    303
+    3 + SLOW
 }
 
 /// Reads and says nothing.
@@ -173,7 +176,7 @@ fn refused(node: &Node) -> usize {
     refused.map(|line| line.rsplit(' ').next().unwrap().parse::<usize>().unwrap()).sum()
 }
 
-/// Attacks by pod a while pods a and c ask for `path`. Each connection of them is recorded as one that was refused.
+/// Attacks by pod a while pods a and c ask for `path`. Each of their connections is recorded as one that was refused.
 fn check(lab: &Lab, node: &Node, path: &'static str, status: u16) {
     let (before, known) = (memory(), refused(node));
     let stop = Arc::new(AtomicBool::new(false));

@@ -8,6 +8,7 @@ mod node;
 
 use std::future::{Future, poll_fn};
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -17,7 +18,7 @@ use http::{Method, Request, Response, StatusCode};
 use node::messages::{allow_paths, backend, prefix, route, rule};
 use node::{Lab, Node};
 use tokio::net::TcpListener;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tulle_proto::workload::AppProtocol;
 use ztunnel::state::RouteMatch;
 
@@ -51,7 +52,11 @@ async fn receive(from: &mut RecvStream) -> Option<Bytes> {
     Some(data)
 }
 
-/// Echoes what comes on a stream of another protocol, but for `/stuck`, where nobody reads; answers all else with 200.
+/// Streams of [`answer`] whose server says nothing and has not seen their end.
+static QUIET: AtomicUsize = AtomicUsize::new(0);
+
+/// Echoes what comes on a stream of another protocol; of `/chat/stuck` nothing is read, on `/chat/quiet` nothing is said, and
+/// `/chat/refused` gets 409. All else is answered with 200.
 async fn answer(request: Request<RecvStream>, mut respond: server::SendResponse<Bytes>) {
     let protocol = request.extensions().get::<Protocol>().map(|protocol| protocol.as_str().to_owned());
     if request.method() != Method::CONNECT || protocol.as_deref() != Some("websocket") {
@@ -64,6 +69,12 @@ async fn answer(request: Request<RecvStream>, mut respond: server::SendResponse<
         return;
     }
     let (mut from, mut to) = (request.into_body(), respond.send_response(Response::new(()), false).unwrap());
+    if path == "/chat/quiet" {
+        QUIET.fetch_add(1, Ordering::SeqCst);
+        let _ = poll_fn(|cx| to.poll_reset(cx)).await;
+        QUIET.fetch_sub(1, Ordering::SeqCst);
+        return;
+    }
     if path == "/chat/stuck" {
         std::future::pending::<()>().await;
     }
@@ -104,7 +115,7 @@ async fn connect() -> Client {
     client
 }
 
-/// The answer to a request for `path` by GET.
+/// The answer to a GET.
 async fn get(client: &Client) -> StatusCode {
     let request = Request::builder().uri("http://web/chat").body(()).unwrap();
     let mut ready = client.clone().ready().await.unwrap();
@@ -172,11 +183,37 @@ async fn is_bounded(client: &Client) {
 }
 
 async fn others_are_refused(client: &Client) {
-    for (path, protocol, status) in
-        [("/chat", None, 501), ("/chat", Some("h2c"), 501), ("/chat/refused", Some("websocket"), 409)]
-    {
+    for (path, protocol, status) in [
+        ("/chat", None, 501),
+        ("/chat", Some("h2c"), 501),
+        ("/chat", Some("connect-tcp"), 501),
+        ("/chat/refused", Some("websocket"), 409),
+    ] {
         assert_eq!(switch(client, path, protocol).await.0, status, "{path} {protocol:?}");
     }
+}
+
+/// A stream ends with its client's connection, also one whose client has ended its own side, when the server says nothing.
+async fn streams_end_with_their_client(client: Client) {
+    let quiet = |wanted: usize| async move {
+        let deadline = Instant::now() + PATIENCE;
+        while QUIET.load(Ordering::SeqCst) != wanted {
+            assert!(Instant::now() < deadline, "{} and not {wanted}", QUIET.load(Ordering::SeqCst));
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let mut held = Vec::new();
+    for ended in [false, true] {
+        let (status, from, mut to) = switch(&client, "/chat/quiet", Some("websocket")).await;
+        assert_eq!(status, 200);
+        if ended {
+            to.send_data(Bytes::new(), true).unwrap();
+        }
+        held.push((from, to));
+    }
+    quiet(2).await;
+    drop((held, client));
+    quiet(0).await;
 }
 
 fn world(tag: &str) -> (Lab, Node) {
@@ -243,6 +280,7 @@ fn and_where_a_policy_does_and_where_both_do() {
                 echoes(&client).await;
                 others_are_refused(&client).await;
                 assert_eq!(switch(&client, "/other", Some("websocket")).await.0, 403, "routed: {routed}");
+                streams_end_with_their_client(client).await;
             });
         });
         client.join().unwrap();

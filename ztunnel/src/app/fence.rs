@@ -53,6 +53,15 @@ pub struct Fence {
     state: Mutex<State>,
 }
 
+/// A pod that is open.
+#[derive(Debug, Default)]
+struct Opened {
+    /// Its interfaces in the node's network, as its own network tells.
+    ends: BTreeSet<String>,
+    /// Its addresses.
+    addresses: BTreeSet<IpAddr>,
+}
+
 #[derive(Default)]
 struct State {
     /// Interfaces by pod uid.
@@ -62,7 +71,7 @@ struct State {
     /// Interfaces that another process fenced and this one does not.
     before: BTreeSet<String>,
     /// Interfaces of pods that this process knows to be open, by pod uid: whatever another one says, unless that is its successor.
-    open: BTreeMap<String, BTreeSet<String>>,
+    open: BTreeMap<String, Opened>,
     /// Those of all these that were ports of a bridge when they were looked at, and of which one.
     bridged: BTreeMap<String, String>,
     /// Addresses of pods by interface.
@@ -109,7 +118,15 @@ impl State {
 
     /// Interfaces that others fenced and that this process does not know to be open.
     fn unknown(&self) -> impl Iterator<Item = &String> {
-        self.before.iter().filter(|name| !self.open.values().any(|ends| ends.contains(*name)))
+        self.before.iter().filter(|name| !self.is_open(name))
+    }
+
+    /// Whether an interface is one of a pod that is open. A pod with power over its own network can say that another pod's
+    /// interface is its own, so the addresses that are fenced there, if any are known, have to be its own, too.
+    fn is_open(&self, name: &str) -> bool {
+        let own = self.own.get(name);
+        let belongs = |opened: &Opened| own.is_none_or(|own| own.is_subset(&opened.addresses));
+        self.open.values().any(|opened| opened.ends.contains(name) && belongs(opened))
     }
 }
 
@@ -180,7 +197,7 @@ impl Fence {
     }
 
     /// Lets a pod out of the fence, which control says is open.
-    pub async fn release(&self, uid: &str, pod: &Netns) {
+    pub async fn release(&self, uid: &str, addresses: &[IpAddr], pod: &Netns) {
         let Some(node) = &self.node else { return };
         let mut state = self.state.lock().await;
         let held = state.pods.remove(uid).unwrap_or_default();
@@ -196,7 +213,9 @@ impl Fence {
         let changed = !held.is_empty() || state.unknown().any(|name| ends.contains(name));
         // Whether it is opened now is decided when the table is written.
         state.before.extend(held);
-        state.open.entry(uid.to_owned()).or_default().extend(ends);
+        let opened = state.open.entry(uid.to_owned()).or_default();
+        opened.ends.extend(ends);
+        opened.addresses = addresses.iter().map(IpAddr::to_canonical).collect();
         if changed && let Err(error) = self.bring(node, &mut state).await {
             tracing::warn!(%error, "the fence stays around a pod that is open; trying again");
         }
@@ -271,8 +290,7 @@ impl Fence {
         state.installed = fence::table(node).await.map_err(failed)?.map(|table| (text, table));
         if !self.attended.load(Ordering::Relaxed) {
             // They are out now, and stay so when their pods are gone.
-            let State { before, open, .. } = state;
-            before.retain(|name| !open.values().any(|ends| ends.contains(name)));
+            state.before = state.unknown().cloned().collect();
         }
         Ok(())
     }
@@ -292,9 +310,10 @@ impl Fence {
     /// The transaction that makes the table what it should be. `clear`: also for bridges, which go when the last port has gone.
     async fn text(&self, node: &Netns, state: &mut State, clear: bool) -> Result<String, String> {
         let mut interfaces: BTreeSet<String> = state.pods.values().flatten().cloned().collect();
-        match self.attended.load(Ordering::Relaxed) {
-            true => interfaces.extend(state.before.iter().cloned()),
-            false => interfaces.extend(state.unknown().cloned()),
+        if self.attended.load(Ordering::Relaxed) {
+            interfaces.extend(state.before.iter().cloned());
+        } else {
+            interfaces.extend(state.unknown().cloned());
         }
         if clear {
             let links = fence::interfaces(node).await.map_err(|error| error.to_string())?;

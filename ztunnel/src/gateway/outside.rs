@@ -77,33 +77,36 @@ impl Gateway {
     ) -> Result<(Server, SocketAddr), Failed> {
         let beyond = |outcome| Failed { outcome, beyond: true };
         let rule = grant.rule();
-        let way = place.way(asked.identity.namespace(), settings(grant));
-        way.enter().map_err(|outcome| Outcome {
-            policy: Some(grant.policy.id.clone()),
-            rule: Some(grant.rule),
-            ..outcome
-        })?;
+        let ruled = |outcome| Outcome { policy: Some(grant.policy.id.clone()), rule: Some(grant.rule), ..outcome };
+        let way = place.by_rule(settings(grant)).map_err(ruled)?;
+        let by_name = if own_choice(asked, grant) { None } else { Some(place.by_name()?) };
         // What this gateway lacks is said before anybody is asked anything.
         let sealed = match &rule.originate {
             None => None,
             Some(tls) => Some((tls, self.tls.prepare(tls, framing).await?)),
         };
-        let reached = self.dialled(asked, grant, spoken, prefer_v6).await;
-        match &reached {
-            Err(failed) if !failed.beyond => {}
-            reached if !own_choice(asked, grant) => place.reached(reached.is_ok()),
-            // Not at the end of the way yet.
-            Ok(_) if sealed.is_some() => {}
-            reached => way.reached(reached.is_ok()),
+        let (tcp, at) = match self.dialled(asked, grant, spoken, prefer_v6).await {
+            Ok(reached) => reached,
+            Err(failed) => {
+                if failed.beyond {
+                    by_name.unwrap_or(way).ended(false);
+                }
+                return Err(failed);
+            }
+        };
+        if let Some(by_name) = by_name {
+            by_name.ended(true);
         }
-        let (tcp, at) = reached?;
-        let Some((tls, config)) = sealed else { return Ok((Server::Plain(tcp), at)) };
+        let Some((tls, config)) = sealed else {
+            way.ended(true);
+            return Ok((Server::Plain(tcp), at));
+        };
         let host = asked.name();
         let name = tls.server_name.as_deref().unwrap_or(&host);
         let late = |_| Outcome::new(Code::TlsFailed, format!("TLS with {name} was not finished in time"));
         let shaken = timeout(self.shared.hbone.handshake_timeout, Originator::handshake(config, tcp, name, framing));
         let shaken = shaken.await.map_err(late).flatten();
-        way.reached(shaken.is_ok());
+        way.ended(shaken.is_ok());
         Ok((Server::Sealed(Box::new(shaken.map_err(beyond)?)), at))
     }
 

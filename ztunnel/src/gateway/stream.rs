@@ -220,7 +220,7 @@ impl Stream {
         let decided = self.decided(left, first, body).await;
         record.left = Some(Box::new(attempt(&left.asked, &left.spoken.borrow(), &decided)));
         let decision = decided?;
-        let place = gateway.hosts.enter(&left.asked.target())?;
+        let place = gateway.hosts.enter(&left.asked.target(), left.asked.identity.namespace())?;
         let grant = match decision {
             Decision::Leave(grant) => grant,
             Decision::Requests(framing) => return Ok(Open::Requests(framing, place)),

@@ -46,21 +46,19 @@ pub fn upgrade(headers: &HeaderMap, version: Version) -> Option<HeaderValue> {
         return None;
     }
     let protocol = headers.get(UPGRADE)?;
-    (!hides(protocol.to_str().ok()?)).then(|| protocol.clone())
-}
-
-/// Whether one of these protocols would hide requests.
-fn hides(protocols: &str) -> bool {
-    protocols.split(',').any(|one| {
+    let hidden = protocol.to_str().ok()?.split(',').any(|one| {
         let name = one.split('/').next().unwrap_or_default().trim();
         ["h2c", "h2", "h3", "http", "tls"].iter().any(|known| name.eq_ignore_ascii_case(known))
-    })
+    });
+    (!hidden).then(|| protocol.clone())
 }
 
-/// The same wish over HTTP/2 (extended CONNECT, RFC 8441): turned into the GET that it would be over HTTP/1.1, which is what
-/// routes and policies are asked about, as with Envoy. False: it is none, and stays what it is.
+/// The wish for a WebSocket over HTTP/2 (extended CONNECT, RFC 8441): turned into the GET that it would be over HTTP/1.1, which
+/// is what routes and policies are asked about, as with Envoy. False: it is none, and stays what it is; so do wishes for anything
+/// else, since policies may not know what a tunnel of that kind reaches.
 pub fn extended<B>(request: &mut Request<B>) -> bool {
-    let wish = request.extensions().get::<Protocol>().is_some_and(|protocol| !hides(protocol.as_str()));
+    let protocol = request.extensions().get::<Protocol>();
+    let wish = protocol.is_some_and(|protocol| protocol.as_str().eq_ignore_ascii_case("websocket"));
     let wish = wish && request.version() == Version::HTTP_2 && request.method() == Method::CONNECT;
     if wish {
         *request.method_mut() = Method::GET;
@@ -228,6 +226,11 @@ pub fn respell<B>(request: &mut Request<B>, path: &str) -> Option<()> {
 pub fn authority<B>(request: &Request<B>) -> &str {
     let header = || request.headers().get(HOST).and_then(|host| host.to_str().ok());
     request.uri().authority().map(host_of).or_else(header).unwrap_or_default()
+}
+
+/// Whether a request wants errors as gRPC has them, in an answer of 200: to a wish for a WebSocket that would be a grant.
+pub fn wants_grpc<B>(request: &Request<B>) -> bool {
+    is_grpc(request.headers()) && !is_extended(request)
 }
 
 /// Whether the client is a gRPC one, which wants errors in its own form.

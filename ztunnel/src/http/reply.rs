@@ -109,7 +109,8 @@ pub const DENIED: Reply = Reply::new(StatusCode::FORBIDDEN, "RBAC: access denied
 pub const PENDING: Reply = Reply::new(StatusCode::SERVICE_UNAVAILABLE, "a policy has not arrived; retry", "-");
 /// What HTTP alone forbids.
 pub const BAD_REQUEST: Reply = Reply { close: true, ..Reply::new(StatusCode::BAD_REQUEST, "Bad Request", "DPE") };
-/// A request to be a tunnel, which the mesh's HTTP routes are not for.
+/// A request to be a tunnel, which the mesh's HTTP routes are not for; or one for a WebSocket over HTTP/2, which the server does
+/// not offer.
 pub const NO_CONNECT: Reply = Reply::new(StatusCode::NOT_IMPLEMENTED, "CONNECT is not supported here", "DPE");
 
 #[cfg(test)]

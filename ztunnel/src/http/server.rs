@@ -14,17 +14,19 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Request, Response, Version, header};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use http::{HeaderValue, Request, Response, StatusCode, Version, header};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
-use tokio::time::timeout;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy, copy_bidirectional, split};
+use tokio::sync::mpsc;
+use tokio::time::{sleep, timeout};
 
 use crate::base::drain::Drained;
-use crate::base::workers;
 use crate::http::client::Conn;
 use crate::http::io::{Duplex, HeadClock, OnWorker};
 use crate::http::{
@@ -36,6 +38,14 @@ use crate::outcome::{Code, Outcome, chain};
 /// How long a client may go on sending after the last answer, and how many bytes.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 256 * 1024;
+
+/// How long the second side of a WebSocket over HTTP/2 may go on after the first one has ended. A WebSocket says by itself that
+/// it ends, and a stream that was reset looks like one that has ended.
+const SECOND: Duration = Duration::from_secs(10);
+
+/// How long a client of HTTP/1 keeps its connection without a request when the proxy goes away. Its next request, or its first
+/// one, may be under way, and would be lost with the connection; the answer to it says that it was the last.
+const QUIET: Duration = Duration::from_secs(5);
 
 /// An answer on its way.
 pub type Answer = Pin<Box<dyn Future<Output = Response<Body>>>>;
@@ -100,12 +110,18 @@ async fn one(
     service: Service,
 ) -> Outcome {
     let switches = Switches::default();
-    let (slot, heads) = (switches.clone(), clock.clone());
+    let (slot, heads, leaving) = (switches.clone(), clock.clone(), drained.clone());
     let service = service_fn(move |request| {
         heads.complete();
-        let next = Next(heads.clone());
+        let (next, leaving) = (Next(heads.clone()), leaving.clone());
         let answer = service(request, slot.clone());
-        let answer = async move { Ok::<_, Infallible>(answer.await.map(|body| body.hold(next))) };
+        let answer = async move {
+            let mut answer = answer.await.map(|body| body.hold(next));
+            if leaving.is_draining() && answer.status() != StatusCode::SWITCHING_PROTOCOLS {
+                answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, Infallible>(answer)
+        };
         Box::pin(answer) as Pin<Box<dyn Future<Output = _>>>
     });
     let mut connection = http1::Builder::new()
@@ -117,7 +133,11 @@ async fn one(
         .header_read_timeout(None)
         .auto_date_header(false)
         .serve_connection(TokioIo::new(connection), service);
-    let mut draining = false;
+    let mut quiet = pin!(async {
+        drained.draining().await;
+        sleep(QUIET).await;
+    });
+    let mut over = false;
     let ended = loop {
         tokio::select! {
             biased;
@@ -126,8 +146,8 @@ async fn one(
                 let text = format!("the head of a request was not complete {} s after its begin", HEAD_TIME.as_secs());
                 return Outcome::new(Code::BadRequest, text);
             }
-            () = drained.draining(), if !draining => {
-                draining = true;
+            () = &mut quiet, if !over => {
+                over = true;
                 Pin::new(&mut connection).graceful_shutdown();
             }
             ended = poll_fn(|cx| connection.poll_without_shutdown(cx)) => break ended,
@@ -191,14 +211,20 @@ async fn two(
     mut stop: Pin<&mut impl Future<Output = Outcome>>,
     service: Service,
 ) -> Outcome {
+    // Streams of other protocols, which end with the connection. Those that are reset count until they are gone.
+    let (begin, mut begun) = mpsc::channel(STREAMS as usize);
+    let (mut others, counted) = (FuturesUnordered::new(), Rc::new(()));
     let service = service_fn(move |mut request: Request<Incoming>| {
         let switches = Switches::default();
-        let below = headers::extended(&mut request).then(|| hyper::upgrade::on(&mut request));
-        let answer = service(request, switches.clone());
+        // The closure's own is one more.
+        let room = Rc::strong_count(&counted) <= STREAMS as usize;
+        let wish = room && headers::extended(&mut request);
+        let below = wish.then(|| (counted.clone(), hyper::upgrade::on(&mut request)));
+        let (answer, begin) = (service(request, switches.clone()), begin.clone());
         async move {
             let response = answer.await;
             if let (Some(below), Some(switch)) = (below, switches.take()) {
-                workers::spawn(joined(below, switch));
+                let _ = begin.try_send(joined(below, switch));
             }
             Ok::<_, Infallible>(response)
         }
@@ -231,19 +257,42 @@ async fn two(
                 draining = true;
                 connection.as_mut().graceful_shutdown();
             }
+            Some(other) = begun.recv() => others.push(other),
+            Some(()) = others.next(), if !others.is_empty() => {}
             ended = &mut connection => return failed(clock, ended).map_or_else(|outcome| outcome, |()| Outcome::ok()),
         }
     }
 }
 
-/// The same for a stream of HTTP/2. It ends with its client's connection, or with its server's.
-async fn joined(client: OnUpgrade, switch: Switch) {
+/// Bytes both ways on a stream of HTTP/2 that has become another protocol's. `counted`: dropped when it is over.
+async fn joined((_counted, client): (Rc<()>, OnUpgrade), switch: Switch) {
     let Switch { server, held } = switch;
     if let (Ok(client), Some(server)) = (client.await, server.await) {
-        let outcome = bytes(TokioIo::new(client), Bytes::new(), server).await;
-        tracing::debug!(%outcome, "a stream of another protocol ended");
+        let client::Raw { io, stop, .. } = server;
+        tokio::select! {
+            biased;
+            () = stop => {}
+            () = until_both_end(TokioIo::new(client), io) => {}
+        }
     }
     drop(held);
+}
+
+/// Bytes both ways until both sides have ended, or one has and the other had [`SECOND`] since.
+async fn until_both_end(client: impl AsyncRead + AsyncWrite, server: impl AsyncRead + AsyncWrite) {
+    let ((mut heard, mut told), (mut back, mut forth)) = (split(client), split(server));
+    let mut up = pin!(async {
+        let _ = copy(&mut heard, &mut forth).await;
+        let _ = forth.shutdown().await;
+    });
+    let mut down = pin!(async {
+        let _ = copy(&mut back, &mut told).await;
+        let _ = told.shutdown().await;
+    });
+    let _ = tokio::select! {
+        () = &mut up => timeout(SECOND, down).await,
+        () = &mut down => timeout(SECOND, up).await,
+    };
 }
 
 /// Closes a connection. Closing with bytes unread would reset it and take the last answer back, so they are read for a
@@ -284,4 +333,56 @@ fn refused(error: &hyper::Error) -> Outcome {
         return Outcome::new(Code::BadRequest, chain(error));
     }
     Outcome::new(Code::ClientReset, chain(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+    use std::rc::Rc;
+    use std::time::Duration;
+
+    use bytes::Bytes;
+    use http::Response;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use tokio::time::Instant;
+
+    use super::{Answer, QUIET, Service, serve};
+    use crate::base::drain::{Phase, drain};
+    use crate::http::io::HeadClock;
+    use crate::http::{Body, Downstream, Framing};
+
+    /// Serves a client of HTTP/1 that says `head` after `late`, while the proxy goes away from the beginning on. What the
+    /// client hears until the end of the connection, and when that was.
+    async fn leaving(late: Duration, head: &str) -> (String, Duration) {
+        let (mut client, server) = duplex(4096);
+        let (owner, drained) = drain();
+        owner.advance(Phase::Draining);
+        let clock = Rc::new(HeadClock::default());
+        let connection = Downstream::new(Bytes::new(), Box::new(server), Rc::default(), clock.clone());
+        let service: Service =
+            Rc::new(|_, _| Box::pin(async { Response::new(Body::full(Bytes::from_static(b"yes"))) }) as Answer);
+        let begun = Instant::now();
+        let served = serve(connection, clock, (Framing::One, false), &drained, pending(), service);
+        let asked = async {
+            tokio::time::sleep(late).await;
+            let mut said = String::new();
+            client.write_all(head.as_bytes()).await.unwrap();
+            client.read_to_string(&mut said).await.unwrap();
+            (said, begun.elapsed())
+        };
+        tokio::join!(served, asked).1
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_proxy_that_goes_away_answers_the_request_that_is_under_way_and_says_that_it_was_the_last() {
+        let head = "GET / HTTP/1.1\r\nhost: web\r\n\r\n";
+        for late in [QUIET / 100, QUIET / 2] {
+            let (said, took) = leaving(late, head).await;
+            assert!(said.starts_with("HTTP/1.1 200") && said.ends_with("yes"), "{said}");
+            assert!(said.contains("connection: close"), "{said}");
+            assert!(took < QUIET, "{took:?}");
+        }
+        let (said, took) = leaving(Duration::ZERO, "").await;
+        assert!(said.is_empty() && took >= QUIET, "nothing was asked: {said}");
+    }
 }

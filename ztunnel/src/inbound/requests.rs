@@ -211,7 +211,7 @@ impl Connection {
         record.describe(&request);
         record.trace(request.headers_mut());
         record.authority = headers::authority(&request).into();
-        record.grpc = headers::is_grpc(request.headers());
+        record.grpc = headers::wants_grpc(&request);
         let grpc = record.grpc;
         let switch = headers::upgrade(request.headers(), request.version());
         let wish = switch.is_some() || headers::is_extended(&request);

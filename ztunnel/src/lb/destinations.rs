@@ -24,7 +24,8 @@ use crate::state::{OutlierDetection, Service, Warmup};
 /// Destinations that are remembered, some 1 KB each.
 const MOST: usize = 16_384;
 
-/// Pods of a destination, and policies about it, of which something is remembered. A node has some hundred pods.
+/// Pods of a destination, policies about it and namespaces of its clients, of which something is remembered. A node has some
+/// hundred pods.
 const MOST_EACH: usize = 1024;
 
 /// How long a server is remembered that does not take WebSockets: longer than connections to it are used (10 min), so each
@@ -85,13 +86,16 @@ pub struct Destination {
     outliers: Mutex<HashMap<Arc<str>, Outliers>>,
     /// By the uid of the pod.
     live: Mutex<HashMap<Arc<str>, Arc<Live>>>,
-    websockets: Mutex<Websockets>,
+    /// By the namespace of the clients, whose routes may lead to other servers than those of others.
+    websockets: Mutex<HashMap<Arc<str>, Websockets>>,
 }
 
-/// When servers of HTTP/2 said last that they take WebSockets, and that they do not.
+/// What servers of HTTP/2 have said of WebSockets.
 #[derive(Debug, Default)]
 struct Websockets {
-    take: Option<Instant>,
+    /// One takes them.
+    take: bool,
+    /// When one said last that it does not.
     refuse: Option<Instant>,
 }
 
@@ -116,18 +120,21 @@ impl Destination {
         self.turns.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// A server that requests were sent to takes WebSockets over HTTP/2, or does not.
-    pub fn websockets(&self, take: bool, now: Instant) {
+    /// A server that requests of clients in `namespace` were sent to takes WebSockets over HTTP/2, or does not.
+    pub fn websockets(&self, namespace: &Arc<str>, take: bool, now: Instant) {
         let mut said = lock(&self.websockets);
-        let last = if take { &mut said.take } else { &mut said.refuse };
-        *last = Some(now);
+        if said.len() < MOST_EACH || said.contains_key(namespace) {
+            let said = said.entry(namespace.clone()).or_default();
+            said.take |= take;
+            said.refuse = if take { said.refuse } else { Some(now) };
+        }
     }
 
-    /// Whether servers take them, as far as is known: all that were spoken to in the last time.
-    pub fn takes_websockets(&self, now: Instant) -> bool {
-        let said = lock(&self.websockets);
-        let lately = |last: Option<Instant>| last.is_some_and(|at| now.saturating_duration_since(at) < REMEMBERED);
-        said.take.is_some() && !lately(said.refuse)
+    /// Whether clients in `namespace` are offered them: some server takes them, and none has said in [`REMEMBERED`] that it does
+    /// not.
+    pub fn takes_websockets(&self, namespace: &str, now: Instant) -> bool {
+        let recent = |at: Instant| now.saturating_duration_since(at) < REMEMBERED;
+        lock(&self.websockets).get(namespace).is_some_and(|said| said.take && !said.refuse.is_some_and(recent))
     }
 
     /// One more request or connection at an endpoint.
@@ -333,13 +340,13 @@ mod tests {
     #[test]
     fn websockets_are_offered_when_some_server_takes_them_and_none_refuses() {
         let (known, now) = (Destinations::default().of(&cart(), 80), Instant::now());
-        assert!(!known.takes_websockets(now), "nobody was asked");
-        known.websockets(true, now);
-        assert!(known.takes_websockets(now));
-        known.websockets(false, now);
-        known.websockets(true, now);
-        assert!(!known.takes_websockets(now), "one does not");
-        assert!(known.takes_websockets(now + REMEMBERED), "none has said so for long");
+        assert!(!known.takes_websockets("shop", now), "nobody was asked");
+        known.websockets(&"shop".into(), true, now);
+        assert!(known.takes_websockets("shop", now));
+        known.websockets(&"shop".into(), false, now);
+        known.websockets(&"shop".into(), true, now);
+        assert!(!known.takes_websockets("shop", now), "one does not");
+        assert!(known.takes_websockets("shop", now + REMEMBERED), "none has said so for long");
     }
 
     #[test]

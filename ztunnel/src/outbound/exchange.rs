@@ -93,7 +93,7 @@ impl Client {
         let mut record = self.empty_record(snapshot);
         record.describe(request);
         record.authority = headers::authority(request).into();
-        record.grpc = headers::is_grpc(request.headers());
+        record.grpc = headers::wants_grpc(request);
         record
     }
 

@@ -58,9 +58,10 @@ impl Client {
     /// Keeps what a server of HTTP/2 offers, for clients that come later: they are told at once or not at all.
     pub(super) fn learn(&self, offer: Offer) {
         let Some(known) = self.known.clone() else { return };
+        let namespace = self.pod.namespace.clone();
         workers::spawn(async move {
             if let Some(offers) = offer.said().await {
-                known.websockets(offers, std::time::Instant::now());
+                known.websockets(&namespace, offers, std::time::Instant::now());
             }
         });
     }
@@ -137,7 +138,7 @@ pub(super) async fn serve(
     let clock = Rc::<HeadClock>::default();
     let connection = Downstream::new(Bytes::new(), Box::new(tcp), counts.clone(), clock.clone());
     let known = known(shared, pod, ends.1);
-    let offers = known.as_ref().is_some_and(|known| known.takes_websockets(std::time::Instant::now()));
+    let offers = known.as_ref().is_some_and(|known| known.takes_websockets(&pod.namespace, std::time::Instant::now()));
     let client = Rc::new(Client {
         shared: shared.clone(),
         means: means.clone(),

@@ -108,7 +108,7 @@ impl PodTask {
         let held = match closed {
             None => return,
             Some(false) => {
-                fence.release(&self.pod.uid, netns).await;
+                fence.release(&self.pod.uid, &self.pod.ips, netns).await;
                 None
             }
             Some(true) => Some(fence.hold(&self.pod.uid, &self.pod.ips, netns).await),
