@@ -22,7 +22,7 @@ has() { [ -x "$folder/control" ] && [ -x "$folder/ztunnel" ]; }
 
 # Everything is said on standard error.
 build() {
-    local began=$SECONDS place=$PWD/target/previous
+    local began=$SECONDS place=$PWD/target/previous built
     has && return
     git cat-file -e "$commit^{commit}" 2>/dev/null ||
         { echo "commit $commit is not in this clone; fetch the whole history" >&2; return 1; }
@@ -42,10 +42,10 @@ build() {
     fi
     (cd "$place/tree" && CARGO_TARGET_DIR=$place/target CARGO_INCREMENTAL=0 cargo build --workspace --locked --bin control --bin ztunnel) \
         >"$folder/build.log" 2>&1 || { tail -20 "$folder/build.log" >&2; return 1; }
-    for program in control ztunnel; do
-        strip -o "$folder/.$program.new" "$place/target/debug/$program" 2>/dev/null ||
-            cp "$place/target/debug/$program" "$folder/.$program.new" || return 1
-        mv "$folder/.$program.new" "$folder/$program" || return 1
+    for built in control ztunnel; do
+        strip -o "$folder/.$built.new" "$place/target/debug/$built" 2>/dev/null ||
+            cp "$place/target/debug/$built" "$folder/.$built.new" || return 1
+        mv "$folder/.$built.new" "$folder/$built" || return 1
     done
     rm -rf "$place"
     exec 9>&-
