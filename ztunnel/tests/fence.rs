@@ -23,17 +23,17 @@ use ztunnel::base::netns::Netns;
 use ztunnel::capture::fence;
 use ztunnel::state::store;
 
-/// A node and four pods on it, whose ends on the node are `v1` to `v4`.
+/// A node and four pods on it, whose ends on the node are `v1` to `v4`; and a network with nothing in it.
 struct World(String);
 
 impl World {
     fn new() -> Self {
         static MADE: AtomicUsize = AtomicUsize::new(0);
         let world = Self(format!("zf{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed)));
-        sh(&format!("ip netns add {0}n", world.0));
+        sh(&format!("ip netns add {0}n; ip netns add {0}c", world.0));
         for pod in 1..=4 {
             sh(&format!(
-                "ip netns add {0}p{pod}; ip -n {0}p{pod} link add eth0 type veth peer name v{pod} netns {0}n\n\
+                "ip netns add {0}p{pod}; ip -n {0}p{pod} link add eth0 index 1{pod} type veth peer name v{pod} netns {0}n\n\
                  ip -n {0}p{pod} link set eth0 up; ip -n {0}n link set v{pod} up",
                 world.0
             ));
@@ -66,7 +66,7 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        for name in ["n", "p1", "p2", "p3", "p4"] {
+        for name in ["n", "p1", "p2", "p3", "p4", "c"] {
             let _ = Command::new("ip").args(["netns", "del", &format!("{}{name}", self.0)]).status();
         }
     }
@@ -159,4 +159,27 @@ async fn a_table_is_not_written_while_another_process_has_the_lock_and_who_keeps
     waits.await;
     assert_eq!(world.inside().await.0, "v1 v2");
     drop(other);
+}
+
+/// A pod that is open, and has power over its own network, makes an interface with the numbers of another pod's, whose other end
+/// is in a namespace of its own.
+#[tokio::test]
+async fn an_open_pod_that_says_another_ones_interface_is_its_own_opens_nothing() {
+    let world = World::new();
+    let (_old_writer, old_reader) = store();
+    let (_new_writer, new_reader) = store();
+    let old = Fence::new(Some(world.open("n")), None, Arc::default(), old_reader).await;
+    world.hold(&old, 1).await;
+    sh(&format!(
+        "number=$(ip -n {0}n -o link show v1 | cut -d: -f1)\n\
+         ip -n {0}p4 link add x index 11 type veth peer name y index $number netns {0}c",
+        world.0
+    ));
+    // A process that knows of pod 1 only what the table says.
+    let new = Fence::new(Some(world.open("n")), None, Arc::default(), new_reader).await;
+    world.release(&new, 4).await;
+    world.hold(&new, 2).await;
+    assert_eq!(world.inside().await.0, "v1 v2");
+    world.release(&new, 1).await;
+    assert_eq!(world.inside().await.0, "v2", "and its own one does");
 }
