@@ -174,6 +174,17 @@ pub fn json_lines(bytes: &[u8]) -> Vec<Value> {
     String::from_utf8_lossy(bytes).lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
 
+/// A host `net/api` outside the cluster with these names, which serves requests and bytes.
+pub fn outside(hostnames: &str) -> String {
+    format!(
+        "---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: net, annotations: {{lab.tulle.dev/outside: 'true'}}}}\n\
+         ---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: api\n  namespace: net\n\
+         \x20 annotations: {{lab.tulle.dev/hostnames: '{hostnames}'}}\n\
+         spec:\n  containers:\n  - name: main\n    image: shop\n\
+         \x20   command: [shop, serve, --name, api, --http, '8080', --tcp, '9000']\n    ports: [{{containerPort: 8080}}]\n"
+    )
+}
+
 /// A load in a pod whose lost questions and connections are failures. A resolver that hears nothing asks again after 5 s, and a
 /// lost question would hide in a slow request; here it asks again only after the client has given up.
 pub fn strict_load(lab: &Lab, from: &str, targets: &[&str], rate: f64, more: &[&str]) -> anyhow::Result<Load> {

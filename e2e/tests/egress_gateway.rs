@@ -19,11 +19,7 @@ const API: &str = "http://api.example.test:8080/";
 /// A closed namespace with a client on node 1, a gateway with a replica on each node, and a host outside with two names, of
 /// which one is allowed.
 fn world() -> String {
-    let outside = "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: net, annotations: {lab.tulle.dev/outside: 'true'}}\n\
-         ---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: api\n  namespace: net\n\
-         \x20 annotations: {lab.tulle.dev/hostnames: 'api.example.test,blocked.example.test,secure.example.test,tls.example.test'}\n\
-         spec:\n  containers:\n  - name: main\n    image: shop\n\
-         \x20   command: [shop, serve, --name, api, --http, '8080', --tcp, '9000']\n    ports: [{containerPort: 8080}]\n";
+    let outside = scenario::outside("api.example.test,blocked.example.test,secure.example.test,tls.example.test");
     let policy = "---\napiVersion: tulle.dev/v1alpha1\nkind: EgressPolicy\nmetadata: {name: api, namespace: shop}\nspec:\n\
          \x20 rules:\n  - hosts: [api.example.test]\n    ports: [{port: 8080, protocol: HTTP}, {port: 9000, protocol: TCP}]\n\
          \x20   via: {gateway: {namespace: egress, name: out}}\n";

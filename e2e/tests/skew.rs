@@ -87,11 +87,7 @@ fn way_out(name: &str, port: &str, more: &str) -> String {
 fn world() -> String {
     let closed = "---\napiVersion: v1\nkind: Namespace\n\
          metadata: {name: shop, labels: {tulle.dev/mesh: enabled, tulle.dev/egress: deny}}\n";
-    let outside = "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: net, annotations: {lab.tulle.dev/outside: 'true'}}\n\
-         ---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: api\n  namespace: net\n\
-         \x20 annotations: {lab.tulle.dev/hostnames: 'api.example.test,near.example.test,other.example.test,proof.example.test'}\n\
-         spec:\n  containers:\n  - name: main\n    image: shop\n\
-         \x20   command: [shop, serve, --name, api, --http, '8080', --tcp, '9000']\n    ports: [{containerPort: 8080}]\n";
+    let outside = scenario::outside("api.example.test,near.example.test,other.example.test,proof.example.test");
     let other = "[{from: [{source: {principals: [cluster.local/ns/shop/sa/other]}}]}]";
     let desk = "[{from: [{source: {principals: [cluster.local/ns/shop/sa/desk]}}], \
                 to: [{operation: {methods: [GET, POST], paths: [/open]}}]}]";

@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::base::bucket::{Bucket, Rate};
 
 /// Bytes of a frame's head (RFC 9113 §4.1).
-const HEAD: usize = 9;
+pub(super) const HEAD: usize = 9;
 
 /// Bytes before the first frame (§3.4).
 const PREFACE: usize = 24;
@@ -27,7 +27,7 @@ const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const PRIORITY: u8 = 2;
 const RST_STREAM: u8 = 3;
-const SETTINGS: u8 = 4;
+pub(super) const SETTINGS: u8 = 4;
 const PING: u8 = 6;
 const WINDOW_UPDATE: u8 = 8;
 const CONTINUATION: u8 = 9;
@@ -72,7 +72,7 @@ impl Frames {
             }
             self.have = 0;
             let [a, b, c, kind, flags, ..] = self.head;
-            self.left = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
+            self.left = length([a, b, c]);
             if let Some(what) = idle(kind, flags, self.left) {
                 if !self.bucket.wait(rate, now).is_zero() {
                     return Err(what);
@@ -81,6 +81,11 @@ impl Frames {
             }
         }
     }
+}
+
+/// Bytes of a frame behind its head, as the head begins.
+pub(super) fn length([a, b, c]: [u8; 3]) -> usize {
+    usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c)
 }
 
 /// What a frame is called that carries nothing.

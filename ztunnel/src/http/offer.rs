@@ -14,12 +14,10 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::http::BoxIo;
+use crate::http::frames::{HEAD, SETTINGS, length};
 
 /// How long a server may take for its settings, which it says before anything else. Without them it has offered nothing.
 const PATIENCE: Duration = Duration::from_secs(1);
-
-/// Bytes of a frame's head.
-const HEAD: usize = 9;
 
 /// Most bytes of the first frame that are looked at: some sixty settings, of which there are ten.
 const MOST: usize = HEAD + 64 * SETTING;
@@ -27,7 +25,6 @@ const MOST: usize = HEAD + 64 * SETTING;
 /// Bytes of one setting: its name and its value.
 const SETTING: usize = 6;
 
-const SETTINGS: u8 = 4;
 const ACK: u8 = 1;
 
 /// SETTINGS_ENABLE_CONNECT_PROTOCOL.
@@ -63,7 +60,7 @@ struct Watched {
 /// What the `first` bytes of a server say. None: there are too few of them.
 pub fn offers(first: &[u8]) -> Option<bool> {
     let head = first.get(..HEAD)?;
-    let length = usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
+    let length = length([head[0], head[1], head[2]]);
     if head[3] != SETTINGS || head[4] & ACK != 0 || HEAD + length > MOST {
         return Some(false);
     }

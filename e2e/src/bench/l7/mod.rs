@@ -221,3 +221,20 @@ fn added(report: &mut Report, tests: &[Test]) {
     let loads: Vec<String> = report.order.iter().map(|(load, _)| load.clone()).collect();
     report.order.sort_by_key(|(load, _)| loads.iter().position(|other| other == load));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::at_half_load;
+
+    #[test]
+    fn the_rate_for_half_load_lies_between_the_nearest_known_ones() {
+        for (known, expected) in [
+            (&[(0.0, 0.2), (900.0, 0.8)][..], 450.0),
+            (&[(0.0, 0.2), (900.0, 0.8), (450.0, 0.6)], 337.5),
+            (&[(0.0, 0.2), (900.0, 0.4)], 900.0),
+            (&[(0.0, 0.7), (900.0, 0.9)], 0.0),
+        ] {
+            assert!((at_half_load(known) - expected).abs() < 0.01, "{known:?}: {}", at_half_load(known));
+        }
+    }
+}
