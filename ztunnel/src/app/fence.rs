@@ -13,7 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,11 +22,12 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::base::drain::Drained;
 use crate::base::netns::Netns;
+use crate::base::outlet::{Filter, Outlet};
 use crate::capture::fence::{self, Fenced, Inside};
 use crate::state::{Protocol, Reader, Snapshot};
 
@@ -51,6 +52,22 @@ pub struct Fence {
     attended: Arc<AtomicBool>,
     reader: Reader,
     state: Mutex<State>,
+    /// What is in force, for those who connect.
+    passing: watch::Sender<Arc<dyn Filter>>,
+}
+
+/// What passes, as the table that is installed says.
+#[derive(Default)]
+struct Passing {
+    /// Uids of the pods inside.
+    held: BTreeSet<String>,
+    inside: Arc<Inside>,
+}
+
+impl Filter for Passing {
+    fn passes(&self, pod: &str, to: SocketAddr) -> bool {
+        !self.held.contains(pod) || self.inside.takes(to)
+    }
 }
 
 /// A pod that is open.
@@ -80,6 +97,8 @@ struct State {
     routes: bool,
     /// What is installed, and as which table.
     installed: Option<(String, u64)>,
+    /// What it lets through.
+    inside: Arc<Inside>,
     /// When that was last looked at.
     looked: Option<Instant>,
 }
@@ -145,7 +164,13 @@ impl Fence {
         {
             tracing::warn!(%error, "what is fenced cannot be seen; nothing is changed before it can");
         }
-        Arc::new(Self { node, lock, attended, reader, state: Mutex::new(state) })
+        let (passing, _) = watch::channel::<Arc<dyn Filter>>(Arc::new(Passing::default()));
+        Arc::new(Self { node, lock, attended, reader, state: Mutex::new(state), passing })
+    }
+
+    /// A pod's way through it: open where it does not hold the pod.
+    pub fn outlet(&self, uid: &str) -> Outlet {
+        Outlet::new(uid, self.passing.subscribe())
     }
 
     /// Takes a pod with these `addresses` into the fence; done when that is in force.
@@ -270,29 +295,40 @@ impl Fence {
         if state.pods.is_empty() && state.before.is_empty() && state.installed.is_none() && state.looked.is_some() {
             return Ok(());
         }
+        let inside = Arc::new(inside(&self.reader.load()));
         let mut clear = !state.bridged.is_empty();
-        let mut text = self.text(node, state, clear).await?;
+        let mut text = self.text(node, state, &inside, clear).await?;
         let due = state.looked.is_none_or(|at| at.elapsed() >= CHECK);
         if !due && state.installed.as_ref().is_some_and(|(installed, _)| *installed == text) {
+            self.tell(state);
             return Ok(());
         }
         let _alone = self.alone().await;
         // What somebody else has changed meanwhile is known only now.
         if !state.look(node).await? {
             clear |= !state.bridged.is_empty();
-            text = self.text(node, state, clear).await?;
+            text = self.text(node, state, &inside, clear).await?;
         }
         if state.installed.as_ref().is_some_and(|(installed, _)| *installed == text) {
+            self.tell(state);
             return Ok(());
         }
         let failed = |error: io::Error| format!("the fence could not be installed: {error}");
         fence::apply(node, text.clone()).await.map_err(failed)?;
+        state.inside = inside;
+        self.tell(state);
         state.installed = fence::table(node).await.map_err(failed)?.map(|table| (text, table));
         if !self.attended.load(Ordering::Relaxed) {
             // They are out now, and stay so when their pods are gone.
             state.before = state.unknown().cloned().collect();
         }
         Ok(())
+    }
+
+    /// Lets those go who wait for what is in force now.
+    fn tell(&self, state: &State) {
+        let held = state.pods.keys().cloned().collect();
+        self.passing.send_replace(Arc::new(Passing { held, inside: state.inside.clone() }));
     }
 
     /// Waits for [`OTHER`] at most until no other process has the lock.
@@ -308,7 +344,7 @@ impl Fence {
     }
 
     /// The transaction that makes the table what it should be. `clear`: also for bridges, which go when the last port has gone.
-    async fn text(&self, node: &Netns, state: &mut State, clear: bool) -> Result<String, String> {
+    async fn text(&self, node: &Netns, state: &mut State, inside: &Inside, clear: bool) -> Result<String, String> {
         let mut interfaces: BTreeSet<String> = state.pods.values().flatten().cloned().collect();
         if self.attended.load(Ordering::Relaxed) {
             interfaces.extend(state.before.iter().cloned());
@@ -323,7 +359,7 @@ impl Fence {
         state.own.retain(|name, _| interfaces.contains(name) || bridges.contains(name));
         let fenced =
             Fenced { interfaces, bridged: state.bridged.clone(), own: state.own.clone(), routes: state.routes };
-        Ok(fence::render(&fenced, &inside(&self.reader.load()), clear))
+        Ok(fence::render(&fenced, inside, clear))
     }
 }
 

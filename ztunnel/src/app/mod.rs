@@ -58,6 +58,7 @@ use crate::base::netns::{Netns, NetnsThread, local_addresses};
 use crate::base::sockets::{Options, PodSockets};
 use crate::base::workers::Workers;
 use crate::capture::pods::{ListFile, Pods as List, Source, watch_directory};
+use crate::capture::rules::knows_timeouts;
 use crate::config::{LogFormat, Node, Switch};
 use crate::dns::own::{OwnResolver, system_servers};
 use crate::flow::proof::Proofs;
@@ -389,6 +390,7 @@ fn start_pods(
         preexisting: config.preexisting,
         trust_domain: config.trust_domain.clone(),
         fence: fence.clone(),
+        timeouts: knows_timeouts(),
         names: config
             .dns_addresses()
             .map_err(anyhow::Error::msg)?

@@ -58,6 +58,8 @@ pub struct Environment {
     pub trust_domain: String,
     /// Holds pods whose egress is closed.
     pub fence: Arc<Fence>,
+    /// The kernel can keep entries of connection tracking for times of their own.
+    pub timeouts: bool,
     /// How names are answered. `None`: not by us.
     pub names: Option<Names>,
     /// What the process before this one left to us.

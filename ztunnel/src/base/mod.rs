@@ -13,6 +13,7 @@ pub mod lent;
 pub mod memory;
 mod netlink;
 pub mod netns;
+pub mod outlet;
 pub mod pace;
 pub mod packets;
 pub mod routes;

@@ -18,6 +18,7 @@ use tokio::sync::Semaphore;
 use crate::base::canonical;
 use crate::base::conntrack::Conntrack;
 use crate::base::netns::{Netns, NetnsThread};
+use crate::base::outlet::Outlet;
 
 /// Sockets kept ready for each pod and family. Enough for a burst of connections within one round trip to the
 /// namespace thread; 16 idle sockets are some 32 KB of kernel memory a pod.
@@ -106,13 +107,20 @@ pub struct PodSockets {
     stash: [Mutex<Vec<Socket>>; 2],
     /// Who waits here is a connection, and those have a budget.
     turns: Semaphore,
+    /// What lets connections out of the namespace.
+    outlet: Option<Outlet>,
 }
 
 impl PodSockets {
     /// Sockets in `netns`.
     pub fn new(netns: Netns, thread: NetnsThread, options: Options) -> Self {
         let stash = [Mutex::default(), Mutex::default()];
-        Self { netns, thread, options, stash, turns: Semaphore::new(TURNS) }
+        Self { netns, thread, options, stash, turns: Semaphore::new(TURNS), outlet: None }
+    }
+
+    /// The same sockets, whose connections to others wait until they pass.
+    pub fn behind(self, outlet: Outlet) -> Self {
+        Self { outlet: Some(outlet), ..self }
     }
 
     /// The namespace.
@@ -154,11 +162,14 @@ impl PodSockets {
         finish_connect(socket, to).await
     }
 
-    /// The same with another keepalive, where one is given.
+    /// The same to another pod, once that passes what is around this one, and with another keepalive where one is given.
     ///
     /// # Errors
     /// What the system says.
-    pub async fn connect_kept(&self, to: SocketAddr, keepalive: Option<Keepalive>) -> io::Result<TcpStream> {
+    pub async fn connect_out(&self, to: SocketAddr, keepalive: Option<Keepalive>) -> io::Result<TcpStream> {
+        if let Some(outlet) = &self.outlet {
+            outlet.wait(to).await;
+        }
         let tcp = self.connect(to).await?;
         keepalive.map_or(Ok(()), |keepalive| keepalive.set(&tcp))?;
         Ok(tcp)

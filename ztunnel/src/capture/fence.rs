@@ -60,6 +60,15 @@ pub struct Inside {
     pub api: BTreeSet<SocketAddr>,
 }
 
+impl Inside {
+    /// Whether a new connection to `to` passes.
+    pub fn takes(&self, to: SocketAddr) -> bool {
+        let ip = to.ip().to_canonical();
+        let tunnel = to.port() == PORT_HBONE && self.mesh.contains(&ip);
+        tunnel || self.plain.contains(&ip) || self.api.contains(&SocketAddr::new(ip, to.port()))
+    }
+}
+
 /// The transaction that replaces whatever is installed. `bridged`: those of `interfaces` that are ports of a bridge; `clear`: there may be
 /// rules of the bridge to take away.
 pub fn render(fenced: &Fenced, inside: &Inside, clear: bool) -> String {
@@ -103,6 +112,11 @@ pub fn render(fenced: &Fenced, inside: &Inside, clear: bool) -> String {
         let _ = writeln!(text, "    ct direction reply {family} daddr @mesh{number} accept");
         let _ = writeln!(text, "    {family} daddr @mesh{number} tcp dport {PORT_HBONE} {begun}");
         let _ = writeln!(text, "    {family} daddr @plain{number} meta l4proto tcp {begun}");
+        // Begun while the other pod was not in the mesh, to which it has come since: that ends no connection.
+        let _ = writeln!(
+            text,
+            "    {family} daddr @mesh{number} ct mark and {MARK} == {MARK} tcp flags & (fin | syn | rst | ack) != syn accept"
+        );
         let _ = writeln!(text, "    {family} daddr . tcp dport @api{number} {begun}");
     }
     text.push_str("    counter drop\n  }\n");

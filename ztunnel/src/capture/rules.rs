@@ -1,8 +1,14 @@
 //! The redirect rules as data, and their text for `nft`.
 //!
 //! One table, `inet tulle`, for both families. Its rules are those that Istio's agent installs, in nftables' words, with
-//! three differences: only connections that begin with SYN are redirected, so that those from before capture live on;
-//! probe traffic is let in on the declared probe ports only; and old connections can be reset, one by one.
+//! these differences: only connections that begin with SYN are redirected, so that those from before capture live on;
+//! probe traffic is let in on the declared probe ports only; old connections can be reset, one by one; and a SYN that was
+//! not redirected although it should have been is refused.
+//!
+//! The last is there because the kernel translates a connection when it first sees it, and takes any packet for a part of
+//! one. A lone ACK that nobody answers, late or made up, leaves an entry behind, and a SYN of the same addresses and ports
+//! would then pass by the proxy, in or out. Such entries are kept for [`STRAY`] seconds only where the kernel can do that,
+//! so that an honest client that comes to the same port again is redirected and not refused.
 
 use std::fmt::Write as _;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
@@ -13,6 +19,7 @@ use tulle_proto::names::{
 };
 
 use crate::base::routes::Marked;
+use crate::capture::run;
 
 /// Name of the table.
 pub const TABLE: &str = "tulle";
@@ -41,6 +48,8 @@ pub struct Rules {
     pub released: bool,
     /// A CNI agent installs the redirects and their routes: what remains here is what may not pass.
     pub by_agent: bool,
+    /// The kernel can keep an entry of connection tracking for a time of its own ([`knows_timeouts`]).
+    pub timeouts: bool,
 }
 
 impl Rules {
@@ -77,6 +86,7 @@ impl Rules {
         if !self.released {
             self.prerouting(text);
             self.output(text);
+            self.guards(text);
             self.filters(text);
         } else {
             text.push_str(&still_translated());
@@ -89,12 +99,8 @@ impl Rules {
 
     fn prerouting(&self, text: &mut String) {
         text.push_str("  chain prerouting {\n    type nat hook prerouting priority dstnat; policy accept;\n");
-        text.push_str(OLD);
-        if !self.probe_ports.is_empty() {
-            let ports = self.probe_ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
-            let _ = writeln!(text, "    ip saddr {PROBE_V4} tcp dport {{ {ports} }} counter accept");
-            let _ = writeln!(text, "    ip6 saddr {PROBE_V6} tcp dport {{ {ports} }} counter accept");
-        }
+        let _ = writeln!(text, "    {LATER} counter accept");
+        self.probes(text);
         if !rules_are_broken() {
             for not_local in ["ip daddr != 127.0.0.1", "ip6 daddr != ::1"] {
                 let _ = writeln!(
@@ -108,7 +114,7 @@ impl Rules {
 
     fn output(&self, text: &mut String) {
         text.push_str("  chain output {\n    type nat hook output priority -100; policy accept;\n");
-        text.push_str(OLD);
+        let _ = writeln!(text, "    {LATER} counter accept");
         let _ = writeln!(text, "    ip daddr {PROBE_V4} meta l4proto tcp counter accept");
         let _ = writeln!(text, "    ip6 daddr {PROBE_V6} meta l4proto tcp counter accept");
         if let Some(port) = self.dns {
@@ -132,6 +138,56 @@ impl Rules {
             }
         }
         text.push_str("  }\n");
+    }
+
+    /// Refuses what begins a connection and was not redirected.
+    fn guards(&self, text: &mut String) {
+        if rules_are_broken() {
+            return;
+        }
+        if self.timeouts {
+            let states = [
+                "syn_sent",
+                "syn_recv",
+                "established",
+                "fin_wait",
+                "close_wait",
+                "last_ack",
+                "time_wait",
+                "unack",
+                "retrans",
+            ];
+            let policy = states.map(|state| format!("{state} : {STRAY}")).join(", ");
+            let _ = writeln!(text, "  ct timeout stray {{\n    protocol tcp;\n    policy = {{ {policy} }};\n  }}");
+        }
+        let stray =
+            if self.timeouts { format!("    ct state new {LATER} ct timeout set \"stray\"\n") } else { String::new() };
+        let rest = format!("    {LATER} accept\n    meta l4proto != tcp accept\n");
+        text.push_str("  chain guard_in {\n    type filter hook input priority filter; policy accept;\n    iifname \"lo\" accept\n");
+        let _ = write!(text, "{stray}{rest}");
+        let _ = writeln!(text, "    tcp dport {{ {PORT_INBOUND_PLAINTEXT}, {PORT_HBONE} }} accept");
+        self.probes(text);
+        text.push_str("    counter reject with tcp reset\n  }\n");
+        text.push_str("  chain guard_out {\n    type filter hook output priority filter; policy accept;\n    oifname \"lo\" accept\n");
+        let _ = write!(text, "{stray}{rest}");
+        for mark in [MARK_PROXY, CONNMARK_PROXY] {
+            let _ = writeln!(text, "    meta mark & {MARK_MASK:#x} == {mark:#x} accept");
+        }
+        for (family, local, probe) in [("ip", "127.0.0.1", PROBE_V4.to_string()), ("ip6", "::1", PROBE_V6.to_string())]
+        {
+            let _ = writeln!(text, "    {family} daddr {{ {local}, {probe} }} accept");
+        }
+        text.push_str("    counter reject with tcp reset\n  }\n");
+    }
+
+    /// Lets the kubelet's probes in.
+    fn probes(&self, text: &mut String) {
+        if self.probe_ports.is_empty() {
+            return;
+        }
+        let ports = self.probe_ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
+        let _ = writeln!(text, "    ip saddr {PROBE_V4} tcp dport {{ {ports} }} counter accept");
+        let _ = writeln!(text, "    ip6 saddr {PROBE_V6} tcp dport {{ {ports} }} counter accept");
     }
 
     /// Connections to end, and what a pod under `egress: deny` may send.
@@ -193,6 +249,16 @@ impl Rules {
     }
 }
 
+/// Whether the kernel can keep an entry of connection tracking for a time of its own; not every one is built so. Asked in
+/// the current network namespace; takes some milliseconds.
+pub fn knows_timeouts() -> bool {
+    let table = format!(
+        "table inet {TABLE}_probe {{\n  ct timeout stray {{\n    protocol tcp;\n    policy = {{ established : {STRAY} }};\n  }}\n  \
+         chain out {{\n    type filter hook output priority filter; policy accept;\n    ct timeout set \"stray\"\n  }}\n}}\n"
+    );
+    run("nft", &["-c", "-f", "-"], Some(&table)).is_ok()
+}
+
 /// A short name of a transaction's text, by which a successor knows what is installed. Not the same for all versions of
 /// this program, which costs one more transaction.
 pub fn fingerprint(transaction: &str) -> u64 {
@@ -201,8 +267,12 @@ pub fn fingerprint(transaction: &str) -> u64 {
     hasher.finish()
 }
 
-/// A connection from before the rules is picked up in its middle; its packets have no lone SYN.
-const OLD: &str = "    tcp flags & (fin | syn | rst | ack) != syn counter accept\n";
+/// Not the first packet of a connection: one from before the rules is picked up in its middle.
+const LATER: &str = "tcp flags & (fin | syn | rst | ack) != syn";
+
+/// How long an entry of connection tracking is kept that did not begin with a SYN, seconds after its last packet. The next
+/// packet makes another one. Shorter than any client needs to come back to a port.
+const STRAY: u32 = 5;
 
 /// Tag connections from the proxy to the application, and route the application's replies back to the proxy, although
 /// they are addressed to a client elsewhere.
@@ -273,6 +343,7 @@ mod tests {
     #[test]
     fn rules_match_their_golden_files() {
         golden("plain.nft", &Rules::default());
+        golden("timeouts.nft", &Rules { timeouts: true, ..Rules::default() });
         golden("probes.nft", &Rules { v6: true, probe_ports: vec![8080, 9090], ..Rules::default() });
         golden(
             "reset.nft",

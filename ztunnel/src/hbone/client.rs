@@ -164,7 +164,7 @@ async fn connect_tcp(
     let give_up = Instant::now() + patience.refused;
     let mut pause = Duration::from_millis(20);
     loop {
-        match timeout(patience.connect, sockets.connect_kept(address, keepalive)).await {
+        match timeout(patience.connect, sockets.connect_out(address, keepalive)).await {
             Ok(Ok(tcp)) => return Ok(tcp),
             Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused && Instant::now() + pause < give_up => {
                 sleep(pause).await;

@@ -276,7 +276,7 @@ async fn accepted(response: ResponseFuture, shared: &Shared, lease: &Lease) -> R
 
 /// A connection as it is, which gets first what the client has `said` to endpoints that did not take it.
 pub(super) async fn plain(pod: &LocalPod, plan: &Plain, patience: Patience, said: &Said) -> Result<TcpStream, Failure> {
-    let outcome = match timeout(patience.connect, pod.sockets.connect_kept(plan.address, plan.keepalive)).await {
+    let outcome = match timeout(patience.connect, pod.sockets.connect_out(plan.address, plan.keepalive)).await {
         Ok(Ok(mut server)) => {
             for chunk in said.chunks() {
                 let written = server.write_all(chunk).await;

@@ -242,6 +242,7 @@ impl Node {
         let fence = runtime.block_on(Fence::new(None, None, Arc::default(), shared.reader.clone()));
         let environment = Environment {
             fence,
+            timeouts: false,
             shared,
             workers,
             netns: NetnsThread::start().unwrap(),

@@ -48,6 +48,7 @@ impl PodTask {
             tcp_only: wanted.tcp_only.unwrap_or(false),
             released: false,
             by_agent: self.is_by_agent(),
+            timeouts: self.environment.timeouts,
         }
     }
 

@@ -70,7 +70,8 @@ impl PodTask {
 
     pub(super) async fn listen(&self, netns: Netns) -> Result<Serving, String> {
         let env = &self.environment;
-        let sockets = Arc::new(PodSockets::new(netns.clone(), env.netns.clone(), env.options.clone()));
+        let sockets = PodSockets::new(netns.clone(), env.netns.clone(), env.options.clone());
+        let sockets = Arc::new(sockets.behind(env.fence.outlet(&self.pod.uid)));
         let claim = env.taken.claim(&self.pod.uid, netns.id());
         let (listeners, names, inherited) = match claim {
             Some(claim) => {

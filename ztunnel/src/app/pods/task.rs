@@ -256,9 +256,10 @@ impl PodTask {
     /// Back to plain networking. What flows goes on; tunnels that peers still open are served for a while.
     async fn release(&mut self, serving: Serving, wanted: &Wanted) -> Result<(), String> {
         let rules = Rules { released: true, v6: self.pod.ips.iter().any(IpAddr::is_ipv6), ..Rules::default() };
+        // Out of the fence first, which would drop what goes past the proxy.
+        self.let_out(wanted).await;
         // A failure is told and tried again by `stay_out`, which finds the table.
         let released = self.install(&serving.netns, rules, Some(None)).await;
-        self.let_out(wanted).await;
         serving.captured.advance(Phase::Draining);
         tracing::info!(pod = %self.name(), "released");
         let (again, watch) = drain();
@@ -301,6 +302,9 @@ impl PodTask {
             serving.flows.advance(Phase::Draining);
             stop.forced().await;
             end(&serving);
+        } else if self.lingering.is_some() {
+            // Its flows would end with the word that they may go on.
+            stop.forced().await;
         }
     }
 }
