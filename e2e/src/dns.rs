@@ -42,6 +42,8 @@ use crate::netns::NetNs;
 use crate::services::Service;
 use crate::services::ServicePod;
 
+/// Questions that may wait, in bytes as the kernel counts: as many as the proxy's own name server takes.
+const WAITING: usize = 1 << 20;
 /// How often threads look whether they should stop.
 const LOOK: Duration = Duration::from_millis(500);
 /// Short, because addresses of headless Services change within a test.
@@ -305,6 +307,8 @@ impl Drop for Server {
 fn bind(address: IpAddr) -> io::Result<(UdpSocket, TcpListener)> {
     let named = |error: io::Error| io::Error::new(error.kind(), format!("DNS server on {address}: {error}"));
     let socket = UdpSocket::bind(SocketAddr::new(address, 53)).map_err(named)?;
+    // A burst that is lost would look like the mesh's fault.
+    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &WAITING)?;
     // So that the thread sees that it should stop.
     socket.set_read_timeout(Some(LOOK))?;
     let listener = TcpListener::bind(SocketAddr::new(address, 53)).map_err(named)?;

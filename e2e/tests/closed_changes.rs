@@ -78,10 +78,11 @@ fn whom_a_closed_pod_calls_joins_and_leaves() -> anyhow::Result<()> {
         std::thread::sleep(Duration::from_secs(1));
     }
     let reports = fresh.finish()?;
+    nothing_dropped(&lab, "while the desk came into the mesh and left it")?;
     scenario::all_well(&reports, 300)?;
     let ended = held.finish()?;
     ensure!(ended["ok"] == true, "a connection from before the first change: {ended}");
-    nothing_dropped(&lab, "while the desk came into the mesh and left it")
+    Ok(())
 }
 
 #[test]
@@ -93,8 +94,9 @@ fn a_closed_pod_leaves_the_mesh() -> anyhow::Result<()> {
     std::thread::sleep(Duration::from_secs(1));
     lab.apply_yaml(&namespace("shop", "tulle.dev/mesh: disabled"))?;
     std::thread::sleep(Duration::from_secs(1));
-    scenario::all_well(&fresh.finish()?, 200)?;
-    nothing_dropped(&lab, "while the pod left the mesh")
+    let reports = fresh.finish()?;
+    nothing_dropped(&lab, "while the pod left the mesh")?;
+    scenario::all_well(&reports, 200)
 }
 
 #[test]

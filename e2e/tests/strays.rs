@@ -1,9 +1,13 @@
 //! Promise: a packet that belongs to no connection, late or made up, leads nobody past the proxy: not into a pod that takes mutual TLS
-//! only, and not out of a pod of the mesh, whose own client can use that port again soon.
+//! only, and not out of a pod of the mesh, whose own client can use that port again soon. So it can the port of a connection that was
+//! reset because it was older than the capture.
 //!
 //! The kernel takes a lone ACK for a part of a connection that it has not seen the beginning of, and does not translate what follows.
 
+use std::io::BufRead as _;
+use std::io::BufReader;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use anyhow::ensure;
@@ -12,12 +16,18 @@ use e2e::lab::Lab;
 use e2e::lab::LabConfig;
 use e2e::scenario;
 
-/// Runs the script in a pod; what it printed.
-fn script(lab: &Lab, folder: &Path, from: &str, arguments: &[&str]) -> anyhow::Result<String> {
+/// The script, as a program in `folder` with its arguments.
+fn program(folder: &Path, arguments: &[&str]) -> anyhow::Result<Vec<String>> {
     let program = folder.join("stray.py");
     std::fs::write(&program, include_str!("testdata/stray.py"))?;
-    let argv = [&["/usr/bin/python3", program.to_str().context("a path")?], arguments].concat();
-    Ok(lab.exec_ok(from, &argv)?.trim().to_owned())
+    let argv = ["/usr/bin/python3", program.to_str().context("a path")?];
+    Ok(argv.iter().chain(arguments).map(|&word| word.to_owned()).collect())
+}
+
+/// Runs the script in a pod; what it printed.
+fn script(lab: &Lab, folder: &Path, from: &str, arguments: &[&str]) -> anyhow::Result<String> {
+    let argv = program(folder, arguments)?;
+    Ok(lab.exec_ok(from, &argv.iter().map(String::as_str).collect::<Vec<_>>())?.trim().to_owned())
 }
 
 #[test]
@@ -36,7 +46,9 @@ fn a_made_up_packet_lets_nobody_in() -> anyhow::Result<()> {
         };
         addresses.iter().map(ask).collect::<anyhow::Result<Vec<String>>>()
     };
-    let refused = |answers: &[String]| answers.len() == 2 && answers.iter().all(|one| one.starts_with("Connection"));
+    let refused = |answers: &[String]| {
+        answers.len() == 2 && answers.iter().all(|one| one.trim_start_matches("sent\n").starts_with("Connection"))
+    };
     let honest = tries(30_000, false)?;
     ensure!(refused(&honest), "plaintext is refused under STRICT: {honest:?}");
     let led = tries(30_001, true)?;
@@ -56,7 +68,7 @@ fn a_port_can_be_used_again_after_a_stray_packet() -> anyhow::Result<()> {
     let cart = lab.pod_ip("shop", "cart")?;
     let run = |deeds: &[&str]| script(&lab, folder.path(), "shop/web", &[&[cart.as_str(), "8080"], deeds].concat());
     let first = run(&["stray:30000-31999", "ask:30000"])?;
-    ensure!(first.starts_with("ConnectionRefused"), "a stray packet leads past the proxy: {first}");
+    ensure!(first.starts_with("sent\nConnectionRefused"), "a stray packet leads past the proxy: {first}");
     // Each port is tried once, as a refusal ends what the packet left. By itself that would last for five minutes.
     let mut port = 30_000;
     eventually("a port is redirected again", scenario::PATIENCE, || {
@@ -70,4 +82,31 @@ fn a_port_can_be_used_again_after_a_stray_packet() -> anyhow::Result<()> {
     let line = scenario::await_log(&lab, "node-1", &words)?;
     ensure!(line.contains("dst.workload=\"cart\""), "it went through the proxy: {line}");
     Ok(())
+}
+
+#[test]
+fn the_port_of_a_connection_that_was_reset_can_be_used_again() -> anyhow::Result<()> {
+    let config = LabConfig::of(&scenario::world(false)).env("ztunnel", "TULLE_PREEXISTING", "reset");
+    let Some(lab) = scenario::lab(config) else { return Ok(()) };
+    let folder = tempfile::tempdir()?;
+    let cart = lab.pod_ip("shop", "cart")?;
+    let argv = program(folder.path(), &[&cart, "8080", "hold:30000-30049"])?;
+    let mut held = lab.spawn("shop/web", &argv.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let stdout = held.child().and_then(|child| child.stdout.take()).context("no output")?;
+    let mut lines = BufReader::new(stdout).lines();
+    let mut line = || lines.next().context("it has ended")?.context("its output");
+    ensure!(line()? == "open", "it could not connect");
+    lab.apply_yaml(&scenario::namespace("shop", true))?;
+    let end = line()?;
+    ensure!(end == "ConnectionResetError", "the old connections: {end}");
+    let mut port = 30_000;
+    eventually("a port is used again", scenario::PATIENCE, || {
+        // Each is tried once: connection tracking remembers the reset for some seconds, and an attempt renews that.
+        port += 1;
+        ensure!(port < 30_050, "no port is left");
+        std::thread::sleep(Duration::from_secs(1));
+        let again = script(&lab, folder.path(), "shop/web", &[&cart, "8080", &format!("ask:{port}")])?;
+        ensure!(again.contains("200 OK"), "{again}");
+        Ok::<_, anyhow::Error>(())
+    })
 }

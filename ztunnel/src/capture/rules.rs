@@ -203,9 +203,11 @@ impl Rules {
                 writeln!(text, "  chain filter_{hook} {{\n    type filter hook {hook} priority filter; policy accept;");
             for (family, v6) in [("ip", false), ("ip6", true)] {
                 if self.reset.iter().any(|(local, _)| local.is_ipv6() == v6) {
+                    // A new connection may come to have the same addresses and ports; it goes through the proxy. And a reset
+                    // has to reach its socket, also the one that the other chain sends.
                     let _ = writeln!(
                         text,
-                        "    {family} {near}addr . tcp {near}port . {family} {far}addr . tcp {far}port @reset_{family} counter reject with tcp reset"
+                        "    {family} {near}addr . tcp {near}port . {family} {far}addr . tcp {far}port @reset_{family} tcp flags & rst != rst ct status & dnat == 0 ct mark & {MARK_MASK:#x} != {CONNMARK_PROXY:#x} counter reject with tcp reset"
                     );
                 }
             }
