@@ -146,18 +146,8 @@ impl Rules {
             return;
         }
         if self.timeouts {
-            let states = [
-                "syn_sent",
-                "syn_recv",
-                "established",
-                "fin_wait",
-                "close_wait",
-                "last_ack",
-                "time_wait",
-                "unack",
-                "retrans",
-            ];
-            let policy = states.map(|state| format!("{state} : {STRAY}")).join(", ");
+            let states = "syn_sent syn_recv established fin_wait close_wait last_ack time_wait unack retrans";
+            let policy = states.split(' ').map(|state| format!("{state} : {STRAY}")).collect::<Vec<_>>().join(", ");
             let _ = writeln!(text, "  ct timeout stray {{\n    protocol tcp;\n    policy = {{ {policy} }};\n  }}");
         }
         let stray =
@@ -195,6 +185,15 @@ impl Rules {
         if self.reset.is_empty() && !self.tcp_only {
             return;
         }
+        if !self.reset.is_empty() {
+            // A new connection may come to have the same addresses and ports; it goes through the proxy. And a reset has to
+            // reach its socket, also the one that the other chain sends.
+            let _ = writeln!(
+                text,
+                "  chain cut {{\n    ct status dnat return\n    ct mark & {MARK_MASK:#x} == {CONNMARK_PROXY:#x} return\n    \
+                 tcp flags & rst == rst return\n    counter reject with tcp reset\n  }}"
+            );
+        }
         for (hook, near, far) in [("output", "s", "d"), ("input", "d", "s")] {
             if hook == "input" && self.reset.is_empty() {
                 continue;
@@ -203,11 +202,9 @@ impl Rules {
                 writeln!(text, "  chain filter_{hook} {{\n    type filter hook {hook} priority filter; policy accept;");
             for (family, v6) in [("ip", false), ("ip6", true)] {
                 if self.reset.iter().any(|(local, _)| local.is_ipv6() == v6) {
-                    // A new connection may come to have the same addresses and ports; it goes through the proxy. And a reset
-                    // has to reach its socket, also the one that the other chain sends.
                     let _ = writeln!(
                         text,
-                        "    {family} {near}addr . tcp {near}port . {family} {far}addr . tcp {far}port @reset_{family} tcp flags & rst != rst ct status & dnat == 0 ct mark & {MARK_MASK:#x} != {CONNMARK_PROXY:#x} counter reject with tcp reset"
+                        "    {family} {near}addr . tcp {near}port . {family} {far}addr . tcp {far}port @reset_{family} jump cut"
                     );
                 }
             }
