@@ -62,11 +62,13 @@ fn a_made_up_packet_lets_nobody_in() -> anyhow::Result<()> {
 
 #[test]
 fn a_port_can_be_used_again_after_a_stray_packet() -> anyhow::Result<()> {
-    let Some(lab) = scenario::lab(LabConfig::of(&scenario::world(true))) else { return Ok(()) };
+    // Not in the mesh, whose pods answer stray packets with a reset, after which nothing is left.
+    let world = scenario::world(true) + &scenario::server("plain", "desk", "desk", 2);
+    let Some(lab) = scenario::lab(LabConfig::of(&world)) else { return Ok(()) };
     let folder = tempfile::tempdir()?;
-    scenario::reaches(&lab, "shop/web", "http://cart.shop/")?;
-    let cart = lab.pod_ip("shop", "cart")?;
-    let run = |deeds: &[&str]| script(&lab, folder.path(), "shop/web", &[&[cart.as_str(), "8080"], deeds].concat());
+    let desk = lab.pod_ip("plain", "desk")?;
+    scenario::reaches(&lab, "shop/web", &format!("http://{desk}:8080/"))?;
+    let run = |deeds: &[&str]| script(&lab, folder.path(), "shop/web", &[&[desk.as_str(), "8080"], deeds].concat());
     let first = run(&["stray:30000-31999", "ask:30000"])?;
     ensure!(first.starts_with("sent\nConnectionRefused"), "a stray packet leads past the proxy: {first}");
     // Each port is tried once, as a refusal ends what the packet left. By itself that would last for five minutes.
@@ -80,7 +82,7 @@ fn a_port_can_be_used_again_after_a_stray_packet() -> anyhow::Result<()> {
     })?;
     let words = ["connection complete", &format!(":{port} "), "direction=\"outbound\""];
     let line = scenario::await_log(&lab, "node-1", &words)?;
-    ensure!(line.contains("dst.workload=\"cart\""), "it went through the proxy: {line}");
+    ensure!(line.contains("dst.workload=\"desk\""), "it went through the proxy: {line}");
     Ok(())
 }
 
@@ -109,4 +111,36 @@ fn the_port_of_a_connection_that_was_reset_can_be_used_again() -> anyhow::Result
         ensure!(again.contains("200 OK"), "{again}");
         Ok::<_, anyhow::Error>(())
     })
+}
+
+#[test]
+fn a_made_up_packet_shuts_nobody_out() -> anyhow::Result<()> {
+    let Some(lab) = scenario::lab(LabConfig::of(&scenario::world(true))) else { return Ok(()) };
+    let folder = tempfile::tempdir()?;
+    let view = lab.view()?;
+    for ip in &view.pod("shop", "cart").context("there is no cart")?.addresses {
+        let answer = script(&lab, folder.path(), "plain/guest", &[ip, "8080", "stray:30000-30000", "ask:30000"])?;
+        ensure!(answer.contains("200 OK"), "an honest client at a port that somebody has made a packet of: {answer}");
+    }
+    scenario::await_log(&lab, "node-2", &["connection complete", ":30000 ", "direction=\"inbound\""]).map(drop)
+}
+
+#[test]
+fn a_cookie_opens_no_connection() -> anyhow::Result<()> {
+    let world = scenario::world(true) + &scenario::peer_authentication("shop", "STRICT");
+    let Some(lab) = scenario::lab(LabConfig::of(&world)) else { return Ok(()) };
+    let folder = tempfile::tempdir()?;
+    let cart = lab.pod_ip("shop", "cart")?;
+    // As if the application's queue had run over a moment ago.
+    lab.exec_ok("shop/cart", &["sh", "-c", "echo 2 >/proc/sys/net/ipv4/tcp_syncookies"])?;
+    let attack = |port: &str| {
+        scenario::reaches(&lab, "shop/web", "http://cart.shop/")?;
+        script(&lab, folder.path(), "plain/guest", &[&cart, "8080", &format!("cookie:{port}")])
+    };
+    let answer = attack("30000")?;
+    ensure!(!answer.contains("200 OK"), "a lone ACK opens a connection past the proxy: {answer}");
+    lab.exec_ok("shop/cart", &["sh", "-c", "PATH=$PATH:/usr/sbin nft flush chain inet tulle guard_in"])?;
+    let unguarded = attack("30001")?;
+    ensure!(unguarded.contains("200 OK"), "it opens none without the guard either: {unguarded}");
+    Ok(())
 }

@@ -2,12 +2,14 @@
 
 Arguments: address, port, and what to do in order: `stray:FIRST-LAST` sends a lone ACK from each of these ports, `ask:PORT` asks for a
 page by HTTP from that port and prints the answer's first line or the error, `hold:FIRST-LAST` keeps connections from these ports, prints
-`open`, and in the end how they ended. A stray packet carries a signature (RFC 2385) that nobody
+`open`, and in the end how they ended; `cookie:PORT` asks in a connection that was never opened: a namespace of its own, with the
+receiver's address, tells what SYN cookie it would send (RFC 4987), since a kernel has one secret for all namespaces. A stray packet carries a signature (RFC 2385) that nobody
 has asked for, which is why the receiver drops it without an answer, after connection tracking has seen it.
 """
 
 import socket
 import struct
+import subprocess
 import sys
 import time
 
@@ -35,6 +37,56 @@ def stray(first, last):
             total = checksum(ends + struct.pack("!HH", 6, len(body)) + body)
             raw.sendto(body[:16] + struct.pack("!H", total) + body[18:], (TO, 0))
     return "sent"
+
+
+MAKER = """
+import os, socket, struct, threading
+to, port, source, own = {to!r}, {port}, {source!r}, {own}
+os.system("PATH=$PATH:/usr/sbin; ip link set lo up; ip addr add %s/32 dev lo; ip addr add %s/32 dev lo" % (to, source))
+open("/proc/sys/net/ipv4/tcp_syncookies", "w").write("2")
+open("/proc/sys/net/ipv4/tcp_timestamps", "w").write("0")
+seen = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+seen.settimeout(5)
+listener = socket.create_server((to, port))
+client = socket.socket()
+client.bind((source, own))
+threading.Thread(target=client.connect, args=((to, port),), daemon=True).start()
+while True:
+    frame = seen.recv(2048)
+    tcp = frame[14 + (frame[14] & 15) * 4:]
+    if frame[23] == 6 and tcp[13] & 18 == 18:
+        print(*struct.unpack("!II", tcp[4:12]), flush=True)
+        os._exit(0)
+"""
+
+
+def cookie(own):
+    with socket.socket(FAMILY, socket.SOCK_DGRAM) as probe:
+        probe.connect((TO, PORT))
+        source = probe.getsockname()[0]
+    maker = MAKER.format(to=TO, port=PORT, source=source, own=own)
+    made = subprocess.run(["unshare", "--net", "--mount-proc", "--fork", "--pid", sys.executable, "-c", maker], capture_output=True, text=True)
+    if made.returncode or not made.stdout:
+        return f"no cookie: {made.stderr}"
+    sent, acked = map(int, made.stdout.split())
+    # Our own kernel knows nothing of that connection, and would end it.
+    quiet = "table inet quiet { chain out { type filter hook output priority -500; tcp flags & rst == rst drop; }; }"
+    subprocess.run(["/usr/sbin/nft", "-f", "-"], input=quiet, text=True, check=True)
+    ends = socket.inet_pton(FAMILY, source) + socket.inet_pton(FAMILY, TO)
+    with socket.socket(FAMILY, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
+        raw.settimeout(2)
+        for data in (b"", b"GET / HTTP/1.1\r\nHost: cart\r\nConnection: close\r\n\r\n"):
+            body = struct.pack("!HHIIBBHHH", own, PORT, acked, sent + 1 & 0xFFFFFFFF, 80, ACK | 8, 65535, 0, 0) + data
+            body += b"\0" * (len(body) % 2)
+            total = checksum(ends + struct.pack("!HH", 6, len(body)) + body)
+            raw.sendto(body[:16] + struct.pack("!H", total) + body[18:], (TO, 0))
+        try:
+            while True:
+                answer = raw.recv(4096)
+                if b"HTTP/1.1" in answer:
+                    return answer[answer.index(b"HTTP/1.1"):].split(b"\r\n")[0].decode()
+        except TimeoutError:
+            return "no answer"
 
 
 def opened(own):
@@ -77,7 +129,7 @@ def ask(own):
 
 for deed in sys.argv[3:]:
     what, ports = deed.split(":")
-    deeds = {"ask": ask, "hold": hold, "stray": stray}
+    deeds = {"ask": ask, "cookie": cookie, "hold": hold, "stray": stray}
     try:
         print(deeds[what](*map(int, ports.split("-"))))
     except OSError as error:

@@ -58,7 +58,7 @@ use crate::base::netns::{Netns, NetnsThread, local_addresses};
 use crate::base::sockets::{Options, PodSockets};
 use crate::base::workers::Workers;
 use crate::capture::pods::{ListFile, Pods as List, Source, watch_directory};
-use crate::capture::rules::knows_timeouts;
+use crate::capture::rules::Kernel;
 use crate::config::{LogFormat, Node, Switch};
 use crate::dns::own::{OwnResolver, system_servers};
 use crate::flow::proof::Proofs;
@@ -390,7 +390,7 @@ fn start_pods(
         preexisting: config.preexisting,
         trust_domain: config.trust_domain.clone(),
         fence: fence.clone(),
-        timeouts: knows_timeouts(),
+        kernel: Kernel::ask(),
         names: config
             .dns_addresses()
             .map_err(anyhow::Error::msg)?

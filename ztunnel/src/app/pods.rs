@@ -31,6 +31,7 @@ use crate::base::sockets::Options;
 use crate::base::workers::Workers;
 use crate::capture::pods::{Pod, Source};
 use crate::capture::preexisting;
+use crate::capture::rules::Kernel;
 use crate::config::Preexisting;
 use crate::flow::{Limits, LocalPod, Shared, describes};
 use crate::state::{Snapshot, Workload};
@@ -58,8 +59,8 @@ pub struct Environment {
     pub trust_domain: String,
     /// Holds pods whose egress is closed.
     pub fence: Arc<Fence>,
-    /// The kernel can keep entries of connection tracking for times of their own.
-    pub timeouts: bool,
+    /// What the kernel can do for the rules in pods.
+    pub kernel: Kernel,
     /// How names are answered. `None`: not by us.
     pub names: Option<Names>,
     /// What the process before this one left to us.

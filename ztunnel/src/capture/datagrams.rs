@@ -11,7 +11,7 @@ use std::io;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use tulle_proto::names::{MARK_MASK, MARK_PROXY, PROBE_V4, PROBE_V6};
+use tulle_proto::names::{MARK_MASK, MARK_PROXY};
 
 use crate::base::netns::{Netns, run_blocking};
 use crate::capture::nft;
@@ -43,8 +43,7 @@ pub fn text(filter: Option<&Filter>) -> String {
 pub fn render(filter: &Filter) -> String {
     let mut text = String::from(REMOVE);
     text.push_str("table inet tulle_network {\n");
-    let probes = [IpAddr::V4(PROBE_V4), IpAddr::V6(PROBE_V6)];
-    let exempt: Vec<IpNet> = filter.exempt.iter().copied().chain(probes).map(IpNet::from).collect();
+    let exempt: Vec<IpNet> = filter.exempt.iter().copied().map(IpNet::from).collect();
     let near = filter.ingress.as_ref().map(|allows| {
         chain(
             &mut text,

@@ -106,7 +106,12 @@ pub fn render(fenced: &Fenced, inside: &Inside, clear: bool) -> String {
         let kind = format!("{kind} . inet_service");
         set(&mut text, &format!("api{}", if v6 { 6 } else { 4 }), &kind, all.collect());
     }
-    let _ = writeln!(text, "  chain fence {{\n    ct direction reply ct mark and {MARK} == 0 accept");
+    // An error about somebody else's connection (ICMP) counts as related to that, whoever sends it: it has to be about an own one.
+    let answers = format!("ct direction reply ct mark and {MARK} == 0");
+    let _ = writeln!(text, "  chain fence {{\n    ct state established {answers} accept");
+    for (family, number) in [("ip", 4), ("ip6", 6)] {
+        let _ = writeln!(text, "    ct state related {answers} iifname . ct reply {family} saddr @own{number} accept");
+    }
     let begun = format!("ct mark set ct mark or {MARK} accept");
     for (family, number) in [("ip", 4), ("ip6", 6)] {
         let _ = writeln!(text, "    ct direction reply {family} daddr @mesh{number} accept");

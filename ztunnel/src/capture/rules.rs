@@ -7,8 +7,10 @@
 //!
 //! The last is there because the kernel translates a connection when it first sees it, and takes any packet for a part of
 //! one. A lone ACK that nobody answers, late or made up, leaves an entry behind, and a SYN of the same addresses and ports
-//! would then pass by the proxy, in or out. Such entries are kept for [`STRAY`] seconds only where the kernel can do that,
-//! so that an honest client that comes to the same port again is redirected and not refused.
+//! would then pass by the proxy, in or out. Where the kernel can do that ([`Kernel`]), such entries are kept for [`STRAY`]
+//! seconds only, so that an honest client that comes to the same port again is redirected and not refused; and a packet in
+//! the middle of nothing never reaches a socket that listens. That would leave entries behind in any number, and with SYN
+//! cookies (RFC 4987), whose secret is one for all namespaces of a kernel, a lone ACK even opens a connection.
 
 use std::fmt::Write as _;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
@@ -48,8 +50,32 @@ pub struct Rules {
     pub released: bool,
     /// A CNI agent installs the redirects and their routes: what remains here is what may not pass.
     pub by_agent: bool,
-    /// The kernel can keep an entry of connection tracking for a time of its own ([`knows_timeouts`]).
+    /// What the kernel can do.
+    pub kernel: Kernel,
+}
+
+/// What not every kernel is built with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Kernel {
+    /// Entries of connection tracking can be kept for times of their own.
     pub timeouts: bool,
+    /// It can be asked which socket a packet would reach.
+    pub sockets: bool,
+}
+
+impl Kernel {
+    /// Asks it, in the current network namespace; takes some milliseconds.
+    pub fn ask() -> Self {
+        let takes = |object: &str, rule: &str| {
+            let table = format!(
+                "table inet {TABLE}_probe {{\n{object}  chain probe {{\n    type filter hook input priority filter; policy accept;\n    \
+                 {rule}\n  }}\n}}\n"
+            );
+            run("nft", &["-c", "-f", "-"], Some(&table)).is_ok()
+        };
+        let timeout = "  ct timeout stray {\n    protocol tcp;\n    policy = { established : 5 };\n  }\n";
+        Self { timeouts: takes(timeout, "ct timeout set \"stray\""), sockets: takes("", "socket wildcard 1 accept") }
+    }
 }
 
 impl Rules {
@@ -145,15 +171,24 @@ impl Rules {
         if rules_are_broken() {
             return;
         }
-        if self.timeouts {
+        if self.kernel.timeouts {
             let states = "syn_sent syn_recv established fin_wait close_wait last_ack time_wait unack retrans";
             let policy = states.split(' ').map(|state| format!("{state} : {STRAY}")).collect::<Vec<_>>().join(", ");
             let _ = writeln!(text, "  ct timeout stray {{\n    protocol tcp;\n    policy = {{ {policy} }};\n  }}");
         }
-        let stray =
-            if self.timeouts { format!("    ct state new {LATER} ct timeout set \"stray\"\n") } else { String::new() };
+        let stray = if self.kernel.timeouts {
+            format!("    ct state new {LATER} ct timeout set \"stray\"\n")
+        } else {
+            String::new()
+        };
         let rest = format!("    {LATER} accept\n    meta l4proto != tcp accept\n");
         text.push_str("  chain guard_in {\n    type filter hook input priority filter; policy accept;\n    iifname \"lo\" accept\n");
+        if self.kernel.sockets {
+            let _ = writeln!(
+                text,
+                "    ct state {{ new, invalid }} {LATER} socket wildcard 1 counter reject with tcp reset"
+            );
+        }
         let _ = write!(text, "{stray}{rest}");
         let _ = writeln!(text, "    tcp dport {{ {PORT_INBOUND_PLAINTEXT}, {PORT_HBONE} }} accept");
         self.probes(text);
@@ -248,16 +283,6 @@ impl Rules {
     }
 }
 
-/// Whether the kernel can keep an entry of connection tracking for a time of its own; not every one is built so. Asked in
-/// the current network namespace; takes some milliseconds.
-pub fn knows_timeouts() -> bool {
-    let table = format!(
-        "table inet {TABLE}_probe {{\n  ct timeout stray {{\n    protocol tcp;\n    policy = {{ established : {STRAY} }};\n  }}\n  \
-         chain out {{\n    type filter hook output priority filter; policy accept;\n    ct timeout set \"stray\"\n  }}\n}}\n"
-    );
-    run("nft", &["-c", "-f", "-"], Some(&table)).is_ok()
-}
-
 /// A short name of a transaction's text, by which a successor knows what is installed. Not the same for all versions of
 /// this program, which costs one more transaction.
 pub fn fingerprint(transaction: &str) -> u64 {
@@ -326,7 +351,7 @@ pub(crate) fn rules_are_broken() -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::Rules;
+    use super::{Kernel, Rules};
     use std::path::PathBuf;
 
     fn golden(name: &str, rules: &Rules) {
@@ -342,7 +367,7 @@ mod tests {
     #[test]
     fn rules_match_their_golden_files() {
         golden("plain.nft", &Rules::default());
-        golden("timeouts.nft", &Rules { timeouts: true, ..Rules::default() });
+        golden("guards.nft", &Rules { kernel: Kernel { timeouts: true, sockets: true }, ..Rules::default() });
         golden("probes.nft", &Rules { v6: true, probe_ports: vec![8080, 9090], ..Rules::default() });
         golden(
             "reset.nft",

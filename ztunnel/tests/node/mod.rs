@@ -34,6 +34,7 @@ use ztunnel::base::netns::{Netns, NetnsThread};
 use ztunnel::base::sockets::{Options, PodSockets};
 use ztunnel::base::workers::Workers;
 use ztunnel::capture::pods::{ListFile, Source, watch_directory};
+use ztunnel::capture::rules::Kernel;
 use ztunnel::config::Preexisting;
 use ztunnel::dns::own::OwnResolver;
 use ztunnel::flow::proof::Proofs;
@@ -242,7 +243,7 @@ impl Node {
         let fence = runtime.block_on(Fence::new(None, None, Arc::default(), shared.reader.clone()));
         let environment = Environment {
             fence,
-            timeouts: false,
+            kernel: Kernel::default(),
             shared,
             workers,
             netns: NetnsThread::start().unwrap(),

@@ -48,7 +48,7 @@ impl PodTask {
             tcp_only: wanted.tcp_only.unwrap_or(false),
             released: false,
             by_agent: self.is_by_agent(),
-            timeouts: self.environment.timeouts,
+            kernel: self.environment.kernel,
         }
     }
 
