@@ -3,6 +3,8 @@
 //! capabilities that containerd gives every container, and again with all that can be had. Packets are counted at a host outside
 //! that nobody has reason to speak to, whoever they say that they come from; and the count is seen to count, without the fence.
 
+use std::io::BufRead as _;
+use std::io::BufReader;
 use std::path::Path;
 
 use anyhow::Context as _;
@@ -10,6 +12,7 @@ use e2e::eventually::eventually;
 use e2e::internet;
 use e2e::lab::Lab;
 use e2e::lab::LabConfig;
+use e2e::lab::Running;
 use e2e::scenario;
 
 /// Where the packets that leave are counted.
@@ -111,6 +114,26 @@ fn nothing_came(lab: &Lab, when: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The prey speaks to a pod that is not closed, which says nothing: one pod's errors about that are not another one's to send.
+fn prey_speaks(lab: &Lab) -> anyhow::Result<()> {
+    let (v4, v6) = pair(lab, "plain", "desk")?;
+    let speak = format!(
+        "import socket as s\nfor f, a in ((s.AF_INET, '{v4}'), (s.AF_INET6, '{v6}')):\n \
+         u = s.socket(f, s.SOCK_DGRAM); u.bind(('', 4444)); u.sendto(b'question', (a, 7777))"
+    );
+    lab.exec_ok(PREY, &["/usr/bin/python3", "-c", &speak]).map(drop)
+}
+
+/// Somebody who takes that and does not answer.
+fn listener(lab: &Lab) -> anyhow::Result<Running> {
+    let listen = "import socket as s, sys\nu = s.socket(s.AF_INET6, s.SOCK_DGRAM); u.bind(('::', 7777)); print('up', flush=True); sys.stdin.read()";
+    let mut running = lab.spawn("plain/desk", &["/usr/bin/python3", "-c", listen])?;
+    let stdout = running.child().and_then(|child| child.stdout.take()).context("no output")?;
+    let first = BufReader::new(stdout).lines().next().context("it has ended")??;
+    anyhow::ensure!(first == "up", "{first}");
+    Ok(running)
+}
+
 fn is_fenced(lab: &Lab) -> anyhow::Result<()> {
     eventually("the pod is fenced", scenario::PATIENCE, || {
         let status = scenario::pod_status(lab, "node-1", "web").map_err(|error| error.to_string())?;
@@ -152,9 +175,12 @@ fn the_fence_holds_against_the_pod_itself_with_and_without_a_proxy() -> anyhow::
     let Some(lab) = scenario::lab(LabConfig::of(&world("deny"))) else { return Ok(()) };
     is_fenced(&lab)?;
     let attack = Attack::new(&lab, folder.path())?;
+    let _listener = listener(&lab)?;
     scenario::count_all_packets(&lab, PREY)?;
+    prey_speaks(&lab)?;
     Attack::run(&lab, &attack.plainly())?;
     nothing_came(&lab, "by a container without privileges")?;
+    prey_speaks(&lab)?;
     Attack::run(&lab, &attack.with_all_power())?;
     nothing_came(&lab, "by a container with all power over its network")?;
     lab.kill("node-1", "KILL")?;

@@ -111,6 +111,13 @@ def invented(peer, port, target):
     yield packet(peer, target, icmp(peer, target, *kind, about))
 
 
+def about_others(own, peer, target):
+    """An error about what the prey has sent to another pod. What it quotes is the sender's to write."""
+    quoted = packet(target, peer, udp(target, peer, 4444, 7777, b"carried out"))
+    kind = (1, 4) if ":" in peer else (3, 1)
+    yield packet(own, target, icmp(own, target, *kind, quoted))
+
+
 def detours(own, mate, node, target):
     """To somebody who might pass it on."""
     inner = packet(own, target, udp(own, target, 53, 53, b"inner"))
@@ -136,6 +143,8 @@ def frames():
         for peer, port in ((own, 15008), (mate, 15008), (plain, 9000), (node, 15008), (own, 9000)):
             for one in invented(peer, port, prey):
                 yield kind + one
+        for one in about_others(own, plain, prey):
+            yield kind + one
         for one in detours(own, mate, node, prey):
             yield kind + one
         plainly = packet(own, prey, udp(own, prey, 53, 53, b"tagged"))
