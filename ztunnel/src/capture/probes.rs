@@ -2,7 +2,7 @@
 //! mesh leaves with the probe address, which the pod's own rules let in without mutual TLS ([`crate::capture::rules`]).
 //!
 //! The node's network has one table for it. Nobody else may use that address: a packet that arrives at the node with it,
-//! from a pod or from another node, is dropped, as is one to a probe port that says it is the node's own (IPv6 forwards such).
+//! from a pod or from another node, is dropped, as is one that says it is the node's own and would be passed on (IPv6 forwards such).
 //! What one pod sends another over a bridge the node does not route, so bridges have a table of their own. A connection by way of a Service is no probe and keeps its address. Limits:
 //! any process on the host network that connects to a pod's probe port directly counts as the kubelet, as nothing in a
 //! packet tells the two apart; a kernel without tables for bridges is told of in the log. The tables stay when the proxy stops; `ztunnel cni uninstall` removes them.
@@ -54,7 +54,9 @@ pub fn render(ports: &BTreeSet<SocketAddr>) -> String {
             "    iifname != \"lo\" {family} daddr . tcp dport @ports{number} fib saddr type local counter drop"
         );
     }
-    text.push_str("  }\n}\n");
+    // Also for UDP: NetworkPolicies let in what the node itself sends. Of IPv4 Linux passes on no such packet.
+    text.push_str("  }\n  chain forward {\n    type filter hook forward priority filter; policy accept;\n");
+    text.push_str("    iifname != \"lo\" meta nfproto ipv6 fib saddr type local counter drop\n  }\n}\n");
     text
 }
 
