@@ -20,6 +20,7 @@ pub mod zds;
 use std::io::{self, Read, Write as _};
 use std::process::{Command, Stdio};
 use std::thread;
+use std::time::Duration;
 
 use crate::base::netns::{Netns, run_blocking};
 use rules::Rules;
@@ -42,12 +43,31 @@ pub async fn apply(netns: &Netns, rules: Rules, filter: Option<String>) -> io::R
     .await
 }
 
+/// How long the kernel may take, after the last rule that needs it, to stop tracking connections. While it tracks them, an
+/// answer to a look-up of names is lost whose question came from a port of one that we have answered within the last 30 s.
+pub const SETTLE: Duration = Duration::from_millis(500);
+
 /// Removes everything that [`apply`] made.
 ///
 /// # Errors
 /// What `nft` said. A namespace without the tables is fine.
 pub async fn remove(netns: &Netns) -> io::Result<()> {
+    if run_blocking(netns, let_go_here).await? {
+        tokio::time::sleep(SETTLE).await;
+    }
     run_blocking(netns, remove_here).await
+}
+
+/// The first part of a removal in the current network namespace: no connection is tracked any more after [`SETTLE`].
+/// Whether there is a second part.
+///
+/// # Errors
+/// What `nft` said.
+pub fn let_go_here() -> io::Result<bool> {
+    if run("nft", &["list", "table", "inet", rules::TABLE], None).is_err() {
+        return Ok(false);
+    }
+    nft(&(rules::names_only() + datagrams::REMOVE)).map(|()| true)
 }
 
 /// The same in the current network namespace.

@@ -327,6 +327,11 @@ fn still_translated() -> String {
         .concat()
 }
 
+/// The transaction that leaves nothing but that names go by no entry of connection tracking.
+pub fn names_only() -> String {
+    format!("{REMOVE}table inet {TABLE} {{\n{PLAIN_NAMES}}}\n")
+}
+
 /// Name look-ups go by no entry of connection tracking. Entries from before the release are kept for 30 s after their last
 /// packet and lead to our name server, which may be gone: a look-up from a port that was used in that time would be refused.
 const PLAIN_NAMES: &str = "  chain plain_names_out {\n    type filter hook output priority raw; policy accept;\n    \
@@ -351,7 +356,7 @@ pub(crate) fn rules_are_broken() -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Kernel, Rules};
+    use super::{Kernel, Rules, names_only};
     use std::path::PathBuf;
 
     fn golden(name: &str, rules: &Rules) {
@@ -362,6 +367,13 @@ mod tests {
         }
         let expected = std::fs::read_to_string(&path).unwrap_or_default();
         assert_eq!(rendered, expected, "{name} differs; run the tests with UPDATE=1 and review the difference");
+    }
+
+    #[test]
+    fn what_stays_for_names_tracks_no_connection() {
+        let text = names_only();
+        assert_eq!(text.matches("notrack").count(), 2);
+        assert!(!text.contains(" ct ") && !text.contains("type nat"), "{text}");
     }
 
     #[test]

@@ -88,14 +88,18 @@ pub fn run(settings: &Settings, proc: &Path, mut done: impl FnMut(Step)) -> Resu
 /// Pods that are still captured have nobody who would serve them for long: their own traffic is theirs again.
 fn release(proc: &Path) -> Result<(), String> {
     let own = Netns::open(&proc.join("self/ns/net")).map_err(|error| format!("own network namespace: {error}"))?;
-    let mut seen = BTreeSet::from([own.id()]);
+    let all = || {
+        let mut seen = BTreeSet::from([own.id()]);
+        // They may have ended meanwhile. One at a time is open: there may be more than a process may open.
+        let opened = namespaces(proc).into_iter().filter_map(|path| Some((Netns::open(&path).ok()?, path)));
+        opened.filter(move |(netns, _)| seen.insert(netns.id()))
+    };
+    // One wait for all of them. What fails here fails below, too.
+    if all().filter(|(netns, _)| run_waiting(netns, capture::let_go_here).is_ok_and(|more| more)).count() > 0 {
+        std::thread::sleep(capture::SETTLE);
+    }
     let mut wrong = Vec::new();
-    for path in namespaces(proc) {
-        // It may have ended meanwhile.
-        let Ok(netns) = Netns::open(&path) else { continue };
-        if !seen.insert(netns.id()) {
-            continue;
-        }
+    for (netns, path) in all() {
         if let Err(error) = run_waiting(&netns, capture::remove_here) {
             wrong.push(format!("{}: {error}", path.display()));
         }
