@@ -48,12 +48,7 @@ fn count(lab: &Lab) -> anyhow::Result<()> {
 fn counted(lab: &Lab) -> anyhow::Result<(u64, u64)> {
     let text = lab.exec_ok("node-1", &["sh", "-c", "PATH=$PATH:/usr/sbin nft list table inet counted"])?;
     let (before, behind) = text.split_once("chain behind").context("no chain behind the fence")?;
-    let of = |text: &str| {
-        let words: Vec<&str> = text.split_whitespace().collect();
-        let counts = words.windows(2).filter(|pair| pair[0] == "packets").map(|pair| pair[1].parse::<u64>());
-        anyhow::Ok(counts.collect::<Result<Vec<_>, _>>()?.iter().sum())
-    };
-    Ok((of(before)?, of(behind)?))
+    Ok((scenario::packets(before)?, scenario::packets(behind)?))
 }
 
 /// Fails unless all of what came has passed, and something came.

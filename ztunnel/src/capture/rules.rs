@@ -73,8 +73,9 @@ impl Kernel {
             );
             run("nft", &["-c", "-f", "-"], Some(&table)).is_ok()
         };
-        let timeout = "  ct timeout stray {\n    protocol tcp;\n    policy = { established : 5 };\n  }\n";
-        Self { timeouts: takes(timeout, "ct timeout set \"stray\""), sockets: takes("", "socket wildcard 1 accept") }
+        let timeout =
+            format!("  ct timeout stray {{\n    protocol tcp;\n    policy = {{ established : {STRAY} }};\n  }}\n");
+        Self { timeouts: takes(&timeout, "ct timeout set \"stray\""), sockets: takes("", "socket wildcard 1 accept") }
     }
 }
 
